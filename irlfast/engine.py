@@ -1,0 +1,248 @@
+"""The inner loop: optimiser steps of a DeepSpeed engine over planned batches, checkpointed and resumed exactly."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from irlfast import dist
+from irlfast.config import Config
+from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
+from irlfast.losses import Figures, Loss, Share
+from irlfast.metrics import say
+from irlfast.model import load_model, save_pretrained
+from irlfast.pack import Segment, micro_batches, pack
+from irlfast.policy import Policy
+from irlfast.run import Run
+
+NOTABLE_DROP = 0.5  # nats a demonstration; a warning comes before the collapse
+
+
+class Plan(NamedTuple):
+    """How a phase trains: the segments that each optimiser step takes, and the optimiser's settings."""
+
+    stage: int  # -1 for SFT
+    steps: list[np.ndarray]
+    micro_batch: int  # segments a device and micro-step
+    learning_rate: float
+    optim: str
+
+
+def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment], loss: Loss, plan: Plan) -> Path:
+    """Train ``policy`` as planned; the result is ``folder/policy``, in Hugging Face's format.
+
+    A kill loses at most ``save_steps`` steps: the same call goes on from the last checkpoint in ``folder``.
+
+    Raises:
+        InputError: where the loss is no number any more; no policy is written then.
+    """
+    config, trained = run.config, folder / "policy"
+    if (folder / "DONE").exists():
+        return trained
+    engine = make_engine(policy, loss, plan, config)
+    first = resume(engine, folder / "checkpoint")
+    run.log.begin(folder.name, first)
+    window: Figures = {}
+    begun = time.perf_counter()
+    steps = len(plan.steps)
+    with tqdm(total=steps, initial=first, desc=folder.name, unit="step", disable=not dist.is_main()) as bar:
+        for step in range(first + 1, steps + 1):
+            window = add(window, train_step(engine, plan, plan.steps[step - 1], segments))
+            bar.update()
+            if step % config.logging_steps and step < steps:
+                continue
+            row = {"phase": folder.name, "stage": plan.stage, "step": step}
+            row["epoch"] = step * plan.steps[0].size / len(segments)
+            row |= summarise(window, engine, time.perf_counter() - begun)
+            window, begun = {}, time.perf_counter()
+            run.log.write(row)
+            bar.set_postfix_str(postfix(row), refresh=False)
+            if must_stop(row, config):
+                break
+            if config.save_steps and step % config.save_steps == 0 and step < steps:
+                save_checkpoint(engine, folder / "checkpoint", step)
+    save_policy(engine, policy, trained, run.form.tokenizer, config)
+    engine.destroy()
+    if dist.is_main():
+        write_text(folder / "DONE", "")
+        remove(folder / "checkpoint")
+    dist.barrier()
+    return trained
+
+
+def train_step(engine: Any, plan: Plan, step: np.ndarray, segments: Sequence[Segment]) -> Figures:
+    """One optimiser step through this process's micro-batches; returns their summed figures."""
+    micro = micro_batches(step, segments, plan.micro_batch, dist.rank(), dist.world_size())
+    expert_tokens = sum(len(segments[i].answers[0]) for i in step)
+    share = Share(plan.micro_batch, expert_tokens / (len(micro) * dist.world_size()))
+    total: Figures = {}
+    for chosen in micro:
+        batch = pack([segments[i] for i in chosen]).to(dist.device())
+        loss, figures = engine(batch, share)
+        engine.backward(loss)
+        engine.step()
+        total = add(total, figures | {"tokens": batch.attention_mask.sum()})
+    return total
+
+
+def add(total: Figures, figures: Figures) -> Figures:
+    return {name: total.get(name, 0) + value for name, value in figures.items()}
+
+
+def summarise(window: Figures, engine: Any, seconds: float) -> dict[str, float]:
+    """Means over the segments of all processes. Only here do figures leave the device."""
+    names = sorted(window)
+    values = dist.sum_over_ranks(torch.stack([window[name].double() for name in names])).tolist()
+    sums = dict(zip(names, values, strict=True))
+    count, tokens = sums.pop("count"), sums.pop("tokens")
+    row = {name: value / count for name, value in sums.items()}
+    row["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+    row["learning_rate"] = engine.get_lr()[0]
+    row["tokens_per_second"] = tokens / seconds
+    return row
+
+
+def must_stop(row: dict[str, Any], config: Config) -> bool:
+    """Watch for the known failures: a loss that is no number, and demonstrations that become unlikely."""
+    where = f"{row['phase']}, step {row['step']}"
+    if not math.isfinite(row["loss"]):
+        raise InputError(f"{where}: the loss is {row['loss']}; expected a number; try a lower learning_rate")
+    drop = row.get("logps/reference", row["logps/chosen"]) - row["logps/chosen"]
+    if drop > NOTABLE_DROP:
+        say(
+            f"warning: {where}: the demonstrations' log-likelihood is {drop:.2f} nats below the reference's; "
+            "lower learning_rate, raise beta, or set nll_weight (0.2, say)"
+        )
+    if config.max_expert_drop and drop > config.max_expert_drop:
+        say(f"{where}: the stage ends here, for {drop:.2f} nats are more than max_expert_drop")
+        return True
+    return False
+
+
+def postfix(row: dict[str, Any]) -> str:
+    """The figures that matter, for the progress bar."""
+    shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies", "logp": "logps/chosen"}
+    figures = [f"{label} {row[name]:.3g}" for label, name in shown.items() if name in row]
+    return "  ".join([*figures, f"{row['tokens_per_second']:,.0f} tokens/s"])
+
+
+# ---------------------------------------------------------------- DeepSpeed
+
+
+def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> Any:
+    """A DeepSpeed engine around the policy, its optimiser in its first state."""
+    import deepspeed
+    import transformers
+
+    model = load_model(policy, config)
+    if config.use_peft:
+        model = add_lora(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kinds = {"rmsprop": torch.optim.RMSprop, "adamw_torch": torch.optim.AdamW}
+    optimizer = kinds[plan.optim](parameters, lr=plan.learning_rate, weight_decay=config.weight_decay)
+    steps = len(plan.steps)
+    scheduler = transformers.get_scheduler(
+        config.lr_scheduler_type, optimizer, round(config.warmup_ratio * steps), num_training_steps=steps
+    )
+    return deepspeed.initialize(
+        model=Policy(model, loss),
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_settings(plan, config),
+        dist_init_required=False,
+    )[0]
+
+
+def deepspeed_settings(plan: Plan, config: Config) -> dict[str, Any]:
+    """DeepSpeed's JSON for this run; the user's own is merged over it."""
+    per_micro_step = plan.micro_batch * dist.world_size()
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.steps[0].size // per_micro_step,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    own = read_json(find(config.deepspeed)) if config.deepspeed else {}  # type: ignore[arg-type]
+    for name, value in own.items():
+        both = isinstance(value, dict) and isinstance(settings.get(name), dict)
+        settings[name] = settings[name] | value if both else value
+    return settings
+
+
+def add_lora(model: Any, config: Config) -> Any:
+    import peft
+
+    torch.manual_seed(config.seed)
+    adapter = peft.LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, adapter)
+
+
+def save_checkpoint(engine: Any, folder: Path, step: int) -> None:
+    """Everything that the next step needs. ``progress.json`` names the newest whole checkpoint; others then go."""
+    tag = f"step-{step}"
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    dist.barrier()
+    if dist.is_main():
+        write_json(folder / "progress.json", {"step": step, "tag": tag, "processes": dist.world_size()})
+        for old in folder.glob("step-*"):
+            if old.name != tag:
+                remove(old)
+
+
+def resume(engine: Any, folder: Path) -> int:
+    """Load the newest checkpoint, if any; returns the steps already made."""
+    path = folder / "progress.json"
+    if not path.exists():
+        return 0
+    progress = read_json(path)
+    if progress["processes"] != dist.world_size():
+        say(
+            f"{folder.parent.name} starts anew: its checkpoint was written by {progress['processes']} processes, "
+            f"and these are {dist.world_size()}"
+        )
+        return 0
+    engine.load_checkpoint(str(folder), tag=progress["tag"])
+    return progress["step"]
+
+
+def save_policy(engine: Any, base: Path | str, folder: Path, tokenizer: Any, config: Config) -> None:
+    """Write the trained weights in Hugging Face's format, gathered from all processes, LoRA merged in."""
+    import deepspeed
+
+    model = engine.module.model
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if config.use_peft and not parameter.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], enabled=config.zero_stage == 3):
+            if dist.is_main():
+                state[name] = parameter.detach().cpu().clone()
+    if not dist.is_main():
+        return
+    if config.use_peft:
+        adapted = add_lora(load_model(base, config), config)
+        adapted.load_state_dict(state, strict=False)
+        model = adapted.merge_and_unload()
+        state = model.state_dict()
+    write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))

@@ -1,0 +1,108 @@
+"""The end of a run: the policy to keep with its model card, the closing table, and the report."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import irlfast
+from irlfast import dist
+from irlfast.config import Config
+from irlfast.files import write, write_json, write_text
+from irlfast.metrics import say
+from irlfast.model import load_model, save_pretrained
+from irlfast.report import write_report
+from irlfast.run import Run
+
+COLUMNS = {
+    "exact match": ("exact_match", "{:.3f}"),
+    "reward accuracy": ("reward_accuracy", "{:.3f}"),
+    "demonstration log-likelihood (nats)": ("nll", "{:.3f}"),
+    "answer tokens": ("answer_length", "{:.1f}"),
+}
+
+
+def finish(run: Run, policies: dict[str, Path | str], figures: list[dict[str, Any]]) -> None:
+    """Write ``final/`` and ``report.html``, print the closing table, and push to the hub if asked."""
+    kept, why = choose(run.config, figures)
+    final = run.output / "final"
+    if dist.is_main():
+        if not final.exists():
+            write(final, lambda temporary: save_final(temporary, run, policies[kept], kept, why, figures))
+        report = write_report(run.output)
+        print_table(figures, kept)
+        say(f"policy: {final} (from {kept}: {why})\nreport: {report}")
+        if run.config.push_to_hub:
+            import huggingface_hub
+
+            assert run.config.hub_model_id
+            huggingface_hub.create_repo(run.config.hub_model_id, exist_ok=True)
+            huggingface_hub.upload_folder(repo_id=run.config.hub_model_id, folder_path=final)
+    dist.barrier()
+    dist.stop()
+
+
+def choose(config: Config, figures: list[dict[str, Any]]) -> tuple[str, str]:
+    """The phase whose policy is kept, and why."""
+    if config.keep == "last":
+        return figures[-1]["phase"], "the last"
+    name = config.metric_for_best_model
+    sign = -1 if name == "nll" else 1
+    best = max(figures, key=lambda row: -math.inf if row[name] is None else sign * row[name])
+    if best[name] is None:
+        return figures[-1]["phase"], f"the last; no phase has a held-out {name}"
+    return best["phase"], f"the best held-out {name}, {best[name]:.3f}"
+
+
+def save_final(folder: Path, run: Run, policy: Path | str, kept: str, why: str, figures: list[dict[str, Any]]) -> None:
+    if isinstance(policy, Path):
+        shutil.copytree(policy, folder)
+    else:
+        save_pretrained(folder, load_model(policy, run.config), run.form.tokenizer)
+    write_json(folder / "policy.json", {"kept": kept, "why": why})
+    write_text(folder / "README.md", model_card(run.config, kept, why, figures))
+
+
+def model_card(config: Config, kept: str, why: str, figures: list[dict[str, Any]]) -> str:
+    rows = [f"| {row['phase']} | " + " | ".join(cells(row)) + " |" for row in figures]
+    base = f"base_model: {config.model_name_or_path}\n" if config.model_name_or_path else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{base}tags:
+- irlfast
+- {config.method}
+---
+# A policy trained from demonstrations with irlfast {irlfast.__version__}
+
+Method `{config.method}` on `{config.dataset_name}`; this is the policy of `{kept}` ({why}).
+
+| held-out, after | {" | ".join(COLUMNS)} |
+| --- | {" | ".join("---" for _ in COLUMNS)} |
+{chr(10).join(rows)}
+
+Reward accuracy: the share of (demonstration, sample of the first policy) pairs whose implicit reward
+log π(y|x) − log π_first(y|x) is higher for the demonstration.
+"""
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    def show(name: str, pattern: str) -> str:
+        if row[name] is None:
+            return "–"
+        return pattern.format(-row[name] if name == "nll" else row[name])
+
+    return [show(name, pattern) for name, pattern in COLUMNS.values()]
+
+
+def print_table(figures: list[dict[str, Any]], kept: str) -> None:
+    table = Table(title=f"{figures[0]['count']:,} held-out demonstrations")
+    table.add_column("after")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for row in figures:
+        table.add_row(row["phase"] + (" (kept)" if row["phase"] == kept else ""), *cells(row))
+    Console(width=100).print(table)

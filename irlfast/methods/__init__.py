@@ -1,0 +1,1 @@
+"""Methods: each a short function in its own file that strings the steps of DESIGN §1 together."""

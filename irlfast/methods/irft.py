@@ -1,0 +1,101 @@
+"""One stage of IRFT (arXiv 2405.17888, algorithm 2); with its preset, one of SPIN (arXiv 2401.01335, algorithm 1)."""
+
+import functools
+import time
+from pathlib import Path
+
+import numpy as np
+
+from irlfast import dist
+from irlfast.config import Config
+from irlfast.data import Example
+from irlfast.engine import Plan, fit
+from irlfast.files import InputError, write_json
+from irlfast.losses import irft_loss
+from irlfast.pack import Segment, plan_steps
+from irlfast.reference import score
+from irlfast.run import Run
+from irlfast.sample import Sampling, read_samples, sample
+
+
+def stage_name(stage: int) -> str:
+    return f"stage-{stage:02d}"
+
+
+def irft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
+    """Sample answers ỹ ~ π_θ to this stage's prompts, then train on the pairs (y, ỹ); returns the new policy."""
+    config, folder = run.config, run.output / stage_name(stage)
+    if (folder / "DONE").exists():
+        return folder / "policy"
+    begun = time.perf_counter()
+    examples = stage_examples(run.train, config, stage)
+    answers = sample(run, policy, examples, folder / "samples", sampling(config, stage))
+    sampled = time.perf_counter()
+    pairs, counts = make_pairs(run, stage, examples, answers)
+    ref_logps = score(run, reference, pairs, folder / "reference.safetensors")
+    pairs = [pair._replace(ref_logps=logps) for pair, logps in zip(pairs, ref_logps, strict=True)]
+    if dist.is_main() and not (folder / "pairs.json").exists():
+        seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
+        write_json(folder / "pairs.json", counts | seconds)
+    loss = functools.partial(
+        irft_loss, beta=config.at("beta", stage), loss_type=config.loss_type, nll_weight=config.nll_weight
+    )
+    return fit(run, folder, policy, pairs, loss, irft_plan(config, stage, len(pairs)))
+
+
+def stage_examples(examples: list[Example], config: Config, stage: int) -> list[Example]:
+    """All examples, or the stage's share of them in the order of a seeded shuffle."""
+    if config.prompts_per_stage == "all":
+        return examples
+    order = np.random.default_rng([config.seed, 1]).permutation(len(examples))
+    return [examples[i] for i in np.array_split(order, config.stages)[stage]]
+
+
+def sampling(config: Config, stage: int) -> Sampling:
+    seed = (config.seed * 1000 + stage) * 100_000  # a shard adds its number
+    return Sampling(config.at("temperature", stage), config.top_p, config.top_k, seed)
+
+
+def make_pairs(
+    run: Run, stage: int, examples: list[Example], answers: list[list[int]]
+) -> tuple[list[Segment], dict[str, int]]:
+    """Segments (prompt, (expert, synthetic)) of this stage and of ``history`` earlier ones.
+
+    A synthetic answer equal to the expert's teaches nothing (its pair's gradient is zero), an empty one has no tokens.
+    """
+    pairs = [Segment(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(examples, answers, strict=True)]
+    fresh = len(pairs)
+    for earlier in range(max(0, stage - run.config.history), stage):
+        old = read_samples(run.output / stage_name(earlier) / "samples")
+        prompts = stage_examples(run.train, run.config, earlier)
+        pairs += [Segment(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(prompts, old, strict=True)]
+    counts = {
+        "dropped_identical": sum(expert == synthetic for _, (expert, synthetic), _ in pairs),
+        "dropped_empty": sum(not synthetic for _, (_, synthetic), _ in pairs),
+        "from_history": len(pairs) - fresh,
+        "synthetic_tokens": sum(map(len, answers)),
+    }
+    kept = [pair for pair in pairs if pair.answers[1] and pair.answers[0] != pair.answers[1]]
+    if not kept:
+        raise InputError(
+            f"{stage_name(stage)}: all {len(pairs)} synthetic answers equal the expert's or are empty; "
+            "expected some that differ (nothing is left to learn, or temperature is too low)"
+        )
+    return kept, {"pairs": len(kept)} | counts
+
+
+def irft_plan(config: Config, stage: int, count: int) -> Plan:
+    micro_batch = config.per_device_train_batch_size
+    return Plan(
+        stage=stage,
+        steps=plan_steps(
+            count,
+            micro_batch * config.gradient_accumulation_steps * dist.world_size(),
+            epochs=config.at("inner_epochs", stage),
+            steps=config.at("inner_steps", stage),
+            seed=[config.seed, 2, stage],
+        ),
+        micro_batch=micro_batch,
+        learning_rate=config.at("learning_rate", stage),
+        optim=config.optim,
+    )

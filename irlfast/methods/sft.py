@@ -1,0 +1,42 @@
+"""Supervised fine-tuning: method ``sft``, and the warm start of the others."""
+
+from pathlib import Path
+
+from irlfast import dist
+from irlfast.config import Config
+from irlfast.engine import Plan, fit
+from irlfast.losses import sft_loss
+from irlfast.pack import Segment, plan_steps
+from irlfast.run import Run
+
+
+def sft(run: Run, policy: Path | str) -> Path:
+    """Maximum likelihood of the demonstrations: minimises KL(π_E ‖ π_θ)."""
+    segments = [Segment(example.prompt_ids, (example.answer_ids,)) for example in run.train]
+    return fit(run, run.output / "sft", policy, segments, sft_loss, sft_plan(run.config, len(segments)))
+
+
+def sft_plan(config: Config, count: int) -> Plan:
+    micro_batch = config.sft_per_device_train_batch_size or config.per_device_train_batch_size
+    return Plan(
+        stage=-1,
+        steps=plan_steps(
+            count,
+            micro_batch * config.gradient_accumulation_steps * dist.world_size(),
+            epochs=sft_epochs(config),
+            steps=config.sft_steps,
+            seed=[config.seed, 0],
+        ),
+        micro_batch=micro_batch,
+        learning_rate=config.sft_learning_rate or config.at("learning_rate", 0),
+        optim=config.sft_optim or config.optim,
+    )
+
+
+def sft_epochs(config: Config) -> float:
+    """Passes of SFT where no steps are given: one for method ``sft``, none before the others."""
+    return float(config.method == "sft") if config.sft_epochs is None else config.sft_epochs
+
+
+def wants_sft(config: Config) -> bool:
+    return bool(sft_epochs(config) or config.sft_steps)

@@ -1,0 +1,174 @@
+"""Models and tokenizers: loaded, or built small from a config; and their hidden states without the LM head."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from irlfast.config import Config
+from irlfast.files import InputError, find, write
+
+END_TOKEN = "<|endoftext|>"
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def load_tokenizer(config: Config, texts: list[str]) -> Any:
+    """The run's tokenizer; ``texts`` train one where ``train_tokenizer`` asks for it."""
+    import transformers
+
+    if config.train_tokenizer:
+        return train_tokenizer(texts, config.train_tokenizer)
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    assert name
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(find(name) or name), trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"tokenizer {name}: cannot be loaded ({first_sentence(error)})") from error
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer: every text has token ids, and frequent strings one each."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token=END_TOKEN, clean_up_tokenization_spaces=False
+    )
+
+
+# ---------------------------------------------------------------- models
+
+
+def build_model(config: Config, tokenizer: Any, folder: Path) -> None:
+    """Write a model with new weights (seeded) and its tokenizer, as ``config_name`` describes it."""
+    import transformers
+
+    model_config = load_model_config(config)
+    model_config.vocab_size = len(tokenizer)
+    model_config.bos_token_id, model_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model_config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(config.seed)
+    model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    model = model.to(getattr(torch, config.dtype))
+    write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
+
+
+def load_model_config(config: Config) -> Any:
+    """The architecture of the run's model.
+
+    Raises:
+        InputError: where there is none that Transformers knows.
+    """
+    import transformers
+
+    key = "config_name" if config.config_name else "model_name_or_path"
+    name = str(getattr(config, key))
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            str(find(name) or name), trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{key} {name}: not a Transformers config ({first_sentence(error)})") from error
+
+
+def save_pretrained(folder: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+
+
+def load_model(name: str | Path, config: Config) -> Any:
+    """A causal language model in the run's dtype, dropout off, on the CPU.
+
+    Raises:
+        InputError: where the folder or hub name has no weights that Transformers can load.
+    """
+    import transformers
+
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(find(str(name)) or name),
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"model {name}: cannot be loaded ({first_sentence(error)})") from error
+    return without_dropout(model)
+
+
+def without_dropout(model: Any) -> Any:
+    """Dropout would make the policy differ from the reference it starts as, and a resumed run from an unbroken one."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def first_sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()).split(". ")[0]
+
+
+# ---------------------------------------------------------------- hidden states and the head
+
+
+class Head(NamedTuple):
+    """What turns a hidden row into logits: ``softcap(scale * (hidden @ weight.T + bias))``."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    logit_scale: float
+    logit_softcap: float | None
+
+
+def lm_head(model: Any) -> Head:
+    """The LM head as the operations of ``irlfast.ops`` take it, with the family's logit scale and soft-cap."""
+    output = model.get_output_embeddings()
+    if not isinstance(output, torch.nn.Linear):
+        raise InputError(f"{type(model).__name__}: found LM head {type(output).__name__}, expected torch.nn.Linear")
+    scale = getattr(model.config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(model.config, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma
+    return Head(output.weight, output.bias, scale, softcap)
+
+
+def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states ``[B*L, H]``, after the final norm, of right-padded ``input_ids`` ``[B, L]``."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside LoRA's wrapper
+    output = causal.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Make sure that hidden states and head give this model's own logits, whatever its family does in between.
+
+    Raises:
+        InputError: where they do not; training on them would optimise something else.
+    """
+    ids = torch.arange(4, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    head = lm_head(model)
+    hidden = hidden_states(model, ids, torch.ones_like(ids))
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
+    if head.logit_softcap:
+        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
+    own = model(input_ids=ids).logits[0].float()
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
+    if not torch.allclose(logits, own, rtol=tolerance, atol=tolerance * own.abs().max().item()):
+        raise InputError(f"{type(model).__name__}: its logits do not follow from its last hidden state and LM head")

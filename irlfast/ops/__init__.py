@@ -1,0 +1,158 @@
+"""The public operations: log-ratios and pair losses from hidden states, without the logits of a whole batch.
+
+Words and dimensions as in the design: N response tokens, R hidden rows, S sequences, P pairs, H hidden size, V
+vocabulary; ρ(y|x) = Σ_t log π_θ(y_t) − log π_ref(y_t) over response tokens, the end token included.
+
+Arguments that both operations take:
+
+- ``hidden`` ``[R, H]``, ``weight`` ``[V, H]`` and ``bias`` ``[V]``: fp32, bf16, fp16 or fp64, one dtype. Logits are
+  ``softcap(logit_scale · (hidden @ weightᵀ + bias))``, with ``softcap(z) = c · tanh(z / c)`` where ``logit_softcap``
+  is c, in fp32 (fp64 for fp64 inputs): never rounded to bf16, autocast or not.
+- ``targets`` ``[N]`` int64 or int32: response tokens of all sequences one after the other; −100 is skipped.
+- ``cu_seqlens`` ``[S + 1]`` int32: sequence s is ``targets[cu_seqlens[s]:cu_seqlens[s + 1]]``; it may be empty.
+- ``rows`` ``[N]`` int64 or int32: the hidden row that predicts each target, so that prompt rows cost nothing, and two
+  answers to one prompt share its last row. Default: row n predicts target n, and R = N.
+- The reference, never with gradients, one of: nothing; ``ref_hidden`` ``[R, H']``, ``ref_weight`` ``[V, H']`` and
+  ``ref_bias`` ``[V]``, with the policy's rows, scale and soft-cap; or ``ref_logps``, log-probabilities per token
+  ``[N]`` (as ``token_logps`` of :func:`log_ratio`; exact) or per sequence ``[S]`` (loses ~1e-3 nats at 1,024 tokens).
+  A size that is both N and S is read as per token.
+- ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"`` never does; ``"auto"`` takes
+  ``"cpu"`` for CPU tensors and ``"plain"`` for others.
+- ``buffer_mb``: the most memory for logits, in MiB (one row at the least). ``"plain"`` ignores it.
+
+Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irlfast.ops import checks, cpu, plain
+from irlfast.ops.problem import LogRatio, PairLoss, Side, expert_nll, pair_losses, summarise
+
+__all__ = ["LogRatio", "PairLoss", "log_ratio", "pair_loss"]
+
+BACKENDS = {"plain": plain, "cpu": cpu}
+PLANNED = ("triton", "cuda")
+
+
+def log_ratio(
+    hidden: Tensor,  # [R, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [N]
+    cu_seqlens: Tensor,  # [S + 1]
+    *,
+    rows: Tensor | None = None,  # [N]
+    ref_hidden: Tensor | None = None,  # [R, H']
+    ref_weight: Tensor | None = None,  # [V, H']
+    ref_logps: Tensor | None = None,  # [N] or [S]
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    buffer_mb: float = 1024,
+) -> LogRatio:
+    """Log-ratio ρ of every sequence: the implicit reward of IRFT (arXiv 2405.17888) and SPIN (arXiv 2401.01335) over β.
+
+    Arguments as the module says. ``log_ratio``, ``policy_logps`` and ``token_logps`` carry gradients to ``hidden``,
+    ``weight`` and ``bias``, whatever the loss that combines them. Matrix passes of the ``"cpu"`` backend: one without
+    gradient, two where only ``hidden`` needs it (then ``[N, H]`` is kept for the backward), else four, as the backward
+    recomputes; :func:`pair_loss` needs three. One more for ``ref_hidden``.
+
+    Returns:
+        LogRatio: ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]`` and ``token_logps`` ``[N]`` in fp32 (fp64).
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
+        RuntimeError: a backend that this build does not have.
+    """
+    policy = checks.check_policy(Side(hidden, weight, bias))
+    reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
+    problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb)
+    cached = checks.check_ref_logps(ref_logps, reference is not None, problem)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logps, computed = choose(backend, hidden.device).token_logps(policy, reference, problem)
+        return summarise(logps, cached if reference is None else computed, problem)
+
+
+def pair_loss(
+    hidden: Tensor,  # [R, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [N]
+    cu_seqlens: Tensor,  # [S + 1]
+    *,
+    pairs: Tensor | None = None,  # [P, 2]
+    beta: float,
+    loss_type: str = "sigmoid",
+    nll_weight: float = 0.0,
+    num_pairs: float | None = None,
+    num_tokens: float | None = None,
+    rows: Tensor | None = None,  # [N]
+    ref_hidden: Tensor | None = None,  # [R, H']
+    ref_weight: Tensor | None = None,  # [V, H']
+    ref_logps: Tensor | None = None,  # [N] or [S]
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    buffer_mb: float = 1024,
+) -> PairLoss:
+    """Loss on pairs (expert y, synthetic ỹ) with u = β · (ρ(y) − ρ(ỹ)): ``sigmoid`` −log σ(u), ``hinge`` max(0, 1 − u),
+    ``linear`` −u (SPIN, arXiv 2401.01335, eq. 4.7; IRFT, arXiv 2405.17888, whose own gradient is that of ``linear``).
+
+    ``loss`` = Σ over pairs / ``num_pairs`` + ``nll_weight`` · ``nll_loss``, ``nll_loss`` = −Σ log π_θ(y_t) over the
+    experts' tokens, each distinct expert once, / ``num_tokens``. The defaults are the pairs and the experts' scored
+    tokens of this call; a trainer passes the numbers of its whole batch instead. Without pairs, the loss is 0.
+
+    ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic); a sequence may be in several pairs or in none.
+    Default: sequences 2i and 2i + 1. Other arguments as the module says. Matrix passes of the ``"cpu"`` backend: three,
+    or two with a frozen head; groups of connected sequences that exceed ``buffer_mb`` are computed twice (four).
+
+    Returns:
+        PairLoss: ``loss`` ``[]``, differentiable in ``hidden``, ``weight``, ``bias``; and, without gradient,
+        ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]`` and ``nll_loss`` ``[]``; in fp32 (fp64).
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
+        RuntimeError: a backend that this build does not have.
+    """
+    policy = checks.check_policy(Side(hidden, weight, bias))
+    reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
+    problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb)
+    cached = checks.check_ref_logps(ref_logps, reference is not None, problem)
+    pairs = checks.check_pairs(pairs, problem)
+    checks.check_loss(beta, loss_type, nll_weight, num_pairs, num_tokens)
+
+    def objective(logps: Tensor, computed: Tensor | None) -> Tensor:
+        statistics = summarise(logps, cached if reference is None else computed, problem)
+        expert, synthetic = statistics.log_ratio[pairs].unbind(1)
+        losses = pair_losses(beta * (expert - synthetic), loss_type)
+        loss = losses.sum() / (num_pairs or max(len(pairs), 1))
+        if nll_weight:
+            loss = loss + nll_weight * expert_nll(statistics.policy_logps, pairs, problem, num_tokens)
+        return loss
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        run = choose(backend, hidden.device).pair_loss
+        loss, logps, computed = run(policy, reference, problem, pairs, objective)
+        statistics = summarise(logps, cached if reference is None else computed, problem)
+        nll = expert_nll(statistics.policy_logps, pairs, problem, num_tokens)
+    return PairLoss(loss, *statistics[:3], nll)
+
+
+def choose(backend: str, device: torch.device) -> Any:
+    """The backend's module."""
+    if backend == "auto":
+        backend = "cpu" if device.type == "cpu" else "plain"
+    if backend in PLANNED:
+        raise RuntimeError(f"backend {backend!r} is not in this build of irlfast; it has {', '.join(BACKENDS)}")
+    found: ModuleType | None = BACKENDS.get(backend)
+    checks.require(found is not None, "backend", backend, f"'auto', {', '.join(map(repr, BACKENDS))}")
+    checks.require(
+        backend != "cpu" or device.type == "cpu", "hidden", f"a tensor on {device}", "the CPU, by its backend"
+    )
+    return found

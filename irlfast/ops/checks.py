@@ -1,0 +1,182 @@
+"""Checks of the arguments of ``irlfast.ops``: every error names the argument, what was found and what was expected.
+
+Shapes, dtypes and devices are always checked; values where that costs no synchronisation, that is on CPU tensors,
+and on others where the environment has ``IRLFAST_CHECK=1``.
+"""
+
+import math
+import os
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irlfast.ops.problem import IGNORE, Problem, Side
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{value!r}" if value is None or isinstance(value, Real | str) else type(value).__name__
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+
+
+def require(holds: bool, name: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: found {describe(found)}, expected {expected}")
+
+
+def check_tensor(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    """``shape`` as in ``[N, H]``: only the number of dimensions is checked here."""
+    dimensions = shape.count(",") + 1
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    fits = isinstance(value, Tensor) and value.dim() == dimensions and value.dtype in dtypes
+    require(fits and value.device == device, name, value, f"{shape} {names} on {device}")
+
+
+def check_positive(value: Any, name: str, expected: str = "a number > 0") -> None:
+    require(isinstance(value, Real) and 0 < float(value) < math.inf, name, value, expected)
+
+
+# ---------------------------------------------------------------- policy and reference
+
+
+def check_policy(policy: Side) -> Side:
+    check_side(policy, "", getattr(policy.hidden, "device", torch.device("cpu")))
+    return policy
+
+
+def check_reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, policy: Side) -> Side | None:
+    """The reference that is computed from hidden states, detached; None without ``ref_hidden``."""
+    if hidden is None:
+        require(weight is None, "ref_weight", weight, "None where ref_hidden is None")
+        require(bias is None, "ref_bias", bias, "None where ref_hidden is None")
+        return None
+    if weight is None:
+        raise ValueError("ref_weight: found None, expected a tensor [V, H'] where ref_hidden is given")
+    check_side(Side(hidden, weight, bias), "ref_", policy.hidden.device)
+    rows, vocabulary = policy.hidden.shape[0], policy.weight.shape[0]
+    require(hidden.shape[0] == rows, "ref_hidden", hidden, f"{rows} rows, as hidden has")
+    require(weight.shape[0] == vocabulary, "ref_weight", weight, f"{vocabulary} rows, as weight has")
+    return Side(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+
+
+def check_side(side: Side, prefix: str, device: torch.device) -> None:
+    hidden, weight, bias = side
+    check_tensor(hidden, f"{prefix}hidden", "[R, H]", FLOATS, device)
+    check_tensor(weight, f"{prefix}weight", "[V, H]", (hidden.dtype,), device)
+    fits = weight.shape[0] > 0 and weight.shape[1] == hidden.shape[1]
+    require(fits, f"{prefix}weight", weight, f"[V, {hidden.shape[1]}] with V > 0, as {prefix}hidden has H columns")
+    if bias is not None:
+        check_tensor(bias, f"{prefix}bias", "[V]", (hidden.dtype,), device)
+        size = weight.shape[0]
+        require(bias.numel() == size, f"{prefix}bias", bias, f"[{size}], as {prefix}weight has that many rows")
+
+
+def check_ref_logps(ref_logps: Tensor | None, has_ref_hidden: bool, problem: Problem) -> Tensor | None:
+    """The cached reference, per token ``[N]`` or per sequence ``[S]``, detached."""
+    if ref_logps is None:
+        return None
+    require(not has_ref_hidden, "ref_logps", ref_logps, "None where ref_hidden is given (one reference, not two)")
+    check_tensor(ref_logps, "ref_logps", "[N]", FLOATS, problem.targets.device)
+    tokens, sequences = problem.targets.numel(), problem.sequences
+    expected = f"[{tokens}] (one per token) or [{sequences}] (one per sequence)"
+    require(ref_logps.numel() in (tokens, sequences), "ref_logps", ref_logps, expected)
+    return ref_logps.detach()
+
+
+# ---------------------------------------------------------------- tokens and sequences
+
+
+def check_problem(
+    policy: Side,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    buffer_mb: float,
+) -> Problem:
+    """What is scored, with ``cu_seqlens`` turned into the sequence of each target."""
+    hidden, device = policy.hidden, policy.hidden.device
+    check_tensor(targets, "targets", "[N]", INTEGERS, device)
+    check_tensor(cu_seqlens, "cu_seqlens", "[S + 1]", (torch.int32,), device)
+    require(cu_seqlens.numel() > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
+    tokens = targets.numel()
+    if rows is None:
+        require(hidden.shape[0] == tokens, "hidden", hidden, f"{tokens} rows, as targets, where rows is None")
+    else:
+        check_tensor(rows, "rows", "[N]", INTEGERS, device)
+        require(rows.numel() == tokens, "rows", rows, f"[{tokens}], as targets")
+    require(isinstance(logit_scale, Real) and math.isfinite(logit_scale), "logit_scale", logit_scale, "a number")
+    if logit_softcap is not None:
+        check_positive(logit_softcap, "logit_softcap", "None or a number > 0")
+    check_positive(buffer_mb, "buffer_mb")
+    if values_visible(device):
+        check_values(targets, cu_seqlens, rows, hidden.shape[0], policy.weight.shape[0])
+    lengths = cu_seqlens.diff()
+    sequence = torch.arange(lengths.numel(), device=device).repeat_interleave(lengths, output_size=tokens)
+    return Problem(
+        targets.long(),
+        None if rows is None else rows.long(),
+        sequence,
+        lengths.numel(),
+        float(logit_scale),
+        logit_softcap,
+        torch.promote_types(hidden.dtype, torch.float32),
+        buffer_mb,
+    )
+
+
+def values_visible(device: torch.device) -> bool:
+    return device.type == "cpu" or os.environ.get("IRLFAST_CHECK") == "1"
+
+
+def check_values(targets: Tensor, cu_seqlens: Tensor, rows: Tensor | None, height: int, vocabulary: int) -> None:
+    first, last, tokens = int(cu_seqlens[0]), int(cu_seqlens[-1]), targets.numel()
+    require(first == 0, "cu_seqlens[0]", first, "0")
+    require(last == tokens, "cu_seqlens[-1]", last, f"{tokens}, the number of targets")
+    drop = int(cu_seqlens.diff().min()) if cu_seqlens.numel() > 1 else 0
+    require(drop >= 0, "cu_seqlens", f"a step of {drop}", "values that do not decrease")
+    check_range(targets[targets != IGNORE], "targets", 0, vocabulary, f", or {IGNORE} where skipped")
+    if rows is not None:
+        check_range(rows, "rows", 0, height, ", the rows of hidden")
+
+
+def check_range(values: Tensor, name: str, low: int, high: int, note: str) -> None:
+    if values.numel():
+        smallest, largest = int(values.min()), int(values.max())
+        found = smallest if smallest < low else largest
+        require(low <= smallest and largest < high, name, found, f"{low} <= value < {high}{note}")
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def check_pairs(pairs: Tensor | None, problem: Problem) -> Tensor:
+    """Pairs ``[P, 2]`` int64: as given, or sequences 2i (expert) and 2i + 1 (synthetic)."""
+    device = problem.targets.device
+    if pairs is None:
+        expected = "an even number of sequences (expert, synthetic, …) where pairs is None"
+        require(problem.sequences % 2 == 0, "cu_seqlens", f"{problem.sequences} sequences", expected)
+        return torch.arange(problem.sequences, device=device).view(-1, 2)
+    check_tensor(pairs, "pairs", "[P, 2]", INTEGERS, device)
+    require(pairs.shape[1] == 2, "pairs", pairs, "[P, 2], columns expert and synthetic")
+    if values_visible(device):
+        check_range(pairs, "pairs", 0, problem.sequences, ", the sequences of cu_seqlens")
+    return pairs.long()
+
+
+def check_loss(
+    beta: float, loss_type: str, nll_weight: float, num_pairs: float | None, num_tokens: float | None
+) -> None:
+    check_positive(beta, "beta")
+    require(loss_type in ("sigmoid", "hinge", "linear"), "loss_type", loss_type, "'sigmoid', 'hinge' or 'linear'")
+    fits = isinstance(nll_weight, Real) and 0 <= nll_weight < math.inf
+    require(fits, "nll_weight", nll_weight, "a number >= 0")
+    for name, value in (("num_pairs", num_pairs), ("num_tokens", num_tokens)):
+        if value is not None:
+            check_positive(value, name, "None or a number > 0")

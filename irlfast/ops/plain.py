@@ -1,0 +1,38 @@
+"""The operations in plain PyTorch: the oracle that every other backend is tested against. Holds ``[N, V]`` logits."""
+
+import torch
+from torch import Tensor
+
+from irlfast.ops.problem import Objective, Problem, Side
+
+
+def token_logps(policy: Side, reference: Side | None, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities ``[N]`` of the targets, 0 where skipped: the policy's, differentiable, and the reference's."""
+    logps = score(policy, problem)
+    if reference is None:
+        return logps, None
+    with torch.no_grad():
+        return logps, score(reference, problem)
+
+
+def pair_loss(
+    policy: Side, reference: Side | None, problem: Problem, pairs: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``objective`` of the token log-probabilities, differentiable, and these, detached.
+
+    ``pairs`` ``[P, 2]`` says which sequences the objective couples; sequences in no common pair are independent.
+    """
+    logps, ref_logps = token_logps(policy, reference, problem)
+    return objective(logps, ref_logps), logps.detach(), ref_logps
+
+
+def score(side: Side, problem: Problem) -> Tensor:
+    tokens = problem.scored()
+    hidden, weight = side.hidden.to(problem.dtype), side.weight.to(problem.dtype)
+    bias = None if side.bias is None else side.bias.to(problem.dtype)
+    # Cast before selecting: the gradients of a row that is used twice then add up in fp32.
+    logits = torch.nn.functional.linear(hidden[problem.rows_of(tokens)], weight, bias) * problem.logit_scale
+    if problem.logit_softcap is not None:
+        logits = problem.logit_softcap * torch.tanh(logits / problem.logit_softcap)
+    logps = logits.log_softmax(-1).gather(1, problem.targets[tokens, None]).squeeze(1)
+    return logps.new_zeros(problem.targets.shape).index_put((tokens,), logps)

@@ -1,0 +1,115 @@
+"""The start of a run: check everything that can be wrong before the first file is written."""
+
+import logging
+import os
+from pathlib import Path
+
+import yaml
+
+from irlfast import dist
+from irlfast.config import Config, difference, dump
+from irlfast.data import encode, fingerprint, make_format, read_splits, render_texts
+from irlfast.files import InputError, find, read_json, write_json, write_text
+from irlfast.metrics import Log, say
+from irlfast.model import build_model, load_model_config, load_tokenizer
+from irlfast.run import Run
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+
+
+def prepare(config: Config) -> tuple[Run, Path | str]:
+    """The run's data, tokenizer and folder, and the policy that it starts from.
+
+    Raises:
+        InputError: bad data, no tokenizer or weights, or an ``output_dir`` of another configuration or other data.
+    """
+    output = Path(config.output_dir).expanduser()
+    check_output(output, config)
+    quiet()
+    check_model(config)
+    form, train, held_out, counts = read_data(config)
+    counts["fingerprint"] = fingerprint(train, held_out)
+    known = read_json(output / "data.json") if (output / "data.json").exists() else counts
+    if known["fingerprint"] != counts["fingerprint"]:
+        raise InputError(f"output_dir {output}: its run began with other demonstrations; expected a new output_dir")
+    dist.start()
+    if dist.is_main():
+        write_text(output / "config.yaml", dump(config))
+        write_json(output / "data.json", counts)
+    dist.barrier()
+    say(describe(counts))
+    run = Run(config, output, form, train, held_out, Log(output, config))
+    return run, starting_policy(run)
+
+
+def check_output(output: Path, config: Config) -> None:
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"output_dir {output}: cannot be written, for {nearest} is no writable folder")
+    if (output / "config.yaml").exists():
+        old = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+        changed = difference(old, yaml.safe_load(dump(config)))
+        if changed:
+            raise InputError(f"output_dir {output}: its run has another configuration ({changed})")
+
+
+def check_model(config: Config) -> None:
+    """Whether there will be a model to train, long before it is loaded."""
+    load_model_config(config)
+    folder = find(config.model_name_or_path) if config.model_name_or_path else None
+    if folder and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+        raise InputError(f"model_name_or_path {folder}: found no weights, expected {' or '.join(WEIGHTS[:2])} files")
+
+
+def read_data(config: Config) -> tuple:
+    """Format, examples to learn from, held-out ones, and the counts of both."""
+    demonstrations, others = read_splits(config)
+    form = make_format(load_tokenizer(config, render_texts(demonstrations, config.prompt_template)), config)
+    train, train_counts = encode(demonstrations, form, config)
+    held_out, held_out_counts = encode(others, form, config)
+    for name, examples in (("training", train), ("held-out", held_out)):
+        if not examples:
+            raise InputError(f"dataset {config.dataset_name}: no {name} row has an answer; expected demonstrations")
+    prompts = {example.prompt for example in train}
+    held_out_counts["prompts_also_in_train"] = sum(example.prompt in prompts for example in held_out)
+    return form, train, held_out, {"train": train_counts, "eval": held_out_counts}
+
+
+def starting_policy(run: Run) -> Path | str:
+    """The given model, or a new one with its tokenizer in ``initial/policy``."""
+    if run.config.model_name_or_path:
+        return find(run.config.model_name_or_path) or run.config.model_name_or_path
+    built = run.output / "initial" / "policy"
+    if dist.is_main() and not built.exists():
+        build_model(run.config, run.form.tokenizer, built)
+    dist.barrier()
+    return built
+
+
+def describe(counts: dict) -> str:
+    """The data in a line each: what is there, and what had to be dropped or cut."""
+    lines = []
+    for name, label in (("train", "demonstrations"), ("eval", "held out")):
+        part = counts[name]
+        losses = [f"{part[key]} {key.replace('_', ' ')}" for key in LOSSES if part.get(key)]
+        lines.append(
+            f"{label}: {part['kept']:,} of {part['rows']:,} rows, {part['prompt_tokens']:,} prompt tokens, "
+            f"{part['answer_tokens']:,} answer tokens" + (f" ({', '.join(losses)})" if losses else "")
+        )
+    return "\n".join(lines)
+
+
+LOSSES = ("empty_answers", "duplicates", "cut_prompts", "cut_answers", "cut_at_end_token", "prompts_also_in_train")
+
+
+def quiet() -> None:
+    """Libraries' own progress bars and notices would tear ours."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -1,0 +1,64 @@
+"""Reference scores: log-probability of every answer token under a frozen policy, computed once and cached (DESIGN §4).
+
+Per token, because a sequence's log-ratio must be summed over per-token differences to stay exact.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from irlfast import dist, ops
+from irlfast.config import Config
+from irlfast.files import write
+from irlfast.losses import arguments
+from irlfast.model import check_head, hidden_states, lm_head, load_model
+from irlfast.pack import Segment, pack, tokens
+from irlfast.run import Run
+
+
+def score(run: Run, policy: Path | str, segments: list[Segment], path: Path) -> list[tuple[Tensor, ...]]:
+    """Log-probabilities under ``policy``: for every segment and answer an fp32 tensor with one value a token.
+
+    ``path`` caches them: ``logps`` ``[N]`` with ``lengths`` of the answers in order. Each process scores its share.
+    """
+    if not path.exists():
+        mine = range(dist.rank(), len(segments), dist.world_size())
+        scored = zip(mine, score_segments(run.config, policy, [segments[i] for i in mine], path), strict=True)
+        scores = dict(item for part in dist.all_gather(list(scored)) for item in part)
+        if dist.is_main():
+            write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(segments))]))
+        dist.barrier()
+    flat = load_file(path)
+    answers = iter(flat["logps"].split(flat["lengths"].tolist()))
+    return [tuple(next(answers) for _ in segment.answers) for segment in segments]
+
+
+@torch.no_grad()
+def score_segments(config: Config, policy: Path | str, segments: list[Segment], path: Path) -> list[tuple[Tensor, ...]]:
+    model = load_model(policy, config).to(dist.device()).eval()
+    check_head(model)
+    head = lm_head(model)
+    by_length = sorted(range(len(segments)), key=lambda i: -tokens(segments[i]))
+    size = max(1, config.per_device_eval_batch_size // max(len(segment.answers) for segment in segments))
+    scores: dict[int, tuple[Tensor, ...]] = {}
+    label = f"{path.parent.name}/{path.stem}"
+    with tqdm(total=len(segments), desc=label, unit="segment", disable=not dist.is_main()) as bar:
+        for start in range(0, len(segments), size):
+            chosen = by_length[start : start + size]
+            batch = pack([segments[i] for i in chosen]).to(dist.device())
+            hidden = hidden_states(model, batch.input_ids, batch.attention_mask)
+            logps = ops.log_ratio(hidden, **arguments(head, batch)).token_logps.cpu()
+            answers = iter(logps.split(batch.cu_seqlens.diff().tolist()))
+            for i in chosen:
+                scores[i] = tuple(next(answers) for _ in segments[i].answers)
+            bar.update(len(chosen))
+    return [scores[i] for i in range(len(segments))]
+
+
+def save_scores(path: Path, scores: list[tuple[Tensor, ...]]) -> None:
+    flat = [logps for answers in scores for logps in answers]
+    lengths = torch.tensor([logps.numel() for logps in flat], dtype=torch.int32)
+    save_file({"logps": torch.cat(flat), "lengths": lengths}, path)

@@ -1,0 +1,17 @@
+"""What every step of a run needs to know."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from irlfast.config import Config
+from irlfast.data import Example, Format
+from irlfast.metrics import Log
+
+
+class Run(NamedTuple):
+    config: Config
+    output: Path
+    form: Format
+    train: list[Example]
+    held_out: list[Example]
+    log: Log

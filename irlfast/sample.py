@@ -1,0 +1,139 @@
+"""Sampling: the policy's own answers to prompts, token ids in and token ids out, in shards that survive a kill.
+
+A shard's answers depend on its number and the seed alone, not on which process made it or what was made before it.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from irlfast import dist
+from irlfast.data import Example
+from irlfast.files import read_jsonl, write_jsonl
+from irlfast.model import load_model
+from irlfast.run import Run
+from irlfast.vllm_sampler import Shard, generate_vllm
+
+SHARD = 1024  # prompts; at least a batch for every sampler, and little to lose in a kill
+
+
+class Sampling(NamedTuple):
+    """How answers are drawn; ``temperature`` 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, sampling: Sampling) -> list[list[int]]:
+    """One answer to each example's prompt by ``policy``: ids, with the end token unless ``max_new_tokens`` cut it.
+
+    Shards that ``folder`` holds already are kept. Every process makes its share and returns all answers.
+    """
+    by_length = sorted(range(len(examples)), key=lambda i: (-len(examples[i].prompt_ids), i))
+    cuts = [by_length[start : start + SHARD] for start in range(0, len(examples), SHARD)]
+    paths = [folder / f"{number:05d}.jsonl" for number in range(len(cuts))]
+    mine = [
+        Shard(number, [examples[i].prompt_ids for i in cut], sampling.seed + number)
+        for number, cut in enumerate(cuts)
+        if number % dist.world_size() == dist.rank() and not paths[number].exists()
+    ]
+    if mine:
+        generate = vllm_answers if run.config.sampler == "vllm" else transformers_answers
+        for number, answers in with_progress(generate(run, policy, mine, sampling), mine, folder):
+            texts = run.form.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            rows = [
+                {"index": i, "prompt": examples[i].prompt, "answer": text, "answer_ids": ids}
+                for i, ids, text in zip(cuts[number], answers, texts, strict=True)
+            ]
+            write_jsonl(paths[number], rows)
+    dist.barrier()
+    return read_samples(folder)
+
+
+def read_samples(folder: Path) -> list[list[int]]:
+    """The sampled answers' ids, in the order of the prompts."""
+    rows = (row for path in sorted(folder.glob("*.jsonl")) for _, row in read_jsonl(path))
+    answers = {row["index"]: row["answer_ids"] for row in rows}
+    return [answers[i] for i in range(len(answers))]
+
+
+def with_progress(
+    results: Iterator[tuple[int, list[list[int]]]], shards: list[Shard], folder: Path
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Show prompts done and tokens per second."""
+    begun, tokens = time.perf_counter(), 0
+    sizes = {shard.number: len(shard.prompts) for shard in shards}
+    label = f"{folder.parent.name}/{folder.name}"
+    with tqdm(total=sum(sizes.values()), desc=label, unit="prompt", disable=not dist.is_main()) as bar:
+        for number, answers in results:
+            yield number, answers
+            tokens += sum(map(len, answers))
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s", refresh=False)
+            bar.update(sizes[number])
+
+
+def vllm_answers(
+    run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
+) -> Iterator[tuple[int, list[list[int]]]]:
+    config = run.config
+    return generate_vllm(
+        Path(policy),
+        shards,
+        python=config.vllm_python,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_new_tokens=config.max_new_tokens,
+        end_id=run.form.end_id,
+        dtype=config.dtype,
+        max_model_len=config.max_prompt_length + config.max_new_tokens,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
+    )
+
+
+@torch.no_grad()
+def transformers_answers(
+    run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
+) -> Iterator[tuple[int, list[list[int]]]]:
+    config = run.config
+    model = load_model(policy, config).to(dist.device()).eval()
+    for shard in shards:
+        torch.manual_seed(shard.seed)
+        answers: list[list[int]] = []
+        for start in range(0, len(shard.prompts), config.per_device_eval_batch_size):
+            prompts = shard.prompts[start : start + config.per_device_eval_batch_size]
+            answers += generate_batch(model, prompts, run.form.end_id, sampling, config.max_new_tokens)
+        yield shard.number, answers
+
+
+def generate_batch(
+    model: Any, prompts: list[list[int]], end_id: int, sampling: Sampling, max_new_tokens: int
+) -> list[list[int]]:
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[end_id] * (longest - len(prompt)) + prompt for prompt in prompts])  # left-padded
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    greedy = sampling.temperature == 0
+    draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    model.generation_config = GenerationConfig()  # a checkpoint's own defaults (top_k 50, penalties) would bias samples
+    generated = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=GenerationConfig(
+            do_sample=not greedy, max_new_tokens=max_new_tokens, eos_token_id=end_id, pad_token_id=end_id, **draw
+        ),
+    )
+    return [cut_at(answer, end_id) for answer in generated[:, longest:].tolist()]
+
+
+def cut_at(answer: list[int], end_id: int) -> list[int]:
+    """Up to the end token, it included; what follows is padding."""
+    return answer[: answer.index(end_id) + 1] if end_id in answer else answer

@@ -1,0 +1,72 @@
+"""Train a policy from demonstrations: ``python -m irlfast.train CONFIG.yaml [key=value]... [--dry_run]``.
+
+The outer loop of IRFT: fit the demonstrations if asked (SFT), then T times let the policy answer its prompts and train
+it to prefer the demonstrations. Every step leaves its result in ``output_dir`` and is passed over when that is there,
+so the same command goes on where it was stopped.
+"""
+
+import errno
+import os
+import sys
+
+from irlfast.config import Config, load_config
+from irlfast.files import InputError
+
+NO_FILE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+def train(config: Config) -> None:
+    """Everything that a configuration asks for; called in every process of the run."""
+    from irlfast.evaluate import evaluate
+    from irlfast.final import finish
+    from irlfast.methods.irft import irft_stage, stage_name
+    from irlfast.methods.sft import sft, wants_sft
+    from irlfast.prepare import prepare
+
+    run, policy = prepare(config)
+    folder = run.output / "initial"
+    if wants_sft(config):
+        policy, folder = sft(run, policy), run.output / "sft"
+    first, first_folder = policy, folder
+    policies = {folder.name: policy}
+    figures = [evaluate(run, folder, policy, first_folder, first)]
+
+    for stage in range(0 if config.method == "sft" else config.stages):
+        folder = run.output / stage_name(stage)
+        policy = irft_stage(run, stage, policy, policy if config.reference == "stage" else first)
+        policies[folder.name] = policy
+        figures.append(evaluate(run, folder, policy, first_folder, first))
+
+    finish(run, policies, figures)
+
+
+def main() -> int:
+    """Exit codes: 0 done, 2 bad input or an unwritable folder (one sentence says which), 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        config, dry_run = load_config(sys.argv[1:])
+        if dry_run:
+            from irlfast.dry_run import show
+
+            show(config)
+        else:
+            train(config)
+    except InputError as error:
+        return fail(str(error), 2)
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        return fail(f"cannot write {error.filename or 'to disk'}: {error.strerror}; the same command resumes", 2)
+    except KeyboardInterrupt:
+        return fail("interrupted; the same command resumes", 130)
+    return 0
+
+
+def fail(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"irlfast: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Answers by vLLM in a process of its own: a JSON job on stdin, a JSON line a finished shard on stdout.
+
+    /path/to/env-with-vllm/bin/python irlfast/vllm_worker.py < job.json > answers.jsonl
+
+Run by path, in any interpreter that has vLLM; imports nothing of irlfast, which may not be installed there.
+The job: ``{"model": folder, "engine": {LLM's arguments}, "sampling": {SamplingParams' arguments},
+"shards": [{"number": n, "prompts": [[ids], …], "seed": s}, …]}``; a line: ``{"shard": n, "answers": [[ids], …]}``.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    end_with_parent()
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM and its children log to stdout
+    job = json.load(sys.stdin)
+    # Python put this folder first, where modules named data, model, kernels … would hide installed packages.
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != here]
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        job["engine"].setdefault("enforce_eager", True)  # else it compiles for 20 s, and fails without a C++ compiler
+    engine = LLM(model=job["model"], **job["engine"])
+    for shard in job["shards"]:
+        # A shard starts with an empty cache, so that its answers do not depend on those made before it.
+        engine.reset_prefix_cache()
+        options = [
+            SamplingParams(**job["sampling"], seed=seed_of(shard["seed"], i)) for i in range(len(shard["prompts"]))
+        ]
+        prompts = [{"prompt_token_ids": ids} for ids in shard["prompts"]]
+        outputs = engine.generate(prompts, options, use_tqdm=False)
+        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        print(json.dumps({"shard": shard["number"], "answers": answers}), file=results, flush=True)
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it is gone, however it went."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def seed_of(seed: int, position: int) -> int:
+    """The seed of one answer: no two requests share their noise, as they would with ``seed + position``."""
+    digest = hashlib.sha256(f"{seed} {position}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")  # 56 bits: positive in any 64-bit integer
+
+
+if __name__ == "__main__":
+    main()

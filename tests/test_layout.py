@@ -1,0 +1,132 @@
+"""The repository's shape: imports go one way, and every way of installing gives the same package."""
+
+import ast
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each module imports only from those before it (DESIGN: data goes left to right and never back).
+ORDER = [
+    "__init__",
+    "demo",
+    "kernels",
+    "ops",
+    "files",
+    "config",
+    "dist",
+    "data",
+    "model",
+    "metrics",
+    "run",
+    "pack",
+    "losses",
+    "policy",
+    "vllm_worker",
+    "vllm_sampler",
+    "sample",
+    "reference",
+    "engine",
+    "methods",
+    "prepare",
+    "dry_run",
+    "evaluate",
+    "report",
+    "final",
+    "train",
+]
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(ROOT / "irlfast").parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "irlfast":
+            names |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+    return {name for name in names if (ROOT / "irlfast" / name).exists() or (ROOT / "irlfast" / f"{name}.py").exists()}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "irlfast").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = module_of(path)
+    assert own in ORDER, f"{own} has no place in the order yet"
+    late = {name for name in imported(path) if ORDER.index(name) > ORDER.index(own)}
+    assert not late, f"{own} imports from after it: {late}"
+
+
+def test_files_and_functions_stay_small():
+    for path in [*ROOT.glob("irlfast/**/*.py"), *ROOT.glob("kernels/*.py")]:
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 60, f"{path}: {node.name}"
+
+
+def test_hugging_faces_package_kernels_is_not_shadowed():
+    """Transformers imports a package of this name; ours from the root must not be it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "irlfast" / "kernels").is_symlink()
+
+
+def python_in(folder: Path) -> Path:
+    """A new environment that sees the installed packages, but not this project."""
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "outer.pth").write_text("\n".join(packages))
+    return folder / "bin" / "python"
+
+
+def run(*command: str, cwd: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+IMPORTS = (
+    "import irlfast.kernels, irlfast.ops, irlfast.methods.irft, irlfast.report, pathlib;"
+    "here = pathlib.Path(irlfast.__file__).parent; print(here);"
+    "assert (here / 'demo' / 'train.jsonl').exists() and (here / 'report.html.j2').exists()"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Wheel and sdist of a copy as a clone would have it: what git tracks."""
+    clone = tmp_path_factory.mktemp("clone")
+    tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    run("tar", "--create", "--file", str(clone / "all.tar"), *(f for f in tracked if (ROOT / f).exists()), cwd=ROOT)
+    run("tar", "--extract", "--file", "all.tar", cwd=clone)
+    (clone / "all.tar").unlink()
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(clone / "dist"), cwd=clone)
+    return clone
+
+
+@pytest.mark.parametrize("kind", ["whl", "tar.gz"])
+def test_wheel_and_sdist_import_from_elsewhere(built, tmp_path, kind):
+    python = python_in(tmp_path / "env")
+    [package] = (built / "dist").glob(f"*.{kind}")
+    site = str(next((tmp_path / "env").glob("lib/python*/site-packages")))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
+    run(*pip, str(package), cwd=tmp_path)
+    assert run(str(python), "-c", IMPORTS, cwd=tmp_path).strip().startswith(site)
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_editable_install_imports(built, tmp_path, where):
+    """From the root too, where ``import kernels`` must not find our folder as a package with code."""
+    environment = tmp_path / "env"
+    python = python_in(environment)
+    site = str(next(environment.glob("lib/python*/site-packages")))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
+    run(*pip, "--editable", str(built), cwd=tmp_path)
+    cwd = built if where == "root" else tmp_path
+    assert run(str(python), "-c", IMPORTS, cwd=cwd).strip().startswith(str(built))

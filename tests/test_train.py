@@ -1,0 +1,228 @@
+"""The main job as a user runs it: one command, killed anywhere, on one process or two, on bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from irlfast.train import main
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "config_name": "irlfast/demo/config.json",
+    "train_tokenizer": 300,
+    "dataset_name": "irlfast/demo/train.jsonl",
+    "eval_dataset_name": "irlfast/demo/test.jsonl",
+    "max_train_samples": 96,
+    "max_eval_samples": 24,
+    "max_prompt_length": 64,
+    "max_length": 96,
+    "max_new_tokens": 12,
+    "sft_steps": 6,
+    "sft_learning_rate": 1e-3,
+    "sft_optim": "adamw_torch",
+    "stages": 2,
+    "inner_steps": 4,
+    "learning_rate": 1e-5,
+    "beta": 0.5,
+    "per_device_train_batch_size": 8,
+    "logging_steps": 2,
+    "save_steps": 2,
+}
+
+
+def command(output: Path, **keys) -> list[str]:
+    pairs = {**SMALL, "output_dir": str(output), **keys}
+    return [
+        "-m",
+        "irlfast.train",
+        *(f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in pairs.items()),
+    ]
+
+
+def start(arguments: list[str], launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(output: Path, launcher: tuple[str, ...] = (sys.executable,), code: int = 0, **keys) -> tuple[str, str]:
+    process = start(command(output, **keys), launcher)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An unbroken run and what it printed."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    return output, *run(output)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_files_of_a_run(finished):
+    output, out, _ = finished
+    assert yaml.safe_load((output / "config.yaml").read_text())["stages"] == 2
+    for stage in ("stage-00", "stage-01"):
+        assert (output / stage / "reference.safetensors").exists()
+        assert list((output / stage / "samples").glob("*.jsonl"))
+        assert (output / stage / "DONE").exists()
+        assert not (output / stage / "checkpoint").exists()
+    assert not list(output.rglob("*.tmp"))
+    assert "<html" in (output / "report.html").read_text()
+    for phase in ("sft", "stage-00", "stage-01"):
+        assert phase in out
+
+
+def test_metrics_use_trls_names(finished):
+    rows = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["phase"], row["step"]) for row in rows] == [
+        *(("sft", step) for step in (2, 4, 6)),
+        *((f"stage-0{stage}", step) for stage in (0, 1) for step in (2, 4)),
+    ]
+    names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"}
+    assert names <= set(rows[-1])
+    assert rows[-1]["stage"] == 1
+    assert rows[0]["stage"] == -1
+
+
+def test_final_loads_with_plain_transformers_and_stops_at_the_end_token(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished[0] / "final")
+    tokenizer = AutoTokenizer.from_pretrained(finished[0] / "final")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model(torch.tensor([tokenizer("half past nine").input_ids])).logits.isfinite().all()
+
+
+def test_the_same_command_again_changes_nothing(finished):
+    output, *_ = finished
+    before = contents(output / "final") | {"metrics": (output / "metrics.jsonl").read_bytes()}
+    run(output)
+    assert contents(output / "final") | {"metrics": (output / "metrics.jsonl").read_bytes()} == before
+
+
+KILLED_AT = [
+    "initial/policy",
+    "sft/checkpoint/progress.json",
+    "sft/policy",
+    "stage-00/samples",
+    "stage-00/checkpoint/progress.json",
+    "stage-01/reference.safetensors",
+]
+
+
+@pytest.mark.parametrize("moment", KILLED_AT)
+def test_a_killed_run_resumes_to_the_same_bytes(finished, tmp_path, moment):
+    process = start(command(tmp_path / "run"))
+    while not (tmp_path / "run" / moment).exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "run" / "final").exists()
+    run(tmp_path / "run")
+    unbroken = contents(finished[0] / "final")
+    resumed = contents(tmp_path / "run" / "final")
+    assert resumed == unbroken
+    rows = [(row["phase"], row["step"]) for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())]
+    assert len(rows) == len(set(rows)) == 7
+
+
+def test_a_changed_config_or_dataset_is_refused_with_the_difference(finished, tmp_path):
+    _, err = run(finished[0], code=2, beta=0.75)
+    assert "another configuration (beta: 0.5 -> 0.75)" in err
+    assert "Traceback" not in err
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_processes_end_with_the_parameters_of_one(tmp_path, zero_stage):
+    """The same global batch; samples come from greedy answers' seeds by shard, so both see the same pairs."""
+    run(tmp_path / "one", zero_stage=zero_stage, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    port = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port)
+    run(tmp_path / "two", launcher, zero_stage=zero_stage, per_device_train_batch_size=4)
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    start_ = load_file(tmp_path / "one" / "initial" / "policy" / "model.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:
+        moved = (one[name] - start_[name]).abs().max()
+        assert moved > 0
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-3 * moved.item())
+
+
+def test_early_stop_and_warning_when_demonstrations_become_unlikely(tmp_path):
+    _, err = run(tmp_path / "run", learning_rate=3e-3, beta=0.1, stages=1, inner_steps=20, max_expert_drop=2.0)
+    assert "warning: stage-00" in err
+    assert "lower learning_rate, raise beta, or set nll_weight" in err
+    assert "the stage ends here" in err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] < 20
+
+
+def bad(tmp_path: Path, case: str) -> dict:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    if case == "wrong key":
+        return {"betta": 1}
+    if case == "missing file":
+        return {"dataset_name": str(tmp_path / "gone.jsonl")}
+    if case == "wrong column":
+        rows.write_text('{"question": "a", "answer": "b"}\n')
+    if case == "not JSON":
+        rows.write_text('{"prompt": "a", "completion": "b"}\nnonsense\n')
+    if case == "empty dataset":
+        rows.write_text("")
+    if case == "only empty answers":
+        rows.write_text('{"prompt": "a", "completion": " "}\n' * 3)
+    if case == "model without weights":
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+        return {"model_name_or_path": str(tmp_path / "model"), "config_name": "null", "train_tokenizer": "null"}
+    if case == "unwritable output_dir":
+        (tmp_path / "file").write_text("")
+        return {"output_dir": str(tmp_path / "file" / "run")}
+    if case == "not a model config":
+        (tmp_path / "config.json").write_text("{}")
+        return {"config_name": str(tmp_path / "config.json")}
+    return {"dataset_name": str(rows)}
+
+
+CASES = {
+    "wrong key": "unknown key 'betta' on the command line; did you mean beta?",
+    "missing file": "dataset_name: no such file or folder",
+    "wrong column": "rows.jsonl, line 1: found columns question, answer; expected prompt+completion",
+    "not JSON": "rows.jsonl, line 2: not JSON",
+    "empty dataset": "found no rows, expected demonstrations",
+    "only empty answers": "no training row has an answer",
+    "model without weights": "found no weights, expected *.safetensors",
+    "unwritable output_dir": "cannot be written",
+    "not a model config": "not a Transformers config",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch, case):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command(tmp_path / "run", **bad(tmp_path, case))[1:])
+    assert main() == 2
+    message = capsys.readouterr().err
+    assert CASES[case] in message
+    assert message.startswith("irlfast: ")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()

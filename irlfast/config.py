@@ -8,6 +8,7 @@ command line and prints the help.
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -275,6 +276,9 @@ def check(config: Config) -> None:
         raise InputError(
             f"save_steps: found {config.save_steps}, expected a multiple of logging_steps ({config.logging_steps})"
         )
+    for package in config.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")
     if config.push_to_hub and not config.hub_model_id:
         raise InputError("push_to_hub: expected hub_model_id with it")
     for name in ("dataset_name", "eval_dataset_name", "config_name", "deepspeed", "model_name_or_path"):

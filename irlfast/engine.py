@@ -21,7 +21,11 @@ from irlfast.pack import Segment, micro_batches, pack
 from irlfast.policy import Policy
 from irlfast.run import Run
 
-NOTABLE_DROP = 0.5  # nats a demonstration; a warning comes before the collapse
+NOTABLE_DROP = 0.5  # nats a demonstration; the warning comes before the collapse
+FALLEN = (
+    "the demonstrations' log-likelihood is {:.2f} nats below the reference's; "
+    "lower learning_rate, raise beta, or set nll_weight (0.2, say)"
+)
 
 
 class Plan(NamedTuple):
@@ -51,6 +55,7 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
     window: Figures = {}
     begun = time.perf_counter()
     steps = len(plan.steps)
+    warned = False
     with tqdm(total=steps, initial=first, desc=folder.name, unit="step", disable=not dist.is_main()) as bar:
         for step in range(first + 1, steps + 1):
             window = add(window, train_step(engine, plan, plan.steps[step - 1], segments))
@@ -63,7 +68,14 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
             window, begun = {}, time.perf_counter()
             run.log.write(row)
             bar.set_postfix_str(postfix(row), refresh=False)
-            if must_stop(row, config):
+            if not math.isfinite(row["loss"]):
+                raise InputError(f"{folder.name}, step {step}: the loss is {row['loss']}; try a lower learning_rate")
+            drop = row.get("logps/reference", row["logps/chosen"]) - row["logps/chosen"]
+            if drop > NOTABLE_DROP and not warned:
+                warned = True
+                say(f"warning: {folder.name}, step {step}: {FALLEN.format(drop)}")
+            if config.max_expert_drop and drop > config.max_expert_drop:
+                say(f"{folder.name} ends at step {step}: {drop:.2f} nats are more than max_expert_drop")
                 break
             if config.save_steps and step % config.save_steps == 0 and step < steps:
                 save_checkpoint(engine, folder / "checkpoint", step)
@@ -106,23 +118,6 @@ def summarise(window: Figures, engine: Any, seconds: float) -> dict[str, float]:
     row["learning_rate"] = engine.get_lr()[0]
     row["tokens_per_second"] = tokens / seconds
     return row
-
-
-def must_stop(row: dict[str, Any], config: Config) -> bool:
-    """Watch for the known failures: a loss that is no number, and demonstrations that become unlikely."""
-    where = f"{row['phase']}, step {row['step']}"
-    if not math.isfinite(row["loss"]):
-        raise InputError(f"{where}: the loss is {row['loss']}; expected a number; try a lower learning_rate")
-    drop = row.get("logps/reference", row["logps/chosen"]) - row["logps/chosen"]
-    if drop > NOTABLE_DROP:
-        say(
-            f"warning: {where}: the demonstrations' log-likelihood is {drop:.2f} nats below the reference's; "
-            "lower learning_rate, raise beta, or set nll_weight (0.2, say)"
-        )
-    if config.max_expert_drop and drop > config.max_expert_drop:
-        say(f"{where}: the stage ends here, for {drop:.2f} nats are more than max_expert_drop")
-        return True
-    return False
 
 
 def postfix(row: dict[str, Any]) -> str:

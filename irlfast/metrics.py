@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class Log:
             import wandb
 
             # The same id on every start, so that a resumed run goes on in its own curves.
-            self.wandb = wandb.init(project="irlfast", id=output.resolve().name, resume="allow", dir=str(output))
+            own = f"{output.name}-{zlib.crc32(str(output.resolve()).encode()):08x}"
+            self.wandb = wandb.init(project="irlfast", name=output.name, id=own, resume="allow", dir=str(output))
 
     def begin(self, phase: str, step: int) -> None:
         """A phase starts after ``step``: rows that a killed run wrote beyond its last checkpoint go."""

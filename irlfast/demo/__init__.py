@@ -1,1 +1,1 @@
-"""The demonstrations, held-out rows and model shape that ``configs/irft.yaml`` trains on; ``generate.py`` wrote them."""
+"""The demonstrations, held-out rows and model shape of ``configs/irft.yaml``; ``generate.py`` wrote the rows."""

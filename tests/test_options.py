@@ -1,0 +1,80 @@
+"""Runs with the options that the default leaves off, each a real run of a few steps."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.runs import run
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_lora_in_bf16_with_checkpointed_layers_and_zero_2(tmp_path):
+    """The adapters are merged, so that the result is a plain model of the base's shape, moved from the base."""
+    run(
+        tmp_path / "run",
+        dtype="bfloat16",
+        use_peft="true",
+        gradient_checkpointing="true",
+        zero_stage=2,
+        learning_rate=1e-2,
+        stages=1,
+        warmup_ratio=0,
+    )
+    base, final = weights(tmp_path / "run" / "sft" / "policy"), weights(tmp_path / "run" / "final")
+    assert base.keys() == final.keys()
+    moved = {name for name in base if not torch.equal(base[name], final[name])}
+    assert moved == {name for name in base if name.endswith("proj.weight")}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").dtype == torch.bfloat16
+
+
+def test_spin_with_adamw_zero_0_tensorboard_own_deepspeed_json_and_the_best_policy(tmp_path):
+    own = tmp_path / "deepspeed.json"
+    own.write_text(json.dumps({"gradient_clipping": 0.25, "zero_optimization": {"stage": 0}}))
+    out, err = run(
+        tmp_path / "run",
+        method="spin",
+        optim="adamw_torch",
+        zero_stage=0,
+        deepspeed=own,
+        report_to="tensorboard",
+        keep="best",
+        metric_for_best_model="nll",
+        learning_rate=[1e-5, 1e-6],
+        beta=[0.1, 5.0],
+        nll_weight=0.1,
+    )
+    output = tmp_path / "run"
+    pairs = [json.loads((output / f"stage-0{stage}" / "pairs.json").read_text()) for stage in (0, 1)]
+    assert pairs[0]["from_history"] == 0
+    assert pairs[1]["from_history"] == 96  # every prompt again, and the stage before mixed in
+    assert list((output / "tensorboard").glob("events*"))
+    figures = {path.parent.name: json.loads(path.read_text())["nll"] for path in output.glob("*/eval.json")}
+    best = min(figures, key=figures.__getitem__)
+    assert json.loads((output / "final" / "policy.json").read_text())["kept"] == best
+    assert f"from {best}" in out + err
+
+
+def test_a_pretrained_folder_initial_reference_hinge_and_no_sft(tmp_path, finished):
+    run(
+        tmp_path / "run",
+        config_name="null",
+        train_tokenizer="null",
+        model_name_or_path=finished[0] / "sft" / "policy",
+        sft_steps=0,
+        reference="initial",
+        loss_type="hinge",
+        gradient_accumulation_steps=2,
+        inner_steps="null",
+        inner_epochs=1,
+    )
+    assert (tmp_path / "run" / "initial" / "eval.json").exists()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["phase"] for row in rows} == {"stage-00", "stage-01"}
+    assert rows[-1]["step"] == 3  # 48 pairs of a stage in steps of 16
+    [first, second] = (load_file(tmp_path / "run" / f"stage-0{i}" / "reference.safetensors") for i in (0, 1))
+    assert first["logps"].shape != second["logps"].shape or not torch.equal(first["logps"], second["logps"])

@@ -100,7 +100,8 @@ def main() -> None:
     result = {
         "command": f"python -m benchmarks.learning {options.task} --seeds {' '.join(map(str, options.seeds))}",
         "keys": TASKS[options.task],
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
         "seeds": dict(zip(map(str, options.seeds), seeds, strict=True)),
         "table": table,
     }

@@ -62,7 +62,7 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
             bar.update()
             if step % config.logging_steps and step < steps:
                 continue
-            row = {"phase": folder.name, "stage": plan.stage, "step": step}
+            row: dict[str, Any] = {"phase": folder.name, "stage": plan.stage, "step": step}
             row["epoch"] = step * plan.steps[0].size / len(segments)
             row |= summarise(window, engine, time.perf_counter() - begun)
             window, begun = {}, time.perf_counter()

@@ -5,14 +5,14 @@ it to prefer the demonstrations. Every step leaves its result in ``output_dir`` 
 so the same command goes on where it was stopped.
 """
 
-import errno
 import os
 import sys
 
 from irlfast.config import Config, load_config
 from irlfast.files import InputError
 
-NO_FILE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+# safetensors and torch report a full disk by errors of their own, not as OSError
+UNWRITABLE = ("No space left", "Disk quota exceeded", "Read-only file system", "StreamWriter", "inline_container")
 
 
 def train(config: Config) -> None:
@@ -53,12 +53,12 @@ def main() -> int:
             train(config)
     except InputError as error:
         return fail(str(error), 2)
-    except OSError as error:
-        if error.errno not in NO_FILE:
-            raise
-        return fail(f"cannot write {error.filename or 'to disk'}: {error.strerror}; the same command resumes", 2)
     except KeyboardInterrupt:
         return fail("interrupted; the same command resumes", 130)
+    except Exception as error:
+        if not any(sign in str(error) for sign in UNWRITABLE):
+            raise
+        return fail(f"output_dir {config.output_dir}: its disk is full or read-only; the same command resumes", 2)
     return 0
 
 

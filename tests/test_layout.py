@@ -35,6 +35,8 @@ ORDER = [
     "prepare",
     "dry_run",
     "evaluate",
+    "report_files",
+    "report_plots",
     "report",
     "final",
     "train",
@@ -66,7 +68,8 @@ def test_files_and_functions_stay_small():
         assert len(path.read_text().splitlines()) <= 400, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno <= 60, f"{path}: {node.name}"
+                manual = len((ast.get_docstring(node) or "").splitlines())
+                assert node.end_lineno - node.lineno - manual <= 60, f"{path}: {node.name}"
 
 
 def test_hugging_faces_package_kernels_is_not_shadowed():

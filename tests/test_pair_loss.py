@@ -55,7 +55,7 @@ def check_against_fp64_oracle(factors: dict, seed: int) -> None:
     exact = gradients(expected.loss, double)
     for name, gradient in gradients(result.loss, case).items():
         assert gradient.dtype == case[name].dtype
-        # Rounded once to the tensor's dtype, after fp32 sums over 32,000 terms: plain PyTorch in fp32 errs by 3e-5 here.
+        # Rounded once to the tensor's dtype, after fp32 sums over 32,000 terms (plain PyTorch in fp32 errs by 3e-5).
         half_ulp = torch.finfo(case[name].dtype).eps / 2
         bound = exact[name].abs() * half_ulp * 1.01 + exact[name].abs().max() * 5e-5 + 1e-9
         assert ((gradient.double() - exact[name]).abs() <= bound).all(), name

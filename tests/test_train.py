@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -119,6 +120,24 @@ def test_early_stop_and_warning_when_demonstrations_become_unlikely(tmp_path):
     assert "are more than max_expert_drop" in err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] < 20
+
+
+@pytest.mark.parametrize("mebibytes", [9, 14])  # full in a policy's weights, and in a checkpoint
+def test_a_full_disk_is_one_sentence_and_the_run_resumes_with_room(finished, tmp_path, mebibytes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        _, err = run(disk / "run", code=2)
+        assert err.splitlines()[-1].endswith("its disk is full or read-only; the same command resumes")
+        assert "Traceback" not in err
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        run(disk / "run")
+        assert contents(disk / "run" / "final") == contents(finished[0] / "final")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def bad(tmp_path: Path, case: str) -> dict:

@@ -13,7 +13,6 @@ The writers below turn a value into words. ``expert`` goes the other way, from w
 its own; ``tests/test_demo.py`` holds every row against it.
 """
 
-import calendar
 import datetime
 import json
 import random
@@ -30,7 +29,9 @@ ONES = (
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth"}
 ORDINALS |= {"twelve": "twelfth", "twenty": "twentieth", "thirty": "thirtieth"}
-MONTHS = list(calendar.month_name)
+MONTHS = (  # counted from 1; not calendar's names, which follow the locale
+    "- January February March April May June July August September October November December"
+).split()
 FEASTS = {"New Year's Day": (1, 1), "Valentine's Day": (2, 14), "Halloween": (10, 31), "Christmas Eve": (12, 24)}
 FEASTS |= {"Christmas Day": (12, 25), "New Year's Eve": (12, 31)}
 # The hours (0 to 23) that each part of the day covers. Of the two hours that a clock face shows as one, a part has one.

@@ -19,7 +19,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=["irlfast", "irlfast.demo", "irlfast.kernels", "irlfast.methods", "irlfast.ops"],
-    package_data={"irlfast": ["report.html.j2"], "irlfast.demo": ["*.jsonl", "*.json"], "irlfast.kernels": ["README.md"]},
+    package_data={
+        "irlfast": ["report.html.j2"],
+        "irlfast.demo": ["*.jsonl", "*.json"],
+        "irlfast.kernels": ["README.md"],
+    },
     install_requires=[
         "torch>=2.9",
         "transformers>=5",

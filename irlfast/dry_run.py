@@ -33,17 +33,17 @@ def show(config: Config) -> None:
     quiet()
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"[bold]configuration[/]\n{escape(dump(config))}")
-    size = model_size(config)
-    out.print(f"[bold]model[/]\n{size.parameters:,} parameters\n" if size else "[bold]model[/]\ncannot be had here\n")
-    train = None
+    size, train = model_size(config), None
     try:
         form, train, _, counts = read_data(config)
         out.print(f"[bold]data[/]\n{describe(counts)}\n")
         show_examples(out, train[:EXAMPLES], form)
+        size = model_size(config, len(form.tokenizer))
     except InputError as error:
         if find(config.dataset_name or "") and size:  # all is at hand, so the data is wrong
             raise
         out.print(f"[bold]data[/]\nnot checked: {escape(str(error))}\n")
+    out.print(f"[bold]model[/]\n{size.parameters:,} parameters\n" if size else "[bold]model[/]\ncannot be had here\n")
     show_estimates(out, config, train, size)
 
 
@@ -95,8 +95,8 @@ def mean_length(examples: list[Example]) -> float:
     return sum(len(example.prompt_ids) + len(example.answer_ids) for example in examples) / len(examples)
 
 
-def model_size(config: Config) -> Size | None:
-    """From the model's config alone; None where it cannot be had."""
+def model_size(config: Config, vocabulary: int | None = None) -> Size | None:
+    """From the model's config alone, a new model's with its tokenizer's ``vocabulary``; None where it cannot be had."""
     import transformers
 
     try:
@@ -105,6 +105,8 @@ def model_size(config: Config) -> Size | None:
         if config.config_name or find(config.model_name_or_path or ""):
             raise
         return None
+    if config.config_name and vocabulary:
+        model_config.vocab_size = vocabulary
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(model_config)
     text = model_config.get_text_config()

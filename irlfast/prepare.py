@@ -55,7 +55,13 @@ def check_output(output: Path, config: Config) -> None:
 
 def check_model(config: Config) -> None:
     """Whether there will be a model to train, long before it is loaded."""
-    load_model_config(config)
+    positions = getattr(load_model_config(config).get_text_config(), "max_position_embeddings", None)
+    longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
+    if positions and longest > positions:
+        raise InputError(
+            f"max_length {config.max_length}, or max_prompt_length {config.max_prompt_length} + max_new_tokens "
+            f"{config.max_new_tokens}: found up to {longest} tokens, but the model has {positions} positions"
+        )
     folder = find(config.model_name_or_path) if config.model_name_or_path else None
     if folder and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         raise InputError(f"model_name_or_path {folder}: found no weights, expected {' or '.join(WEIGHTS[:2])} files")

@@ -12,7 +12,7 @@ from irlfast.config import Config, load_config
 from irlfast.files import InputError
 
 # safetensors and torch report a full disk by errors of their own, not as OSError
-UNWRITABLE = ("No space left", "Disk quota exceeded", "Read-only file system", "StreamWriter", "inline_container")
+UNWRITABLE = ("No space left", "Disk quota exceeded", "Read-only file system", "StreamWriter", "unexpected pos")
 
 
 def train(config: Config) -> None:

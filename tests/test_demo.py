@@ -110,4 +110,3 @@ def test_the_model_has_about_a_million_parameters():
     model = transformers.AutoModelForCausalLM.from_config(config)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert 0.8e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.2e6
-    assert config.max_position_embeddings == 256

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.train import main
 from tests.runs import ROOT, command, run, start
+from tests.tokenizers_like import pythia
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -165,6 +166,14 @@ def bad(tmp_path: Path, case: str) -> dict:
     if case == "not a model config":
         (tmp_path / "config.json").write_text("{}")
         return {"config_name": str(tmp_path / "config.json")}
+    if case == "too few positions":
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_positions": 95}')
+        return {"config_name": str(tmp_path / "config.json")}
+    if case == "no end token":
+        tokenizer = pythia()
+        tokenizer.eos_token = None
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        return {"tokenizer_name_or_path": str(tmp_path / "tokenizer"), "train_tokenizer": "null"}
     return {"dataset_name": str(rows)}
 
 
@@ -178,6 +187,8 @@ CASES = {
     "model without weights": "found no weights, expected *.safetensors",
     "unwritable output_dir": "cannot be written",
     "not a model config": "not a Transformers config",
+    "no end token": "no end token",
+    "too few positions": "found up to 96 tokens, but the model has 95 positions",
 }
 
 

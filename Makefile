@@ -9,6 +9,7 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

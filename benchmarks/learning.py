@@ -22,8 +22,15 @@ import yaml
 ROOT = Path(__file__).parent.parent
 COMMON = ["eval_dataset_name={data}/{name}_test.jsonl", "dataset_name={data}/{name}_train.jsonl"]
 TASKS = {
-    "cmudict": [],
-    "gsm8k": [],
+    "cmudict": [
+        *("max_prompt_length=64", "max_length=96", "max_new_tokens=32", "sft_steps=800"),
+        *("max_train_samples=120000", "learning_rate=5.0e-5", "nll_weight=0.5", "per_device_train_batch_size=64"),
+    ],
+    "gsm8k": [
+        *("max_prompt_length=192", "max_length=384", "max_new_tokens=192", "train_tokenizer=2048", "sft_steps=600"),
+        *("sft_per_device_train_batch_size=32", "max_eval_samples=300"),
+        *("learning_rate=5.0e-5", "nll_weight=0.5", "per_device_train_batch_size=16"),
+    ],
 }
 METRICS = ("exact_match", "nll", "reward_accuracy", "margin")
 

@@ -16,26 +16,26 @@ Arguments that both operations take:
   ``ref_bias`` ``[V]``, with the policy's rows, scale and soft-cap; or ``ref_logps``, log-probabilities per token
   ``[N]`` (as ``token_logps`` of :func:`log_ratio`; exact) or per sequence ``[S]`` (loses ~1e-3 nats at 1,024 tokens).
   A size that is both N and S is read as per token.
-- ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"`` never does; ``"auto"`` takes
-  ``"cpu"`` for CPU tensors and ``"plain"`` for others.
+- ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"`` and ``"triton"`` never do.
+  ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for others (``"plain"`` in fp64, or without Triton).
 - ``buffer_mb``: the most memory for logits, in MiB (one row at the least). ``"plain"`` ignores it.
 
 Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
 """
 
+import importlib.util
+import os
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from irlfast.ops import checks, cpu, plain
+from irlfast.ops import checks, cpu, plain, triton
 from irlfast.ops.problem import LogRatio, PairLoss, Side, expert_nll, pair_losses, summarise
 
 __all__ = ["LogRatio", "PairLoss", "log_ratio", "pair_loss"]
 
-BACKENDS = {"plain": plain, "cpu": cpu}
-PLANNED = ("triton", "cuda")
+BACKENDS = {"plain": plain, "cpu": cpu, "triton": triton}
 
 
 def log_ratio(
@@ -58,7 +58,7 @@ def log_ratio(
     """Log-ratio ρ of every sequence: the implicit reward of IRFT (arXiv 2405.17888) and SPIN (arXiv 2401.01335) over β.
 
     Arguments as the module says. ``log_ratio``, ``policy_logps`` and ``token_logps`` carry gradients to ``hidden``,
-    ``weight`` and ``bias``, whatever the loss that combines them. Matrix passes of the ``"cpu"`` backend: one without
+    ``weight`` and ``bias``, whatever the loss that combines them. Passes over ``weight``: one without
     gradient, two where only ``hidden`` needs it (then ``[N, H]`` is kept for the backward), else four, as the backward
     recomputes; :func:`pair_loss` needs three. One more for ``ref_hidden``.
 
@@ -67,14 +67,14 @@ def log_ratio(
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: a backend that this build does not have.
+        RuntimeError: ``backend="triton"`` without Triton.
     """
     policy = checks.check_policy(Side(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
     problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb)
     cached = checks.check_ref_logps(ref_logps, reference is not None, problem)
     with torch.autocast(hidden.device.type, enabled=False):
-        logps, computed = choose(backend, hidden.device).token_logps(policy, reference, problem)
+        logps, computed = choose(backend, hidden).token_logps(policy, reference, problem)
         return summarise(logps, cached if reference is None else computed, problem)
 
 
@@ -109,7 +109,7 @@ def pair_loss(
     tokens of this call; a trainer passes the numbers of its whole batch instead. Without pairs, the loss is 0.
 
     ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic); a sequence may be in several pairs or in none.
-    Default: sequences 2i and 2i + 1. Other arguments as the module says. Matrix passes of the ``"cpu"`` backend: three,
+    Default: sequences 2i and 2i + 1. Other arguments as the module says. Passes over ``weight``: three,
     or two with a frozen head; groups of connected sequences that exceed ``buffer_mb`` are computed twice (four).
 
     Returns:
@@ -118,7 +118,7 @@ def pair_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: a backend that this build does not have.
+        RuntimeError: ``backend="triton"`` without Triton.
     """
     policy = checks.check_policy(Side(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
@@ -137,22 +137,30 @@ def pair_loss(
         return loss
 
     with torch.autocast(hidden.device.type, enabled=False):
-        run = choose(backend, hidden.device).pair_loss
+        run = choose(backend, hidden).pair_loss
         loss, logps, computed = run(policy, reference, problem, pairs, objective)
         statistics = summarise(logps, cached if reference is None else computed, problem)
         nll = expert_nll(statistics.policy_logps, pairs, problem, num_tokens)
     return PairLoss(loss, *statistics[:3], nll)
 
 
-def choose(backend: str, device: torch.device) -> Any:
+def choose(backend: str, hidden: Tensor) -> ModuleType:
     """The backend's module."""
     if backend == "auto":
-        backend = "cpu" if device.type == "cpu" else "plain"
-    if backend in PLANNED:
-        raise RuntimeError(f"backend {backend!r} is not in this build of irlfast; it has {', '.join(BACKENDS)}")
-    found: ModuleType | None = BACKENDS.get(backend)
-    checks.require(found is not None, "backend", backend, f"'auto', {', '.join(map(repr, BACKENDS))}")
-    checks.require(
-        backend != "cpu" or device.type == "cpu", "hidden", f"a tensor on {device}", "the CPU, by its backend"
-    )
-    return found
+        fused = triton_installed() and hidden.dtype != torch.float64
+        backend = "cpu" if hidden.device.type == "cpu" else "triton" if fused else "plain"
+    checks.require(backend in BACKENDS, "backend", backend, f"'auto', {', '.join(map(repr, BACKENDS))}")
+    if backend == "cpu":
+        checks.require(hidden.device.type == "cpu", "hidden", hidden, "a tensor on the CPU, as backend 'cpu' needs")
+    if backend == "triton":
+        if not triton_installed():
+            raise RuntimeError("backend 'triton': Triton is not installed; pip install 'triton>=3.5' gets it")
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        expected = "a tensor on a GPU (or TRITON_INTERPRET=1), as backend 'triton' needs"
+        checks.require(hidden.is_cuda or interpreted, "hidden", hidden, expected)
+        checks.require(hidden.dtype != torch.float64, "hidden", hidden, "fp32, bf16 or fp16; fp64 is for 'plain'")
+    return BACKENDS[backend]
+
+
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -38,6 +38,10 @@ class Problem(NamedTuple):
     def rows_of(self, tokens: Tensor) -> Tensor:
         return tokens if self.rows is None else self.rows[tokens]
 
+    def zeros(self) -> Tensor:
+        """A log-probability ``[N]`` for each target."""
+        return torch.zeros(self.targets.shape, dtype=self.dtype, device=self.targets.device)
+
     def scored(self) -> Tensor:
         """Indices of the targets that are not skipped."""
         return (self.targets != IGNORE).nonzero().flatten()

@@ -1,0 +1,121 @@
+"""Log-probabilities of targets straight from hidden states: projection, log-sum-exp and gather in one launch.
+
+No logit ever reaches memory. The policy's tiles and the reference's are programs of the same launch, on hidden rows
+gathered through ``rows``; a second, small launch folds the parts that the vocabulary was cut into.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 1024  # several waves on any GPU, so that the last one costs little
+
+
+@triton.jit
+def tile_logits(
+    hidden, weight, bias, row, column, V, H, scale, CAP: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr
+):
+    """Final logits [rows, columns] of a tile; −inf beyond the vocabulary."""
+    inside = column < V
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for start in range(0, H, K):
+        k = start + tl.arange(0, K)
+        x = tl.load(hidden + row[:, None] * H + k[None, :], mask=k[None, :] < H, other=0.0)
+        w = tl.load(weight + column[None, :] * H + k[:, None], mask=inside[None, :] & (k[:, None] < H), other=0.0)
+        total = tl.dot(x, w, total, input_precision=PRECISION)
+    if bias is not None:
+        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    total *= scale
+    if CAP is not None:
+        total = CAP * (2 * tl.sigmoid(2 * total / CAP) - 1)  # tanh
+    return tl.where(inside[None, :], total, float("-inf"))
+
+
+@triton.jit
+def parts_kernel(
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, n, V, H, REF_H,
+    scale, per_part, CAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Program (block of tokens, part of the vocabulary, side): max and sum of exponentials of its part, target's logit.
+
+    ``peaks``, ``sums`` and ``picked`` are [sides, parts, n]; a part without the target leaves −inf in ``picked``.
+    """
+    block, part, side = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    at = block * M + tl.arange(0, M)
+    row = tl.load(rows + at, mask=at < n, other=0).to(tl.int64)
+    target = tl.load(targets + at, mask=at < n, other=0)
+    peak = tl.full([M], float("-inf"), tl.float32)
+    norm = tl.zeros([M], tl.float32)
+    found = tl.full([M], float("-inf"), tl.float32)
+    first = part * per_part
+    for start in range(first, min(first + per_part, V), N):
+        column = start + tl.arange(0, N).to(tl.int64)
+        if side == 0:
+            z = tile_logits(hidden, weight, bias, row, column, V, H, scale, CAP, PRECISION, K)
+        else:
+            z = tile_logits(ref_hidden, ref_weight, ref_bias, row, column, V, REF_H, scale, CAP, PRECISION, K)
+        new = tl.maximum(peak, tl.max(z, axis=1))
+        base = tl.where(new == float("-inf"), 0.0, new)  # −inf − −inf would be NaN
+        norm = norm * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
+        peak = new
+        found = tl.maximum(found, tl.max(tl.where(column[None, :] == target[:, None], z, float("-inf")), axis=1))
+    out = (side * tl.num_programs(1) + part) * n + at
+    tl.store(peaks + out, peak, mask=at < n)
+    tl.store(sums + out, norm, mask=at < n)
+    tl.store(picked + out, found, mask=at < n)
+
+
+@triton.jit
+def fold_kernel(peaks, sums, picked, logps, n, PARTS: tl.constexpr, M: tl.constexpr):
+    """Log-probabilities [sides, n] from the parts' statistics [sides, PARTS, n]."""
+    at = tl.program_id(0) * M + tl.arange(0, M)
+    side = tl.program_id(1).to(tl.int64)
+    inside = at < n
+    peak = tl.full([M], float("-inf"), tl.float32)
+    norm = tl.zeros([M], tl.float32)
+    found = tl.full([M], float("-inf"), tl.float32)
+    for part in range(PARTS):
+        where = (side * PARTS + part) * n + at
+        theirs = tl.load(peaks + where, mask=inside, other=0.0)
+        new = tl.maximum(peak, theirs)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        norm = norm * tl.exp(peak - base) + tl.load(sums + where, mask=inside, other=0.0) * tl.exp(theirs - base)
+        peak = new
+        found = tl.maximum(found, tl.load(picked + where, mask=inside, other=0.0))
+    tl.store(logps + side * n + at, found - peak - tl.log(norm), mask=inside)
+
+
+def token_logps(
+    sides: list[tuple[Tensor, Tensor, Tensor | None]],  # policy, or policy and reference: hidden, weight, bias
+    rows: Tensor,  # [n] the hidden row of each token
+    targets: Tensor,  # [n]
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """fp32 log-probabilities ``[sides, n]`` of ``targets``; logits ``softcap(scale · (hidden[rows] @ weightᵀ + bias))``."""
+    (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = sides[0], sides[-1]
+    n, vocabulary = len(targets), weight.shape[0]
+    narrow = hidden.dtype != torch.float32
+    m, columns, k = (128, 128, 64) if narrow else (64, 64, 32)
+    blocks, tiles = triton.cdiv(n, m), triton.cdiv(vocabulary, columns)
+    parts = min(tiles, max(1, PROGRAMS // max(1, blocks * len(sides))))
+    per_part = triton.cdiv(tiles, parts) * columns
+    parts = triton.cdiv(vocabulary, per_part)
+    peaks, sums, picked = torch.empty(3, len(sides), parts, n, dtype=torch.float32, device=hidden.device)
+    logps = torch.empty(len(sides), n, dtype=torch.float32, device=hidden.device)
+    if n == 0:
+        return logps
+    parts_kernel[(blocks, parts, len(sides))](
+        *(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked),
+        *(n, vocabulary, hidden.shape[1], ref_hidden.shape[1], scale, per_part),
+        CAP=softcap,
+        PRECISION="ieee",  # fp32 products in fp32, not in tf32
+        M=m,
+        N=columns,
+        K=k,
+        num_warps=8,
+        num_stages=3,
+    )
+    fold_kernel[(triton.cdiv(n, 128), len(sides))](peaks, sums, picked, logps, n, PARTS=parts, M=128, num_warps=4)
+    return logps

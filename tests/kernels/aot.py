@@ -1,0 +1,105 @@
+"""Ahead-of-time compilation, without a GPU, of exactly the launches that a call makes; and what ptxas says of them."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90)
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    values: dict[str, Any]
+    options: dict[str, int]
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel needs of a GPU."""
+
+    name: str
+    architecture: int
+    registers: int  # a thread
+    spills: int  # bytes a thread, stores and loads
+    shared: int  # bytes a program
+
+
+@contextmanager
+def captured() -> Iterator[list[Launch]]:
+    """Record the launches of kernels instead of running them; whatever they would have written stays as it was."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = dict(zip(kernel.arg_names, args, strict=False))
+        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        values = names | {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+        defaults = {p.name: p.default for p in kernel.params if p.has_default}
+        launches.append(Launch(kernel, defaults | values, options))
+
+    run = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def launches_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Launch]:
+    with captured() as launches:
+        call(*args, **kwargs)
+    return launches
+
+
+def compile_launch(launch: Launch, architecture: int) -> Usage:
+    """Compile as a launch with these arguments would: pointers aligned, 1s and None folded in."""
+    signature, constants, attributes = {}, {}, {}
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
+    registers, spills = ptxas(compiled.asm["ptx"], architecture)
+    return Usage(launch.kernel.__name__, architecture, registers, spills, compiled.metadata.shared)
+
+
+def ptxas(ptx: str, architecture: int) -> tuple[int, int]:
+    """Registers a thread, and bytes spilled."""
+    suffix = "a" if architecture >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(architecture).path, "-v", f"--gpu-name=sm_{architecture}{suffix}", str(source)]
+        done = subprocess.run([*command, "-o", f"{source}.cubin"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [registers] = re.findall(r"Used (\d+) registers", done.stderr)
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
+    return int(registers), spills

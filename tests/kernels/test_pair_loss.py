@@ -1,0 +1,162 @@
+"""``backend="triton"`` of log_ratio and pair_loss: against the oracle in fp64, and the properties it promises."""
+
+import random
+
+import pytest
+import torch
+
+from irlfast import ops
+from irlfast.ops.problem import IGNORE
+from tests.ops_cases import converted, gradients, make, random_pairs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = [5, 3, 0, 7, 1, 0, 4, 6]
+FACTORS = {
+    "dtype": [torch.float32, torch.bfloat16],
+    "vocabulary": [1, 7, 1000, 32000, 50304],
+    "size": [8, 64, 96],
+    "rows": [False, True],
+    "bias": [False, True],
+    "scale": [1.0, 0.3],
+    "softcap": [None, 30.0, 2.0],
+    "ignored": [False, True],
+    "reference": ["none", "hidden", "token", "sequence"],
+    "frozen": [False, True],
+    "loss_type": ["sigmoid", "hinge", "linear"],
+    "nll_weight": [0.0, 0.3],
+    "coupling": ["default", "random"],
+    "rows_in_buffer": [1, 9, 10**6],
+}
+LOSS = ("loss_type", "nll_weight", "coupling", "rows_in_buffer")
+STATISTICS = ("log_ratio", "policy_logps", "ref_logps")
+
+
+def on_device(case: dict) -> dict:
+    return {
+        name: value.detach().to(DEVICE).requires_grad_(value.requires_grad)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in case.items()
+    }
+
+
+def drawn(count: int) -> list[dict]:
+    source = random.Random(0)
+    return [{name: source.choice(values) for name, values in FACTORS.items()} for _ in range(count)]
+
+
+@pytest.mark.parametrize("index", range(60))
+def test_pair_loss_matches_the_oracle_in_fp64(index):
+    factors = drawn(90)[index]
+    case = make(LENGTHS, seed=index, **{name: value for name, value in factors.items() if name not in LOSS})
+    case = on_device(case)
+    pairs = None if factors["coupling"] == "default" else random_pairs(len(LENGTHS), index).to(DEVICE)
+    loss = {"pairs": pairs, "beta": 0.3, "loss_type": factors["loss_type"], "nll_weight": factors["nll_weight"]}
+    double = converted(case, torch.float64)
+    expected = ops.pair_loss(**double, **loss, backend="plain")
+    buffer_mb = factors["rows_in_buffer"] * factors["vocabulary"] * 4 / 2**20
+    result = ops.pair_loss(**case, **loss, backend="triton", buffer_mb=buffer_mb)
+    for name in ("loss", "nll_loss", *STATISTICS):
+        torch.testing.assert_close(getattr(result, name).double(), getattr(expected, name), rtol=1e-5, atol=3e-5)
+    exact = gradients(expected.loss, double)
+    ours = gradients(result.loss, case)
+    assert {name: gradient.dtype for name, gradient in ours.items()} == {name: case[name].dtype for name in ours}
+    for name, gradient in ours.items():
+        error, largest = (gradient.double() - exact[name]).abs().max(), exact[name].abs().max()
+        assert error <= (1e-4 if factors["dtype"] == torch.float32 else 2**-7) * largest + 1e-9, name
+
+
+@pytest.mark.parametrize("index", range(30))
+def test_log_ratio_matches_the_oracle_in_fp64(index):
+    factors = drawn(90)[60 + index]
+    lengths = [70, 0, 1, 129] if factors["vocabulary"] <= 1000 else LENGTHS
+    case = on_device(make(lengths, seed=index, **{name: value for name, value in factors.items() if name not in LOSS}))
+    expected = ops.log_ratio(**converted(case, torch.float64), backend="plain")
+    result = ops.log_ratio(**case, backend="triton")
+    for name in (*STATISTICS, "token_logps"):
+        torch.testing.assert_close(getattr(result, name).double(), getattr(expected, name), rtol=1e-5, atol=3e-5)
+
+
+def bf16_logps(case: dict) -> torch.Tensor:
+    """What PyTorch gives in bf16 with an fp32 softmax: logits and their derivatives are rounded."""
+    logits = torch.nn.functional.linear(case["hidden"], case["weight"])
+    return logits.float().log_softmax(-1).gather(1, case["targets"][:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 32000])
+def test_bf16_errs_less_than_pytorch_does(vocabulary):
+    case = on_device(make([40, 23], vocabulary=vocabulary, size=96, dtype=torch.bfloat16))
+    upstream = torch.randn(63, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    double = converted(case, torch.float64)
+    exact = ops.log_ratio(**double, backend="plain").token_logps
+    ours, theirs = ops.log_ratio(**case, backend="triton").token_logps, bf16_logps(case)
+    assert (ours - exact).abs().max() < 1e-4 < (theirs - exact).abs().max()
+    wanted = gradients(exact @ upstream.double(), double)
+    found, peer = gradients(ours @ upstream, case), gradients(theirs @ upstream, case)
+    for name, gradient in wanted.items():
+        errors = [(other[name].double() - gradient).norm() for other in (found, peer)]
+        assert errors[0] < 1.1 * errors[1], name
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_ratio_and_its_gradient(dtype, frozen):
+    case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=dtype, rows=True, reference="hidden", frozen=frozen))
+    double = converted(case, torch.float64)
+    expected = ops.log_ratio(**double, backend="plain")
+    result = ops.log_ratio(**case, backend="triton", buffer_mb=9 * 1000 * 4 / 2**20)
+    for name in (*STATISTICS, "token_logps"):
+        torch.testing.assert_close(getattr(result, name).double(), getattr(expected, name), rtol=1e-5, atol=3e-5)
+    exact = gradients(expected.log_ratio.square().sum(), double)
+    for name, gradient in gradients(result.log_ratio.square().sum(), case).items():
+        bound = (1e-4 if dtype == torch.float32 else 2**-7) * exact[name].abs().max()
+        assert (gradient.double() - exact[name]).abs().max() <= bound, name
+
+
+def test_a_policy_equal_to_its_reference_has_ratio_zero():
+    case = on_device(make(LENGTHS, vocabulary=1000, size=64, rows=True, dtype=torch.bfloat16))
+    same = {"ref_hidden": case["hidden"].detach(), "ref_weight": case["weight"].detach()}
+    assert ops.log_ratio(**case, **same, backend="triton").log_ratio.eq(0).all()
+    assert ops.pair_loss(**case, **same, beta=0.1, backend="triton").log_ratio.eq(0).all()
+
+
+def test_a_nan_in_one_sequence_stays_there():
+    case = on_device(make([3, 4, 5], vocabulary=1000, size=64, dtype=torch.float32))
+    clean = ops.log_ratio(**case, backend="triton").policy_logps.detach()
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            hidden = case["hidden"].clone()
+            hidden[3:7, 0] = value
+        found = ops.log_ratio(**case | {"hidden": hidden}, backend="triton").policy_logps
+        assert torch.equal(found[[0, 2]], clean[[0, 2]])
+        assert not found[1].isfinite()
+
+
+def test_large_logits_and_a_constant_added_to_all_of_them():
+    case = on_device(make([40], vocabulary=1000, size=64, dtype=torch.float32))
+    with torch.no_grad():
+        case["hidden"] *= 80 / (case["hidden"] @ case["weight"].T).abs().max()
+    plain = ops.log_ratio(**converted(case, torch.float64), backend="plain").token_logps
+    for bias in (None, torch.full((1000,), 40.0, device=DEVICE)):
+        found = ops.log_ratio(**case | {"bias": bias}, backend="triton").token_logps
+        torch.testing.assert_close(found.double(), plain, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [1, 0]])
+def test_nothing_and_next_to_nothing(lengths):
+    case = on_device(make(lengths, size=8, reference="token"))
+    case = converted(case, torch.float32)
+    result = ops.log_ratio(**case, backend="triton")
+    torch.testing.assert_close(result.log_ratio, ops.log_ratio(**case, backend="plain").log_ratio)
+    gradients(result.log_ratio.sum(), case)
+
+
+def test_targets_that_are_skipped_never_matter():
+    case = on_device(make([6, 5], vocabulary=100, size=8, ignored=True, dtype=torch.float32))
+    result = ops.pair_loss(**case, beta=1.0, backend="triton")
+    gradient = gradients(result.loss, case)["hidden"]
+    assert gradient[case["targets"] == IGNORE].eq(0).all()
+    with torch.no_grad():
+        changed = case["hidden"].clone()
+        changed[case["targets"] == IGNORE] = 1e4
+    assert torch.equal(ops.pair_loss(**case | {"hidden": changed}, beta=1.0, backend="triton").loss, result.loss)

@@ -93,7 +93,7 @@ def token_logps(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """fp32 log-probabilities ``[sides, n]`` of ``targets``; logits ``softcap(scale · (hidden[rows] @ weightᵀ + bias))``."""
+    """fp32 log-probabilities ``[sides, n]`` of targets; logits are softcap(scale · (hidden[rows] @ weightᵀ + bias))."""
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = sides[0], sides[-1]
     n, vocabulary = len(targets), weight.shape[0]
     narrow = hidden.dtype != torch.float32

@@ -22,15 +22,33 @@ import yaml
 ROOT = Path(__file__).parent.parent
 COMMON = ["eval_dataset_name={data}/{name}_test.jsonl", "dataset_name={data}/{name}_train.jsonl"]
 TASKS = {
-    "cmudict": [
-        *("max_prompt_length=64", "max_length=96", "max_new_tokens=32", "sft_steps=800"),
-        *("max_train_samples=120000", "learning_rate=5.0e-5", "nll_weight=0.5", "per_device_train_batch_size=64"),
-    ],
-    "gsm8k": [
-        *("max_prompt_length=192", "max_length=384", "max_new_tokens=192", "train_tokenizer=2048", "sft_steps=600"),
-        *("sft_per_device_train_batch_size=32", "max_eval_samples=300"),
-        *("learning_rate=5.0e-5", "nll_weight=0.5", "per_device_train_batch_size=16"),
-    ],
+    "cmudict": {
+        "max_train_samples": 120000,
+        "max_eval_samples": 2000,
+        "max_prompt_length": 64,
+        "max_length": 96,
+        "max_new_tokens": 32,
+        "sft_steps": 800,
+        "prompts_per_stage": "split",
+        "inner_epochs": 1,
+        "learning_rate": 5e-5,
+        "nll_weight": 0.5,
+        "per_device_train_batch_size": 64,
+    },
+    "gsm8k": {
+        "max_eval_samples": 300,
+        "train_tokenizer": 2048,
+        "max_prompt_length": 192,
+        "max_length": 384,
+        "max_new_tokens": 192,
+        "sft_steps": 600,
+        "sft_per_device_train_batch_size": 32,
+        "prompts_per_stage": "split",
+        "inner_epochs": 1,
+        "learning_rate": 5e-5,
+        "nll_weight": 0.5,
+        "per_device_train_batch_size": 16,
+    },
 }
 METRICS = ("exact_match", "nll", "reward_accuracy", "margin")
 
@@ -56,7 +74,13 @@ def run_seed(folder: Path, seed: int, keys: list[str]) -> dict[str, dict]:
     irft = folder / f"seed-{seed}"
     figures = train(irft, f"seed={seed}", *keys)
     config = yaml.safe_load((irft / "config.yaml").read_text())
-    start = ["method=sft", "config_name=null", "train_tokenizer=null", f"model_name_or_path={irft / 'sft' / 'policy'}"]
+    start = [
+        "method=sft",
+        "inner_epochs=null",
+        "config_name=null",
+        "train_tokenizer=null",
+        f"model_name_or_path={irft / 'sft' / 'policy'}",
+    ]
     size = [f"sft_per_device_train_batch_size={config['per_device_train_batch_size']}", f"sft_steps={steps_of(irft)}"]
     for label, rate, optim in (
         ("SFT continued, IRFT's learning rate", config["learning_rate"], config["optim"]),
@@ -99,7 +123,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     options = parser.parse_args()
-    keys = [key.format(data=options.data.resolve(), name=options.task) for key in COMMON] + TASKS[options.task]
+    keys = [key.format(data=options.data.resolve(), name=options.task) for key in COMMON]
+    keys += [f"{key}={value}" for key, value in TASKS[options.task].items()]
     folder = options.output.resolve() / options.task
     seeds = [run_seed(folder, seed, keys) for seed in options.seeds]
     table = summarise(seeds)

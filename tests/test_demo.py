@@ -90,7 +90,7 @@ def test_held_out_prompts_are_new():
     assert len({*prompts}) == len(prompts) == generate.TRAIN_ROWS + generate.TEST_ROWS
 
 
-@pytest.mark.parametrize(("name", "rows"), [("train", 4000), ("test", 500)])
+@pytest.mark.parametrize(("name", "rows"), [("train", 8000), ("test", 500)])
 def test_sizes_and_kinds(name, rows):
     found = read(name)
     assert len(found) == rows
@@ -101,7 +101,7 @@ def test_sizes_and_kinds(name, rows):
 
 
 def test_the_set_is_small_enough_to_ship():
-    assert sum((FOLDER / f"{name}.jsonl").stat().st_size for name in ("train", "test")) < 400_000
+    assert sum((FOLDER / f"{name}.jsonl").stat().st_size for name in ("train", "test")) < 700_000
 
 
 def test_the_model_has_about_a_million_parameters():

@@ -19,7 +19,7 @@ import random
 import re
 from pathlib import Path
 
-TRAIN_ROWS, TEST_ROWS = 4000, 500
+TRAIN_ROWS, TEST_ROWS = 8000, 500
 SEED = 2024
 
 ONES = (

@@ -7,6 +7,7 @@ so the same command goes on where it was stopped.
 
 import os
 import sys
+from pathlib import Path
 
 from irlfast.config import Config, load_config
 from irlfast.files import InputError
@@ -24,19 +25,24 @@ def train(config: Config) -> None:
     from irlfast.prepare import prepare
 
     run, policy = prepare(config)
-    folder = run.output / "initial"
+    policies: dict[str, Path | str] = {}
+    figures = []
+
+    def hold_out(phase: str) -> None:
+        """Hold the policy against the held-out demonstrations, and against the first policy that was."""
+        policies[phase] = policy
+        first = next(iter(policies))
+        figures.append(evaluate(run, run.output / phase, policy, run.output / first, policies[first]))
+
+    if not wants_sft(config) or (config.method == "sft" and config.model_name_or_path):
+        hold_out("initial")
     if wants_sft(config):
-        policy, folder = sft(run, policy), run.output / "sft"
-    first, first_folder = policy, folder
-    policies = {folder.name: policy}
-    figures = [evaluate(run, folder, policy, first_folder, first)]
-
+        policy = sft(run, policy)
+        hold_out("sft")
+    first = policy
     for stage in range(0 if config.method == "sft" else config.stages):
-        folder = run.output / stage_name(stage)
         policy = irft_stage(run, stage, policy, policy if config.reference == "stage" else first)
-        policies[folder.name] = policy
-        figures.append(evaluate(run, folder, policy, first_folder, first))
-
+        hold_out(stage_name(stage))
     finish(run, policies, figures)
 
 

@@ -78,3 +78,14 @@ def test_a_pretrained_folder_initial_reference_hinge_and_no_sft(tmp_path, finish
     assert rows[-1]["step"] == 3  # 48 pairs of a stage in steps of 16
     [first, second] = (load_file(tmp_path / "run" / f"stage-0{i}" / "reference.safetensors") for i in (0, 1))
     assert first["logps"].shape != second["logps"].shape or not torch.equal(first["logps"], second["logps"])
+
+
+def test_sft_alone_of_a_given_model_is_held_against_that_model(tmp_path, finished):
+    start = {"model_name_or_path": finished[0] / "sft" / "policy", "config_name": "null", "train_tokenizer": "null"}
+    run(tmp_path / "run", method="sft", inner_steps="null", **start)
+    initial, trained = (
+        json.loads((tmp_path / "run" / phase / "eval.json").read_text()) for phase in ("initial", "sft")
+    )
+    assert trained["nll"] < initial["nll"]
+    assert initial["margin"] is None
+    assert trained["margin"] > 0

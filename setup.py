@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=["irlfast", "irlfast.demo", "irlfast.kernels", "irlfast.methods", "irlfast.ops"],
+    packages=["irlfast", "irlfast.demo", "irlfast.integrations", "irlfast.kernels", "irlfast.methods", "irlfast.ops"],
     package_data={
         "irlfast": ["report.html.j2"],
         "irlfast.demo": ["*.jsonl", "*.json"],
@@ -44,6 +44,7 @@ setup(
         "flash": ["flash-attn"],
         "vllm": ["vllm"],
         "report": ["tensorboard", "wandb"],
+        "bench": ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "trl==1.16.0", "build"],
     },
 )

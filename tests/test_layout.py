@@ -16,6 +16,7 @@ ORDER = [
     "demo",
     "kernels",
     "ops",
+    "integrations",
     "files",
     "config",
     "dist",

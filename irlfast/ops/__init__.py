@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from irlfast.ops import checks, cpu, plain, triton
+from irlfast.ops.logits import logits_log_ratio, token_logps
 from irlfast.ops.problem import LogRatio, PairLoss, Side, expert_nll, pair_losses, summarise
 
-__all__ = ["LogRatio", "PairLoss", "log_ratio", "pair_loss"]
+__all__ = ["LogRatio", "PairLoss", "log_ratio", "logits_log_ratio", "pair_loss", "token_logps"]
 
 BACKENDS = {"plain": plain, "cpu": cpu, "triton": triton}
 

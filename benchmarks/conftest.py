@@ -1,0 +1,130 @@
+"""Collects the figures of a run, prints them at its end, and writes them to ``benchmarks/results/``."""
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # ``benchmarks`` is no installed package
+
+RESULTS = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="benchmarks: small shapes, to see that all of it runs")
+
+
+@pytest.fixture(scope="session")
+def results(pytestconfig: pytest.Config) -> dict[str, Any]:
+    """What a run leaves behind; tests add to ``cases`` and ``goals``."""
+    return pytestconfig.stash.setdefault(
+        RESULTS, {**circumstances(pytestconfig), "complete": False, "cases": {}, "goals": []}
+    )
+
+
+def circumstances(config: pytest.Config) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.peers import version
+
+    packages = "torch triton transformers trl liger-kernel cut-cross-entropy".split()
+    gpu = torch.cuda.is_available()
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": " ".join(["pytest", *config.invocation_params.args]),
+        "quick": config.getoption("quick"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "irlfast", "kernels", "csrc", "benchmarks")),
+        "device": torch.cuda.get_device_name() if gpu else cpu_name(),
+        "kind": "cuda" if gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history
+        return None
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return named.group(1) if named else platform.processor() or platform.machine()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    results = config.stash.get(RESULTS, None)
+    if not results or not results["cases"]:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section(f"pair loss on {results['device']}, {results['threads']} CPU thread(s)")
+    for case in results["cases"].values():
+        write("")
+        for line in [title(case), *table(case)]:
+            write(line)
+    if results["goals"]:
+        write("")
+        for line in goal_lines(results["goals"]):
+            write(line)
+    write("")
+    write(f"written to {save(results).relative_to(ROOT)}")
+
+
+def save(results: dict[str, Any]) -> Path:
+    slug = "cpu" if results["kind"] == "cpu" else re.sub(r"\W+", "-", results["device"]).lower()
+    suffix = "-quick" if results["quick"] else "" if results["complete"] else "-partial"
+    name = f"{results['date'][:16].replace(':', '')}-pair-loss-{slug}{suffix}.json"
+    path = ROOT / "benchmarks/results" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def title(case: dict[str, Any]) -> str:
+    shape = f"{case['pairs']} pairs × 2 × {case['tokens']} tokens, H {case['hidden']}, V {case['vocabulary']}"
+    notes = [case["dtype"], "trained" if case["trained"] else "random", *["half masked"] * case["half"]]
+    return f"{case['name']}: {shape}, {', '.join(notes)}; gradients {case['gradient_mib']:.0f} MiB"
+
+
+def table(case: dict[str, Any]) -> list[str]:
+    """The rows of a case, fastest first; then those that gave no time, and why."""
+    header = ("", "ms", "min–max", "× products", "extra MiB", "nats", "d hidden", "d weight")
+    timed = {row: found for row, found in case["rows"].items() if "seconds" in found}
+    lines = [header]
+    for row, found in sorted(timed.items(), key=lambda item: item[1]["seconds"]):
+        low, middle, high = (f"{1000 * found[key]:.4g}" for key in ("min", "seconds", "max"))
+        products = timed.get("".join(["bare products", *row.partition(";")[1:]]))
+        ratio = f"{found['seconds'] / products['seconds']:.2f}" if products else ""
+        memory = "" if found.get("extra_mib") is None else f"{found['extra_mib']:.0f}"
+        errors = (f"{found[key]:.1e}" if key in found else "" for key in ("nats", "hidden_error", "weight_error"))
+        lines.append((row, middle, f"{low}–{high}", ratio, memory, *errors))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ["  " + first.ljust(widths[0]) + columns(rest, widths[1:]) for first, *rest in lines]
+    others = [(row, found) for row, found in case["rows"].items() if row not in timed]
+    return aligned + [f"  {row.ljust(widths[0])}  {found['status']}: {found['reason']}" for row, found in others]
+
+
+def columns(cells: list[str], widths: list[int]) -> str:
+    return "".join("  " + cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+
+def goal_lines(goals: list[dict[str, Any]]) -> list[str]:
+    width = max(len(goal["what"]) for goal in goals)
+    words = {True: "met", False: "MISSED", None: "not measured"}
+    lines = [f"{'goals'.ljust(width + 2)}  measured     limit"]
+    for goal in goals:
+        measured = "–" if goal["measured"] is None else f"{goal['measured']:.3g}"
+        lines.append(f"  {goal['what'].ljust(width)}  {measured:>8}  {goal['limit']:>8g}  {words[goal['met']]}")
+    return lines

@@ -1,0 +1,341 @@
+"""How the pair loss is measured: inputs, the fp64 truth, interleaved timing, and peak extra memory.
+
+    python -m benchmarks.measure '{"case": …, "row": …}'
+
+is the fresh process in which the memory of one row is taken on a CPU; :func:`cpu_memory` starts it.
+"""
+
+import ctypes
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import BETA, IGNORE, PEERS, Inputs, Result, why_not
+from irlfast.ops import log_ratio, pair_loss
+
+ROOT = Path(__file__).parent.parent
+MIB = 2**20
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# Rounds of timing, and the seconds after which a row with two runs or more takes no further part in them.
+ROUNDS, BUDGET = (30, 1.0) if DEVICE.type == "cuda" else (5, 4.0)
+
+# Largest error of the loss, and of a gradient ‖found − true‖ / ‖true‖. Peers sum log-probabilities in fp32 before they
+# subtract the reference's. Those that round logits to bf16 lose up to a nat or two a sequence, β of which is in the
+# loss and moves the coefficients of all its tokens; where a pair's answers share most words, what is left of their
+# gradients is off by a seventh (seen). The table has every error.
+OURS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-4, 3e-2)}
+THEIRS = {"float32": (1e-4, 1e-3), "bfloat16": (0.2, 0.5)}
+
+
+class Case(NamedTuple):
+    """Inputs, and the rows to be measured on them: ``peer`` or ``peer; variant`` (see :func:`vary`)."""
+
+    name: str
+    rows: tuple[str, ...]
+    pairs: int
+    tokens: int  # T, of each sequence
+    hidden: int
+    vocabulary: int
+    dtype: str = "float32"
+    half: bool = False  # the first half of every sequence is not scored
+    trained: bool = False
+    memory: tuple[str, ...] = ()  # rows whose memory is taken on a CPU, seconds each; on a GPU it is taken of all
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Every row of a case: checked against fp64 first, then timed with those that passed, then its memory."""
+    inputs = make_inputs(case)
+    true = truth(inputs)
+    rows = {row: check(row, inputs, true, case) for row in case.rows}
+    runnable = {row: step_of(row, inputs, true.ref_logps) for row, found in rows.items() if found["status"] == "ok"}
+    true = None  # its fp64 tensors would only be in the way
+    for row, seconds in interleave(runnable, inputs).items():
+        spread = {"seconds": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": len(seconds)}
+        rows[row].update(spread)
+    for row, extra in extra_memory(case, runnable, inputs).items():
+        rows[row]["extra_mib"] = extra
+        rows[row]["working_mib"] = None if extra is None else extra - gradient_mib(inputs, row)
+    return {**case._asdict(), "gradient_mib": gradient_mib(inputs), "rows": rows}
+
+
+def gradient_mib(inputs: Inputs, row: str = "") -> float:
+    tensors = [inputs.hidden] if "frozen" in row else [inputs.hidden, inputs.weight]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+
+
+def vary(inputs: Inputs, variant: str, ref_logps: Tensor) -> Inputs:
+    """``cached``: the reference's log-probabilities are given. ``frozen``: the head wants no gradient."""
+    if "cached" in variant:
+        inputs = inputs._replace(ref_hidden=None, ref_weight=None, ref_logps=ref_logps)
+    return inputs._replace(weight=inputs.weight.detach()) if "frozen" in variant else inputs
+
+
+def step_of(row: str, inputs: Inputs, ref_logps: Tensor) -> Callable[[], Result]:
+    """One forward and backward pass of a row."""
+    name, _, variant = row.partition("; ")
+    varied = vary(inputs, variant, ref_logps)
+
+    def step() -> Result:
+        result = PEERS[name](varied)
+        if result.loss.requires_grad:
+            result.loss.backward()
+        return result
+
+    return step
+
+
+def drop_gradients(inputs: Inputs) -> None:
+    inputs.hidden.grad = inputs.weight.grad = None
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def make_inputs(case: Case) -> Inputs:
+    torch.manual_seed(0)
+    hidden, weight, targets, ref_hidden, ref_weight = trained(case) if case.trained else random(case)
+    if case.half:
+        targets[:, : case.tokens // 2] = IGNORE
+    dtype = getattr(torch, case.dtype)
+    policy = (tensor.to(dtype).requires_grad_() for tensor in (hidden, weight))
+    return Inputs(*policy, targets, ref_hidden.to(dtype), ref_weight.to(dtype), None)
+
+
+def random(case: Case) -> tuple[Tensor, ...]:
+    """Logits of standard deviation 1; the reference's differ by about a seventh of that."""
+    sequences, width = 2 * case.pairs, case.hidden
+    hidden = torch.randn(sequences, case.tokens, width, device=DEVICE)
+    weight = torch.randn(case.vocabulary, width, device=DEVICE) / width**0.5
+    targets = torch.randint(case.vocabulary, (sequences, case.tokens), device=DEVICE)
+    ref_hidden = hidden + 0.1 * torch.randn_like(hidden)
+    ref_weight = weight + 0.1 * torch.randn_like(weight) / width**0.5
+    return hidden, weight, targets, ref_hidden, ref_weight
+
+
+def trained(case: Case, steps: int = 80, last: int = 2) -> tuple[Tensor, ...]:
+    """Of a one-layer Llama that is briefly trained on the embedded demonstrations; the reference is it, ``last`` steps
+    earlier. Experts are demonstrations it has not seen, synthetic answers their completions exchanged.
+
+    Its tokens are words, at random places of the vocabulary, as frequent ones are in a large model's.
+    """
+    import transformers
+
+    lines = (ROOT / "irlfast/demo/train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    words = {"\n": 0}
+    places = torch.randperm(case.vocabulary, device=DEVICE)
+
+    def encode(rows: list[dict[str, str]], completions: list[dict[str, str]]) -> Tensor:
+        pairs = zip(rows, completions, strict=True)
+        text = "".join(f"{row['prompt']}\n{other['completion']}\n" for row, other in pairs)
+        ids = [words.setdefault(word, len(words)) for word in re.findall(r"\w+|\W", text)]
+        return places[torch.tensor(ids, device=DEVICE) % case.vocabulary]
+
+    config = transformers.LlamaConfig(
+        vocab_size=case.vocabulary,
+        hidden_size=case.hidden,
+        intermediate_size=2 * case.hidden,
+        num_hidden_layers=1,
+        num_attention_heads=max(1, case.hidden // 64),
+        tie_word_embeddings=True,
+        max_position_embeddings=case.tokens,
+        pad_token_id=None,
+    )
+    with DEVICE:
+        model = transformers.LlamaForCausalLM(config)
+    seen = encode(rows[:2000], rows[:2000])
+    unseen, others = rows[2000:], rows[2001:] + rows[2000:2001]
+    shape = case.pairs, case.tokens + 1
+    halves = [encode(unseen, completions)[: shape[0] * shape[1]].view(shape) for completions in (unseen, others)]
+    tokens = torch.cat(halves)
+    head, backbone = model.lm_head.weight, model.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1 / case.hidden)
+    for step in range(steps):
+        if step == steps - last:
+            with torch.no_grad():
+                ref_hidden, ref_weight = backbone(tokens[:, :-1]).last_hidden_state, head.clone()
+        start = torch.randint(len(seen) - 64, (8, 1), device=DEVICE)
+        batch = seen[start + torch.arange(64, device=DEVICE)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        hidden = backbone(tokens[:, :-1]).last_hidden_state
+    return hidden, head.detach(), tokens[:, 1:].clone(), ref_hidden, ref_weight
+
+
+# ---------------------------------------------------------------- is it right?
+
+
+class Truth(NamedTuple):
+    """Loss, log-ratios and gradients in fp64."""
+
+    loss: float
+    log_ratio: Tensor  # [S]
+    ref_logps: Tensor  # [S, T] fp32
+    d_hidden: Tensor  # [S, T, H]
+    d_weight: Tensor  # [V, H]
+
+
+def truth(inputs: Inputs) -> Truth:
+    """By the plain backend, a pair at a time: a whole batch of logits in fp64 would not fit everywhere."""
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (inputs.hidden, inputs.weight))
+    ref_weight, targets = inputs.ref_weight.double(), inputs.targets
+    count, length = len(targets) // 2, targets.shape[1]
+    cu_seqlens = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=targets.device)
+    ratios, ref_logps = hidden.new_zeros(2 * count), torch.zeros(targets.shape, device=targets.device)
+    loss = 0.0
+    for pair in range(count):
+        both = [pair, pair + count]
+        own = targets[both].flatten()
+        ref_hidden = inputs.ref_hidden[both].flatten(0, 1).double()
+        reference = log_ratio(ref_hidden, ref_weight, own, cu_seqlens, backend="plain").token_logps
+        options = {"beta": BETA, "num_pairs": count, "ref_logps": reference, "backend": "plain"}
+        result = pair_loss(hidden[both].flatten(0, 1), weight, own, cu_seqlens, **options)
+        result.loss.backward()
+        loss += result.loss.item()
+        ratios[both], ref_logps[both] = result.log_ratio, reference.view(2, length).float()
+    return Truth(loss, ratios, ref_logps, hidden.grad, weight.grad)
+
+
+def check(row: str, inputs: Inputs, true: Truth, case: Case) -> dict[str, Any]:
+    """Errors of a row, and its ``status``: ``ok``, ``wrong``, ``failed`` or ``cannot run``, with the ``reason``."""
+    name, _, variant = row.partition("; ")
+    reason = why_not(name, vary(inputs, variant, true.ref_logps))
+    if reason:
+        return {"status": "cannot run", "reason": reason}
+    drop_gradients(inputs)
+    try:
+        result = step_of(row, inputs, true.ref_logps)()
+    except Exception as error:  # whatever a peer raises is what the table says about it
+        drop_gradients(inputs)
+        return {"status": "failed", "reason": f"{type(error).__name__}: {error}".partition("\n")[0][:160]}
+    if result.log_ratio is None:
+        return {"status": "ok"}
+    found = {
+        "nats": (result.log_ratio.detach().double() - true.log_ratio).abs().max().item(),
+        "loss_error": abs(result.loss.item() - true.loss),
+        "hidden_error": distance(inputs.hidden.grad, true.d_hidden),
+    }
+    if "frozen" not in variant:
+        found["weight_error"] = distance(inputs.weight.grad, true.d_weight)
+    drop_gradients(inputs)
+    loss, gradient = (OURS if name.startswith("irlfast") else THEIRS)[case.dtype]
+    right = found["loss_error"] <= loss and max(found["hidden_error"], found.get("weight_error", 0)) <= gradient
+    if right:  # not so where an error is NaN
+        return {"status": "ok", **found}
+    return {"status": "wrong", "reason": f"errors above {loss:g} of the loss or {gradient:g} of a gradient", **found}
+
+
+def distance(found: Tensor, true: Tensor) -> float:
+    return ((found.double() - true).norm() / true.norm()).item()
+
+
+# ---------------------------------------------------------------- time
+
+
+def interleave(steps: dict[str, Callable[[], Result]], inputs: Inputs) -> dict[str, list[float]]:
+    """Seconds of every run; rows take turns, so that a slower minute of the machine is everybody's."""
+    seconds: dict[str, list[float]] = {row: [] for row in steps}
+    timed = gpu_seconds if DEVICE.type == "cuda" else cpu_seconds
+    if DEVICE.type == "cuda":
+        for step in [*steps.values()] * 2:
+            timed(step, inputs)
+    for _ in range(ROUNDS):
+        for row, step in steps.items():
+            if len(seconds[row]) < 2 or sum(seconds[row]) < BUDGET:
+                seconds[row].append(timed(step, inputs))
+    return seconds
+
+
+def cpu_seconds(step: Callable[[], Result], inputs: Inputs) -> float:
+    drop_gradients(inputs)
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def gpu_seconds(step: Callable[[], Result], inputs: Inputs) -> float:
+    drop_gradients(inputs)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.empty(256 * MIB, dtype=torch.int8, device=DEVICE).zero_()  # nothing of the last run stays in the L2 cache
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+# ---------------------------------------------------------------- peak extra memory, gradients included
+
+
+def extra_memory(case: Case, steps: dict[str, Callable[[], Result]], inputs: Inputs) -> dict[str, float | None]:
+    if DEVICE.type == "cuda":
+        return {row: gpu_memory(step, inputs) for row, step in steps.items()}
+    rows = [row for row in case.memory if row in steps]
+    with ThreadPoolExecutor(2) as pool:  # nothing is timed here, and starting takes most of each process's time
+        return dict(zip(rows, pool.map(partial(cpu_memory, case), rows), strict=True))
+
+
+def gpu_memory(step: Callable[[], Result], inputs: Inputs) -> float:
+    drop_gradients(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - base) / MIB
+
+
+def cpu_memory(case: Case, row: str) -> float | None:
+    """In a fresh process whose allocator gives freed memory back at once; None where the system cannot tell."""
+    if sys.platform != "linux":
+        return None
+    command = [sys.executable, "-m", "benchmarks.measure", json.dumps({"case": case, "row": row})]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {**os.environ, **threads, **allocator}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the memory of {row} could not be taken: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_process(case: Case, row: str) -> float | None:
+    """Peak resident size of one forward and backward pass minus that before it, in MiB."""
+    inputs = make_inputs(case)
+    warm = inputs if "compile" in row else make_inputs(case._replace(tokens=8, hidden=64, vocabulary=512))
+    step_of(row, warm, torch.zeros(warm.targets.shape))()  # libraries loaded, and code compiled, are not its memory
+    del warm
+    drop_gradients(inputs)
+    step = step_of(row, inputs, torch.zeros(inputs.targets.shape))
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    except OSError:  # a sandbox without it
+        return None
+    base = resident("VmRSS")
+    step()
+    return resident("VmHWM") - base
+
+
+def resident(field: str) -> float:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    print(json.dumps(memory_process(Case(*asked["case"]), asked["row"])))

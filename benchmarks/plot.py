@@ -1,0 +1,154 @@
+"""Draws the figures of a benchmark run: time and memory of every peer, and how both grow with N and V.
+
+    python -m benchmarks.plot [RESULT.json]
+
+The default is the newest full run in ``benchmarks/results/``. Writes RESULT-bars.svg and RESULT-curves.svg beside it.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.hashsalt": "irlfast", "font.size": 9, "axes.spines.right": False})
+matplotlib.rcParams.update({"axes.spines.top": False, "axes.axisbelow": True})
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+OURS, PEER, FLOOR = "#c2410c", "#94a3b8", "#1e293b"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", nargs="?", type=Path, help="a file that `pytest benchmarks/` wrote")
+    path = parser.parse_args().result or newest()
+    results = json.loads(path.read_text())
+    for name, draw in (("bars", bars), ("curves", curves)):
+        figure = draw(results)
+        if figure is not None:
+            target = path.with_name(f"{path.stem}-{name}.svg")
+            figure.savefig(target, metadata={"Date": None})
+            print(target)
+
+
+def newest() -> Path:
+    full = sorted(path for path in RESULTS.glob("*-pair-loss-*.json") if not path.stem.endswith(("-quick", "-partial")))
+    if not full:
+        raise SystemExit(f"no result of a full run in {RESULTS}: run `pytest benchmarks/` first, or name a file")
+    return full[-1]
+
+
+def colour(row: str) -> str:
+    return OURS if row.startswith("irlfast") else FLOOR if row.startswith("bare products") else PEER
+
+
+def subtitle(results: dict[str, Any]) -> str:
+    where = f"{results['threads']} CPU thread(s), " if results["kind"] == "cpu" else ""
+    return f"{results['device']}, {where}torch {results['versions']['torch']}, {results['date'][:10]}"
+
+
+# ---------------------------------------------------------------- bars
+
+
+def bars(results: dict[str, Any]) -> Any:
+    """A line of two panels a case: time, and extra memory where it was taken."""
+    cases = [case for name, case in results["cases"].items() if not name.startswith("curve")]
+    if not cases:
+        return None
+    heights = [1 + 0.24 * len(timed(case)) for case in cases]
+    figure, axes = plt.subplots(
+        len(cases),
+        2,
+        figsize=(10, sum(heights) + 0.5),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights, "width_ratios": [3, 2]},
+    )
+    figure.suptitle(f"Pair loss, forward + backward: {subtitle(results)}")
+    for case, (left, right) in zip(cases, axes, strict=True):
+        rows = sorted(timed(case).items(), key=lambda item: -item[1]["seconds"])
+        middle = [1000 * found["seconds"] for _, found in rows]
+        reach = [
+            [1000 * (found["seconds"] - found["min"]) for _, found in rows],
+            [1000 * (found["max"] - found["seconds"]) for _, found in rows],
+        ]
+        left.barh(
+            [row for row, _ in rows], middle, xerr=reach, color=[colour(row) for row, _ in rows], ecolor="#475569"
+        )
+        left.set_title(shape(case), loc="left", fontsize=9)
+        left.set_xlabel("ms, median; lines: least to most")
+        label(left, range(len(rows)), middle, [1000 * found["max"] for _, found in rows])
+        memory = [(place, found["extra_mib"]) for place, (_, found) in enumerate(rows) if found.get("extra_mib")]
+        right.set_visible(bool(memory))
+        if memory:
+            places, used = zip(*memory, strict=True)
+            right.barh(places, used, color=[colour(rows[place][0]) for place in places])
+            right.set(xlabel="peak extra MiB; dotted: the gradients alone", ylim=left.get_ylim(), yticks=[])
+            label(right, places, used, used)
+            right.axvline(case["gradient_mib"], color=FLOOR, linewidth=0.8, linestyle=":")
+    return figure
+
+
+def timed(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row: found for row, found in case["rows"].items() if "seconds" in found}
+
+
+def shape(case: dict[str, Any]) -> str:
+    size = f"{case['pairs']} pairs × 2 × {case['tokens']}, H {case['hidden']}, V {case['vocabulary']}"
+    notes = [case["dtype"], *["trained"] * case["trained"], *["half masked"] * case["half"]]
+    return f"{case['name']}: {size}, {', '.join(notes)}"
+
+
+def label(axes: Axes, places: Iterable[int], values: Sequence[float], ends: Sequence[float]) -> None:
+    axes.set_xlim(0, 1.12 * max(ends))
+    for place, value, end in zip(places, values, ends, strict=True):
+        axes.text(end, place, f" {value:.3g}" if value < 1000 else f" {value:.0f}", va="center", fontsize=8)
+
+
+# ---------------------------------------------------------------- curves
+
+
+def curves(results: dict[str, Any]) -> Any:
+    """Time and extra memory over N and over V, on logarithmic axes."""
+    base = results["cases"].get("curve")
+    if base is None:
+        return None
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure.suptitle(f"Pair loss over N and V: {subtitle(results)}")
+    for column, (axis, fixed) in enumerate((("N", f"V {base['vocabulary']}"), ("V", f"N {tokens(base)}"))):
+        cases = [base, *(case for name, case in results["cases"].items() if name.startswith(f"curve-{axis}"))]
+        sizes = [tokens(case) if axis == "N" else case["vocabulary"] for case in cases]
+        for line, (key, scale, unit) in enumerate((("seconds", 1000, "ms"), ("extra_mib", 1, "peak extra MiB"))):
+            panel = axes[line][column]
+            for row in base["rows"]:
+                found = [case["rows"].get(row, {}).get(key) for case in cases]
+                if None in found:
+                    continue
+                ours = row.startswith("irlfast")
+                style = {"color": colour(row) if ours or row == "bare products" else None, "linewidth": 1 + ours}
+                panel.plot(sizes, [scale * value for value in found], marker="o", markersize=4, label=row, **style)
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            for ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                ticks("{x:g}")
+            panel.set_xticks(sizes, [str(size) for size in sizes])
+            panel.set_xlabel(f"{axis} ({fixed}, H {base['hidden']}, {base['dtype']})")
+            panel.set_ylabel(unit)
+            panel.grid(alpha=0.3)
+            if panel.lines:
+                panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def tokens(case: dict[str, Any]) -> int:
+    return 2 * case["pairs"] * case["tokens"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The pair loss against its peers, every row checked against fp64 before it is timed: ``pytest benchmarks/ [--quick]``.
+
+A goal that is missed fails no test; a wrong value, or an irlfast row that cannot run, does.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks import measure
+from benchmarks.measure import Case
+
+GPU = measure.DEVICE.type == "cuda"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the peers' own
+
+EAGER = ("irlfast", "materialised", "TRL", "Liger", "torch linear_cross_entropy", "bare products")
+ALL = (*EAGER, "Liger compiled", "CCE exact", "CCE default", "torch.compile")
+CURVES = ("irlfast", "materialised", "bare products")
+
+
+def cpu_cases() -> list[Case]:
+    shape = {"pairs": 4, "tokens": 256, "hidden": 512, "vocabulary": 32000}
+    variants = ("irlfast; cached", "materialised; cached", "irlfast; frozen", "bare products; frozen")
+    cached = ("irlfast; cached", "materialised; cached", "bare products; cached", "Liger; cached", "irlfast")
+    exact = ("irlfast", "irlfast; cached", "irlfast, recompute", *EAGER[1:-1])
+    small = Case("", CURVES, 4, 128, 256, 8000, memory=("irlfast", "materialised"))
+    return [
+        Case("fp32", (*ALL, *variants), **shape, memory=ALL),
+        Case("fp32-half", ("irlfast", "materialised", "Liger", "bare products"), **shape, half=True),
+        Case("bf16", cached, **shape, dtype="bfloat16"),
+        Case("bf16-1024-trained", exact, 1, 1024, 256, 8000, dtype="bfloat16", trained=True),
+        small._replace(name="curve"),
+        *(small._replace(name=f"curve-N-x{factor}", pairs=4 * factor) for factor in (2, 4)),
+        *(small._replace(name=f"curve-V-x{factor}", vocabulary=8000 * factor) for factor in (2, 4)),
+    ]
+
+
+def gpu_cases() -> list[Case]:
+    variants = tuple(f"{row}; frozen" for row in ("irlfast", "materialised", "TRL", "CCE exact", "bare products"))
+    full = ("irlfast", "irlfast, recompute", "TRL, as DPOTrainer", *ALL[1:], "irlfast; cached", *variants)
+    half = ("irlfast", "materialised", "TRL", "Liger", "CCE exact", "bare products")
+    trained = (*half, "irlfast, recompute", "CCE default")
+    cases = []
+    for hidden, vocabulary in SHAPES:
+        name = f"{hidden}x{vocabulary}"
+        shape = {"pairs": 16, "tokens": 256, "hidden": hidden, "vocabulary": vocabulary, "dtype": "bfloat16"}
+        cases.append(Case(name, full, **shape))
+        cases.append(Case(f"{name}-trained", trained, **shape, trained=True))
+        cases.append(Case(f"{name}-half", half, **shape, half=True))
+    exact = ("irlfast", "irlfast; cached", "irlfast, recompute", "materialised", "TRL", "Liger", "CCE exact")
+    large = Case("curve", (*CURVES, "TRL", "Liger", "CCE exact"), 16, 256, 2048, 32000, "bfloat16")
+    return [
+        *cases,
+        Case("bf16-1024-trained", exact, 4, 1024, 4096, 32000, "bfloat16", trained=True),
+        large,
+        *(large._replace(name=f"curve-N-x{factor}", pairs=16 * factor) for factor in (2, 4, 8)),
+        *(large._replace(name=f"curve-V-x{factor}", vocabulary=32000 * factor) for factor in (2, 4, 8)),
+    ]
+
+
+SHAPES = (4096, 32000), (2048, 50304), (4096, 128256)
+
+
+def quick(case: Case) -> Case:
+    """The same case in small: whether all rows run and are right, in a minute; its times mean nothing."""
+    small = case._replace(tokens=case.tokens // 4, hidden=128, vocabulary=case.vocabulary // 8)
+    return small._replace(memory=case.memory[:1])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = gpu_cases() if GPU else cpu_cases()
+        if metafunc.config.getoption("quick"):
+            cases = [quick(case) for case in cases]
+        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+def test_pair_loss(case: Case, results: dict[str, Any]) -> None:
+    rows = measure.measure(case)
+    results["cases"][case.name] = rows
+    bad = {row: found for row, found in rows["rows"].items() if found["status"] == "wrong"}
+    ours = {row: found for row, found in rows["rows"].items() if row.startswith("irlfast") and found["status"] != "ok"}
+    assert not {**bad, **ours}
+
+
+def test_goals(results: dict[str, Any]) -> None:
+    """Runs last; a goal that is missed is written down, no more."""
+    if results["quick"]:
+        pytest.skip("the goals are for the real shapes")
+    results["complete"] = len(results["cases"]) == len(gpu_cases() if GPU else cpu_cases())
+
+    def figure(case: str, row: str, key: str = "seconds") -> float:
+        found = results["cases"].get(case, {}).get("rows", {}).get(row, {}).get(key)
+        return math.nan if found is None else found
+
+    for what, measured, limit in gpu_goals(figure) if GPU else cpu_goals(figure):
+        met = None if math.isnan(measured) else measured <= limit
+        results["goals"].append(
+            {"what": what, "limit": limit, "measured": None if met is None else measured, "met": met}
+        )
+
+
+Figure = Callable[..., float]
+Goal = tuple[str, float, float]  # what, measured, limit
+
+
+def cpu_goals(figure: Figure) -> list[Goal]:
+    ours, memory = figure("fp32", "irlfast"), figure("fp32", "irlfast", "extra_mib")
+    return [
+        ("fp32: time / materialised", ours / figure("fp32", "materialised"), 0.80),
+        ("fp32: time / Liger eager", ours / figure("fp32", "Liger"), 0.75),
+        ("fp32: time / TRL", ours / figure("fp32", "TRL"), 0.30),
+        ("fp32: time / the bare four products", ours / figure("fp32", "bare products"), 1.1),
+        ("fp32: extra memory / materialised", memory / figure("fp32", "materialised", "extra_mib"), 0.20),
+        (
+            "fp32, half of the targets masked: time / materialised",
+            figure("fp32-half", "irlfast") / figure("fp32-half", "materialised"),
+            0.46,
+        ),
+        (
+            "bf16, cached reference: time / materialised fp32, computed reference",
+            figure("bf16", "irlfast; cached") / figure("fp32", "materialised"),
+            0.5,
+        ),
+        (
+            "the same / materialised fp32, cached reference",
+            figure("bf16", "irlfast; cached") / figure("fp32", "materialised; cached"),
+            0.5,
+        ),
+        *accuracy_goals(figure),
+        *scaling_goals(figure, 4),
+    ]
+
+
+def gpu_goals(figure: Figure) -> list[Goal]:
+    goals = []
+    for (hidden, vocabulary), full, frozen in zip(SHAPES, (12.5, 9.8, 50), (9.4, 7.4, 37.6), strict=True):
+        name = f"{hidden}x{vocabulary}"
+
+        def ratio(case: str, row: str, peer: str, key: str = "seconds") -> float:
+            return figure(case, row, key) / figure(case, peer, key)
+
+        goals += [
+            (f"{name}: ms (for an H200)", 1000 * figure(name, "irlfast"), full),
+            (f"{name}, frozen head: ms (for an H200)", 1000 * figure(name, "irlfast; frozen"), frozen),
+            (f"{name}: time / TRL", ratio(name, "irlfast", "TRL"), 0.85),
+            (f"{name}: time / CCE exact", ratio(name, "irlfast", "CCE exact"), 0.85),
+            (f"{name}: time / Liger", ratio(name, "irlfast", "Liger"), 0.8),
+            (f"{name}, half masked: time / Liger", ratio(f"{name}-half", "irlfast", "Liger"), 0.45),
+            (f"{name}, trained: time / CCE default", ratio(f"{name}-trained", "irlfast", "CCE default"), 0.85),
+            (f"{name}, frozen head: time / TRL", ratio(name, "irlfast; frozen", "TRL; frozen"), 0.8),
+            (f"{name}: extra memory / TRL", ratio(name, "irlfast", "TRL", "extra_mib"), 0.5),
+            (f"{name}: extra memory / Liger", ratio(name, "irlfast", "Liger", "extra_mib"), 0.3),
+            (f"{name}: recompute, extra memory / TRL", ratio(name, "irlfast, recompute", "TRL", "extra_mib"), 0.1),
+        ]
+    return goals + accuracy_goals(figure) + scaling_goals(figure, 8)
+
+
+def accuracy_goals(figure: Figure) -> list[Goal]:
+    rows = ("irlfast", "irlfast; cached", "irlfast, recompute")
+    what = "bf16, 1,024 tokens, {}: nats a sequence against fp64"
+    return [(what.format(row), figure("bf16-1024-trained", row, "nats"), 1e-3) for row in rows]
+
+
+def scaling_goals(figure: Figure, factor: int) -> list[Goal]:
+    goals = []
+    for axis in "NV":
+        base, grown = (figure(case, "irlfast") for case in ("curve", f"curve-{axis}-x{factor}"))
+        goals.append((f"{axis} ×{factor}: time / ({factor} × time)", grown / (factor * base), 1.1))
+        base, grown = (figure(case, "irlfast", "working_mib") for case in ("curve", f"curve-{axis}-x{factor}"))
+        goals.append((f"{axis} ×{factor}: extra memory without gradients, growth", grown / base, 1.1))
+    return goals

@@ -1,0 +1,1 @@
+"""The fused losses as drop-ins for other trainers."""

@@ -1,0 +1,214 @@
+"""Log-probabilities of targets from logits that exist, their sums per sequence, and the gradient over the logits.
+
+All is bound by memory: the forward reads every row once, the backward reads and writes it once. A program's vectors
+are 16 bytes wide where V and the row strides are multiples of 16 elements, and narrower where not.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+IGNORE = tl.constexpr(-100)  # a target that is skipped
+LOG2_E = tl.constexpr(1.4426950408889634)
+VECTORS = 2048  # bytes: 16 for each of the 128 threads that score a row
+BLOCK = 4096  # elements that a program of the backward writes
+
+
+@triton.jit
+def exp(x):
+    """``tl.exp`` without its care for subnormal results: fewer instructions an element than bytes leave time for."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def tanh(u):
+    """To 4e-7 relative: 1 − 2/(1 + e) cancels near 0, where an odd polynomial (a least-squares fit) stands in."""
+    w = u * u
+    near = u + u * w * (((0.01642126 * w - 0.05266348) * w + 0.13320599) * w - 0.33332941)
+    return tl.where(w < 0.3, near, 1 - 2 / (1 + exp(2 * u)))
+
+
+@triton.jit
+def final_logits(z, at, inside, scale, cap):
+    """``softcap(scale · z)`` in fp32; outside the row anything finite."""
+    value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    return value * scale if cap is None else cap * tanh(value * (scale / cap))
+
+
+@triton.jit
+def score_row(z, target, logp, lse, V, scale, cap, ROUNDS: tl.constexpr, LANES: tl.constexpr):
+    peaks = tl.full([LANES], float("-inf"), tl.float32)
+    sums = tl.zeros([LANES], tl.float32)
+    offsets = tl.arange(0, ROUNDS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for start in range(0, V, ROUNDS * LANES):
+        at = start + offsets
+        value = tl.where(at < V, final_logits(z, at, at < V, scale, cap), float("-inf"))
+        peak = tl.maximum(peaks, tl.max(value, axis=0))
+        # A lane that has seen nothing but −inf keeps its sum of 0: −inf − −inf would be NaN.
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        sums = sums * exp(peaks - base) + tl.sum(exp(value - base[None, :]), axis=0)
+        peaks = peak
+    peak = tl.max(peaks, axis=0)
+    log_norm = tl.log(tl.sum(sums * exp(peaks - peak), axis=0))
+
+    # A target outside the row is never read: its log-probability is NaN.
+    inside = (target >= 0) & (target < V)
+    picked = tl.where(inside, final_logits(z, target, inside, scale, cap), float("nan"))
+    tl.store(logp, picked - peak - log_norm)
+    if lse is not None:
+        tl.store(lse, peak + log_norm)
+
+
+@triton.jit
+def token_logps_kernel(
+    logits,
+    ref_logits,
+    targets,
+    logps,
+    ref_logps,
+    lse,
+    V,
+    stride,
+    ref_stride,
+    scale,
+    cap,
+    ROUNDS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Programs (row, 0) score the policy's rows, programs (row, 1) the reference's."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    if tl.program_id(1) == 0:
+        if target == IGNORE:
+            tl.store(logps + row, 0.0)
+            tl.store(lse + row, 0.0)
+        else:
+            score_row(logits + row * stride, target, logps + row, lse + row, V, scale, cap, ROUNDS, LANES)
+    elif ref_logits is not None:
+        if target == IGNORE:
+            tl.store(ref_logps + row, 0.0)
+        else:
+            score_row(ref_logits + row * ref_stride, target, ref_logps + row, None, V, scale, cap, ROUNDS, LANES)
+
+
+def token_logps(
+    logits: Tensor,  # [N, V]
+    targets: Tensor,  # [N]
+    ref_logits: Tensor | None,  # [N, V]
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities ``[N]`` fp32, 0 where skipped, log-sum-exps ``[N]``, the reference's log-probabilities."""
+    n, vocabulary = logits.shape
+    logps, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
+    ref_logps = None if ref_logits is None else torch.empty_like(logps)
+    width = triton.next_power_of_2(vocabulary)
+    lanes = min(width, VECTORS // logits.itemsize)
+    rounds = min(width // lanes, 8 if softcap is None else 4)  # vectors a thread at once; a soft-cap needs registers
+    token_logps_kernel[(n, 1 if ref_logits is None else 2)](
+        logits,
+        ref_logits,
+        targets.contiguous(),
+        logps,
+        ref_logps,
+        lse,
+        vocabulary,
+        logits.stride(0),
+        0 if ref_logits is None else ref_logits.stride(0),
+        scale,
+        softcap,
+        ROUNDS=rounds,
+        LANES=lanes,
+        num_warps=max(1, lanes * logits.itemsize // 512),
+    )
+    return logps, lse, ref_logps
+
+
+@triton.jit
+def gradient_kernel(logits, targets, lse, upstream, grad, V, stride, grad_stride, scale, cap, BLOCK: tl.constexpr):
+    """One program a block of a row; ``grad`` may be ``logits``."""
+    blocks = tl.cdiv(V, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    target, g = tl.load(targets + row).to(tl.int32), tl.load(upstream + row)
+    if (target == IGNORE) | (g == 0):  # a product with 0 would keep the NaN of a skipped row
+        tl.store(grad + row * grad_stride + at, tl.zeros([BLOCK], tl.float32), mask=at < V)
+    else:
+        value = final_logits(logits + row * stride, at, at < V, scale, cap)
+        slope = tl.where(at == target, 1.0, 0.0) - exp(value - tl.load(lse + row))
+        if cap is not None:
+            slope *= 1 - (value * (1 / cap)) * (value * (1 / cap))
+        tl.store(grad + row * grad_stride + at, g * scale * slope, mask=at < V)
+
+
+def write_gradient(
+    grad: Tensor,  # [N, V], written; may be logits
+    logits: Tensor,  # [N, V]
+    targets: Tensor,  # [N]
+    lse: Tensor,  # [N]
+    upstream: Tensor,  # [N] fp32
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """``upstream · ∂ log-probability / ∂ logits``, rows of zeros where the target is skipped or ``upstream`` is 0."""
+    n, vocabulary = logits.shape
+    block = min(triton.next_power_of_2(vocabulary), BLOCK)
+    gradient_kernel[(n * triton.cdiv(vocabulary, block),)](
+        logits,
+        targets.contiguous(),
+        lse,
+        upstream.contiguous(),
+        grad,
+        vocabulary,
+        logits.stride(0),
+        grad.stride(0),
+        scale,
+        softcap,
+        BLOCK=block,
+        num_warps=max(1, block // 1024),
+    )
+
+
+@triton.jit
+def sequence_sums_kernel(logps, targets, cu_seqlens, ref_logps, sums, S, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a sequence. Sums in fp64 keep every digit of fp32 terms, so that their difference does too."""
+    sequence = tl.program_id(0)
+    first, last = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+    policy = tl.zeros([BLOCK], tl.float64)
+    reference = tl.zeros([BLOCK], tl.float64)
+    for start in range(first, last, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        policy += tl.load(logps + token, mask=token < last, other=0.0).to(tl.float64)
+        if PER_TOKEN:
+            scored = tl.load(targets + token, mask=token < last, other=IGNORE) != IGNORE
+            reference += tl.load(ref_logps + token, mask=scored, other=0.0).to(tl.float64)
+    policy_sum, ref_sum = tl.sum(policy, axis=0), tl.sum(reference, axis=0)
+    if ref_logps is not None and not PER_TOKEN:
+        ref_sum = tl.load(ref_logps + sequence).to(tl.float64)
+    tl.store(sums + sequence, policy_sum - ref_sum)
+    tl.store(sums + S + sequence, policy_sum)
+    tl.store(sums + 2 * S + sequence, ref_sum)
+
+
+def sequence_sums(
+    logps: Tensor,  # [N] fp32
+    targets: Tensor,  # [N]
+    cu_seqlens: Tensor,  # [S + 1]
+    ref_logps: Tensor | None,  # [N] or [S]; a size that is both is per token
+) -> Tensor:
+    """Log-ratio, policy's and reference's log-probability of every sequence: ``[3, S]`` fp32, in a fixed order."""
+    sequences = cu_seqlens.numel() - 1
+    sums = torch.empty(3, sequences, dtype=torch.float32, device=logps.device)
+    sequence_sums_kernel[(sequences,)](
+        logps.contiguous(),
+        targets.contiguous(),
+        cu_seqlens.contiguous(),
+        None if ref_logps is None else ref_logps.contiguous(),
+        sums,
+        sequences,
+        PER_TOKEN=ref_logps is not None and ref_logps.numel() == logps.numel(),
+        BLOCK=1024,
+        num_warps=4,
+    )
+    return sums

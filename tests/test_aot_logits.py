@@ -1,0 +1,64 @@
+"""The kernels of token_logps and logits_log_ratio compile for sm_80 and sm_90, without spills."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tests.kernels.aot import ARCHITECTURES, SHARED, Launch, compile_launch, launches_of
+
+TOKENS = 16
+SIZES = [1, 50257, 128256]  # a 1 is compiled in; rows that no vector fits; and that 16 bytes do
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def check(launch: Launch, *what: object) -> None:
+    for architecture in ARCHITECTURES:
+        usage = compile_launch(launch, architecture)
+        print(*what, usage)
+        assert usage.spills == 0
+        assert usage.registers <= 255
+        assert usage.shared <= SHARED[architecture]
+
+
+def inputs(vocabulary: int, dtype: torch.dtype, reference: bool) -> tuple[torch.Tensor, ...]:
+    logits = torch.empty(TOKENS, vocabulary, dtype=dtype, device="meta")
+    return logits, torch.empty(TOKENS, dtype=torch.long, device="meta"), logits if reference else None
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "reference", "softcap"),
+    list(itertools.product(SIZES, DTYPES, [False, True], [None, 30.0])),
+)
+def test_forward_compiles(vocabulary, dtype, reference, softcap):
+    from irlfast.kernels import logits as kernels
+
+    arguments = inputs(vocabulary, dtype, reference)
+    [launch] = launches_of(kernels.token_logps, *arguments, 0.5, softcap)
+    check(launch, vocabulary, dtype)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "softcap"),
+    list(itertools.product(SIZES, DTYPES, [None, 30.0])),
+)
+def test_backward_compiles(vocabulary, dtype, softcap):
+    from irlfast.kernels import logits as kernels
+
+    logits, targets, _ = inputs(vocabulary, dtype, False)
+    lse = torch.empty(TOKENS, device="meta")
+    [launch] = launches_of(kernels.write_gradient, logits, logits, targets, lse, lse, 0.5, softcap)
+    check(launch, vocabulary, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(("sequences", "reference"), [(4, None), (4, TOKENS), (4, 4), (1, 1)])
+def test_sums_compile(sequences, reference, dtype):
+    from irlfast.kernels import logits as kernels
+
+    logps, targets = torch.empty(TOKENS, device="meta"), torch.empty(TOKENS, dtype=torch.long, device="meta")
+    cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+    ref_logps = None if reference is None else torch.empty(reference, dtype=dtype, device="meta")
+    [launch] = launches_of(kernels.sequence_sums, logps, targets, cu_seqlens, ref_logps)
+    check(launch, reference, dtype)

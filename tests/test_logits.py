@@ -11,6 +11,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from irlfast.ops import checks
 from irlfast.ops import logits as ops
 from tests.ops_cases import sequences
 
@@ -366,19 +367,19 @@ def test_error_names_argument_and_what_was_found_and_expected(arguments, message
 
 def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
     logits, targets = torch.zeros(2, 3), torch.zeros(2).long()
-    if not ops.INTERPRETED:
-        with pytest.raises(ValueError, match=r"logits: found \[2, 3\].* on cpu, expected a CUDA device"):
+    if not checks.INTERPRETED:
+        with pytest.raises(ValueError, match=r"logits: found \[2, 3\].* on cpu, expected a tensor on a GPU"):
             ops.token_logps(logits, targets, backend="triton")
-    monkeypatch.setattr(ops, "HAS_TRITON", False)
-    with pytest.raises(RuntimeError, match="backend 'triton' is not installed: pip install triton"):
+    monkeypatch.setattr(checks, "HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="backend 'triton': Triton is not installed"):
         ops.token_logps(logits, targets, backend="triton")
 
 
 def test_a_machine_without_triton_imports_and_runs():
     program = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from irlfast.ops import logits as ops\n"
-        "print(ops.HAS_TRITON, ops.token_logps(torch.zeros(1, 2), torch.zeros(1).long()).item())"
+        "import torch; from irlfast.ops import checks, logits as ops\n"
+        "print(checks.HAS_TRITON, ops.token_logps(torch.zeros(1, 2), torch.zeros(1).long()).item())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["False", "-0.6931471824645996"], done.stderr

@@ -23,8 +23,6 @@ Arguments that both operations take:
 Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
 """
 
-import importlib.util
-import os
 from types import ModuleType
 
 import torch
@@ -75,7 +73,7 @@ def log_ratio(
     problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb)
     cached = checks.check_ref_logps(ref_logps, reference is not None, problem)
     with torch.autocast(hidden.device.type, enabled=False):
-        logps, computed = choose(backend, hidden).token_logps(policy, reference, problem)
+        logps, computed = backend_for(backend, hidden).token_logps(policy, reference, problem)
         return summarise(logps, cached if reference is None else computed, problem)
 
 
@@ -138,30 +136,12 @@ def pair_loss(
         return loss
 
     with torch.autocast(hidden.device.type, enabled=False):
-        run = choose(backend, hidden).pair_loss
+        run = backend_for(backend, hidden).pair_loss
         loss, logps, computed = run(policy, reference, problem, pairs, objective)
         statistics = summarise(logps, cached if reference is None else computed, problem)
         nll = expert_nll(statistics.policy_logps, pairs, problem, num_tokens)
     return PairLoss(loss, *statistics[:3], nll)
 
 
-def choose(backend: str, hidden: Tensor) -> ModuleType:
-    """The backend's module."""
-    if backend == "auto":
-        fused = triton_installed() and hidden.dtype != torch.float64
-        backend = "cpu" if hidden.device.type == "cpu" else "triton" if fused else "plain"
-    checks.require(backend in BACKENDS, "backend", backend, f"'auto', {', '.join(map(repr, BACKENDS))}")
-    if backend == "cpu":
-        checks.require(hidden.device.type == "cpu", "hidden", hidden, "a tensor on the CPU, as backend 'cpu' needs")
-    if backend == "triton":
-        if not triton_installed():
-            raise RuntimeError("backend 'triton': Triton is not installed; pip install 'triton>=3.5' gets it")
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        expected = "a tensor on a GPU (or TRITON_INTERPRET=1), as backend 'triton' needs"
-        checks.require(hidden.is_cuda or interpreted, "hidden", hidden, expected)
-        checks.require(hidden.dtype != torch.float64, "hidden", hidden, "fp32, bf16 or fp16; fp64 is for 'plain'")
-    return BACKENDS[backend]
-
-
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def backend_for(backend: str, hidden: Tensor) -> ModuleType:
+    return BACKENDS[checks.choose_backend(backend, hidden, "hidden")]

@@ -4,6 +4,7 @@ Shapes, dtypes and devices are always checked; values where that costs no synchr
 and on others where the environment has ``IRLFAST_CHECK=1``.
 """
 
+import importlib.util
 import math
 import os
 from numbers import Real
@@ -16,6 +17,8 @@ from irlfast.ops.problem import IGNORE, Problem, Side
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on CPU tensors
 
 
 def describe(value: Any) -> str:
@@ -39,6 +42,28 @@ def check_tensor(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, .
 
 def check_positive(value: Any, name: str, expected: str = "a number > 0") -> None:
     require(isinstance(value, Real) and 0 < float(value) < math.inf, name, value, expected)
+
+
+def choose_backend(backend: str, tensor: Tensor, name: str) -> str:
+    """The backend that computes with ``tensor``, the argument ``name``; ``"auto"`` takes the best that can.
+
+    Raises:
+        ValueError: no such backend, or not for this tensor's device or dtype.
+        RuntimeError: ``"triton"`` without Triton.
+    """
+    kind, double = tensor.device.type, tensor.dtype == torch.float64
+    if backend == "auto":
+        return "cpu" if kind == "cpu" else "triton" if HAS_TRITON and kind == "cuda" and not double else "plain"
+    require(backend in ("plain", "cpu", "triton"), "backend", backend, "'auto', 'plain', 'cpu' or 'triton'")
+    if backend == "cpu":
+        require(kind == "cpu", name, tensor, "a tensor on the CPU, by backend 'cpu'")
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError("backend 'triton': Triton is not installed; pip install 'triton>=3.5' gets it")
+        runs = kind == "cuda" or (kind == "cpu" and INTERPRETED)
+        require(runs, name, tensor, "a tensor on a GPU (or TRITON_INTERPRET=1), by backend 'triton'")
+        require(not double, name, tensor, "float32, bfloat16 or float16, by backend 'triton'")
+    return backend
 
 
 # ---------------------------------------------------------------- policy and reference

@@ -17,9 +17,7 @@ Arguments that both take, dimensions as in :mod:`irlfast.ops`:
 The gradient has the dtype of ``logits``, and is zero where the target is skipped or nothing comes from above.
 """
 
-import importlib.util
 import math
-import os
 from numbers import Real
 from typing import Any
 
@@ -34,13 +32,12 @@ from irlfast.ops.checks import (
     check_range,
     check_tensor,
     check_values,
+    choose_backend,
     require,
     values_visible,
 )
 from irlfast.ops.problem import IGNORE, LogRatio, Problem, summarise
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on CPU tensors
 CHUNK_BYTES = 2**22  # of logits in fp32 that the cpu backend holds at once
 
 
@@ -312,7 +309,7 @@ def check_logits(
     require(isinstance(scale, Real) and -math.inf < scale < math.inf, "logit_scale", scale, "a number")
     if softcap is not None:
         check_positive(softcap, "logit_softcap", "None or a number > 0")
-    backend = choose(backend, logits)
+    backend = choose_backend(backend, logits, "logits")
     if backend != "plain":
         check_strides(logits, "logits", inplace)
     return backend
@@ -352,20 +349,3 @@ def check_reference(
         if ref_logps.numel() != tokens and ref_logps.numel() != sequences:
             expected = f"[{tokens}] (one per token) or [{sequences}] (one per sequence)"
             require(False, "ref_logps", ref_logps, expected)
-
-
-def choose(backend: str, logits: Tensor) -> str:
-    on_cpu, double = logits.device.type == "cpu", logits.dtype == torch.float64
-    if backend == "auto":
-        suits = HAS_TRITON and logits.device.type == "cuda" and not double
-        return "cpu" if on_cpu else "triton" if suits else "plain"
-    require(backend in ("plain", "cpu", "triton"), "backend", backend, "'auto', 'plain', 'cpu' or 'triton'")
-    if backend == "cpu":
-        require(on_cpu, "logits", logits, "the CPU, by backend 'cpu'")
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise RuntimeError("backend 'triton' is not installed: pip install triton (Linux)")
-        runs = logits.device.type == "cuda" or (on_cpu and INTERPRETED)
-        require(runs, "logits", logits, "a CUDA device, by backend 'triton'")
-        require(not double, "logits", logits, "float32 or bfloat16 or float16, by backend 'triton'")
-    return backend

@@ -1,13 +1,21 @@
-"""The pair slab in plain PyTorch, for the CPU: fp32 products, as bf16 ones would round the logits."""
+"""The pair slab in plain PyTorch, for the CPU.
 
-from collections.abc import Iterator
-from functools import partial
+A product of bf16 tensors would round the logits to bf16. Their fp32 copies, multiplied as bf16 (which loses nothing of
+them) and summed in fp32, give fp32 logits at up to four times the speed of fp32 products.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from irlfast.ops import slab
-from irlfast.ops.problem import Problem, Side
+from irlfast.ops.problem import Objective, Problem, Side
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TILE = 2048  # rows of a bf16 weight widened at once
 
@@ -64,7 +72,40 @@ def tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield part, weight[part].to(dtype)
 
 
+def multiplied_as_bf16(product: Callable[P, T]) -> Callable[P, T]:
+    """fp32 operands are rounded to bf16, where the processor multiplies those; sums and results stay in fp32."""
+
+    @wraps(product)
+    def narrow(*args: P.args, **kwargs: P.kwargs) -> T:
+        setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before = setting.fp32_precision
+        setting.fp32_precision = "bf16"
+        try:
+            return product(*args, **kwargs)
+        finally:
+            setting.fp32_precision = before
+
+    return narrow
+
+
 SLAB_MB = 32  # elementwise steps stay in the last-level cache
-ARITHMETIC = slab.Arithmetic(SLAB_MB, logits, softmax, by_weight, by_hidden)
-token_logps = partial(slab.token_logps, ARITHMETIC)
-pair_loss = partial(slab.pair_loss, ARITHMETIC)
+EXACT = slab.Arithmetic(SLAB_MB, logits, softmax, by_weight, by_hidden)
+NARROW = EXACT._replace(
+    logits=multiplied_as_bf16(logits), by_weight=multiplied_as_bf16(by_weight), by_hidden=multiplied_as_bf16(by_hidden)
+)
+
+
+def token_logps(policy: Side, reference: Side | None, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """See :func:`irlfast.ops.plain.token_logps`."""
+    return slab.token_logps(arithmetic(policy), policy, reference, problem)
+
+
+def pair_loss(
+    policy: Side, reference: Side | None, problem: Problem, pairs: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :func:`irlfast.ops.plain.pair_loss`."""
+    return slab.pair_loss(arithmetic(policy), policy, reference, problem, pairs, objective)
+
+
+def arithmetic(policy: Side) -> slab.Arithmetic:
+    return NARROW if policy.weight.dtype == torch.bfloat16 else EXACT

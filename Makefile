@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint clean
+.PHONY: train test gpu lint clean
 train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
+
+# On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
+gpu:
+	$(PYTHON) -m pytest tests/kernels benchmarks
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

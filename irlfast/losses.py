@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from irlfast import ops
-from irlfast.model import Head
+from irlfast.ops import Head
 from irlfast.pack import Batch
 
 

@@ -1,13 +1,14 @@
 """Models and tokenizers: loaded, or built small from a config; and their hidden states without the LM head."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from irlfast.config import Config
 from irlfast.files import InputError, find, write
+from irlfast.ops import lm_head
 
 END_TOKEN = "<|endoftext|>"
 
@@ -125,27 +126,7 @@ def first_sentence(error: BaseException) -> str:
     return " ".join(str(error).split()).split(". ")[0]
 
 
-# ---------------------------------------------------------------- hidden states and the head
-
-
-class Head(NamedTuple):
-    """What turns a hidden row into logits: ``softcap(scale * (hidden @ weight.T + bias))``."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    logit_scale: float
-    logit_softcap: float | None
-
-
-def lm_head(model: Any) -> Head:
-    """The LM head as the operations of ``irlfast.ops`` take it, with the family's logit scale and soft-cap."""
-    output = model.get_output_embeddings()
-    if not isinstance(output, torch.nn.Linear):
-        raise InputError(f"{type(model).__name__}: found LM head {type(output).__name__}, expected torch.nn.Linear")
-    scale = getattr(model.config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(model.config, "logits_scaling", None) or 1.0  # Granite
-    softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma
-    return Head(output.weight, output.bias, scale, softcap)
+# ---------------------------------------------------------------- hidden states
 
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -163,7 +144,10 @@ def check_head(model: Any) -> None:
         InputError: where they do not; training on them would optimise something else.
     """
     ids = torch.arange(4, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
-    head = lm_head(model)
+    try:
+        head = lm_head(model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     hidden = hidden_states(model, ids, torch.ones_like(ids))
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
     if head.logit_softcap:

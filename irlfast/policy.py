@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from irlfast.losses import Figures, Loss, Share
-from irlfast.model import hidden_states, lm_head
+from irlfast.model import hidden_states
+from irlfast.ops import lm_head
 from irlfast.pack import Batch
 
 

@@ -14,7 +14,8 @@ from irlfast import dist, ops
 from irlfast.config import Config
 from irlfast.files import write
 from irlfast.losses import arguments
-from irlfast.model import check_head, hidden_states, lm_head, load_model
+from irlfast.model import check_head, hidden_states, load_model
+from irlfast.ops import lm_head
 from irlfast.pack import Segment, pack, tokens
 from irlfast.run import Run
 

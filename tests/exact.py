@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from irlfast import ops
 from irlfast.losses import Loss, Share, arguments
-from irlfast.model import hidden_states, lm_head, without_dropout
+from irlfast.model import hidden_states, without_dropout
+from irlfast.ops import lm_head
 from irlfast.pack import Segment, pack
 from irlfast.policy import Policy
 

@@ -13,7 +13,8 @@ from irlfast import ops
 from irlfast.config import make_config
 from irlfast.data import Demonstration, encode, make_format
 from irlfast.losses import Share, arguments, irft_loss
-from irlfast.model import hidden_states, lm_head
+from irlfast.model import hidden_states
+from irlfast.ops import lm_head
 from irlfast.pack import Segment, pack
 from irlfast.policy import Policy
 from tests.tokenizers_like import pythia

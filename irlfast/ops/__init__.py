@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from irlfast.ops import checks, cpu, plain, triton
+from irlfast.ops.heads import Head, lm_head
 from irlfast.ops.logits import logits_log_ratio, token_logps
 from irlfast.ops.problem import LogRatio, PairLoss, Side, expert_nll, pair_losses, summarise
 
-__all__ = ["LogRatio", "PairLoss", "log_ratio", "logits_log_ratio", "pair_loss", "token_logps"]
+__all__ = ["Head", "LogRatio", "PairLoss", "lm_head", "log_ratio", "logits_log_ratio", "pair_loss", "token_logps"]
 
 BACKENDS = {"plain": plain, "cpu": cpu, "triton": triton}
 

@@ -131,7 +131,7 @@ def main() -> None:
     table = summarise(seeds)
     print(markdown(table))
     result = {
-        "command": f"python -m benchmarks.learning {options.task} --seeds {' '.join(map(str, options.seeds))}",
+        "command": " ".join(["python -m benchmarks.learning", *sys.argv[1:]]),
         "keys": TASKS[options.task],
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

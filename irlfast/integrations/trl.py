@@ -1,12 +1,12 @@
 """TRL's ``DPOTrainer`` with its loss from the pair slab: change the import, and nothing else.
 
-    from irlfast.integrations.trl import DPOTrainer
+from irlfast.integrations.trl import DPOTrainer
 """
 
 import functools
 import types
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import trl
@@ -57,18 +57,20 @@ class DPOTrainer(trl.DPOTrainer):
         """The reference's log-probability of every sequence ``[2P]`` where the data has them, else token ``[N]``."""
         if self.precompute_ref_logps:
             return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        model, adapter = self.ref_model, nullcontext()
+        model: Any = self.ref_model
+        adapter: AbstractContextManager = nullcontext()
         if model is None:  # LoRA: the reference is the model without its adapter, or with the one it began with
             model = self.model
             unwrapped = self.accelerator.unwrap_model(model)
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), adapter:
+        policy, checkpointing = cast(Any, self.model), cast(Any, self.args.gradient_checkpointing_kwargs)
+        with disable_gradient_checkpointing(policy, checkpointing), adapter:
             logps = model(**keys, use_cache=False, fused_lm_head=True).log_probs
         return logps[keys["labels"][:, 1:] != -100]
 
     @torch.no_grad()
     def log_pairs(self, result: ops.PairLoss, inputs: dict[str, Tensor]) -> None:
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if cast(Any, self.model).training else "eval"
         rewards, logps = (self.beta * result.log_ratio).chunk(2), result.policy_logps.chunk(2)
         figures = {
             "rewards/chosen": rewards[0],

@@ -32,8 +32,22 @@ from irlfast.ops import checks, cpu, plain, triton
 from irlfast.ops.heads import Head, lm_head
 from irlfast.ops.logits import logits_log_ratio, token_logps
 from irlfast.ops.problem import LogRatio, PairLoss, Side, expert_nll, pair_losses, summarise
+from irlfast.ops.rewards import DiscriminatorLoss, discriminator_loss, discriminator_reward, reward_head
 
-__all__ = ["Head", "LogRatio", "PairLoss", "lm_head", "log_ratio", "logits_log_ratio", "pair_loss", "token_logps"]
+__all__ = [
+    "DiscriminatorLoss",
+    "Head",
+    "LogRatio",
+    "PairLoss",
+    "discriminator_loss",
+    "discriminator_reward",
+    "lm_head",
+    "log_ratio",
+    "logits_log_ratio",
+    "pair_loss",
+    "reward_head",
+    "token_logps",
+]
 
 BACKENDS = {"plain": plain, "cpu": cpu, "triton": triton}
 

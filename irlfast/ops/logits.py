@@ -62,7 +62,7 @@ def token_logps(
         RuntimeError: a backend that is not installed.
     """
     backend = check_logits(logits, targets, logit_scale, logit_softcap, inplace_backward, backend)
-    if check_now(logits.device):
+    if values_visible(logits.device):
         check_range(targets[targets != IGNORE], "targets", 0, logits.shape[1], f", or {IGNORE} where skipped")
     return score(logits, targets, None, logit_scale, logit_softcap, inplace_backward, backend)[0]
 
@@ -290,11 +290,6 @@ sequence_sums.register_autograd(spread, setup_context=keep_lengths)
 # Sizes are written into messages only where they are wrong: torch.compile takes a number that it writes for a constant.
 
 
-def check_now(device: torch.device) -> bool:
-    """Whether values are looked at: ``torch.compile`` cannot."""
-    return not torch.compiler.is_compiling() and values_visible(device)
-
-
 def check_logits(
     logits: Tensor, targets: Tensor, scale: float, softcap: float | None, inplace: bool, backend: str
 ) -> str:
@@ -329,7 +324,7 @@ def check_strides(logits: Tensor, name: str, inplace: bool) -> None:
 def check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor) -> None:
     check_tensor(cu_seqlens, "cu_seqlens", "[S + 1]", (torch.int32,), logits.device)
     require(cu_seqlens.numel() > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
-    if check_now(logits.device):
+    if values_visible(logits.device):
         check_values(targets, cu_seqlens, None, 0, logits.shape[1])
 
 

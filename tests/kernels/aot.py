@@ -1,5 +1,6 @@
 """Ahead-of-time compilation, without a GPU, of exactly the launches that a call makes; and what ptxas says of them."""
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -97,7 +98,10 @@ def ptxas(ptx: str, architecture: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [get_ptxas(architecture).path, "-v", f"--gpu-name=sm_{architecture}{suffix}", str(source)]
+        tool = (
+            get_ptxas(architecture) if inspect.signature(get_ptxas).parameters else get_ptxas()
+        )  # without one: Triton 3.5
+        command = [tool.path, "-v", f"--gpu-name=sm_{architecture}{suffix}", str(source)]
         done = subprocess.run([*command, "-o", f"{source}.cubin"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     [registers] = re.findall(r"Used (\d+) registers", done.stderr)

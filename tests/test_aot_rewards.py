@@ -1,0 +1,79 @@
+"""The kernels of reward_head and discriminator_loss compile for sm_80 and sm_90, without spills."""
+
+import pytest
+import torch
+
+from irlfast.ops.divergences import Options
+from tests.kernels.aot import ARCHITECTURES, SHARED, Launch, compile_launch, launches_of
+
+pytest.importorskip("triton")
+DTYPES = [torch.float32, torch.bfloat16]
+SEQUENCES = 32
+OPTIONS = [
+    None,
+    Options("bce", 0.5, 0.1, False, 20.0),
+    Options("airl", 0.5, 0.0, False, 20.0),
+    Options("gail", 0.5, 0.0, False, 20.0),
+    Options("fairl", 0.5, 0.0, True, 20.0),
+    Options("alpha", 0.3, 0.0, False, 20.0),
+]
+BRADLEY_TERRY = Options("bradley_terry", 0.5, 0.1, False, 20.0)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def check(launch: Launch, *what: object) -> None:
+    for architecture in ARCHITECTURES:
+        usage = compile_launch(launch, architecture)
+        print(*what, usage)
+        assert usage.spills == 0
+        assert usage.registers <= 255
+        assert usage.shared <= SHARED[architecture]
+
+
+def forward(
+    tokens: int, size: int, heads: int, dtype: torch.dtype, token: bool, options: Options | None, pairs: bool = False
+) -> Launch:
+    from irlfast.kernels.rewards import forward as launcher
+
+    hidden, head = meta(tokens, size, dtype=dtype), meta(heads, size, dtype=dtype)
+    bias, rows = (None, None) if token else (meta(heads, dtype=dtype), meta(tokens, dtype=torch.int64))
+    [launch] = launches_of(
+        launcher,
+        *(hidden, head, bias, rows, meta(SEQUENCES + 1, dtype=torch.int32), token),
+        meta(SEQUENCES, dtype=torch.bool),
+        meta(8, 2, dtype=torch.int64) if pairs else None,
+        options,
+    )
+    return launch
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options and options.kind)
+def test_forward_of_every_kind_compiles(options):
+    check(forward(65536, 4096, 8, torch.bfloat16, True, options), options)
+
+
+@pytest.mark.parametrize(("dtype", "pairs"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_forward_of_pairs_compiles(dtype, pairs):
+    check(forward(8192, 4096, 1, dtype, False, BRADLEY_TERRY, pairs), dtype, "pairs", pairs)
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "token"), [(1000, 3, False), (4096, 1, True), (4096, 8, True), (4096, 64, False)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_of_other_sizes_compiles(dtype, size, heads, token):
+    check(forward(65536, size, heads, dtype, token, OPTIONS[3]), dtype, size, heads)
+
+
+@pytest.mark.parametrize(("size", "heads"), [(4096, 8), (1000, 3), (4096, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_compiles(dtype, size, heads):
+    from irlfast.kernels.rewards import backward
+
+    hidden, head = meta(65536, size, dtype=dtype), meta(heads, size, dtype=dtype)
+    for wanted in ([True, True, True], [False, True, True]) if heads == 8 else ([True, True, False],):
+        [launch] = launches_of(backward, hidden, head, meta(65536, heads), meta(), wanted)
+        check(launch, dtype, size, heads, wanted)

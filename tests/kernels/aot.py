@@ -98,9 +98,8 @@ def ptxas(ptx: str, architecture: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        tool = (
-            get_ptxas(architecture) if inspect.signature(get_ptxas).parameters else get_ptxas()
-        )  # without one: Triton 3.5
+        # Triton 3.5 has one for all architectures
+        tool = get_ptxas(architecture) if inspect.signature(get_ptxas).parameters else get_ptxas()
         command = [tool.path, "-v", f"--gpu-name=sm_{architecture}{suffix}", str(source)]
         done = subprocess.run([*command, "-o", f"{source}.cubin"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

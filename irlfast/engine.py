@@ -44,7 +44,7 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
     A kill loses at most ``save_steps`` steps: the same call goes on from the last checkpoint in ``folder``.
 
     Raises:
-        InputError: where the loss is no number any more; no policy is written then.
+        InputError: where the loss or its gradient is no number any more; no policy is written then.
     """
     config, trained = run.config, folder / "policy"
     if (folder / "DONE").exists():
@@ -68,8 +68,9 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
             window, begun = {}, time.perf_counter()
             run.log.write(row)
             bar.set_postfix_str(postfix(row), refresh=False)
-            if not math.isfinite(row["loss"]):
-                raise InputError(f"{folder.name}, step {step}: the loss is {row['loss']}; try a lower learning_rate")
+            for name in ("loss", "grad_norm"):  # clipping would turn an infinite gradient into none
+                if not math.isfinite(row[name]):
+                    raise InputError(f"{folder.name}, step {step}: {name} is {row[name]}; try a lower learning_rate")
             drop = row.get("logps/reference", row["logps/chosen"]) - row["logps/chosen"]
             if drop > NOTABLE_DROP and not warned:
                 warned = True

@@ -123,6 +123,12 @@ def test_early_stop_and_warning_when_demonstrations_become_unlikely(tmp_path):
     assert rows[-1]["step"] < 20
 
 
+def test_a_gradient_that_is_no_number_ends_the_run_without_a_policy(tmp_path):
+    _, err = run(tmp_path / "run", code=2, beta=3e38, loss_type="linear")
+    assert err.splitlines()[-1] == "irlfast: stage-00, step 2: grad_norm is inf; try a lower learning_rate"
+    assert not (tmp_path / "run" / "stage-00" / "policy").exists()
+
+
 @pytest.mark.parametrize("mebibytes", [9, 14])  # full in a policy's weights, and in a checkpoint
 def test_a_full_disk_is_one_sentence_and_the_run_resumes_with_room(finished, tmp_path, mebibytes):
     disk = tmp_path / "disk"

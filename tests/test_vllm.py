@@ -137,7 +137,8 @@ def test_closing_the_generator_kills_the_child(stand_in):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_child_does_not_outlive_its_parent(stand_in, how):
     program = (
-        "from irlfast.vllm_sampler import *\n"
+        "import signal; from irlfast.vllm_sampler import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits it ignored
         "shards = [Shard(0, [[1]], 0), Shard(1, [[15]], 0)]\n"
         f"for _, [[process, *_]] in generate_vllm({str(stand_in)!r}, shards, python=None, **{SETTINGS}):\n"
         "    print(process, flush=True)\n"
@@ -151,7 +152,7 @@ def test_the_child_does_not_outlive_its_parent(stand_in, how):
     ) as parent:
         process = int(parent.stdout.readline())
         parent.send_signal(how)
-        parent.wait()
+        parent.wait(60)
     assert gone(process)
 
 

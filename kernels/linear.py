@@ -22,7 +22,9 @@ def tile_logits(
     for start in range(0, H, K):
         k = start + tl.arange(0, K)
         x = tl.load(hidden + row[:, None] * H + k[None, :], mask=k[None, :] < H, other=0.0)
-        w = tl.load(weight + column[None, :] * H + k[:, None], mask=inside[None, :] & (k[:, None] < H), other=0.0)
+        w = tl.load(
+            weight + column[None, :].to(tl.int64) * H + k[:, None], mask=inside[None, :] & (k[:, None] < H), other=0.0
+        )
         total = tl.dot(x, w, total, input_precision=PRECISION)
     if bias is not None:
         total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -33,33 +35,47 @@ def tile_logits(
 
 
 @triton.jit
+def score_part(
+    hidden, weight, bias, row, target, first, last, V, H, scale,
+    CAP: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Over columns ``first`` to ``last``: max and sum of exponentials of each row, its target's logit or −inf."""
+    peak = tl.full([row.shape[0]], float("-inf"), tl.float32)
+    norm = tl.zeros([row.shape[0]], tl.float32)
+    found = tl.full([row.shape[0]], float("-inf"), tl.float32)
+    for start in range(first, last, N):
+        column = start + tl.arange(0, N)
+        z = tile_logits(hidden, weight, bias, row, column, V, H, scale, CAP, PRECISION, K)
+        new = tl.maximum(peak, tl.max(z, axis=1))
+        base = tl.where(new == float("-inf"), 0.0, new)  # −inf − −inf would be NaN
+        norm = norm * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
+        peak = new
+        found = tl.maximum(found, tl.max(tl.where(column[None, :] == target[:, None], z, float("-inf")), axis=1))
+    return peak, norm, found
+
+
+@triton.jit
 def parts_kernel(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, n, V, H, REF_H,
     scale, per_part, CAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of tokens, part of the vocabulary, side): max and sum of exponentials of its part, target's logit.
+    """Program (block of tokens, part of the vocabulary, side): the statistics of its part.
 
     ``peaks``, ``sums`` and ``picked`` are [sides, parts, n]; a part without the target leaves −inf in ``picked``.
     """
     block, part, side = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at = block * M + tl.arange(0, M)
     row = tl.load(rows + at, mask=at < n, other=0).to(tl.int64)
-    target = tl.load(targets + at, mask=at < n, other=0)
-    peak = tl.full([M], float("-inf"), tl.float32)
-    norm = tl.zeros([M], tl.float32)
-    found = tl.full([M], float("-inf"), tl.float32)
-    first = part * per_part
-    for start in range(first, min(first + per_part, V), N):
-        column = start + tl.arange(0, N).to(tl.int64)
-        if side == 0:
-            z = tile_logits(hidden, weight, bias, row, column, V, H, scale, CAP, PRECISION, K)
-        else:
-            z = tile_logits(ref_hidden, ref_weight, ref_bias, row, column, V, REF_H, scale, CAP, PRECISION, K)
-        new = tl.maximum(peak, tl.max(z, axis=1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # −inf − −inf would be NaN
-        norm = norm * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
-        peak = new
-        found = tl.maximum(found, tl.max(tl.where(column[None, :] == target[:, None], z, float("-inf")), axis=1))
+    target = tl.load(targets + at, mask=at < n, other=0).to(tl.int32)
+    first, last = part * per_part, min(part * per_part + per_part, V)
+    if side == 0:
+        peak, norm, found = score_part(
+            hidden, weight, bias, row, target, first, last, V, H, scale, CAP, PRECISION, N, K
+        )
+    else:
+        peak, norm, found = score_part(
+            ref_hidden, ref_weight, ref_bias, row, target, first, last, V, REF_H, scale, CAP, PRECISION, N, K
+        )
     out = (side * tl.num_programs(1) + part) * n + at
     tl.store(peaks + out, peak, mask=at < n)
     tl.store(sums + out, norm, mask=at < n)
@@ -97,7 +113,7 @@ def token_logps(
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = sides[0], sides[-1]
     n, vocabulary = len(targets), weight.shape[0]
     narrow = hidden.dtype != torch.float32
-    m, columns, k = (128, 128, 64) if narrow else (64, 64, 32)
+    m, columns, k = (128, 128, 64) if narrow else (64, 32, 32)
     blocks, tiles = triton.cdiv(n, m), triton.cdiv(vocabulary, columns)
     parts = min(tiles, max(1, PROGRAMS // max(1, blocks * len(sides))))
     per_part = triton.cdiv(tiles, parts) * columns

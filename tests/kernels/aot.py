@@ -1,18 +1,14 @@
 """Ahead-of-time compilation, without a GPU, of exactly the launches that a call makes; and what ptxas says of them."""
 
-import inspect
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -87,22 +83,11 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
-    registers, spills = ptxas(compiled.asm["ptx"], architecture)
-    return Usage(launch.kernel.__name__, architecture, registers, spills, compiled.metadata.shared)
-
-
-def ptxas(ptx: str, architecture: int) -> tuple[int, int]:
-    """Registers a thread, and bytes spilled."""
-    suffix = "a" if architecture >= 90 else ""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        # Triton 3.5 has one for all architectures
-        tool = get_ptxas(architecture) if inspect.signature(get_ptxas).parameters else get_ptxas()
-        command = [tool.path, "-v", f"--gpu-name=sm_{architecture}{suffix}", str(source)]
-        done = subprocess.run([*command, "-o", f"{source}.cubin"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    [registers] = re.findall(r"Used (\d+) registers", done.stderr)
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
-    return int(registers), spills
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(log):
+        triton.knobs.compilation.always_compile = True  # else ptxas would say nothing of a kernel that is cached
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
+    [registers] = re.findall(r"Used (\d+) registers", log.getvalue())
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
+    return Usage(launch.kernel.__name__, architecture, int(registers), spills, compiled.metadata.shared)

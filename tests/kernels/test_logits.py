@@ -154,7 +154,7 @@ def test_logits_of_minus_infinity(softcap):
 
 
 def test_a_target_outside_the_vocabulary_is_nan_where_values_are_not_checked(monkeypatch):
-    monkeypatch.setattr(ops, "check_now", lambda device: False)
+    monkeypatch.setattr(ops, "values_visible", lambda device: False)
     logits, targets = torch.zeros(4, 7, device=DEVICE), torch.tensor([7, -1, 10**12, 3], device=DEVICE)
     assert ops.token_logps(logits, targets, backend="triton").isnan().tolist() == [True, True, True, False]
 

@@ -124,7 +124,7 @@ def draw_curve(keys: list[str], level: float | None, metrics: dict[str, np.ndarr
         for column, colour, dash in zip(columns, (EXPERT, SYNTHETIC), ("-", "--"), strict=False):
             y, low, high = thin(rows[:, column], points)
             alone = np.isnan(np.r_[np.nan, y[:-1]]) & np.isnan(np.r_[y[1:], np.nan])  # no line leads there: a dot
-            axes.plot(x, y, dash, color=colour, linewidth=1.4)
+            axes.plot(x, y, dash, color=colour)
             axes.plot(x[alone], y[alone], "o", color=colour, markersize=3)
             if len(rows) > points:
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -147,7 +147,7 @@ def draw_phases(key: str, level: float | None, evals: dict[str, dict], kept: str
         return None
     figure, axes = panel()
     x, full = np.arange(len(values)), np.array([phase == kept for phase in evals])
-    axes.plot(x, values, color=EXPERT, linewidth=1.4)
+    axes.plot(x, values, color=EXPERT)
     axes.plot(x[~full], values[~full], "o", color=EXPERT, markersize=4, fillstyle="none")
     axes.plot(x[full], values[full], "o", color=EXPERT, markersize=6)
     if level is not None:

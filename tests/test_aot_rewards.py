@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from irlfast.ops.divergences import Options
-from tests.kernels.aot import ARCHITECTURES, SHARED, Launch, compile_launch, launches_of
+from tests.kernels.aot import Launch, check_compiles, launches_of
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -22,15 +22,6 @@ BRADLEY_TERRY = Options("bradley_terry", 0.5, 0.1, False, 20.0)
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def check(launch: Launch, *what: object) -> None:
-    for architecture in ARCHITECTURES:
-        usage = compile_launch(launch, architecture)
-        print(*what, usage)
-        assert usage.spills == 0
-        assert usage.registers <= 255
-        assert usage.shared <= SHARED[architecture]
 
 
 def forward(
@@ -52,12 +43,12 @@ def forward(
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options and options.kind)
 def test_forward_of_every_kind_compiles(options):
-    check(forward(65536, 4096, 8, torch.bfloat16, True, options), options)
+    check_compiles(forward(65536, 4096, 8, torch.bfloat16, True, options), options)
 
 
 @pytest.mark.parametrize(("dtype", "pairs"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_forward_of_pairs_compiles(dtype, pairs):
-    check(forward(8192, 4096, 1, dtype, False, BRADLEY_TERRY, pairs), dtype, "pairs", pairs)
+    check_compiles(forward(8192, 4096, 1, dtype, False, BRADLEY_TERRY, pairs), dtype, "pairs", pairs)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +56,7 @@ def test_forward_of_pairs_compiles(dtype, pairs):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_of_other_sizes_compiles(dtype, size, heads, token):
-    check(forward(65536, size, heads, dtype, token, OPTIONS[3]), dtype, size, heads)
+    check_compiles(forward(65536, size, heads, dtype, token, OPTIONS[3]), dtype, size, heads)
 
 
 @pytest.mark.parametrize(("size", "heads"), [(4096, 8), (1000, 3), (4096, 64)])
@@ -76,4 +67,4 @@ def test_backward_compiles(dtype, size, heads):
     hidden, head = meta(65536, size, dtype=dtype), meta(heads, size, dtype=dtype)
     for wanted in ([True, True, True], [False, True, True]) if heads == 8 else ([True, True, False],):
         [launch] = launches_of(backward, hidden, head, meta(65536, heads), meta(), wanted)
-        check(launch, dtype, size, heads, wanted)
+        check_compiles(launch, dtype, size, heads, wanted)

@@ -163,14 +163,18 @@ def values_visible(device: torch.device) -> bool:
 
 
 def check_values(targets: Tensor, cu_seqlens: Tensor, rows: Tensor | None, height: int, vocabulary: int) -> None:
-    first, last, tokens = int(cu_seqlens[0]), int(cu_seqlens[-1]), targets.numel()
-    require(first == 0, "cu_seqlens[0]", first, "0")
-    require(last == tokens, "cu_seqlens[-1]", last, f"{tokens}, the number of targets")
-    drop = int(cu_seqlens.diff().min()) if cu_seqlens.numel() > 1 else 0
-    require(drop >= 0, "cu_seqlens", f"a step of {drop}", "values that do not decrease")
+    check_cu_seqlens(cu_seqlens, targets.numel(), "the number of targets")
     check_range(targets[targets != IGNORE], "targets", 0, vocabulary, f", or {IGNORE} where skipped")
     if rows is not None:
         check_range(rows, "rows", 0, height, ", the rows of hidden")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, whose: str) -> None:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    require(first == 0, "cu_seqlens[0]", first, "0")
+    require(last == tokens, "cu_seqlens[-1]", last, f"{tokens}, {whose}")
+    drop = int(cu_seqlens.diff().min()) if cu_seqlens.numel() > 1 else 0
+    require(drop >= 0, "cu_seqlens", f"a step of {drop}", "values that do not decrease")
 
 
 def check_range(values: Tensor, name: str, low: int, high: int, note: str) -> None:

@@ -201,17 +201,9 @@ def forward(
 
 
 @forward.register_fake
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    ref_logits: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    inplace: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, targets: Tensor, ref_logits: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     logps = logits.new_empty(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-    lse = torch.empty_like(logps) if backend == "triton" else logps.new_empty(0)
+    lse = torch.empty_like(logps) if rest[-1] == "triton" else logps.new_empty(0)
     return logps, lse, logps.new_empty(0) if ref_logits is None else torch.empty_like(logps)
 
 

@@ -26,6 +26,7 @@ from irlfast.ops import divergences
 from irlfast.ops.checks import (
     FLOATS,
     INTEGERS,
+    check_cu_seqlens,
     check_range,
     check_tensor,
     choose_backend,
@@ -326,22 +327,14 @@ def check_heads(
         check_tensor(rows, "rows", "[N]", INTEGERS, device)
     require(pooling in ("last", "token"), "pooling", pooling, "'last' or 'token'")
     if values_visible(device):
-        check_cu_seqlens(cu_seqlens, hidden.shape[0] if rows is None else rows.shape[0], rows is None)
+        whose = "the rows of hidden, where rows is None" if rows is None else "the number of rows"
+        check_cu_seqlens(cu_seqlens, (hidden if rows is None else rows).shape[0], whose)
         if rows is not None:
             check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
     backend = choose_backend(backend, hidden, "hidden")
     if backend == "triton" and heads > MOST_HEADS:
         require(False, "head", head, f"at most {MOST_HEADS} heads by backend 'triton'; 'plain' takes any number")
     return backend
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, of_hidden: bool) -> None:
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    require(first == 0, "cu_seqlens[0]", first, "0")
-    whose = "the rows of hidden, where rows is None" if of_hidden else "the number of rows"
-    require(last == tokens, "cu_seqlens[-1]", last, f"{tokens}, {whose}")
-    drop = int(cu_seqlens.diff().min()) if cu_seqlens.numel() > 1 else 0
-    require(drop >= 0, "cu_seqlens", f"a step of {drop}", "values that do not decrease")
 
 
 def check_labels(labels: Tensor | None, cu_seqlens: Tensor, kind: str) -> None:

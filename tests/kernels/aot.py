@@ -91,3 +91,13 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
     [registers] = re.findall(r"Used (\d+) registers", log.getvalue())
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
     return Usage(launch.kernel.__name__, architecture, int(registers), spills, compiled.metadata.shared)
+
+
+def check_compiles(launch: Launch, *what: object, registers: int = 255) -> None:
+    """Compile a launch for every architecture, print what it needs, and refuse spills."""
+    for architecture in ARCHITECTURES:
+        usage = compile_launch(launch, architecture)
+        print(*what, usage)
+        assert usage.spills == 0
+        assert usage.registers <= registers
+        assert usage.shared <= SHARED[architecture]

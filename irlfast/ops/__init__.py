@@ -23,15 +23,13 @@ Arguments that both operations take:
 Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from irlfast.ops import checks, cpu, plain, triton
+from irlfast.ops import checks, plain, registered
 from irlfast.ops.heads import Head, lm_head
 from irlfast.ops.logits import logits_log_ratio, token_logps
-from irlfast.ops.problem import LogRatio, PairLoss, Side, expert_nll, pair_losses, summarise
+from irlfast.ops.problem import Coupling, LogRatio, PairLoss, Side, expert_nll, summarise
 from irlfast.ops.rewards import DiscriminatorLoss, discriminator_loss, discriminator_reward, reward_head
 
 __all__ = [
@@ -48,8 +46,6 @@ __all__ = [
     "reward_head",
     "token_logps",
 ]
-
-BACKENDS = {"plain": plain, "cpu": cpu, "triton": triton}
 
 
 def log_ratio(
@@ -86,10 +82,14 @@ def log_ratio(
     policy = checks.check_policy(Side(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
     problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb)
-    cached = checks.check_ref_logps(ref_logps, reference is not None, problem)
+    problem = checks.check_ref_logps(ref_logps, reference is not None, problem)
+    backend = checks.choose_backend(backend, hidden, "hidden")
     with torch.autocast(hidden.device.type, enabled=False):
-        logps, computed = backend_for(backend, hidden).token_logps(policy, reference, problem)
-        return summarise(logps, cached if reference is None else computed, problem)
+        if backend == "plain":
+            logps, computed = plain.token_logps(policy, reference, problem)
+        else:
+            logps, computed = registered.token_logps(policy, reference, problem, backend)
+        return summarise(logps, computed, problem)
 
 
 def pair_loss(
@@ -137,26 +137,16 @@ def pair_loss(
     policy = checks.check_policy(Side(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
     problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb)
-    cached = checks.check_ref_logps(ref_logps, reference is not None, problem)
+    problem = checks.check_ref_logps(ref_logps, reference is not None, problem)
     pairs = checks.check_pairs(pairs, problem)
     checks.check_loss(beta, loss_type, nll_weight, num_pairs, num_tokens)
-
-    def objective(logps: Tensor, computed: Tensor | None) -> Tensor:
-        statistics = summarise(logps, cached if reference is None else computed, problem)
-        expert, synthetic = statistics.log_ratio[pairs].unbind(1)
-        losses = pair_losses(beta * (expert - synthetic), loss_type)
-        loss = losses.sum() / (num_pairs or max(len(pairs), 1))
-        if nll_weight:
-            loss = loss + nll_weight * expert_nll(statistics.policy_logps, pairs, problem, num_tokens)
-        return loss
-
+    coupling = Coupling(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens)
+    backend = checks.choose_backend(backend, hidden, "hidden")
     with torch.autocast(hidden.device.type, enabled=False):
-        run = backend_for(backend, hidden).pair_loss
-        loss, logps, computed = run(policy, reference, problem, pairs, objective)
-        statistics = summarise(logps, cached if reference is None else computed, problem)
-        nll = expert_nll(statistics.policy_logps, pairs, problem, num_tokens)
+        if backend == "plain":
+            loss, logps, computed = plain.pair_loss(policy, reference, problem, coupling)
+        else:
+            loss, logps, computed = registered.pair_loss(policy, reference, problem, coupling, backend)
+        statistics = summarise(logps, computed, problem)
+        nll = expert_nll(statistics.policy_logps, problem, coupling)
     return PairLoss(loss, *statistics[:3], nll)
-
-
-def backend_for(backend: str, hidden: Tensor) -> ModuleType:
-    return BACKENDS[checks.choose_backend(backend, hidden, "hidden")]

@@ -27,9 +27,10 @@ def describe(value: Any) -> str:
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
-def require(holds: bool, name: str, found: Any, expected: str) -> None:
+def require(holds: bool, name: str, found: Any, expected: str, *sizes: int) -> None:
+    """``sizes`` fill the braces of ``expected``, only on failure: torch.compile takes what it writes for a constant."""
     if not holds:
-        raise ValueError(f"{name}: found {describe(found)}, expected {expected}")
+        raise ValueError(f"{name}: found {describe(found)}, expected {expected.format(*sizes)}")
 
 
 def check_tensor(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
@@ -41,7 +42,8 @@ def check_tensor(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, .
 
 
 def check_positive(value: Any, name: str, expected: str = "a number > 0") -> None:
-    require(isinstance(value, Real) and 0 < float(value) < math.inf, name, value, expected)
+    number = isinstance(value, Real)
+    require(number and 0 < value < math.inf, name, value, expected)
 
 
 def choose_backend(backend: str, tensor: Tensor, name: str) -> str:
@@ -84,8 +86,8 @@ def check_reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor |
         raise ValueError("ref_weight: found None, expected a tensor [V, H'] where ref_hidden is given")
     check_side(Side(hidden, weight, bias), "ref_", policy.hidden.device)
     rows, vocabulary = policy.hidden.shape[0], policy.weight.shape[0]
-    require(hidden.shape[0] == rows, "ref_hidden", hidden, f"{rows} rows, as hidden has")
-    require(weight.shape[0] == vocabulary, "ref_weight", weight, f"{vocabulary} rows, as weight has")
+    require(hidden.shape[0] == rows, "ref_hidden", hidden, "{} rows, as hidden has", rows)
+    require(weight.shape[0] == vocabulary, "ref_weight", weight, "{} rows, as weight has", vocabulary)
     return Side(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
 
 
@@ -93,24 +95,27 @@ def check_side(side: Side, prefix: str, device: torch.device) -> None:
     hidden, weight, bias = side
     check_tensor(hidden, f"{prefix}hidden", "[R, H]", FLOATS, device)
     check_tensor(weight, f"{prefix}weight", "[V, H]", (hidden.dtype,), device)
-    fits = weight.shape[0] > 0 and weight.shape[1] == hidden.shape[1]
-    require(fits, f"{prefix}weight", weight, f"[V, {hidden.shape[1]}] with V > 0, as {prefix}hidden has H columns")
+    size, columns = weight.shape[0], hidden.shape[1]
+    fits = size > 0 and weight.shape[1] == columns
+    require(fits, f"{prefix}weight", weight, f"[V, {{}}] with V > 0, as {prefix}hidden has H columns", columns)
     if bias is not None:
         check_tensor(bias, f"{prefix}bias", "[V]", (hidden.dtype,), device)
-        size = weight.shape[0]
-        require(bias.numel() == size, f"{prefix}bias", bias, f"[{size}], as {prefix}weight has that many rows")
+        require(bias.shape[0] == size, f"{prefix}bias", bias, f"[{{}}], as {prefix}weight has that many rows", size)
 
 
-def check_ref_logps(ref_logps: Tensor | None, has_ref_hidden: bool, problem: Problem) -> Tensor | None:
-    """The cached reference, per token ``[N]`` or per sequence ``[S]``, detached."""
+def check_ref_logps(ref_logps: Tensor | None, has_ref_hidden: bool, problem: Problem) -> Problem:
+    """The problem with its cached reference, per token ``[N]`` or per sequence ``[S]``, detached."""
     if ref_logps is None:
-        return None
+        return problem
     require(not has_ref_hidden, "ref_logps", ref_logps, "None where ref_hidden is given (one reference, not two)")
-    check_tensor(ref_logps, "ref_logps", "[N]", FLOATS, problem.targets.device)
-    tokens, sequences = problem.targets.numel(), problem.sequences
-    expected = f"[{tokens}] (one per token) or [{sequences}] (one per sequence)"
-    require(ref_logps.numel() in (tokens, sequences), "ref_logps", ref_logps, expected)
-    return ref_logps.detach()
+    check_cached(ref_logps, problem.targets.device, problem.targets.shape[0], problem.sequences)
+    return problem._replace(ref_logps=ref_logps.detach())
+
+
+def check_cached(ref_logps: Tensor, device: torch.device, tokens: int, sequences: int) -> None:
+    check_tensor(ref_logps, "ref_logps", "[N]", FLOATS, device)
+    fits = ref_logps.shape[0] in (tokens, sequences)
+    require(fits, "ref_logps", ref_logps, "[{}] (one per token) or [{}] (one per sequence)", tokens, sequences)
 
 
 # ---------------------------------------------------------------- tokens and sequences
@@ -132,11 +137,12 @@ def check_problem(
     require(cu_seqlens.numel() > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
     tokens = targets.numel()
     if rows is None:
-        require(hidden.shape[0] == tokens, "hidden", hidden, f"{tokens} rows, as targets, where rows is None")
+        require(hidden.shape[0] == tokens, "hidden", hidden, "{} rows, as targets, where rows is None", tokens)
     else:
         check_tensor(rows, "rows", "[N]", INTEGERS, device)
-        require(rows.numel() == tokens, "rows", rows, f"[{tokens}], as targets")
-    require(isinstance(logit_scale, Real) and math.isfinite(logit_scale), "logit_scale", logit_scale, "a number")
+        require(rows.numel() == tokens, "rows", rows, "[{}], as targets", tokens)
+    finite = isinstance(logit_scale, Real) and -math.inf < logit_scale < math.inf
+    require(finite, "logit_scale", logit_scale, "a number")
     if logit_softcap is not None:
         check_positive(logit_softcap, "logit_softcap", "None or a number > 0")
     check_positive(buffer_mb, "buffer_mb")
@@ -192,7 +198,8 @@ def check_pairs(pairs: Tensor | None, problem: Problem) -> Tensor:
     device = problem.targets.device
     if pairs is None:
         expected = "an even number of sequences (expert, synthetic, …) where pairs is None"
-        require(problem.sequences % 2 == 0, "cu_seqlens", f"{problem.sequences} sequences", expected)
+        if problem.sequences % 2:
+            require(False, "cu_seqlens", f"{problem.sequences} sequences", expected)
         return torch.arange(problem.sequences, device=device).view(-1, 2)
     check_tensor(pairs, "pairs", "[P, 2]", INTEGERS, device)
     require(pairs.shape[1] == 2, "pairs", pairs, "[P, 2], columns expert and synthetic")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from irlfast.ops import slab
-from irlfast.ops.problem import Objective, Problem, Side
+from irlfast.ops.problem import Problem, Side
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -93,18 +93,6 @@ EXACT = slab.Arithmetic(SLAB_MB, logits, softmax, by_weight, by_hidden)
 NARROW = EXACT._replace(
     logits=multiplied_as_bf16(logits), by_weight=multiplied_as_bf16(by_weight), by_hidden=multiplied_as_bf16(by_hidden)
 )
-
-
-def token_logps(policy: Side, reference: Side | None, problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """See :func:`irlfast.ops.plain.token_logps`."""
-    return slab.token_logps(arithmetic(policy), policy, reference, problem)
-
-
-def pair_loss(
-    policy: Side, reference: Side | None, problem: Problem, pairs: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :func:`irlfast.ops.plain.pair_loss`."""
-    return slab.pair_loss(arithmetic(policy), policy, reference, problem, pairs, objective)
 
 
 def arithmetic(policy: Side) -> slab.Arithmetic:

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from irlfast.ops.checks import (
     FLOATS,
     INTEGERS,
+    check_cached,
     check_positive,
     check_range,
     check_tensor,
@@ -279,7 +280,6 @@ sequence_sums.register_autograd(spread, setup_context=keep_lengths)
 
 
 # ---------------------------------------------------------------- checks
-# Sizes are written into messages only where they are wrong: torch.compile takes a number that it writes for a constant.
 
 
 def check_logits(
@@ -291,8 +291,7 @@ def check_logits(
     rows, vocabulary = logits.shape
     require(vocabulary > 0, "logits", logits, "[N, V] with V > 0")
     check_tensor(targets, "targets", "[N]", INTEGERS, device)
-    if targets.numel() != rows:
-        require(False, "targets", targets, f"[{rows}], as logits has that many rows")
+    require(targets.numel() == rows, "targets", targets, "[{}], as logits has that many rows", rows)
     require(isinstance(scale, Real) and -math.inf < scale < math.inf, "logit_scale", scale, "a number")
     if softcap is not None:
         check_positive(softcap, "logit_softcap", "None or a number > 0")
@@ -307,10 +306,10 @@ def check_strides(logits: Tensor, name: str, inplace: bool) -> None:
     if logits.stride(1) != 1 and vocabulary > 1:
         expected = "adjacent elements in every row, as of .contiguous()"
     elif inplace and rows > 1 and logits.stride(0) < vocabulary:
-        expected = f"rows at least {vocabulary} apart where inplace_backward"
+        expected = "rows at least {} apart where inplace_backward"
     else:
         return
-    require(False, name, f"strides {tuple(logits.stride())}", expected)
+    require(False, name, f"strides {tuple(logits.stride())}", expected, vocabulary)
 
 
 def check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor) -> None:
@@ -327,12 +326,8 @@ def check_reference(
     if ref_logits is not None:
         require(ref_logps is None, "ref_logps", ref_logps, "None where ref_logits is given (one reference, not two)")
         check_tensor(ref_logits, "ref_logits", "[N, V]", FLOATS, logits.device)
-        if ref_logits.shape != logits.shape:
-            require(False, "ref_logits", ref_logits, f"{list(logits.shape)}, as logits")
+        require(ref_logits.shape == logits.shape, "ref_logits", ref_logits, "[{}, {}], as logits", *logits.shape)
         if backend != "plain":
             check_strides(ref_logits, "ref_logits", inplace=False)
     if ref_logps is not None:
-        check_tensor(ref_logps, "ref_logps", "[N]", FLOATS, logits.device)
-        if ref_logps.numel() != tokens and ref_logps.numel() != sequences:
-            expected = f"[{tokens}] (one per token) or [{sequences}] (one per sequence)"
-            require(False, "ref_logps", ref_logps, expected)
+        check_cached(ref_logps, logits.device, tokens, sequences)

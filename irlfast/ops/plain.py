@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from irlfast.ops.problem import Objective, Problem, Side
+from irlfast.ops.problem import Coupling, Problem, Side, objective
 
 
 def token_logps(policy: Side, reference: Side | None, problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -16,14 +16,11 @@ def token_logps(policy: Side, reference: Side | None, problem: Problem) -> tuple
 
 
 def pair_loss(
-    policy: Side, reference: Side | None, problem: Problem, pairs: Tensor, objective: Objective
+    policy: Side, reference: Side | None, problem: Problem, coupling: Coupling
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``objective`` of the token log-probabilities, differentiable, and these, detached.
-
-    ``pairs`` ``[P, 2]`` says which sequences the objective couples; sequences in no common pair are independent.
-    """
+    """The loss ``[]``, differentiable, and the log-probabilities ``[N]`` of policy and reference, detached."""
     logps, ref_logps = token_logps(policy, reference, problem)
-    return objective(logps, ref_logps), logps.detach(), ref_logps
+    return objective(logps, ref_logps, problem, coupling), logps.detach(), ref_logps
 
 
 def score(side: Side, problem: Problem) -> Tensor:

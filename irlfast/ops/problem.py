@@ -1,18 +1,11 @@
-"""What every backend is given, and what all of them share once the log-probabilities of the tokens are known.
+"""What every backend is given, and what all of them share once the log-probabilities of the tokens are known."""
 
-A backend is a module with two functions, ``token_logps`` and ``pair_loss``; see ``plain.py`` for their meaning.
-"""
-
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE = -100  # a target that is skipped
-
-# From token log-probabilities [N] of the policy and of the reference to a loss: how the sequences are coupled.
-Objective = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
 class Side(NamedTuple):
@@ -34,6 +27,7 @@ class Problem(NamedTuple):
     logit_softcap: float | None
     dtype: torch.dtype  # of the logits and the statistics: fp32, or fp64 for fp64 inputs
     buffer_mb: float
+    ref_logps: Tensor | None = None  # the cached reference, per token [N] or per sequence [S]
 
     def rows_of(self, tokens: Tensor) -> Tensor:
         return tokens if self.rows is None else self.rows[tokens]
@@ -45,6 +39,17 @@ class Problem(NamedTuple):
     def scored(self) -> Tensor:
         """Indices of the targets that are not skipped."""
         return (self.targets != IGNORE).nonzero().flatten()
+
+
+class Coupling(NamedTuple):
+    """The loss on pairs of sequences, see :func:`irlfast.ops.pair_loss`; those in no common pair are independent."""
+
+    pairs: Tensor  # [P, 2] int64
+    beta: float
+    loss_type: str
+    nll_weight: float
+    num_pairs: float | None
+    num_tokens: float | None
 
 
 class LogRatio(NamedTuple):
@@ -72,11 +77,12 @@ def per_sequence(values: Tensor, problem: Problem) -> Tensor:
     return sums.index_add(0, problem.sequence, values.double())
 
 
-def summarise(token_logps: Tensor, ref_logps: Tensor | None, problem: Problem) -> LogRatio:
-    """Sequence statistics from token log-probabilities and the reference's, per token ``[N]`` or sequence ``[S]``.
+def summarise(token_logps: Tensor, computed: Tensor | None, problem: Problem) -> LogRatio:
+    """Sequence statistics from token log-probabilities ``[N]`` of the policy and, if computed, of the reference.
 
     Per token, the difference is taken before the sum: it is small, so that nothing is lost by adding it up.
     """
+    ref_logps = problem.ref_logps if computed is None else computed
     policy = per_sequence(token_logps, problem)
     if ref_logps is None:
         reference, ratio = torch.zeros_like(policy), policy
@@ -88,18 +94,64 @@ def summarise(token_logps: Tensor, ref_logps: Tensor | None, problem: Problem) -
     return LogRatio(ratio.to(problem.dtype), policy.to(problem.dtype), reference.to(problem.dtype), token_logps)
 
 
+def objective(token_logps: Tensor, ref_logps: Tensor | None, problem: Problem, coupling: Coupling) -> Tensor:
+    """The loss ``[]`` from token log-probabilities ``[N]`` of the policy and, if computed, of the reference."""
+    statistics = summarise(token_logps, ref_logps, problem)
+    loss = pair_losses(margins(statistics, coupling), coupling.loss_type).sum() / divisor(coupling)
+    if coupling.nll_weight:
+        loss = loss + coupling.nll_weight * expert_nll(statistics.policy_logps, problem, coupling)
+    return loss
+
+
+def derivative(token_logps: Tensor, ref_logps: Tensor | None, problem: Problem, coupling: Coupling) -> Tensor:
+    """∂ objective / ∂ token_logps ``[N]``; that of a sequence needs the log-probabilities of its group only."""
+    u = margins(summarise(token_logps, ref_logps, problem), coupling)
+    slope = pair_slopes(u, coupling.loss_type) * (coupling.beta / divisor(coupling))
+    slopes = torch.stack([slope, -slope], 1).flatten()
+    by_sequence = slopes.new_zeros(problem.sequences).index_add(0, coupling.pairs.flatten(), slopes)
+    if coupling.nll_weight:
+        share = coupling.nll_weight / expert_tokens(problem, coupling)
+        by_sequence -= torch.where(experts(problem, coupling), share, 0)
+    return by_sequence[problem.sequence]
+
+
+def margins(statistics: LogRatio, coupling: Coupling) -> Tensor:
+    """u ``[P]`` = β · (ρ(expert) − ρ(synthetic))."""
+    expert, synthetic = statistics.log_ratio[coupling.pairs].unbind(1)
+    return coupling.beta * (expert - synthetic)
+
+
+def divisor(coupling: Coupling) -> float:
+    return coupling.num_pairs or max(coupling.pairs.shape[0], 1)
+
+
 def pair_losses(u: Tensor, loss_type: str) -> Tensor:
-    """Loss of each pair from ``u = β · (ρ(expert) − ρ(synthetic))``."""
     if loss_type == "sigmoid":
         return -torch.nn.functional.logsigmoid(u)
     return torch.relu(1 - u) if loss_type == "hinge" else -u
 
 
-def expert_nll(policy_logps: Tensor, pairs: Tensor, problem: Problem, num_tokens: float | None) -> Tensor:
+def pair_slopes(u: Tensor, loss_type: str) -> Tensor:
+    """The derivative of each of ``pair_losses``."""
+    if loss_type == "sigmoid":
+        return -torch.sigmoid(-u)
+    return -(u < 1).to(u.dtype) if loss_type == "hinge" else -torch.ones_like(u)
+
+
+def expert_nll(policy_logps: Tensor, problem: Problem, coupling: Coupling) -> Tensor:
     """Mean −log π_θ(y_t) over the experts' tokens, each distinct expert once."""
-    expert = torch.zeros(problem.sequences, dtype=torch.bool, device=pairs.device).index_fill(0, pairs[:, 0], True)
     # where, not a product: the log-probability of a synthetic answer may be NaN
-    total = -torch.where(expert, policy_logps, 0).sum()
-    if num_tokens is None:
-        return total / (expert[problem.sequence] & (problem.targets != IGNORE)).sum().clamp(min=1)
-    return total / num_tokens
+    total = -torch.where(experts(problem, coupling), policy_logps, 0).sum()
+    return total / expert_tokens(problem, coupling)
+
+
+def experts(problem: Problem, coupling: Coupling) -> Tensor:
+    """Which sequences ``[S]`` are the expert of a pair."""
+    none = torch.zeros(problem.sequences, dtype=torch.bool, device=problem.targets.device)
+    return none.index_fill(0, coupling.pairs[:, 0], True)
+
+
+def expert_tokens(problem: Problem, coupling: Coupling) -> Tensor | float:
+    if coupling.num_tokens is not None:
+        return coupling.num_tokens
+    return (experts(problem, coupling)[problem.sequence] & (problem.targets != IGNORE)).sum().clamp(min=1)

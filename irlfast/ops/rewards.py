@@ -298,7 +298,6 @@ def _(hidden: Tensor, head: Tensor, slopes: Tensor, upstream: Any, wanted: list[
 
 
 # ---------------------------------------------------------------- checks
-# Sizes are written into messages only where they are wrong: torch.compile takes a number that it writes for a constant.
 
 
 def check_heads(
@@ -314,13 +313,12 @@ def check_heads(
     device = getattr(hidden, "device", torch.device("cpu"))
     check_tensor(hidden, "hidden", "[R, H]", FLOATS, device)
     check_tensor(head, "head", "[M, H]", (hidden.dtype,), device)
-    heads, size = head.shape
-    if heads == 0 or size == 0 or size != hidden.shape[1]:
-        require(False, "head", head, f"[M, {hidden.shape[1]}] with M > 0 and H > 0, as hidden has H columns")
+    (heads, columns), size = head.shape, hidden.shape[1]
+    fits = heads > 0 and 0 < columns == size
+    require(fits, "head", head, "[M, {}] with M > 0 and H > 0, as hidden has H columns", size)
     if bias is not None:
         check_tensor(bias, "bias", "[M]", (hidden.dtype,), device)
-        if bias.shape[0] != heads:
-            require(False, "bias", bias, f"[{heads}], as head has that many rows")
+        require(bias.shape[0] == heads, "bias", bias, "[{}], as head has that many rows", heads)
     check_tensor(cu_seqlens, "cu_seqlens", "[S + 1]", (torch.int32,), device)
     require(cu_seqlens.shape[0] > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
     if rows is not None:
@@ -332,8 +330,8 @@ def check_heads(
         if rows is not None:
             check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
     backend = choose_backend(backend, hidden, "hidden")
-    if backend == "triton" and heads > MOST_HEADS:
-        require(False, "head", head, f"at most {MOST_HEADS} heads by backend 'triton'; 'plain' takes any number")
+    few = backend != "triton" or heads <= MOST_HEADS
+    require(few, "head", head, f"at most {MOST_HEADS} heads by backend 'triton'; 'plain' takes any number")
     return backend
 
 
@@ -343,8 +341,7 @@ def check_labels(labels: Tensor | None, cu_seqlens: Tensor, kind: str) -> None:
         return
     check_tensor(labels, "labels", "[S]", (torch.bool, *INTEGERS, *FLOATS), cu_seqlens.device)
     sequences = cu_seqlens.shape[0] - 1
-    if labels.shape[0] != sequences:
-        require(False, "labels", labels, f"[{sequences}], the sequences of cu_seqlens")
+    require(labels.shape[0] == sequences, "labels", labels, "[{}], the sequences of cu_seqlens", sequences)
     if values_visible(labels.device):
         wrong = labels[(labels != 0) & (labels != 1)]
         require(wrong.numel() == 0, "labels", wrong[0].item() if wrong.numel() else 0, "1 (expert) or 0 (synthetic)")

@@ -13,13 +13,12 @@ What a machine does in its own way, the products and the softmax, is its :class:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from irlfast.ops.problem import Objective, Problem, Side
+from irlfast.ops.problem import IGNORE, Coupling, Problem, Side, derivative, objective
 
 SLAB_ROWS = 256  # a slab's least rows, or reading the weight would cost more than multiplying by it
 
@@ -37,29 +36,85 @@ class Arithmetic(NamedTuple):
     fused: Callable[[Sequence[Side], Problem, Tensor], Tensor] | None = None
 
 
+class Gradients(NamedTuple):
+    """Sums in fp32 (fp64), rounded once when all is added; None where not wanted."""
+
+    hidden: Tensor | None  # [R, H]
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+
+
 def token_logps(
-    arithmetic: Arithmetic, policy: Side, reference: Side | None, problem: Problem
-) -> tuple[Tensor, Tensor | None]:
-    """See :func:`irlfast.ops.plain.token_logps`."""
+    arithmetic: Arithmetic, policy: Side, reference: Side | None, problem: Problem, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probabilities ``[N]`` of policy and reference; if ``keep``, the policy's derivatives ``[N, H]`` by the rows
+    of ``hidden`` that predict the targets, which is all that a frozen head needs."""
+    tokens = problem.scored()
+    logps = problem.zeros()
+    if arithmetic.fused and not keep:
+        sides = [policy] if reference is None else [policy, reference]
+        logps[tokens], *others = arithmetic.fused(sides, problem, tokens)
+        return logps, problem.zeros().index_put((tokens,), others[0]) if others else None, None
+    chunks = tokens.split(slab_rows(arithmetic, policy, problem))
+    buffer = new_buffer(policy, problem, chunks)
+    slopes = logps.new_zeros(len(logps), policy.hidden.shape[1]) if keep else None
+    for part in chunks:
+        chunk = compute(arithmetic, policy, problem, part, buffer)
+        logps[part] = chunk.logps
+        if slopes is not None:
+            slopes[part] = hidden_slope(arithmetic, policy, chunk)
+    # The reference is scored in the same chunks: a product of other shape may round differently, and a policy that
+    # equals its reference would not have a ratio of exactly 0.
+    return logps, None if reference is None else score(arithmetic, reference, problem, chunks), slopes
+
+
+def gradients(
+    arithmetic: Arithmetic, policy: Side, problem: Problem, upstream: Tensor, wanted: Sequence[bool]
+) -> Gradients:
+    """Of a loss whose derivatives ``[N]`` by the log-probabilities are ``upstream``: chunks are computed again."""
     chunks = problem.scored().split(slab_rows(arithmetic, policy, problem))
-    return score_chunks(arithmetic, policy, reference, problem, list(chunks))
+    buffer = new_buffer(policy, problem, chunks)
+    sums = new_gradients(policy, problem, wanted)
+    for tokens in chunks:
+        chunk = compute(arithmetic, policy, problem, tokens, buffer)
+        add_gradients(arithmetic, sums, policy, problem, chunk, upstream)
+    return sums
 
 
 def pair_loss(
-    arithmetic: Arithmetic, policy: Side, reference: Side | None, problem: Problem, pairs: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :func:`irlfast.ops.plain.pair_loss`."""
-    slabs = plan(arithmetic, policy, problem, pairs)
+    arithmetic: Arithmetic,
+    policy: Side,
+    reference: Side | None,
+    problem: Problem,
+    coupling: Coupling,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Gradients]:
+    """Loss ``[]``, log-probabilities ``[N]`` of policy and reference, and, taken while each slab is in the buffer, the
+    gradients of the loss."""
+    slabs = plan(arithmetic, policy, problem, coupling.pairs)
     chunks = [tokens for slab in slabs for tokens in slab]
-    head_needs_gradient = policy.weight.requires_grad or (policy.bias is not None and policy.bias.requires_grad)
-    if not (torch.is_grad_enabled() and head_needs_gradient):
-        logps, ref_logps = score_chunks(arithmetic, policy, reference, problem, chunks)
-        return objective(logps, ref_logps), logps.detach(), ref_logps
-    # The reference is scored in the same chunks: a product of other shape may round differently, and a policy that
-    # equals its reference would not have a ratio of exactly 0.
     ref_logps = None if reference is None else score(arithmetic, reference, problem, chunks)
-    loss, logps = PairSlabs.apply(*policy, arithmetic, problem, slabs, lambda logps: objective(logps, ref_logps))
-    return loss, logps, ref_logps
+    buffer = new_buffer(policy, problem, chunks)
+    logps = problem.zeros()
+    sums = new_gradients(policy, problem, wanted)
+    for slab in slabs:
+        for tokens in slab:
+            chunk = compute(arithmetic, policy, problem, tokens, buffer)
+            logps[tokens] = chunk.logps
+        upstream = derivative(logps, ref_logps, problem, coupling)
+        add_gradients(arithmetic, sums, policy, problem, chunk, upstream)  # the last chunk is still in the buffer
+        for tokens in slab[:-1]:
+            chunk = compute(arithmetic, policy, problem, tokens, buffer)
+            add_gradients(arithmetic, sums, policy, problem, chunk, upstream)
+    return objective(logps, ref_logps, problem, coupling), logps, ref_logps, sums
+
+
+def score(arithmetic: Arithmetic, side: Side, problem: Problem, chunks: Sequence[Tensor]) -> Tensor:
+    buffer = new_buffer(side, problem, chunks)
+    logps = problem.zeros()
+    for tokens in chunks:
+        logps[tokens] = compute(arithmetic, side, problem, tokens, buffer).logps
+    return logps
 
 
 # ---------------------------------------------------------------- which tokens share a slab
@@ -81,20 +136,26 @@ def rows_in(megabytes: float, side: Side, problem: Problem) -> int:
 def plan(arithmetic: Arithmetic, side: Side, problem: Problem, pairs: Tensor) -> list[tuple[Tensor, ...]]:
     """Slabs of whole groups, each as its chunks of tokens: one chunk, or several where a group exceeds the buffer."""
     usual, largest = slab_rows(arithmetic, side, problem), buffer_rows(side, problem)
-    tokens = problem.scored()
-    group = groups(pairs, problem.sequences).to(tokens.device)[problem.sequence[tokens]]
-    sizes: list[int] = []
-    for size in group.bincount().tolist():
-        if sizes and sizes[-1] + size <= usual:
-            sizes[-1] += size
+    scored = problem.targets != IGNORE
+    lengths = pairs.new_zeros(problem.sequences).index_add(0, problem.sequence, scored.long())
+    counts = torch.cat([lengths, pairs.flatten()]).tolist()  # all that the host must know: one wait for a GPU
+    leader = groups(counts[problem.sequences :], problem.sequences)
+    sizes = [0] * problem.sequences
+    for sequence, count in zip(leader, counts, strict=False):
+        sizes[sequence] += count
+    slabs: list[int] = []
+    for size in sizes:
+        if slabs and slabs[-1] + size <= usual:
+            slabs[-1] += size
         else:
-            sizes.append(size)
-    slabs = tokens[group.argsort(stable=True)].split(sizes)
-    return [slab.split(len(slab) if 0 < len(slab) <= largest else usual) for slab in slabs]
+            slabs.append(size)
+    group = torch.tensor(leader, dtype=torch.long, device=pairs.device)[problem.sequence]
+    tokens = torch.where(scored, group, problem.sequences).argsort(stable=True)[: sum(sizes)]
+    return [slab.split(len(slab) if 0 < len(slab) <= largest else usual) for slab in tokens.split(slabs)]
 
 
-def groups(pairs: Tensor, count: int) -> Tensor:
-    """For every sequence the group ``[S]`` of sequences that pairs connect it to: the number of its first member."""
+def groups(members: list[int], count: int) -> list[int]:
+    """For each sequence the group that pairs, two ``members`` each, connect it to: the number of its first member."""
     leader = list(range(count))
 
     def find(sequence: int) -> int:
@@ -102,10 +163,10 @@ def groups(pairs: Tensor, count: int) -> Tensor:
             leader[sequence] = sequence = leader[leader[sequence]]
         return sequence
 
-    for pair in pairs.tolist():
+    for pair in zip(members[::2], members[1::2], strict=True):
         first, second = sorted(map(find, pair))
         leader[second] = first
-    return torch.tensor([find(sequence) for sequence in range(count)], dtype=torch.long)
+    return [find(sequence) for sequence in range(count)]
 
 
 # ---------------------------------------------------------------- one chunk of tokens in the buffer
@@ -121,7 +182,7 @@ class Chunk(NamedTuple):
     v: Tensor  # [n, 1]
 
 
-def new_buffer(side: Side, problem: Problem, chunks: list[Tensor]) -> Tensor:
+def new_buffer(side: Side, problem: Problem, chunks: Sequence[Tensor]) -> Tensor:
     rows, vocabulary = max((len(tokens) for tokens in chunks), default=0), side.weight.shape[0]
     width = -(-vocabulary // 16) * 16  # rows aligned for wide loads
     return torch.empty(rows, width, dtype=problem.dtype, device=side.weight.device)[:, :vocabulary]
@@ -141,14 +202,6 @@ def hidden_slope(arithmetic: Arithmetic, side: Side, chunk: Chunk) -> Tensor:
 
 
 # ---------------------------------------------------------------- gradients
-
-
-class Gradients(NamedTuple):
-    """Sums in fp32 (fp64), rounded once when all is added; None where not wanted."""
-
-    hidden: Tensor | None  # [R, H]
-    weight: Tensor | None  # [V, H]
-    bias: Tensor | None  # [V]
 
 
 def new_gradients(side: Side, problem: Problem, wanted: Sequence[bool]) -> Gradients:
@@ -171,114 +224,3 @@ def add_gradients(
         arithmetic.by_hidden(sums.weight, chunk.slab, chunk.v * g * chunk.hidden)
     if sums.bias is not None:
         arithmetic.by_hidden(sums.bias[:, None], chunk.slab, chunk.v * g)
-
-
-# ---------------------------------------------------------------- token log-probabilities, any coupling
-
-
-def score_chunks(
-    arithmetic: Arithmetic, policy: Side, reference: Side | None, problem: Problem, chunks: list[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    wanted = [tensor is not None and tensor.requires_grad for tensor in policy]
-    keep = torch.is_grad_enabled() and wanted == [True, False, False]
-    return TokenLogps.apply(*policy, reference, arithmetic, problem, chunks, keep)
-
-
-@torch.no_grad()
-def score(arithmetic: Arithmetic, side: Side, problem: Problem, chunks: list[Tensor]) -> Tensor:
-    buffer = new_buffer(side, problem, chunks)
-    logps = problem.zeros()
-    for tokens in chunks:
-        logps[tokens] = compute(arithmetic, side, problem, tokens, buffer).logps
-    return logps
-
-
-class TokenLogps(torch.autograd.Function):
-    """One pass, and a second for D where the head is frozen (``keep``); else the backward recomputes every chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        reference, arithmetic, problem, ctx.chunks, ctx.keep = rest
-        policy, logps, slopes = Side(hidden, weight, bias), problem.zeros(), []
-        if arithmetic.fused and not ctx.keep:
-            ref_logps = None if reference is None else problem.zeros()
-            tokens = torch.cat(ctx.chunks)
-            logps[tokens], *others = arithmetic.fused([policy, reference] if reference else [policy], problem, tokens)
-            if ref_logps is not None:
-                ref_logps[tokens] = others[0]
-        else:
-            buffer = new_buffer(policy, problem, ctx.chunks)
-            for tokens in ctx.chunks:
-                chunk = compute(arithmetic, policy, problem, tokens, buffer)
-                logps[tokens] = chunk.logps
-                if ctx.keep:
-                    slopes.append(hidden_slope(arithmetic, policy, chunk))
-            ref_logps = None if reference is None else score(arithmetic, reference, problem, ctx.chunks)
-        ctx.arithmetic, ctx.problem = arithmetic, problem
-        ctx.save_for_backward(*policy, *slopes)
-        if ref_logps is not None:
-            ctx.mark_non_differentiable(ref_logps)
-        return logps, ref_logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        side, slopes = Side(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
-        sums = new_gradients(side, ctx.problem, ctx.needs_input_grad)
-        if sums.hidden is not None and ctx.keep:
-            for tokens, slope in zip(ctx.chunks, slopes, strict=True):
-                sums.hidden.index_add_(0, ctx.problem.rows_of(tokens), upstream[tokens, None] * slope)
-        else:
-            buffer = new_buffer(side, ctx.problem, ctx.chunks)
-            with torch.autocast(side.hidden.device.type, enabled=False):
-                for tokens in ctx.chunks:
-                    chunk = compute(ctx.arithmetic, side, ctx.problem, tokens, buffer)
-                    add_gradients(ctx.arithmetic, sums, side, ctx.problem, chunk, upstream)
-        return *rounded(sums, side.hidden.dtype), None, None, None, None, None
-
-
-# ---------------------------------------------------------------- the pair slab
-
-
-class PairSlabs(torch.autograd.Function):
-    """The loss and, while each slab is in the buffer, its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-        arithmetic, problem, slabs, objective = rest
-        side = Side(hidden, weight, bias)
-        buffer = new_buffer(side, problem, [tokens for slab in slabs for tokens in slab])
-        logps = problem.zeros()
-        sums = new_gradients(side, problem, ctx.needs_input_grad)
-        for slab in slabs:
-            for tokens in slab:
-                chunk = compute(arithmetic, side, problem, tokens, buffer)
-                logps[tokens] = chunk.logps
-            upstream = derivative(objective, logps)
-            add_gradients(arithmetic, sums, side, problem, chunk, upstream)  # the last chunk is still in the buffer
-            for tokens in slab[:-1]:
-                chunk = compute(arithmetic, side, problem, tokens, buffer)
-                add_gradients(arithmetic, sums, side, problem, chunk, upstream)
-        ctx.dtype = hidden.dtype
-        ctx.save_for_backward(*sums)
-        ctx.mark_non_differentiable(logps)
-        return objective(logps), logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        sums = (None if tensor is None else tensor * upstream for tensor in ctx.saved_tensors)
-        return *rounded(Gradients(*sums), ctx.dtype), None, None, None, None
-
-
-def derivative(objective: Callable[[Tensor], Tensor], logps: Tensor) -> Tensor:
-    """∂ objective / ∂ logps ``[N]``, right for every group whose log-probabilities are all known."""
-    with torch.enable_grad():
-        leaf = logps.detach().requires_grad_()
-        return torch.autograd.grad(objective(leaf), leaf)[0]
-
-
-def rounded(sums: Gradients, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in sums)

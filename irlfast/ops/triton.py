@@ -4,7 +4,6 @@ gradient is at hand to be taken from a slab, log-probabilities from hidden state
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,5 +53,3 @@ def fused(sides: Sequence[Side], problem: Problem, tokens: Tensor) -> Tensor:
 
 
 ARITHMETIC = slab.Arithmetic(math.inf, logits, softmax, by_weight, by_hidden, fused)
-token_logps = partial(slab.token_logps, ARITHMETIC)
-pair_loss = partial(slab.pair_loss, ARITHMETIC)

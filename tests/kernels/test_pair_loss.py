@@ -160,3 +160,24 @@ def test_targets_that_are_skipped_never_matter():
         changed = case["hidden"].clone()
         changed[case["targets"] == IGNORE] = 1e4
     assert torch.equal(ops.pair_loss(**case | {"hidden": changed}, beta=1.0, backend="triton").loss, result.loss)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_and_deterministic_it_gives_the_same(frozen):
+    case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=torch.bfloat16, rows=True, frozen=frozen))
+
+    def loss(case: dict) -> torch.Tensor:
+        ratio = ops.log_ratio(**case, backend="triton").log_ratio
+        return ops.pair_loss(**case, beta=0.3, backend="triton").loss + ratio.square().sum()
+
+    torch.compiler.reset()
+    torch.use_deterministic_algorithms(True)
+    try:
+        expected = loss(case)
+        exact = gradients(expected, case)
+        for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            found = run(case)
+            assert torch.equal(found, expected)
+            assert all(torch.equal(gradient, exact[name]) for name, gradient in gradients(found, case).items())
+    finally:
+        torch.use_deterministic_algorithms(False)

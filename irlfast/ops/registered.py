@@ -1,0 +1,189 @@
+"""The operations on hidden states as torch knows them: compiled code calls them whole, autograd has their gradients.
+
+Their arguments are the fields of :class:`Side` (policy, reference), :class:`Problem` and :class:`Coupling`, one after
+the other; an output that is not wanted is empty.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from irlfast.ops import cpu, slab, triton
+from irlfast.ops.problem import Coupling, Problem, Side, objective
+
+SIDE = "Tensor hidden, Tensor weight, Tensor? bias"
+REFERENCE = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
+PROBLEM = (
+    "Tensor targets, Tensor? rows, Tensor sequence, SymInt sequences, float logit_scale, float? logit_softcap, "
+    "ScalarType dtype, float buffer_mb, Tensor? ref_logps"
+)
+COUPLING = "Tensor pairs, float beta, str loss_type, float nll_weight, float? num_pairs, float? num_tokens"
+NOTHING = (None, None, None)  # in the place of a reference
+WAITS = (torch.Tag.cudagraph_unsafe,)  # how many tokens are scored decides on shapes: the host waits for it
+
+
+def token_logps(policy: Side, reference: Side | None, problem: Problem, backend: str) -> tuple[Tensor, Tensor | None]:
+    """See :func:`irlfast.ops.plain.token_logps`."""
+    keep = wanted(policy) == [True, False, False]
+    logps, ref_logps, _ = forward(*policy, *(reference or NOTHING), *problem, backend, keep)
+    return logps, None if reference is None else ref_logps
+
+
+def pair_loss(
+    policy: Side, reference: Side | None, problem: Problem, coupling: Coupling, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :func:`irlfast.ops.plain.pair_loss`."""
+    if not any(wanted(policy)[1:]):
+        logps, ref_logps = token_logps(policy, reference, problem, backend)
+        return objective(logps, ref_logps, problem, coupling), logps.detach(), ref_logps
+    sides = *policy, *(reference or NOTHING)
+    loss, logps, ref_logps, *_ = pair_slabs(*sides, *problem, *coupling, backend, wanted(policy))
+    return loss, logps, None if reference is None else ref_logps
+
+
+def wanted(policy: Side) -> list[bool]:
+    """Whether hidden, weight and bias need a gradient."""
+    return [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in policy]
+
+
+def unpack(arguments: Sequence[Any]) -> tuple[Side, Side | None, Problem, Sequence[Any]]:
+    reference = None if arguments[3] is None else Side(*arguments[3:6])
+    return Side(*arguments[:3]), reference, Problem(*arguments[6:15]), arguments[15:]
+
+
+@contextmanager
+def arithmetic_of(backend: str, policy: Side) -> Iterator[slab.Arithmetic]:
+    hidden = policy.hidden
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+        yield triton.ARITHMETIC if backend == "triton" else cpu.arithmetic(policy)
+
+
+def filled(policy: Side, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """``tensors``, each empty where it is None."""
+    return tuple(policy.hidden.new_empty(0) if tensor is None else tensor for tensor in tensors)
+
+
+# ---------------------------------------------------------------- token log-probabilities, for any coupling
+
+
+@torch.library.custom_op(
+    "irlfast::token_logps",
+    mutates_args=(),
+    schema=f"({SIDE}, {REFERENCE}, {PROBLEM}, str backend, bool keep) -> (Tensor, Tensor, Tensor)",
+    tags=WAITS,
+)
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`irlfast.ops.slab.token_logps`."""
+    policy, reference, problem, (backend, keep) = unpack(arguments)
+    with arithmetic_of(backend, policy) as arithmetic:
+        return filled(policy, *slab.token_logps(arithmetic, policy, reference, problem, keep))
+
+
+@forward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    policy, reference, problem, (_, keep) = unpack(arguments)
+    logps, hidden = problem.zeros(), policy.hidden
+    slopes = logps.new_empty(problem.targets.shape[0], hidden.shape[1]) if keep else None
+    return filled(policy, logps, None if reference is None else problem.zeros(), slopes)
+
+
+@torch.library.custom_op(
+    "irlfast::token_logps_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, {SIDE}, {REFERENCE}, {PROBLEM}, str backend, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    tags=WAITS,
+)
+def backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`irlfast.ops.slab.gradients`; in the policy's dtype."""
+    policy, _, problem, (backend, wanted) = unpack(arguments)
+    with arithmetic_of(backend, policy) as arithmetic:
+        sums = slab.gradients(arithmetic, policy, problem, upstream, wanted)
+        return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
+
+
+@backward.register_fake
+def _(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    policy, _, problem, (_, wanted) = unpack(arguments)
+    sums = slab.new_gradients(policy, problem, wanted)
+    return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
+
+
+def keep_policy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    policy, _, problem, (ctx.backend, ctx.keep) = unpack(inputs)
+    _, ref_logps, slopes = output
+    ctx.mark_non_differentiable(ref_logps, slopes)
+    targets, rows, sequence, *ctx.scalars, _ = problem
+    ctx.height, ctx.dtype = policy.hidden.shape[0], policy.hidden.dtype
+    saved = (slopes, None, None) if ctx.keep else policy
+    ctx.save_for_backward(*saved, targets, rows, sequence)
+
+
+@once_differentiable
+def token_logps_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, targets, rows, sequence = ctx.saved_tensors
+    others = [None] * 14  # what comes after the policy
+    if ctx.keep:
+        d_hidden = upstream[:, None] * saved[0]
+        if rows is not None:
+            d_hidden = d_hidden.new_zeros(ctx.height, d_hidden.shape[1]).index_add(0, rows, d_hidden)
+        return d_hidden.to(ctx.dtype), None, None, *others
+    wanted = list(ctx.needs_input_grad[:3])
+    problem = targets, rows, sequence, *ctx.scalars, None
+    grads = backward(upstream, *saved, *NOTHING, *problem, ctx.backend, wanted)
+    return *(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), *others
+
+
+forward.register_autograd(token_logps_backward, setup_context=keep_policy)
+
+
+# ---------------------------------------------------------------- the pair slab
+
+
+@torch.library.custom_op(
+    "irlfast::pair_slabs",
+    mutates_args=(),
+    schema=f"({SIDE}, {REFERENCE}, {PROBLEM}, {COUPLING}, str backend, bool[] wanted) -> ({', '.join(['Tensor'] * 6)})",
+    tags=WAITS,
+)
+def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`irlfast.ops.slab.pair_loss`."""
+    policy, reference, problem, (*coupling, backend, wanted) = unpack(arguments)
+    with arithmetic_of(backend, policy) as arithmetic:
+        loss, logps, ref_logps, sums = slab.pair_loss(
+            arithmetic, policy, reference, problem, Coupling(*coupling), wanted
+        )
+    return filled(policy, loss, logps, ref_logps, *sums)
+
+
+@pair_slabs.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    policy, reference, problem, (*_, wanted) = unpack(arguments)
+    sums = slab.new_gradients(policy, problem, wanted)
+    logps, ref_logps = problem.zeros(), None if reference is None else problem.zeros()
+    return filled(policy, logps.new_empty(()), logps, ref_logps, *sums)
+
+
+def keep_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.dtype, ctx.wanted = inputs[0].dtype, inputs[-1]
+    ctx.save_for_backward(*others[2:])
+
+
+@once_differentiable
+def pair_slabs_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    grads = (scaled(sums, upstream, ctx.dtype) if wants else None for sums, wants in pairs)
+    return *grads, *[None] * 20  # what comes after the policy
+
+
+def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their product, rounded once to ``dtype`` without a tensor in between."""
+    return torch.mul(sums, factor, out=torch.empty_like(sums, dtype=dtype))
+
+
+pair_slabs.register_autograd(pair_slabs_backward, setup_context=keep_sums)

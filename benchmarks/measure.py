@@ -233,7 +233,8 @@ def check(row: str, inputs: Inputs, true: Truth, case: Case) -> dict[str, Any]:
     if "frozen" not in variant:
         found["weight_error"] = distance(inputs.weight.grad, true.d_weight)
     drop_gradients(inputs)
-    loss, gradient = (OURS if name.startswith("irlfast") else THEIRS)[case.dtype]
+    exact = name.startswith("irlfast") and name != "irlfast, skipping"
+    loss, gradient = (OURS if exact else THEIRS)[case.dtype]
     right = found["loss_error"] <= loss and max(found["hidden_error"], found.get("weight_error", 0)) <= gradient
     if right:  # not so where an error is NaN
         return {"status": "ok", **found}

@@ -79,6 +79,11 @@ def irlfast_recompute(inputs: Inputs) -> Result:
     return irlfast(inputs, buffer_mb=inputs.targets.shape[1] * len(inputs.weight) * 4 / 2**20)
 
 
+def irlfast_skipping(inputs: Inputs) -> Result:
+    """Without the tiles of the gradient that weigh less than CCE's threshold."""
+    return irlfast(inputs, skip_mass=2**-12)
+
+
 # ---------------------------------------------------------------- TRL
 
 
@@ -211,6 +216,7 @@ FLOOR_ROWS = 256  # on a CPU, so that the buffer stays in the last-level cache
 PEERS: dict[str, Callable[[Inputs], Result]] = {
     "irlfast": irlfast,
     "irlfast, recompute": irlfast_recompute,
+    "irlfast, skipping": irlfast_skipping,
     "materialised": materialised,
     "TRL": trl,
     "TRL, as DPOTrainer": trl_dpo_trainer,
@@ -230,7 +236,7 @@ def why_not(name: str, inputs: Inputs) -> str | None:
     for prefix, distribution in package.items():
         if name.startswith(prefix) and version(distribution) is None:
             return f"{distribution} is not installed"
-    if name.startswith("CCE") and inputs.hidden.device.type != "cuda":
+    if name.startswith(("CCE", "irlfast, skipping")) and inputs.hidden.device.type != "cuda":
         return "its Triton kernels need a GPU"
     if name.startswith("CCE") and inputs.hidden.dtype == torch.float32:
         return "its backward takes bf16 and fp16 only"

@@ -4,6 +4,8 @@ No logit ever reaches memory. The policy's tiles and the reference's are program
 gathered through ``rows``; a second, small launch folds the parts that the vocabulary was cut into.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -36,10 +38,13 @@ def tile_logits(
 
 @triton.jit
 def score_part(
-    hidden, weight, bias, row, target, first, last, V, H, scale,
+    hidden, weight, bias, row, target, first, last, V, H, scale, tiles, at, n,
     CAP: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Over columns ``first`` to ``last``: max and sum of exponentials of each row, its target's logit or −inf."""
+    """Over columns ``first`` to ``last``: max and sum of exponentials of each row, its target's logit or −inf.
+
+    ``tiles`` [V / N, n], or None, takes the log-sum-exp of every tile of N columns.
+    """
     peak = tl.full([row.shape[0]], float("-inf"), tl.float32)
     norm = tl.zeros([row.shape[0]], tl.float32)
     found = tl.full([row.shape[0]], float("-inf"), tl.float32)
@@ -48,16 +53,20 @@ def score_part(
         z = tile_logits(hidden, weight, bias, row, column, V, H, scale, CAP, PRECISION, K)
         new = tl.maximum(peak, tl.max(z, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)  # −inf − −inf would be NaN
-        norm = norm * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
+        mass = tl.sum(tl.exp(z - base[:, None]), axis=1)
+        norm = norm * tl.exp(peak - base) + mass
         peak = new
+        if tiles is not None:
+            tl.store(tiles + start // N * n + at, base + tl.log(mass), mask=at < n)
         found = tl.maximum(found, tl.max(tl.where(column[None, :] == target[:, None], z, float("-inf")), axis=1))
     return peak, norm, found
 
 
 @triton.jit
 def parts_kernel(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, n, V, H, REF_H,
-    scale, per_part, CAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, tiles,
+    n, V, H, REF_H, scale, per_part,
+    CAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Program (block of tokens, part of the vocabulary, side): the statistics of its part.
 
@@ -70,11 +79,27 @@ def parts_kernel(
     first, last = part * per_part, min(part * per_part + per_part, V)
     if side == 0:
         peak, norm, found = score_part(
-            hidden, weight, bias, row, target, first, last, V, H, scale, CAP, PRECISION, N, K
+            hidden, weight, bias, row, target, first, last, V, H, scale, tiles, at, n, CAP, PRECISION, N, K
         )
     else:
         peak, norm, found = score_part(
-            ref_hidden, ref_weight, ref_bias, row, target, first, last, V, REF_H, scale, CAP, PRECISION, N, K
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            row,
+            target,
+            first,
+            last,
+            V,
+            REF_H,
+            scale,
+            None,
+            at,
+            n,
+            CAP,
+            PRECISION,
+            N,
+            K,
         )
     out = (side * tl.num_programs(1) + part) * n + at
     tl.store(peaks + out, peak, mask=at < n)
@@ -83,8 +108,8 @@ def parts_kernel(
 
 
 @triton.jit
-def fold_kernel(peaks, sums, picked, logps, n, PARTS: tl.constexpr, M: tl.constexpr):
-    """Log-probabilities [sides, n] from the parts' statistics [sides, PARTS, n]."""
+def fold_kernel(peaks, sums, picked, logps, lse, n, PARTS: tl.constexpr, M: tl.constexpr):
+    """Log-probabilities and log-sum-exps [sides, n] from the parts' statistics [sides, PARTS, n]."""
     at = tl.program_id(0) * M + tl.arange(0, M)
     side = tl.program_id(1).to(tl.int64)
     inside = at < n
@@ -100,6 +125,19 @@ def fold_kernel(peaks, sums, picked, logps, n, PARTS: tl.constexpr, M: tl.conste
         peak = new
         found = tl.maximum(found, tl.load(picked + where, mask=inside, other=0.0))
     tl.store(logps + side * n + at, found - peak - tl.log(norm), mask=inside)
+    tl.store(lse + side * n + at, peak + tl.log(norm), mask=inside)
+
+
+class Tile(NamedTuple):
+    """A program's share of tokens and vocabulary, and the columns of ``hidden`` that it multiplies at once."""
+
+    M: int
+    N: int
+    K: int
+
+
+def tile_of(dtype: torch.dtype) -> Tile:
+    return Tile(64, 32, 32) if dtype == torch.float32 else Tile(128, 128, 64)
 
 
 def token_logps(
@@ -108,30 +146,29 @@ def token_logps(
     targets: Tensor,  # [n]
     scale: float,
     softcap: float | None,
-) -> Tensor:
-    """fp32 log-probabilities ``[sides, n]`` of targets; logits are softcap(scale · (hidden[rows] @ weightᵀ + bias))."""
+    tiles: Tensor | None = None,  # [V / N, n] fp32, N as of tile_of: takes the log-sum-exps of the policy's tiles
+) -> tuple[Tensor, Tensor]:
+    """fp32 log-probabilities of targets and log-sum-exps, both ``[sides, n]``; logits are
+    softcap(scale · (hidden[rows] @ weightᵀ + bias))."""
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = sides[0], sides[-1]
     n, vocabulary = len(targets), weight.shape[0]
-    narrow = hidden.dtype != torch.float32
-    m, columns, k = (128, 128, 64) if narrow else (64, 32, 32)
-    blocks, tiles = triton.cdiv(n, m), triton.cdiv(vocabulary, columns)
-    parts = min(tiles, max(1, PROGRAMS // max(1, blocks * len(sides))))
-    per_part = triton.cdiv(tiles, parts) * columns
+    tile = tile_of(hidden.dtype)
+    blocks, columns = triton.cdiv(n, tile.M), triton.cdiv(vocabulary, tile.N)
+    parts = min(columns, max(1, PROGRAMS // max(1, blocks * len(sides))))
+    per_part = triton.cdiv(columns, parts) * tile.N
     parts = triton.cdiv(vocabulary, per_part)
     peaks, sums, picked = torch.empty(3, len(sides), parts, n, dtype=torch.float32, device=hidden.device)
-    logps = torch.empty(len(sides), n, dtype=torch.float32, device=hidden.device)
+    logps, lse = torch.empty(2, len(sides), n, dtype=torch.float32, device=hidden.device)
     if n == 0:
-        return logps
+        return logps, lse
     parts_kernel[(blocks, parts, len(sides))](
-        *(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked),
+        *(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, tiles),
         *(n, vocabulary, hidden.shape[1], ref_hidden.shape[1], scale, per_part),
         CAP=softcap,
         PRECISION="ieee",  # fp32 products in fp32, not in tf32
-        M=m,
-        N=columns,
-        K=k,
+        **tile._asdict(),
         num_warps=8,
         num_stages=3,
     )
-    fold_kernel[(triton.cdiv(n, 128), len(sides))](peaks, sums, picked, logps, n, PARTS=parts, M=128, num_warps=4)
-    return logps
+    fold_kernel[(triton.cdiv(n, 128), len(sides))](peaks, sums, picked, logps, lse, n, PARTS=parts, M=128, num_warps=4)
+    return logps, lse

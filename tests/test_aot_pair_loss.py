@@ -42,3 +42,29 @@ def test_fused_projection_compiles(n, vocabulary, size, ref_size, dtype, bias, s
     assert [launch.kernel.__name__ for launch in launches] == ["parts_kernel", "fold_kernel"]
     for launch in launches:
         check_compiles(launch, n, vocabulary, dtype)
+
+
+@pytest.mark.parametrize("wanted", ["all", "hidden", "weight"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "vocabulary", "size"), [(8192, 128256, 4096), (63, 50257, 96)])
+def test_skipping_forward_and_backward_compile(n, vocabulary, size, dtype, softcap, wanted):
+    from irlfast.kernels.linear import tile_of, token_logps
+    from irlfast.kernels.linear_backward import add_gradients
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    policy = empty(n, size, dtype=dtype), empty(vocabulary, size, dtype=dtype), empty(vocabulary, dtype=dtype)
+    targets = empty(n, dtype=torch.long)
+    tiles = empty(-(-vocabulary // tile_of(dtype).N), n)
+    [forward, _] = launches_of(token_logps, [policy], targets, targets, 0.5, softcap, tiles)
+    check_compiles(forward, n, vocabulary, dtype)
+    sums = [
+        empty(*tensor.shape) if wanted in ("all", name) else None
+        for name, tensor in zip(("hidden", "weight", "bias"), policy, strict=True)
+    ]
+    statistics = empty(n), empty(n), tiles
+    options = targets, targets, statistics, empty(n), 0.5, softcap, 1e-6
+    [backward] = launches_of(add_gradients, *sums, policy, *options)
+    check_compiles(backward, n, vocabulary, dtype)

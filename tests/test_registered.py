@@ -45,7 +45,7 @@ def arguments(form: dict) -> tuple[Side, Side | None, Problem]:
     policy = Side(case["hidden"], case["weight"], case["bias"])
     reference = checks.check_reference(*(case.get(f"ref_{name}") for name in Side._fields), policy)
     options = (case[name] for name in ("targets", "cu_seqlens", "rows", "logit_scale", "logit_softcap"))
-    problem = checks.check_problem(policy, *options, 1024)
+    problem = checks.check_problem(policy, *options, 1024, 0.0)
     return policy, reference, checks.check_ref_logps(case.get("ref_logps"), reference is not None, problem)
 
 
@@ -55,10 +55,10 @@ def test_opcheck(form):
     sides = *policy, *(reference or registered.NOTHING)
     wanted = registered.wanted(policy)
     keep = wanted == [True, False, False]
-    torch.library.opcheck(registered.forward, (*sides, *problem, "cpu", keep))
+    torch.library.opcheck(registered.forward, (*sides, *problem, "cpu", keep, 0))
     detached = (None if side is None else side.detach() for side in sides)
     upstream = torch.randn(len(problem.targets))
-    torch.library.opcheck(registered.backward, (upstream, *detached, *problem, "cpu", wanted))
+    torch.library.opcheck(registered.backward, (upstream, None, *detached, *problem, "cpu", wanted))
     coupling = Coupling(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
     torch.library.opcheck(registered.pair_slabs, (*sides, *problem, *coupling, "cpu", wanted))
 

@@ -129,6 +129,7 @@ def check_problem(
     logit_scale: float,
     logit_softcap: float | None,
     buffer_mb: float,
+    skip_mass: float,
 ) -> Problem:
     """What is scored, with ``cu_seqlens`` turned into the sequence of each target."""
     hidden, device = policy.hidden, policy.hidden.device
@@ -146,6 +147,8 @@ def check_problem(
     if logit_softcap is not None:
         check_positive(logit_softcap, "logit_softcap", "None or a number > 0")
     check_positive(buffer_mb, "buffer_mb")
+    number = isinstance(skip_mass, Real)
+    require(number and 0 <= skip_mass < 1, "skip_mass", skip_mass, "a number >= 0 and < 1")
     if values_visible(device):
         check_values(targets, cu_seqlens, rows, hidden.shape[0], policy.weight.shape[0])
     lengths = cu_seqlens.diff()
@@ -159,6 +162,7 @@ def check_problem(
         logit_softcap,
         torch.promote_types(hidden.dtype, torch.float32),
         buffer_mb,
+        skip_mass,
     )
 
 

@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     logit_softcap: float | None
     dtype: torch.dtype  # of the logits and the statistics: fp32, or fp64 for fp64 inputs
     buffer_mb: float
+    skip_mass: float = 0.0  # what a tile of the vocabulary must weigh to be in the gradient
     ref_logps: Tensor | None = None  # the cached reference, per token [N] or per sequence [S]
 
     def rows_of(self, tokens: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ SIDE = "Tensor hidden, Tensor weight, Tensor? bias"
 REFERENCE = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
 PROBLEM = (
     "Tensor targets, Tensor? rows, Tensor sequence, SymInt sequences, float logit_scale, float? logit_softcap, "
-    "ScalarType dtype, float buffer_mb, Tensor? ref_logps"
+    "ScalarType dtype, float buffer_mb, float skip_mass, Tensor? ref_logps"
 )
 COUPLING = "Tensor pairs, float beta, str loss_type, float nll_weight, float? num_pairs, float? num_tokens"
 NOTHING = (None, None, None)  # in the place of a reference
@@ -28,8 +28,9 @@ WAITS = (torch.Tag.cudagraph_unsafe,)  # how many tokens are scored decides on s
 
 def token_logps(policy: Side, reference: Side | None, problem: Problem, backend: str) -> tuple[Tensor, Tensor | None]:
     """See :func:`irlfast.ops.plain.token_logps`."""
-    keep = wanted(policy) == [True, False, False]
-    logps, ref_logps, _ = forward(*policy, *(reference or NOTHING), *problem, backend, keep)
+    tiles = triton.tiles(policy) if sparse(policy, problem, backend) else 0
+    keep = wanted(policy) == [True, False, False] and not tiles
+    logps, ref_logps, _ = forward(*policy, *(reference or NOTHING), *problem, backend, keep, tiles)
     return logps, None if reference is None else ref_logps
 
 
@@ -37,7 +38,7 @@ def pair_loss(
     policy: Side, reference: Side | None, problem: Problem, coupling: Coupling, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`irlfast.ops.plain.pair_loss`."""
-    if not any(wanted(policy)[1:]):
+    if not any(wanted(policy)[1:]) or sparse(policy, problem, backend):
         logps, ref_logps = token_logps(policy, reference, problem, backend)
         return objective(logps, ref_logps, problem, coupling), logps.detach(), ref_logps
     sides = *policy, *(reference or NOTHING)
@@ -50,9 +51,15 @@ def wanted(policy: Side) -> list[bool]:
     return [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in policy]
 
 
+def sparse(policy: Side, problem: Problem, backend: str) -> bool:
+    """Whether the gradient may leave out what weighs little; its sums are not deterministic."""
+    exact = problem.skip_mass == 0 or torch.are_deterministic_algorithms_enabled()
+    return backend == "triton" and any(wanted(policy)) and not exact
+
+
 def unpack(arguments: Sequence[Any]) -> tuple[Side, Side | None, Problem, Sequence[Any]]:
     reference = None if arguments[3] is None else Side(*arguments[3:6])
-    return Side(*arguments[:3]), reference, Problem(*arguments[6:15]), arguments[15:]
+    return Side(*arguments[:3]), reference, Problem(*arguments[6:16]), arguments[16:]
 
 
 @contextmanager
@@ -73,67 +80,69 @@ def filled(policy: Side, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "irlfast::token_logps",
     mutates_args=(),
-    schema=f"({SIDE}, {REFERENCE}, {PROBLEM}, str backend, bool keep) -> (Tensor, Tensor, Tensor)",
+    schema=f"({SIDE}, {REFERENCE}, {PROBLEM}, str backend, bool keep, SymInt tiles) -> (Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.slab.token_logps`."""
-    policy, reference, problem, (backend, keep) = unpack(arguments)
+    policy, reference, problem, (backend, keep, tiles) = unpack(arguments)
     with arithmetic_of(backend, policy) as arithmetic:
-        return filled(policy, *slab.token_logps(arithmetic, policy, reference, problem, keep))
+        return filled(policy, *slab.token_logps(arithmetic, policy, reference, problem, keep, tiles))
 
 
 @forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    policy, reference, problem, (_, keep) = unpack(arguments)
-    logps, hidden = problem.zeros(), policy.hidden
-    slopes = logps.new_empty(problem.targets.shape[0], hidden.shape[1]) if keep else None
-    return filled(policy, logps, None if reference is None else problem.zeros(), slopes)
+    policy, reference, problem, (_, keep, tiles) = unpack(arguments)
+    logps, tokens = problem.zeros(), problem.targets.shape[0]
+    ref_logps = None if reference is None else problem.zeros()
+    if keep:
+        return filled(policy, logps, ref_logps, logps.new_empty(tokens, policy.hidden.shape[1]))
+    return filled(policy, logps, ref_logps, logps.new_empty(2 + tiles, tokens) if tiles else None)
 
 
 @torch.library.custom_op(
     "irlfast::token_logps_backward",
     mutates_args=(),
-    schema=f"(Tensor upstream, {SIDE}, {REFERENCE}, {PROBLEM}, str backend, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor upstream, Tensor? statistics, {SIDE}, {REFERENCE}, {PROBLEM}, str backend, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
-def backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def backward(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.slab.gradients`; in the policy's dtype."""
     policy, _, problem, (backend, wanted) = unpack(arguments)
     with arithmetic_of(backend, policy) as arithmetic:
-        sums = slab.gradients(arithmetic, policy, problem, upstream, wanted)
+        sums = slab.gradients(arithmetic, policy, problem, upstream, statistics, wanted)
         return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
 
 
 @backward.register_fake
-def _(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     policy, _, problem, (_, wanted) = unpack(arguments)
     sums = slab.new_gradients(policy, problem, wanted)
     return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
 
 
 def keep_policy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    policy, _, problem, (ctx.backend, ctx.keep) = unpack(inputs)
-    _, ref_logps, slopes = output
-    ctx.mark_non_differentiable(ref_logps, slopes)
+    policy, _, problem, (ctx.backend, ctx.keep, ctx.tiles) = unpack(inputs)
+    _, ref_logps, kept = output
+    ctx.mark_non_differentiable(ref_logps, kept)
     targets, rows, sequence, *ctx.scalars, _ = problem
     ctx.height, ctx.dtype = policy.hidden.shape[0], policy.hidden.dtype
-    saved = (slopes, None, None) if ctx.keep else policy
-    ctx.save_for_backward(*saved, targets, rows, sequence)
+    ctx.save_for_backward(kept, *(NOTHING if ctx.keep else policy), targets, rows, sequence)
 
 
 @once_differentiable
 def token_logps_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, targets, rows, sequence = ctx.saved_tensors
-    others = [None] * 14  # what comes after the policy
+    kept, *policy, targets, rows, sequence = ctx.saved_tensors
+    others = [None] * 16  # what comes after the policy
     if ctx.keep:
-        d_hidden = upstream[:, None] * saved[0]
+        d_hidden = upstream[:, None] * kept
         if rows is not None:
             d_hidden = d_hidden.new_zeros(ctx.height, d_hidden.shape[1]).index_add(0, rows, d_hidden)
         return d_hidden.to(ctx.dtype), None, None, *others
     wanted = list(ctx.needs_input_grad[:3])
     problem = targets, rows, sequence, *ctx.scalars, None
-    grads = backward(upstream, *saved, *NOTHING, *problem, ctx.backend, wanted)
+    grads = backward(upstream, kept if ctx.tiles else None, *policy, *NOTHING, *problem, ctx.backend, wanted)
     return *(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), *others
 
 
@@ -178,7 +187,7 @@ def keep_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def pair_slabs_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
     grads = (scaled(sums, upstream, ctx.dtype) if wants else None for sums, wants in pairs)
-    return *grads, *[None] * 20  # what comes after the policy
+    return *grads, *[None] * 21  # what comes after the policy
 
 
 def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,9 @@ class Arithmetic(NamedTuple):
     by_weight: Callable[[Tensor, Tensor], Tensor]  # (slab [n, V], weight [V, H]): slab @ weight [n, H], fp32 (fp64)
     by_hidden: Callable[[Tensor, Tensor, Tensor], None]  # (sum [V, H], slab [n, V], [n, H]): sum += slabᵀ @ it
     # (sides, problem, tokens [n]) -> log-probabilities [n] of each side, without a slab; None where a slab is as good
-    fused: Callable[[Sequence[Side], Problem, Tensor], Tensor] | None = None
+    fused: Callable[[Sequence[Side], Problem, Tensor, Tensor | None], Tensor] | None = None
+    # (sums, side, problem, tokens [n], upstream [n], statistics): sums += gradients, by the tiles that weigh enough
+    sparse: Callable[["Gradients", Side, Problem, Tensor, Tensor, Tensor], None] | None = None
 
 
 class Gradients(NamedTuple):
@@ -45,16 +47,18 @@ class Gradients(NamedTuple):
 
 
 def token_logps(
-    arithmetic: Arithmetic, policy: Side, reference: Side | None, problem: Problem, keep: bool
+    arithmetic: Arithmetic, policy: Side, reference: Side | None, problem: Problem, keep: bool, tiles: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probabilities ``[N]`` of policy and reference; if ``keep``, the policy's derivatives ``[N, H]`` by the rows
-    of ``hidden`` that predict the targets, which is all that a frozen head needs."""
+    """Log-probabilities ``[N]`` of policy and reference, and what is kept for the gradient: if ``keep``, the policy's
+    derivatives ``[N, H]`` by the rows of ``hidden`` that predict the targets, which is all that a frozen head needs;
+    with ``tiles``, the statistics ``[2 + tiles, N]`` of :class:`Arithmetic`'s ``sparse``."""
     tokens = problem.scored()
     logps = problem.zeros()
     if arithmetic.fused and not keep:
         sides = [policy] if reference is None else [policy, reference]
-        logps[tokens], *others = arithmetic.fused(sides, problem, tokens)
-        return logps, problem.zeros().index_put((tokens,), others[0]) if others else None, None
+        statistics = logps.new_empty(2 + tiles, len(logps)) if tiles else None
+        logps[tokens], *others = arithmetic.fused(sides, problem, tokens, statistics)
+        return logps, problem.zeros().index_put((tokens,), others[0]) if others else None, statistics
     chunks = tokens.split(slab_rows(arithmetic, policy, problem))
     buffer = new_buffer(policy, problem, chunks)
     slopes = logps.new_zeros(len(logps), policy.hidden.shape[1]) if keep else None
@@ -69,12 +73,22 @@ def token_logps(
 
 
 def gradients(
-    arithmetic: Arithmetic, policy: Side, problem: Problem, upstream: Tensor, wanted: Sequence[bool]
+    arithmetic: Arithmetic,
+    policy: Side,
+    problem: Problem,
+    upstream: Tensor,
+    statistics: Tensor | None,
+    wanted: Sequence[bool],
 ) -> Gradients:
-    """Of a loss whose derivatives ``[N]`` by the log-probabilities are ``upstream``: chunks are computed again."""
-    chunks = problem.scored().split(slab_rows(arithmetic, policy, problem))
-    buffer = new_buffer(policy, problem, chunks)
+    """Of a loss whose derivatives ``[N]`` by the log-probabilities are ``upstream``: the chunks are computed again, or
+    with ``statistics`` those tiles that weigh enough."""
+    tokens = problem.scored()
     sums = new_gradients(policy, problem, wanted)
+    if arithmetic.sparse and statistics is not None:
+        arithmetic.sparse(sums, policy, problem, tokens, upstream[tokens], statistics)
+        return sums
+    chunks = tokens.split(slab_rows(arithmetic, policy, problem))
+    buffer = new_buffer(policy, problem, chunks)
     for tokens in chunks:
         chunk = compute(arithmetic, policy, problem, tokens, buffer)
         add_gradients(arithmetic, sums, policy, problem, chunk, upstream)

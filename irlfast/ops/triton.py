@@ -44,12 +44,52 @@ def by_hidden(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
         total.addmm_(slope.T.to(total.dtype), hidden.to(total.dtype))  # Triton's interpreter
 
 
-def fused(sides: Sequence[Side], problem: Problem, tokens: Tensor) -> Tensor:
+def packed(side: Side) -> tuple[Tensor, Tensor, Tensor | None]:
+    return side.hidden.contiguous(), side.weight.contiguous(), side.bias
+
+
+def fused(sides: Sequence[Side], problem: Problem, tokens: Tensor, statistics: Tensor | None) -> Tensor:
+    """``statistics`` takes the policy's log-probabilities, log-sum-exps, and those of the tiles."""
     from irlfast.kernels.linear import token_logps
 
-    packed = [(side.hidden.contiguous(), side.weight.contiguous(), side.bias) for side in sides]
-    rows, targets = problem.rows_of(tokens), problem.targets[tokens]
-    return token_logps(packed, rows, targets, problem.logit_scale, problem.logit_softcap)
+    scoring = problem.rows_of(tokens), problem.targets[tokens], problem.logit_scale, problem.logit_softcap
+    kept = None if statistics is None else of_scored(statistics, tokens)
+    logps, lse = token_logps([packed(side) for side in sides], *scoring, None if kept is None else kept[2:])
+    if kept is not None:
+        kept[0], kept[1] = logps[0], lse[0]
+    return logps
 
 
-ARITHMETIC = slab.Arithmetic(math.inf, logits, softmax, by_weight, by_hidden, fused)
+def of_scored(statistics: Tensor, tokens: Tensor) -> Tensor:
+    """Their ``[2 + tiles, n]`` at the start of ``[2 + tiles, N]``."""
+    count = statistics.shape[0]
+    return statistics.flatten()[: count * len(tokens)].view(count, len(tokens))
+
+
+def tiles(policy: Side) -> int:
+    """Number of tiles that the vocabulary has in ``fused``."""
+    from irlfast.kernels.linear import tile_of
+
+    return -(-policy.weight.shape[0] // tile_of(policy.weight.dtype).N)
+
+
+def sparse(
+    sums: slab.Gradients, policy: Side, problem: Problem, tokens: Tensor, upstream: Tensor, statistics: Tensor
+) -> None:
+    from irlfast.kernels.linear_backward import add_gradients
+
+    kept = of_scored(statistics, tokens)
+    add_gradients(
+        *sums,
+        packed(policy),
+        problem.rows_of(tokens),
+        problem.targets[tokens],
+        (kept[0], kept[1], kept[2:]),
+        upstream.contiguous(),
+        problem.logit_scale,
+        problem.logit_softcap,
+        problem.skip_mass,
+    )
+
+
+ARITHMETIC = slab.Arithmetic(math.inf, logits, softmax, by_weight, by_hidden, fused, sparse)

@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test gpu lint clean
+.PHONY: train test gates gpu lint clean
 train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
-test: $(VENV)/installed lint
+test: $(VENV)/installed lint gates
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
+
+# The kernels compile for sm_80 and sm_90 by Triton 3.6 too (torch 2.11 comes with it), not only by the one installed.
+gates: $(VENV)/triton-3.6.0
+	OMP_NUM_THREADS=1 PYTHONPATH=$< $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_aot_*.py
 
 # On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
 gpu:
@@ -33,6 +37,9 @@ $(VENV)/installed: requirements.txt setup.py
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+$(VENV)/triton-%: | $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==$*
 
 clean:
 	rm -rf $(VENV) .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -4,7 +4,9 @@ No logit ever reaches memory. The policy's tiles and the reference's are program
 gathered through ``rows``; a second, small launch folds the parts that the vocabulary was cut into.
 """
 
-from typing import NamedTuple
+import functools
+import os
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -128,16 +130,59 @@ def fold_kernel(peaks, sums, picked, logps, lse, n, PARTS: tl.constexpr, M: tl.c
     tl.store(lse + side * n + at, peak + tl.log(norm), mask=inside)
 
 
+# ---------------------------------------------------------------- sizes of tiles
+
+
 class Tile(NamedTuple):
-    """A program's share of tokens and vocabulary, and the columns of ``hidden`` that it multiplies at once."""
+    """What a program works on at once: M tokens, N columns of the vocabulary, K of ``hidden``; and loads in flight."""
 
     M: int
     N: int
     K: int
+    num_stages: int
+
+    def bytes(self, itemsize: int) -> int:
+        """Shared memory that the loads in flight take."""
+        return self.num_stages * (self.M + self.N) * self.K * itemsize
 
 
-def tile_of(dtype: torch.dtype) -> Tile:
-    return Tile(64, 32, 32) if dtype == torch.float32 else Tile(128, 128, 64)
+NARROW = Tile(128, 128, 64, 3), Tile(128, 128, 32, 3), Tile(128, 128, 32, 5), Tile(64, 128, 64, 4)  # of 16 bits
+WIDE = (Tile(64, 32, 32, 1),)  # of 32 bits: products are unrolled, and loads in flight would take the last registers
+
+
+def columns(dtype: torch.dtype) -> int:
+    """N of every tile for operands of this dtype."""
+    return (WIDE if dtype == torch.float32 else NARROW)[0].N
+
+
+def tile_of(dtype: torch.dtype, device: torch.device) -> Tile:
+    if dtype == torch.float32:
+        return WIDE[0]
+    return NARROW[0] if capability(device) >= (9, 0) else NARROW[1]  # before sm_90 operands take registers too
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.cache
+def tuned(dtype: torch.dtype) -> Any:
+    """``parts_kernel``, which times its tiles when it meets a new V and H, and keeps the outcome on disk."""
+
+    def fitting(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+        hidden = arguments["hidden"]
+        properties: Any = torch.cuda.get_device_properties(hidden.device)
+        limit = properties.shared_memory_per_block_optin
+        tiles = [Tile(config.kwargs["M"], columns(dtype), config.kwargs["K"], config.num_stages) for config in configs]
+        return [config for config, tile in zip(configs, tiles, strict=True) if tile.bytes(dtype.itemsize) <= limit]
+
+    tiles = WIDE if dtype == torch.float32 else NARROW
+    configs = [triton.Config({"M": tile.M, "K": tile.K}, num_warps=8, num_stages=tile.num_stages) for tile in tiles]
+    prune = {"early_config_prune": fitting}
+    return triton.autotune(configs, key=["V", "H", "REF_H"], prune_configs_by=prune, cache_results=True)(parts_kernel)
+
+
+# ---------------------------------------------------------------- launch
 
 
 def token_logps(
@@ -146,29 +191,32 @@ def token_logps(
     targets: Tensor,  # [n]
     scale: float,
     softcap: float | None,
-    tiles: Tensor | None = None,  # [V / N, n] fp32, N as of tile_of: takes the log-sum-exps of the policy's tiles
+    tiles: Tensor | None = None,  # [V / columns, n] fp32: takes the log-sum-exps of the policy's tiles
 ) -> tuple[Tensor, Tensor]:
     """fp32 log-probabilities of targets and log-sum-exps, both ``[sides, n]``; logits are
     softcap(scale · (hidden[rows] @ weightᵀ + bias))."""
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = sides[0], sides[-1]
     n, vocabulary = len(targets), weight.shape[0]
-    tile = tile_of(hidden.dtype)
-    blocks, columns = triton.cdiv(n, tile.M), triton.cdiv(vocabulary, tile.N)
-    parts = min(columns, max(1, PROGRAMS // max(1, blocks * len(sides))))
-    per_part = triton.cdiv(columns, parts) * tile.N
+    tile = tile_of(hidden.dtype, hidden.device)
+    blocks, wide = triton.cdiv(n, tile.M), triton.cdiv(vocabulary, tile.N)
+    parts = min(wide, max(1, PROGRAMS // max(1, blocks * len(sides))))
+    per_part = triton.cdiv(wide, parts) * tile.N
     parts = triton.cdiv(vocabulary, per_part)
     peaks, sums, picked = torch.empty(3, len(sides), parts, n, dtype=torch.float32, device=hidden.device)
     logps, lse = torch.empty(2, len(sides), n, dtype=torch.float32, device=hidden.device)
     if n == 0:
         return logps, lse
-    parts_kernel[(blocks, parts, len(sides))](
+    if os.environ.get("IRLFAST_AUTOTUNE") == "1":
+        kernel, options = tuned(hidden.dtype), {}
+    else:
+        kernel, options = parts_kernel, {"M": tile.M, "K": tile.K, "num_warps": 8, "num_stages": tile.num_stages}
+    kernel[lambda sizes: (triton.cdiv(n, sizes["M"]), parts, len(sides))](
         *(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, tiles),
         *(n, vocabulary, hidden.shape[1], ref_hidden.shape[1], scale, per_part),
         CAP=softcap,
         PRECISION="ieee",  # fp32 products in fp32, not in tf32
-        **tile._asdict(),
-        num_warps=8,
-        num_stages=3,
+        N=tile.N,
+        **options,
     )
     fold_kernel[(triton.cdiv(n, 128), len(sides))](peaks, sums, picked, logps, lse, n, PARTS=parts, M=128, num_warps=4)
     return logps, lse

@@ -5,11 +5,12 @@ lost in the rounding of a bf16 one. The forward keeps the log-sum-exp of every t
 neither its product nor the two of its gradients: 1 + 3s passes in all, where a share s of the tiles survives.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.linear import tile_logits, tile_of
+from irlfast.kernels.linear import Tile, columns, tile_logits
 
 
 @triton.jit
@@ -80,7 +81,8 @@ def add_gradients(
     n, vocabulary = len(targets), weight.shape[0]
     if n == 0:
         return
-    tile = tile_of(hidden.dtype)._replace(M=64)  # fewer tokens share a tile than in the forward: more can be skipped
+    wide = hidden.dtype == torch.float32
+    tile = Tile(64, columns(hidden.dtype), 16 if wide else 32, 3)  # the fewer tokens share one, the more is skipped
     limit = upstream.abs().amax().reshape(1) * skip_mass
     gradient_kernel[(triton.cdiv(n, tile.M), triton.cdiv(vocabulary, tile.N))](
         *(hidden, weight, bias, rows, targets, *statistics, upstream, limit, d_hidden, d_weight, d_bias),
@@ -89,5 +91,4 @@ def add_gradients(
         PRECISION="ieee",
         **tile._asdict(),
         num_warps=8,
-        num_stages=2,
     )

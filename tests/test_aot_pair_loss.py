@@ -5,9 +5,12 @@ import itertools
 import pytest
 import torch
 
-from tests.kernels.aot import check_compiles, launches_of
-
 pytest.importorskip("triton")
+
+from irlfast.kernels import linear, linear_backward
+from irlfast.kernels.slab import softmax
+from tests.kernels.aot import ARCHITECTURES, check_compiles, launches_of
+
 FORMS = list(
     itertools.product([7, 50257, 128256], [torch.float32, torch.bfloat16, torch.float16], [False, True], [None, 30.0])
 )
@@ -15,8 +18,6 @@ FORMS = list(
 
 @pytest.mark.parametrize(("vocabulary", "dtype", "bias", "softcap"), FORMS)
 def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
-    from irlfast.kernels.slab import softmax
-
     z = torch.empty(2, -(-vocabulary // 16) * 16)[:, :vocabulary]  # as the slab allocates it
     targets = torch.zeros(2, dtype=torch.long)
     bias = torch.empty(vocabulary, dtype=dtype) if bias else None
@@ -25,46 +26,66 @@ def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
     check_compiles(launch, vocabulary, dtype, registers=128)
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "vocabulary", "size", "ref_size"), [(8192, 128256, 4096, 4096), (63, 50257, 96, 1000)])
-def test_fused_projection_compiles(n, vocabulary, size, ref_size, dtype, bias, softcap):
-    from irlfast.kernels.linear import token_logps
+SHAPES = pytest.mark.parametrize(
+    ("n", "vocabulary", "size", "ref_size"), [(8192, 128256, 4096, 4096), (63, 50257, 96, 1000)]
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+FORMS_OF_LOGITS = pytest.mark.parametrize(
+    ("bias", "softcap"), [(False, None), (False, 30.0), (True, None), (True, 30.0)]
+)
+ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
-    def side(columns: int) -> tuple:
-        shapes = (n, columns), (vocabulary, columns), (vocabulary,)
-        hidden, weight, own = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
-        return hidden, weight, own if bias else None
 
-    targets = torch.empty(n, dtype=torch.long, device="meta")
-    launches = launches_of(token_logps, [side(size), side(ref_size)], targets, targets, 0.5, softcap)
-    assert [launch.kernel.__name__ for launch in launches] == ["parts_kernel", "fold_kernel"]
-    for launch in launches:
-        check_compiles(launch, n, vocabulary, dtype)
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def side(n: int, vocabulary: int, size: int, dtype: torch.dtype, bias: bool) -> tuple:
+    head = empty(vocabulary, size, dtype=dtype)
+    return empty(n, size, dtype=dtype), head, empty(vocabulary, dtype=dtype) if bias else None
+
+
+@SHAPES
+@DTYPES
+@FORMS_OF_LOGITS
+@ARCHITECTURE
+def test_fused_projection_compiles(n, vocabulary, size, ref_size, dtype, bias, softcap, architecture, monkeypatch):
+    monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
+    targets, tiles = empty(n, dtype=torch.long), empty(-(-vocabulary // linear.columns(dtype)), n)
+    sides = [side(n, vocabulary, columns, dtype, bias) for columns in (size, ref_size)]
+    for kept in (None, tiles):
+        launches = launches_of(linear.token_logps, sides, targets, targets, 0.5, softcap, kept)
+        assert [launch.kernel.__name__ for launch in launches] == ["parts_kernel", "fold_kernel"]
+        for launch in launches:
+            check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])
+
+
+@DTYPES
+@ARCHITECTURE
+def test_every_tile_that_tuning_may_choose_compiles(dtype, architecture):
+    targets, sides = empty(8192, dtype=torch.long), [side(8192, 128256, 4096, dtype, bias=True)] * 2
+    launch, _ = launches_of(linear.token_logps, sides, targets, targets, 0.5, None)
+    for tile in linear.WIDE if dtype == torch.float32 else linear.NARROW:
+        if architecture == 80 and tile == linear.NARROW[0]:
+            continue  # Triton 3.6 spills 8 bytes
+        options = launch.options | {"num_stages": tile.num_stages}
+        other = launch._replace(values=launch.values | {"M": tile.M, "K": tile.K}, options=options)
+        check_compiles(other, tile, dtype, architectures=[architecture])
 
 
 @pytest.mark.parametrize("wanted", ["all", "hidden", "weight"])
+@SHAPES
+@DTYPES
 @pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "vocabulary", "size"), [(8192, 128256, 4096), (63, 50257, 96)])
-def test_skipping_forward_and_backward_compile(n, vocabulary, size, dtype, softcap, wanted):
-    from irlfast.kernels.linear import tile_of, token_logps
-    from irlfast.kernels.linear_backward import add_gradients
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    policy = empty(n, size, dtype=dtype), empty(vocabulary, size, dtype=dtype), empty(vocabulary, dtype=dtype)
-    targets = empty(n, dtype=torch.long)
-    tiles = empty(-(-vocabulary // tile_of(dtype).N), n)
-    [forward, _] = launches_of(token_logps, [policy], targets, targets, 0.5, softcap, tiles)
-    check_compiles(forward, n, vocabulary, dtype)
+@ARCHITECTURE
+def test_skipping_backward_compiles(n, vocabulary, size, ref_size, dtype, softcap, wanted, architecture, monkeypatch):
+    monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
+    policy = side(n, vocabulary, size, dtype, bias=True)
     sums = [
         empty(*tensor.shape) if wanted in ("all", name) else None
         for name, tensor in zip(("hidden", "weight", "bias"), policy, strict=True)
     ]
-    statistics = empty(n), empty(n), tiles
-    options = targets, targets, statistics, empty(n), 0.5, softcap, 1e-6
-    [backward] = launches_of(add_gradients, *sums, policy, *options)
-    check_compiles(backward, n, vocabulary, dtype)
+    targets, tiles = empty(n, dtype=torch.long), empty(-(-vocabulary // linear.columns(dtype)), n)
+    options = targets, targets, (empty(n), empty(n), tiles), empty(n), 0.5, softcap, 1e-6
+    [launch] = launches_of(linear_backward.add_gradients, *sums, policy, *options)
+    check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])

@@ -68,9 +68,9 @@ def of_scored(statistics: Tensor, tokens: Tensor) -> Tensor:
 
 def tiles(policy: Side) -> int:
     """Number of tiles that the vocabulary has in ``fused``."""
-    from irlfast.kernels.linear import tile_of
+    from irlfast.kernels.linear import columns
 
-    return -(-policy.weight.shape[0] // tile_of(policy.weight.dtype).N)
+    return -(-policy.weight.shape[0] // columns(policy.weight.dtype))
 
 
 def sparse(

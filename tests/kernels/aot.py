@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
@@ -93,11 +93,14 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
     return Usage(launch.kernel.__name__, architecture, int(registers), spills, compiled.metadata.shared)
 
 
-def check_compiles(launch: Launch, *what: object, registers: int = 255) -> None:
-    """Compile a launch for every architecture, print what it needs, and refuse spills."""
-    for architecture in ARCHITECTURES:
+def check_compiles(
+    launch: Launch, *what: object, registers: int = 255, architectures: Sequence[int] = ARCHITECTURES
+) -> None:
+    """Compile a launch for the architectures, print what it needs, and refuse spills for want of registers."""
+    for architecture in architectures:
         usage = compile_launch(launch, architecture)
         print(*what, usage)
-        assert usage.spills == 0
+        # Short of the limit, ptxas at times gives up a few registers so that one more program fits a multiprocessor.
+        assert usage.spills <= (16 if usage.registers < 255 else 0)
         assert usage.registers <= registers
         assert usage.shared <= SHARED[architecture]

@@ -1,13 +1,54 @@
 """Installs irlfast. ``irlfast/kernels`` is a link to ``kernels/``, which must not be a package of its own: it would
-shadow Hugging Face's ``kernels`` when Python runs from the repository's root."""
+shadow Hugging Face's ``kernels`` when Python runs from the repository's root.
 
+CMake builds the native modules of ``csrc/``. What cannot be built is left out, and one line says so, or it is an error
+where the environment has ``IRLFAST_STRICT=1``.
+"""
+
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "irlfast/__init__.py").read_text()).group(1)
+
+
+class BuildNative(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        module = Path(self.get_ext_fullpath(extension.name)).resolve()
+        module.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            build_native(Path(self.build_temp).resolve(), module.parent)
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            output = getattr(error, "output", None) or str(error)
+            if os.environ.get("IRLFAST_STRICT") == "1":
+                sys.exit(f"{output}\n{extension.name} could not be built, and IRLFAST_STRICT=1")
+            reason = next((line for line in output.splitlines() if "error" in line.lower()), output).strip()
+            needs = "it takes a C++17 compiler, cmake and pybind11"
+            print(f"irlfast: without {extension.name}, PyTorch does its work; {needs} ({reason})", file=sys.stderr)
+
+
+def build_native(work: Path, destination: Path) -> None:
+    import pybind11
+
+    options = {
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": destination,
+        "CMAKE_BUILD_TYPE": "Release",
+        "Python_EXECUTABLE": sys.executable,
+        "PYBIND11_FINDPYTHON": "ON",
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    definitions = [f"-D{name}={value}" for name, value in options.items()]
+    for command in (["cmake", "-S", HERE, "-B", work, *generator, *definitions], ["cmake", "--build", work]):
+        subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
 
 setup(
     name="irlfast",
@@ -19,6 +60,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=["irlfast", "irlfast.demo", "irlfast.integrations", "irlfast.kernels", "irlfast.methods", "irlfast.ops"],
+    ext_modules=[Extension("irlfast._cpu", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative},
     package_data={
         "irlfast": ["report.html.j2"],
         "irlfast.demo": ["*.jsonl", "*.json"],

@@ -17,6 +17,7 @@ from irlfast.files import InputError, find, read_json, remove, write, write_json
 from irlfast.losses import Figures, Loss, Share
 from irlfast.metrics import say
 from irlfast.model import load_model, save_pretrained
+from irlfast.optim import FusedRMSprop
 from irlfast.pack import Segment, micro_batches, pack
 from irlfast.policy import Policy
 from irlfast.run import Run
@@ -143,7 +144,7 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> A
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kinds = {"rmsprop": torch.optim.RMSprop, "adamw_torch": torch.optim.AdamW}
+    kinds = {"rmsprop": FusedRMSprop, "adamw_torch": torch.optim.AdamW}
     optimizer = kinds[plan.optim](parameters, lr=plan.learning_rate, weight_decay=config.weight_decay)
     steps = len(plan.steps)
     scheduler = transformers.get_scheduler(

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -14,6 +15,9 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "__init__",
     "demo",
+    "_cpu",
+    "native",
+    "optim",
     "kernels",
     "ops",
     "integrations",
@@ -41,6 +45,7 @@ ORDER = [
     "report",
     "final",
     "train",
+    "doctor",
 ]
 
 
@@ -95,11 +100,13 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
+NATIVE = "from irlfast import native; print(native.cpu is not None)"
 IMPORTS = (
     "import irlfast.kernels, irlfast.ops, irlfast.methods.irft, irlfast.report, pathlib;"
     "here = pathlib.Path(irlfast.__file__).parent; print(here);"
     "assert (here / 'demo' / 'train.jsonl').exists() and (here / 'report.html.j2').exists()"
 )
+HAS_COMPILER = shutil.which("c++") is not None
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +129,7 @@ def test_wheel_and_sdist_import_from_elsewhere(built, tmp_path, kind):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
     run(*pip, str(package), cwd=tmp_path)
     assert run(str(python), "-c", IMPORTS, cwd=tmp_path).strip().startswith(site)
+    assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == str(HAS_COMPILER)
 
 
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
@@ -134,3 +142,22 @@ def test_editable_install_imports(built, tmp_path, where):
     run(*pip, "--editable", str(built), cwd=tmp_path)
     cwd = built if where == "root" else tmp_path
     assert run(str(python), "-c", IMPORTS, cwd=cwd).strip().startswith(str(built))
+    assert run(str(python), "-c", NATIVE, cwd=cwd).strip() == str(HAS_COMPILER)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_without_a_compiler_it_installs_with_fewer_backends_or_says_why_not(built, tmp_path, strict, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    if strict:
+        monkeypatch.setenv("IRLFAST_STRICT", "1")
+    python = python_in(tmp_path / "env")
+    site = str(next((tmp_path / "env").glob("lib/python*/site-packages")))
+    pip = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--target", site]
+    done = subprocess.run([*pip, str(built)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    if strict:
+        assert done.returncode and "irlfast._cpu could not be built, and IRLFAST_STRICT=1" in said
+        return
+    assert done.returncode == 0, said
+    assert "irlfast: without irlfast._cpu, PyTorch does its work; it takes a C++17 compiler" in said
+    assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == "False"

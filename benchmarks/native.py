@@ -1,0 +1,107 @@
+"""The native CPU code against PyTorch's own: ``python -m benchmarks.native``, in a minute; writes benchmarks/results/.
+
+RMSprop on 100 tensors of 500,000 fp32 elements; the softmax step of the pair slab on 256 rows of 32,000 logits. Runs
+are interleaved, and the median of each counts; bytes are those that must be read and written once.
+"""
+
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.conftest import ROOT, cpu_name, git
+from irlfast import native
+from irlfast.ops import cpu
+from irlfast.ops.problem import Problem, Side
+from irlfast.optim import FusedRMSprop
+
+RUNS = 9
+
+
+def interleaved(steps: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each step; the first run of each does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(RUNS + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(runs[1:]) for name, runs in seconds.items()}
+
+
+def rmsprop(tensors: int = 100, size: int = 500_000) -> dict[str, float]:
+    def optimiser(kind: type[torch.optim.Optimizer], **options: bool) -> torch.optim.Optimizer:
+        parameters = [torch.randn(size).requires_grad_() for _ in range(tensors)]
+        for parameter in parameters:
+            parameter.grad = torch.randn(size)
+        return kind(parameters, lr=1e-3, **options)
+
+    source = torch.randn(tensors * size)
+    target = torch.empty_like(source)
+    steps = {
+        "irlfast": optimiser(FusedRMSprop).step,
+        "torch foreach": optimiser(torch.optim.RMSprop, foreach=True).step,
+        "torch, a tensor at a time": optimiser(torch.optim.RMSprop, foreach=False).step,
+        "copy": lambda: target.copy_(source),
+    }
+    found = interleaved(steps)
+    elements = tensors * size
+    gigabytes = {"irlfast GB/s": 20e-9 * elements / found["irlfast"], "copy GB/s": 8e-9 * elements / found["copy"]}
+    return found | gigabytes
+
+
+def softmax(softcap: float | None, n: int = 256, vocabulary: int = 32000) -> dict[str, float]:
+    logits, targets = torch.randn(n, vocabulary) * 4, torch.randint(vocabulary, (n,))
+    head = torch.empty(vocabulary, 1)
+    problem = Problem(targets, None, targets, 1, 1.0, softcap, torch.float32, 64)
+    z, copy = logits.clone(), torch.empty_like(logits)
+
+    def by_torch() -> None:
+        module, native.cpu = native.cpu, None
+        try:
+            cpu.softmax(z, targets, Side(head, head, None), problem)
+        finally:
+            native.cpu = module
+
+    steps = {
+        "irlfast": lambda: cpu.native_softmax(z, targets, Side(head, head, None), problem),
+        "refill": lambda: z.copy_(logits),
+        "torch": by_torch,
+        "refill again": lambda: z.copy_(logits),
+        "copy": lambda: copy.copy_(logits),
+    }
+    found = interleaved(steps)
+    moved = 8e-9 * n * vocabulary
+    return {name: found[name] for name in ("irlfast", "torch", "copy")} | {
+        "irlfast GB/s": moved / found["irlfast"],
+        "copy GB/s": moved / found["copy"],
+    }
+
+
+def main() -> None:
+    if native.cpu is None:
+        raise SystemExit("irlfast._cpu is not built here: install a C++17 compiler, then irlfast again")
+    cases = {"rmsprop": rmsprop(), "softmax": softmax(None), "softmax, soft-cap 30": softmax(30.0)}
+    for name, found in cases.items():
+        print(f"{name}:")
+        for key, value in found.items():
+            print(f"  {key.ljust(26)} {value:8.1f}" if "GB/s" in key else f"  {key.ljust(26)} {1000 * value:8.1f} ms")
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    path = ROOT / f"benchmarks/results/{now[:16].replace(':', '')}-native-cpu.json"
+    circumstances = {
+        "date": now,
+        "command": "python -m benchmarks.native",
+        "commit": git("rev-parse", "HEAD"),
+        "device": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    path.write_text(json.dumps(circumstances | {"cases": cases}, indent=1) + "\n")
+    print(f"written to {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+// Every size, form and number of threads, on buffers that end where they must: for AddressSanitizer and UBSan.
+#include <cmath>
+#include <cstdio>
+#include <initializer_list>
+#include <memory>
+
+#include "cpu.h"
+
+namespace {
+
+template <class T>
+std::unique_ptr<T[]> filled(std::int64_t count, T value) {
+  auto buffer = std::make_unique<T[]>(static_cast<std::size_t>(count));
+  for (std::int64_t i = 0; i < count; ++i) buffer[static_cast<std::size_t>(i)] = value;
+  return buffer;
+}
+
+bool rmsprop(std::int64_t n, bool centred, bool momentum, bool narrow, bool copied, int threads) {
+  auto param = filled<float>(n, 1), square = filled<float>(n, 0), average = filled<float>(n, 0);
+  auto buffer = filled<float>(n, 0), grad = filled<float>(n, 2);
+  auto grad_bf16 = filled<irlfast::bf16>(n, 0x4000), copy = filled<irlfast::bf16>(n, 0);  // 2
+  const irlfast::Parameter parameters[] = {{n, param.get(), square.get(), centred ? average.get() : nullptr,
+                                            momentum ? buffer.get() : nullptr, narrow ? nullptr : grad.get(),
+                                            narrow ? grad_bf16.get() : nullptr, copied ? copy.get() : nullptr}};
+  irlfast::rmsprop(parameters, 1, {0.1f, 0.5f, 1e-8f, 0, 0.9f, 1}, threads);
+  // g = 2: square = 2, average = 1, variance 2 or 1, step sqrt(2) or 2.
+  const float expected = 1 - 0.1f * 2 / std::sqrt(centred ? 1.0f : 2.0f);
+  for (std::int64_t i = 0; i < n; ++i)
+    if (std::fabs(param[static_cast<std::size_t>(i)] - expected) > 1e-6f) return false;
+  return true;
+}
+
+bool softmax(std::int64_t n, std::int64_t vocabulary, std::int64_t stride, bool biased, float cap, int threads) {
+  auto z = filled<float>(n ? (n - 1) * stride + vocabulary : 0, 1.5f), bias = filled<float>(vocabulary, 0.5f);
+  auto logps = filled<float>(n, 0), sums = filled<float>(n, 0);
+  auto targets = filled<std::int64_t>(n, vocabulary - 1);
+  irlfast::softmax_slopes({z.get(), n, vocabulary, stride, targets.get(), biased ? bias.get() : nullptr, 1, cap},
+                          logps.get(), sums.get(), threads);
+  for (std::int64_t i = 0; i < n; ++i)
+    if (std::fabs(logps[static_cast<std::size_t>(i)] + std::log(static_cast<float>(vocabulary))) > 1e-4f) return false;
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  for (std::int64_t n : {0, 1, 7, 65, 200000})
+    for (int form = 0; form < 16; ++form)
+      for (int threads : {1, 3})
+        if (!rmsprop(n, form & 1, form & 2, form & 4, form & 8, threads)) return 1;
+  for (std::int64_t n : {0, 1, 5})
+    for (std::int64_t vocabulary : {1, 7, 1000, 20001})
+      for (int form = 0; form < 4; ++form)
+        for (int threads : {1, 3})
+          if (!softmax(n, vocabulary, vocabulary + 3, form & 1, form & 2 ? 30.0f : 0.0f, threads)) return 2;
+  std::puts("all sizes and forms");
+}

@@ -1,0 +1,34 @@
+"""The doctor's findings, here and where something is missing."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+from irlfast import doctor, native
+
+
+def test_here_nothing_that_is_required_is_missing():
+    done = subprocess.run([sys.executable, "-m", "irlfast.doctor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("Python", "torch", "deepspeed", "backend cpu", "native CPU code"):
+        assert part in done.stdout
+
+
+def test_what_is_missing_is_named_with_the_command_that_gets_it(monkeypatch, capsys):
+    def version(name: str) -> str:
+        if name in ("peft", "triton"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "4.57.1" if name == "transformers" else "99.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(native, "cpu", None)
+    findings = {finding.part: finding for finding in doctor.examine()}
+    assert findings["peft"].fatal and "pip install 'peft>=0.18'" in findings["peft"].detail
+    assert (
+        findings["transformers"].fatal
+        and "4.57.1 is too old: pip install 'transformers>=5'" in findings["transformers"].detail
+    )
+    assert not findings["triton"].fatal and "pip install 'triton>=3.5'" in findings["triton"].detail
+    assert "compiler" in findings["native CPU code"].detail
+    assert doctor.main() == 1
+    assert "cannot train: transformers, peft" in capsys.readouterr().out

@@ -1,0 +1,120 @@
+"""The native CPU module: its softmax against fp64, what it refuses, and its code under the sanitizers."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from irlfast import native, ops
+from irlfast.ops import cpu
+from irlfast.ops.problem import Problem, Side
+from tests.ops_cases import gradients, make
+
+ROOT = Path(__file__).parents[1]
+needs_module = pytest.mark.skipif(native.cpu is None, reason="irlfast._cpu is not built here")
+
+
+def problem(targets: torch.Tensor, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None) -> Problem:
+    return Problem(targets, None, targets, 1, scale, softcap, dtype, 64)
+
+
+def both(z: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, **options: float | None) -> tuple:
+    """Log-probabilities, v, slab: natively in fp32, and by PyTorch in fp64."""
+    head = torch.empty(z.shape[1], 1)
+    ours = cpu.native_softmax(z.clone(), targets, Side(head, head, bias), problem(targets, torch.float32, **options))
+    double = None if bias is None else bias.double()
+    exact = cpu.softmax(z.double(), targets, Side(head, head, double), problem(targets, torch.float64, **options))
+    return ours, exact
+
+
+@needs_module
+@pytest.mark.parametrize("largest", [1.0, 80.0])
+@pytest.mark.parametrize("softcap", [None, 30.0, 2.0])
+@pytest.mark.parametrize("scale", [1.0, -0.3])
+@pytest.mark.parametrize("biased", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 7, 1000, 32000])
+def test_softmax_is_that_of_fp64(vocabulary, biased, scale, softcap, largest):
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(9, vocabulary + 5, generator=random)[:, :vocabulary] * largest / 4
+    targets = torch.randint(vocabulary, (9,), generator=random)
+    bias = None if biased is None else torch.randn(vocabulary, generator=random).to(biased)
+    (logps, v, slab), (exact, exact_v, exact_slab) = both(z, targets, bias, scale=scale, softcap=softcap)
+    torch.testing.assert_close(logps.double(), exact, rtol=1e-6, atol=2e-5)
+    torch.testing.assert_close(v.double(), exact_v, rtol=1e-5, atol=0)
+    # The slab times v is what products take: probabilities, so its errors count against 1.
+    found, expected = slab.double() * v.double()[:, None], exact_slab * exact_v[:, None]
+    assert (found - expected).abs().max() < 2e-6
+
+
+@needs_module
+def test_a_row_that_is_no_number_leaves_others_alone():
+    z = torch.randn(4, 100)
+    targets = torch.tensor([1, 2, 3, 4])
+    (clean, _, clean_slab), _ = both(z, targets, None)
+    for value in (float("nan"), float("inf")):
+        broken = z.clone()
+        broken[1, 50] = value
+        (logps, _, slab), _ = both(broken, targets, None)
+        assert logps[1].isnan() and slab[1].isnan().any()
+        assert torch.equal(logps[[0, 2, 3]], clean[[0, 2, 3]]) and torch.equal(slab[[0, 2, 3]], clean_slab[[0, 2, 3]])
+    impossible = z.clone()
+    impossible[:, 50:] = -float("inf")
+    (logps, _, slab), (exact, *_) = both(impossible, targets, None)
+    torch.testing.assert_close(logps.double(), exact, rtol=1e-6, atol=1e-5)
+    assert slab[:, 50:].eq(0).all()
+
+
+@needs_module
+def test_threads_change_no_bit():
+    z, targets = torch.randn(64, 3000), torch.randint(3000, (64,))
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(both(z, targets, None)[0])
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_the_module_pytorch_does_its_work(dtype, monkeypatch):
+    case = make([5, 3, 0, 7], vocabulary=1000, dtype=dtype, bias=True, softcap=30.0, rows=True, reference="hidden")
+    expected = ops.pair_loss(**case, beta=0.3)
+    exact = gradients(expected.loss, case)
+    monkeypatch.setattr(native, "cpu", None)
+    found = ops.pair_loss(**case, beta=0.3)
+    torch.testing.assert_close(found.log_ratio, expected.log_ratio, rtol=1e-5, atol=3e-5)
+    for name, gradient in gradients(found.loss, case).items():
+        assert (gradient - exact[name]).abs().max() <= exact[name].abs().max() * (1e-4 if dtype.itemsize == 4 else 1e-2)
+
+
+@needs_module
+def test_the_binding_checks_what_it_is_given():
+    z, targets, out = torch.zeros(2, 4), torch.tensor([0, 4]), torch.zeros(2)
+    call = native.cpu.softmax_slopes
+    rest = (0, 1.0, 0.0, out.data_ptr(), out.data_ptr(), 1)
+    for arguments, message in (
+        ((z.data_ptr(), 2, 4, 4, targets.data_ptr()), "targets: found 4"),
+        ((z.data_ptr(), 2, 4, 3, targets.data_ptr()), "z: found rows 3 apart, expected at least V"),
+        ((0, 2, 4, 4, targets.data_ptr()), "z: found a null pointer"),
+        ((z.data_ptr() + 2, 2, 4, 4, targets.data_ptr()), "z: found an address that is not aligned"),
+        ((z.data_ptr(), 2, 0, 4, targets.data_ptr()), r"z: found \[2, 0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(*arguments, *rest)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_the_sanitizers_find_nothing(tmp_path):
+    program = tmp_path / "sanitized"
+    sources = [
+        ROOT / "tests/native/sanitized.cpp",
+        *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("rmsprop", "softmax_slopes")),
+    ]
+    flags = "-std=c++17 -O1 -g -Wall -Wextra -Werror -fopenmp-simd -pthread -fno-sanitize-recover=all".split()
+    build = ["g++", *flags, "-fsanitize=address,undefined", f"-I{ROOT / 'csrc/cpu'}", *sources, "-o", program]
+    subprocess.run(build, check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "all sizes and forms\n", done.stdout + done.stderr

@@ -12,12 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from irlfast import dist
+from irlfast.attention import arrange, token_limit
 from irlfast.config import Config
 from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
 from irlfast.losses import Figures, Loss, Share
 from irlfast.metrics import say
 from irlfast.model import load_model, save_pretrained
-from irlfast.pack import Segment, micro_batches, pack
+from irlfast.pack import PAD, Layout, Segment, micro_batches, pack
 from irlfast.policy import Policy
 from irlfast.run import Run
 
@@ -49,7 +50,8 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
     config, trained = run.config, folder / "policy"
     if (folder / "DONE").exists():
         return trained
-    engine = make_engine(policy, loss, plan, config)
+    engine, layout = make_engine(policy, loss, plan, config)
+    limit = token_limit(config, segments, layout, plan.micro_batch)
     first = resume(engine, folder / "checkpoint")
     run.log.begin(folder.name, first)
     window: Figures = {}
@@ -58,7 +60,7 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
     warned = False
     with tqdm(total=steps, initial=first, desc=folder.name, unit="step", disable=not dist.is_main()) as bar:
         for step in range(first + 1, steps + 1):
-            window = add(window, train_step(engine, plan, plan.steps[step - 1], segments))
+            window = add(window, train_step(engine, plan.steps[step - 1], segments, layout, limit))
             bar.update()
             if step % config.logging_steps and step < steps:
                 continue
@@ -89,18 +91,19 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
     return trained
 
 
-def train_step(engine: Any, plan: Plan, step: np.ndarray, segments: Sequence[Segment]) -> Figures:
+def train_step(engine: Any, step: np.ndarray, segments: Sequence[Segment], layout: Layout, limit: int) -> Figures:
     """One optimiser step through this process's micro-batches; returns their summed figures."""
-    micro = micro_batches(step, segments, plan.micro_batch, dist.rank(), dist.world_size())
+    micro = micro_batches(step.tolist(), segments, layout, limit, dist.rank(), dist.world_size())
     expert_tokens = sum(len(segments[i].answers[0]) for i in step)
-    share = Share(plan.micro_batch, expert_tokens / (len(micro) * dist.world_size()))
+    share = Share(step.size / dist.world_size(), expert_tokens / dist.world_size())
     total: Figures = {}
-    for chosen in micro:
-        batch = pack([segments[i] for i in chosen]).to(dist.device())
+    for number, chosen in enumerate(micro, 1):
+        batch = pack([segments[i] for i in chosen], layout).to(dist.device())
+        engine.set_gradient_accumulation_boundary(number == len(micro))
         loss, figures = engine(batch, share)
         engine.backward(loss)
-        engine.step()
-        total = add(total, figures | {"tokens": batch.attention_mask.sum()})
+        total = add(total, figures | {"tokens": (batch.segment != PAD).sum()})
+    engine.step()
     return total
 
 
@@ -131,12 +134,13 @@ def postfix(row: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- DeepSpeed
 
 
-def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> Any:
-    """A DeepSpeed engine around the policy, its optimiser in its first state."""
+def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> tuple[Any, Layout]:
+    """A DeepSpeed engine around the policy, its optimiser in its first state; and how segments are packed for it."""
     import deepspeed
     import transformers
 
-    model = load_model(policy, config)
+    model = load_model(policy, config).to(dist.device())
+    layout = arrange(model, config)
     if config.use_peft:
         model = add_lora(model, config)
     if config.gradient_checkpointing:
@@ -149,21 +153,20 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> A
     scheduler = transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, round(config.warmup_ratio * steps), num_training_steps=steps
     )
-    return deepspeed.initialize(
+    engine = deepspeed.initialize(
         model=Policy(model, loss),
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        config=deepspeed_settings(plan, config),
+        config=deepspeed_settings(config),
         dist_init_required=False,
     )[0]
+    return engine, layout
 
 
-def deepspeed_settings(plan: Plan, config: Config) -> dict[str, Any]:
+def deepspeed_settings(config: Config) -> dict[str, Any]:
     """DeepSpeed's JSON for this run; the user's own is merged over it."""
-    per_micro_step = plan.micro_batch * dist.world_size()
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.steps[0].size // per_micro_step,
+        "train_micro_batch_size_per_gpu": 1,  # train_step divides by the sizes itself
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": {

@@ -25,6 +25,7 @@ ORDER = [
     "metrics",
     "run",
     "pack",
+    "attention",
     "losses",
     "policy",
     "vllm_worker",

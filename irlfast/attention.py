@@ -19,7 +19,7 @@ from irlfast.metrics import say
 from irlfast.ops import lm_head
 from irlfast.pack import Batch, Layout, Segment, pack, parts, tokens
 
-CPU_TOKENS = 2048  # of a micro-batch: more is no faster there, and takes memory
+CPU_TOKENS = 1024  # of a micro-batch: more is no faster there, and takes memory
 
 
 # ---------------------------------------------------------------- hidden states
@@ -102,12 +102,11 @@ def arrange(model: Any, config: Config) -> Layout:
         return Layout(shared)
     if config.attn_implementation == "auto":
         varlen = importlib.util.find_spec("flash_attn")
-        chosen = "flex_attention" if shared else "flash_attention_2" if varlen else "sdpa"
+        ways = ["flex_attention: answers share their prompt"] if shared else []
+        ways += ["flash_attention_2: rows without padding"] if varlen else []
+        chosen, _, why = [*ways, "sdpa: padded rows"][0].partition(": ")
         model.set_attn_implementation(chosen)
-        why = (
-            "answers share their prompt" if shared else "sequences of any length in a row" if varlen else "rows padded"
-        )
-        say_once(f"attention: {chosen}, {why}")
+        say_once(f"attention: {chosen}, for {why}")
     chosen = model.config.get_text_config()._attn_implementation
     return Layout(shared, one_row=chosen.startswith(("flex", "flash")))
 
@@ -117,15 +116,22 @@ def say_once(message: str) -> None:
     say(message)
 
 
-def token_limit(config: Config, segments: Sequence[Segment], layout: Layout, count: int) -> int:
+def token_limit(config: Config, segments: Sequence[Segment], layout: Layout, count: int, halvings: int = 0) -> int:
     """Tokens of a micro-batch: as configured, else what ``count`` of the longest segments are, on a CPU few.
 
+    ``halvings`` of the latter leave at least a segment.
+
     Raises:
-        InputError: where a segment is longer than configured.
+        InputError: where a segment is longer than configured, or nothing is left to halve.
     """
     longest = max(sum(map(tokens, parts(segment, layout))) for segment in segments)
     if config.max_tokens_per_batch == "auto":
-        return max(longest, CPU_TOKENS) if dist.device().type == "cpu" else longest * count
+        most = max(longest, CPU_TOKENS) if dist.device().type == "cpu" else longest * count
+        if halvings and most >> (halvings - 1) <= longest:
+            raise InputError(
+                f"out of memory with one prompt and its answers, {longest} tokens; expected a lower max_length"
+            )
+        return max(longest, most >> halvings)
     if longest > config.max_tokens_per_batch:
         raise InputError(
             f"max_tokens_per_batch: found {config.max_tokens_per_batch}, but the longest prompt has {longest} tokens "

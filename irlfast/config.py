@@ -133,10 +133,11 @@ class Config:
     vllm_tensor_parallel_size: Count = key(1, "GPUs a vLLM engine")
 
     # The engine
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = key(1, "DeepSpeed ZeRO stage")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = key(1, "DeepSpeed ZeRO stage (one process in float32 needs none)")
     deepspeed: str | None = key(None, "DeepSpeed JSON merged over ours")
     save_steps: Annotated[int, Field(ge=0)] = key(100, "optimiser steps between checkpoints (0: none)")
     logging_steps: Count = key(10, "optimiser steps between lines of metrics.jsonl")
+    profile: bool = key(False, "write a torch profiler trace of steps 3 to 5 of every phase, trace.json in its folder")
     report_to: list[Literal["tensorboard", "wandb"]] = key([], "also log to these")
     push_to_hub: bool = key(False, "upload final/ at the end")
     hub_model_id: str | None = key(None, "where to (required by push_to_hub)")

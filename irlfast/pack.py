@@ -48,14 +48,16 @@ class Batch(NamedTuple):
     ref_logps: Tensor | None  # [N] fp32
 
     def to(self, device: torch.device) -> "Batch":
-        """On ``device``; copies to a GPU start from pinned memory and do not wait."""
+        """On ``device``; a copy from pinned memory does not wait."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+    def pinned(self) -> "Batch":
+        """In memory that a GPU copies from by itself, where there is one."""
+        return self.map(Tensor.pin_memory) if torch.cuda.is_available() else self
 
-        return Batch(*map(move, self))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {name: change(v) for name, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**changed)
 
 
 def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:

@@ -32,6 +32,7 @@ ORDER = [
     "vllm_sampler",
     "sample",
     "reference",
+    "step",
     "engine",
     "methods",
     "prepare",

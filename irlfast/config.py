@@ -53,7 +53,9 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = key(
         "float32", "of weights, activations and sampling; bfloat16 trains on an fp32 master copy (bf16: true does too)"
     )
-    attn_implementation: str = key("sdpa", "Transformers' attention: sdpa, eager, flash_attention_2, ...")
+    attn_implementation: str = key(
+        "auto", "auto: flex_attention in training on a GPU; or Transformers' sdpa, eager, flash_attention_2, ..."
+    )
     trust_remote_code: bool = key(False, "run model code that comes with the model")
     gradient_checkpointing: bool = key(False, "recompute layers in the backward pass to save memory")
     use_peft: bool = key(False, "train LoRA adapters; each stage's are merged into its policy")
@@ -106,7 +108,10 @@ class Config:
     weight_decay: NotNegative = key(0.0, "weight decay")
     max_grad_norm: NotNegative = key(1.0, "clip the gradient's norm to this (0: off)")
     per_device_train_batch_size: Count = key(8, "pairs a device and micro-step")
-    gradient_accumulation_steps: Count = key(1, "micro-steps an optimiser step")
+    gradient_accumulation_steps: Count = key(1, "times as many pairs an optimiser step")
+    max_tokens_per_batch: Count | Literal["auto"] = key(
+        "auto", "tokens of a forward pass; auto: what per_device_train_batch_size of the longest have, on a CPU fewer"
+    )
 
     # What may go wrong: the demonstrations' own likelihood falls
     max_expert_drop: Positive | None = key(
@@ -128,10 +133,11 @@ class Config:
     vllm_tensor_parallel_size: Count = key(1, "GPUs a vLLM engine")
 
     # The engine
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = key(1, "DeepSpeed ZeRO stage")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = key(1, "DeepSpeed ZeRO stage (one process in float32 needs none)")
     deepspeed: str | None = key(None, "DeepSpeed JSON merged over ours")
     save_steps: Annotated[int, Field(ge=0)] = key(100, "optimiser steps between checkpoints (0: none)")
     logging_steps: Count = key(10, "optimiser steps between lines of metrics.jsonl")
+    profile: bool = key(False, "write a torch profiler trace of steps 3 to 5 of every phase, trace.json in its folder")
     report_to: list[Literal["tensorboard", "wandb"]] = key([], "also log to these")
     push_to_hub: bool = key(False, "upload final/ at the end")
     hub_model_id: str | None = key(None, "where to (required by push_to_hub)")

@@ -229,6 +229,8 @@ def fit_lengths(
     answer_ids = [*answer_ids, form.end_id]
     if form.bos and prompt_ids[:1] != form.bos:
         prompt_ids = form.bos + prompt_ids
+    if not prompt_ids:
+        raise InputError("a prompt has no token, and the tokenizer no BOS; expected a prompt or a prompt_template")
     if len(prompt_ids) > config.max_prompt_length:
         counts["cut_prompts"] += 1
         head = prompt_ids[:1] if prompt_ids[:1] == [form.tokenizer.bos_token_id] else []

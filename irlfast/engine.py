@@ -1,7 +1,7 @@
 """The inner loop: optimiser steps of a DeepSpeed engine over planned batches, checkpointed and resumed exactly."""
 
 import math
-import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from irlfast import dist
+from irlfast.attention import arrange, token_limit
 from irlfast.config import Config
 from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
-from irlfast.losses import Figures, Loss, Share
+from irlfast.losses import Figures, Loss
 from irlfast.metrics import say
 from irlfast.model import load_model, save_pretrained
 from irlfast.optim import FusedRMSprop
-from irlfast.pack import Segment, micro_batches, pack
+from irlfast.pack import Layout, Segment
 from irlfast.policy import Policy
 from irlfast.run import Run
+from irlfast.step import Stopwatch, add, meters, prepare, profiled, train_step
 
 NOTABLE_DROP = 0.5  # nats a demonstration; the warning comes before the collapse
 FALLEN = (
@@ -42,31 +44,61 @@ class Plan(NamedTuple):
 def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment], loss: Loss, plan: Plan) -> Path:
     """Train ``policy`` as planned; the result is ``folder/policy``, in Hugging Face's format.
 
-    A kill loses at most ``save_steps`` steps: the same call goes on from the last checkpoint in ``folder``.
+    A kill loses at most ``save_steps`` steps: the same call goes on from the last checkpoint in ``folder``. So does one
+    process that ran out of memory, with half the tokens a batch, where ``max_tokens_per_batch`` is ``auto``.
 
     Raises:
         InputError: where the loss or its gradient is no number any more; no policy is written then.
     """
-    config, trained = run.config, folder / "policy"
-    if (folder / "DONE").exists():
-        return trained
-    engine = make_engine(policy, loss, plan, config)
+    halvings = 0
+    while not (folder / "DONE").exists():
+        try:
+            train_phase(run, folder, policy, segments, loss, plan, halvings)
+        except torch.OutOfMemoryError as error:
+            if run.config.max_tokens_per_batch != "auto" or dist.world_size() > 1:
+                raise InputError(f"{folder.name}: out of memory; expected a lower max_tokens_per_batch") from error
+            halvings += 1
+            say(f"{folder.name}: out of memory; goes on from its last checkpoint with half the tokens a batch")
+        torch.cuda.empty_cache()
+    return folder / "policy"
+
+
+def train_phase(
+    run: Run,
+    folder: Path,
+    policy: Path | str,
+    segments: Sequence[Segment],
+    loss: Loss,
+    plan: Plan,
+    halvings: int,
+) -> None:
+    config = run.config
+    engine, layout = make_engine(policy, loss, plan, config)
+    limit = token_limit(config, segments, layout, plan.micro_batch, halvings)
     first = resume(engine, folder / "checkpoint")
     run.log.begin(folder.name, first)
     window: Figures = {}
-    begun = time.perf_counter()
+    done: Counter[str] = Counter()
     steps = len(plan.steps)
     warned = False
-    with tqdm(total=steps, initial=first, desc=folder.name, unit="step", disable=not dist.is_main()) as bar:
-        for step in range(first + 1, steps + 1):
-            window = add(window, train_step(engine, plan, plan.steps[step - 1], segments))
+    watch = Stopwatch()
+    batches = prepare(plan.steps[first:], segments, layout, limit)
+    with (
+        tqdm(total=steps, initial=first, desc=folder.name, unit="step", disable=not dist.is_main()) as bar,
+        profiled(config.profile and dist.is_main(), folder / "trace.json") as profile_step,
+    ):
+        for step, prepared in enumerate(batches, first + 1):
+            figures, grad_norm = train_step(engine, prepared, config.max_grad_norm, watch)
+            window, done = add(window, figures), done + prepared.work
+            profile_step()
             bar.update()
             if step % config.logging_steps and step < steps:
                 continue
             row: dict[str, Any] = {"phase": folder.name, "stage": plan.stage, "step": step}
             row["epoch"] = step * plan.steps[0].size / len(segments)
-            row |= summarise(window, engine, time.perf_counter() - begun)
-            window, begun = {}, time.perf_counter()
+            row |= summarise(window) | {"grad_norm": float(grad_norm or 0.0), "learning_rate": engine.get_lr()[0]}
+            row |= meters(engine.module.model, done, watch.read())
+            window, done = {}, Counter()
             run.log.write(row)
             bar.set_postfix_str(postfix(row), refresh=False)
             for name in ("loss", "grad_norm"):  # clipping would turn an infinite gradient into none
@@ -81,63 +113,40 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
                 break
             if config.save_steps and step % config.save_steps == 0 and step < steps:
                 save_checkpoint(engine, folder / "checkpoint", step)
-    save_policy(engine, policy, trained, run.form.tokenizer, config)
+    save_policy(engine, policy, folder / "policy", run.form.tokenizer, config)
     engine.destroy()
     if dist.is_main():
         write_text(folder / "DONE", "")
         remove(folder / "checkpoint")
     dist.barrier()
-    return trained
 
 
-def train_step(engine: Any, plan: Plan, step: np.ndarray, segments: Sequence[Segment]) -> Figures:
-    """One optimiser step through this process's micro-batches; returns their summed figures."""
-    micro = micro_batches(step, segments, plan.micro_batch, dist.rank(), dist.world_size())
-    expert_tokens = sum(len(segments[i].answers[0]) for i in step)
-    share = Share(plan.micro_batch, expert_tokens / (len(micro) * dist.world_size()))
-    total: Figures = {}
-    for chosen in micro:
-        batch = pack([segments[i] for i in chosen]).to(dist.device())
-        loss, figures = engine(batch, share)
-        engine.backward(loss)
-        engine.step()
-        total = add(total, figures | {"tokens": batch.attention_mask.sum()})
-    return total
-
-
-def add(total: Figures, figures: Figures) -> Figures:
-    return {name: total.get(name, 0) + value for name, value in figures.items()}
-
-
-def summarise(window: Figures, engine: Any, seconds: float) -> dict[str, float]:
+def summarise(window: Figures) -> dict[str, float]:
     """Means over the segments of all processes. Only here do figures leave the device."""
     names = sorted(window)
     values = dist.sum_over_ranks(torch.stack([window[name].double() for name in names])).tolist()
     sums = dict(zip(names, values, strict=True))
-    count, tokens = sums.pop("count"), sums.pop("tokens")
-    row = {name: value / count for name, value in sums.items()}
-    row["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
-    row["learning_rate"] = engine.get_lr()[0]
-    row["tokens_per_second"] = tokens / seconds
-    return row
+    count = sums.pop("count")
+    return {name: value / count for name, value in sums.items()}
 
 
 def postfix(row: dict[str, Any]) -> str:
     """The figures that matter, for the progress bar."""
     shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies", "logp": "logps/chosen"}
     figures = [f"{label} {row[name]:.3g}" for label, name in shown.items() if name in row]
-    return "  ".join([*figures, f"{row['tokens_per_second']:,.0f} tokens/s"])
+    return "  ".join([*figures, f"{row['answer_tokens_per_second']:,.0f} answer tokens/s"])
 
 
 # ---------------------------------------------------------------- DeepSpeed
 
 
-def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> Any:
-    """A DeepSpeed engine around the policy, its optimiser in its first state."""
+def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> tuple[Any, Layout]:
+    """A DeepSpeed engine around the policy, its optimiser in its first state; and how segments are packed for it."""
     import deepspeed
     import transformers
 
-    model = load_model(policy, config)
+    model = load_model(policy, config).to(dist.device())
+    layout = arrange(model, config)
     if config.use_peft:
         model = add_lora(model, config)
     if config.gradient_checkpointing:
@@ -150,25 +159,26 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> A
     scheduler = transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, round(config.warmup_ratio * steps), num_training_steps=steps
     )
-    return deepspeed.initialize(
+    engine = deepspeed.initialize(
         model=Policy(model, loss),
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        config=deepspeed_settings(plan, config),
+        config=deepspeed_settings(config),
         dist_init_required=False,
     )[0]
+    return engine, layout
 
 
-def deepspeed_settings(plan: Plan, config: Config) -> dict[str, Any]:
+def deepspeed_settings(config: Config) -> dict[str, Any]:
     """DeepSpeed's JSON for this run; the user's own is merged over it."""
-    per_micro_step = plan.micro_batch * dist.world_size()
+    alone = dist.world_size() == 1 and config.dtype == "float32" and not config.deepspeed  # ZeRO would only copy
+    stage = 0 if alone else config.zero_stage
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.steps[0].size // per_micro_step,
-        "gradient_clipping": config.max_grad_norm,
+        "train_micro_batch_size_per_gpu": 1,  # train_step divides by the sizes itself
+        "gradient_clipping": config.max_grad_norm if stage else 0.0,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": {
-            "stage": config.zero_stage,
+            "stage": stage,
             "stage3_gather_16bit_weights_on_model_save": True,
         },
         "zero_allow_untested_optimizer": True,
@@ -232,7 +242,7 @@ def save_policy(engine: Any, base: Path | str, folder: Path, tokenizer: Any, con
     for name, parameter in model.named_parameters():
         if config.use_peft and not parameter.requires_grad:
             continue
-        with deepspeed.zero.GatheredParameters([parameter], enabled=config.zero_stage == 3):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
             if dist.is_main():
                 state[name] = parameter.detach().cpu().clone()
     if not dist.is_main():

@@ -1,6 +1,7 @@
 """Losses of a batch: what a method optimises, on hidden states, through ``irlfast.ops``.
 
-Each returns the loss and its figures for the log: sums over segments, which the engine divides by their ``count``.
+Each returns its share of a step's loss, and figures for the log: sums over segments, which the engine divides by their
+``count``.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from irlfast.pack import Batch
 
 
 class Share(NamedTuple):
-    """What a micro-batch's sums are divided by, so that the mean over a step's micro-batches is the step's loss."""
+    """What a micro-batch's sums are divided by: a step's segments and expert tokens, over its processes."""
 
     pairs: float
     tokens: float
@@ -43,7 +44,7 @@ def sft_loss(hidden: Tensor, head: Head, batch: Batch, share: Share) -> tuple[Te
     lengths = batch.cu_seqlens.diff()
     figures = {
         "count": lengths.new_tensor(lengths.numel()),
-        "loss": loss.detach() * lengths.numel(),
+        "loss": loss.detach() * share.pairs,
         "logps/chosen": logps.detach().sum(),
         "length/chosen": lengths.sum(),
     }
@@ -69,8 +70,8 @@ def irft_loss(
     pairs = chosen.numel()
     figures = {
         "count": lengths.new_tensor(pairs),
-        "loss": result.loss.detach() * pairs,
-        "nll_loss": result.nll_loss.detach() * pairs,
+        "loss": result.loss.detach() * share.pairs,
+        "nll_loss": result.nll_loss.detach() * share.pairs,
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
         "rewards/margins": (chosen - rejected).sum(),

@@ -1,4 +1,4 @@
-"""Models and tokenizers: loaded, or built small from a config; and their hidden states without the LM head."""
+"""Models and tokenizers: loaded, or built small from a config."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from irlfast.config import Config
 from irlfast.files import InputError, find, write
-from irlfast.ops import lm_head
 
 END_TOKEN = "<|endoftext|>"
 
@@ -104,7 +103,7 @@ def load_model(name: str | Path, config: Config) -> Any:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(find(str(name)) or name),
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
+            attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -124,35 +123,3 @@ def without_dropout(model: Any) -> Any:
 
 def first_sentence(error: BaseException) -> str:
     return " ".join(str(error).split()).split(". ")[0]
-
-
-# ---------------------------------------------------------------- hidden states
-
-
-def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states ``[B*L, H]``, after the final norm, of right-padded ``input_ids`` ``[B, L]``."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside LoRA's wrapper
-    output = causal.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
-
-
-@torch.no_grad()
-def check_head(model: Any) -> None:
-    """Make sure that hidden states and head give this model's own logits, whatever its family does in between.
-
-    Raises:
-        InputError: where they do not; training on them would optimise something else.
-    """
-    ids = torch.arange(4, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
-    try:
-        head = lm_head(model)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    hidden = hidden_states(model, ids, torch.ones_like(ids))
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
-    if head.logit_softcap:
-        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
-    own = model(input_ids=ids).logits[0].float()
-    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
-    if not torch.allclose(logits, own, rtol=tolerance, atol=tolerance * own.abs().max().item()):
-        raise InputError(f"{type(model).__name__}: its logits do not follow from its last hidden state and LM head")

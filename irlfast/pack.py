@@ -1,63 +1,118 @@
-"""Segments to batches: which sequences go together, in what order, as tensors that the policy and the ops take."""
+"""Segments to batches: which go together, in what order, as tensors that the policy and the ops take.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+A segment ``[prompt | expert | synthetic …]`` holds its prompt once. Its answers see the prompt and themselves, never
+each other, and their positions go on from the prompt's end, so that each is what it would be in a sequence of its own.
+An answer's last token predicts nothing and is left out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+PAD = -1
+ROW_MULTIPLE = 128  # tokens; few different lengths of one row, so that a GPU's kernels are seldom made anew
+
 
 class Segment(NamedTuple):
-    """One prompt with its answers: the expert's alone (SFT), or the expert's and a synthetic one (IRFT)."""
+    """One prompt with its answers: the expert's alone (SFT), or the expert's and synthetic ones (IRFT)."""
 
     prompt: list[int]
     answers: tuple[list[int], ...]
     ref_logps: tuple[Tensor, ...] = ()  # per answer, reference log-probability of each token, fp32
 
 
+class Layout(NamedTuple):
+    """How segments lie in a batch."""
+
+    shared: bool = True  # answers share their prompt; else each is a segment of its own
+    one_row: bool = False  # all in one row; else a row a segment, padded to the longest
+
+
+SHARED = Layout()
+
+
 class Batch(NamedTuple):
-    """Right-padded sequences and the rows of their hidden states that predict an answer token."""
+    """Rows of segments, and which of their hidden states predict an answer token."""
 
     input_ids: Tensor  # [B, L] int64
-    attention_mask: Tensor  # [B, L] int64
+    position_ids: Tensor  # [B, L] int64
+    segment: Tensor  # [B, L] int32, number of the segment in its row, PAD at a row's end
+    answer: Tensor  # [B, L] int32, 0 in a prompt, k in its k-th answer
+    causal: bool  # every row is one sequence, so that a causal mask alone is right
     rows: Tensor  # [N] int64, into the flattened [B * L] hidden states
     targets: Tensor  # [N] int64
     cu_seqlens: Tensor  # [S + 1] int32
     ref_logps: Tensor | None  # [N] fp32
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: tensor.to(device) for name, tensor in self._asdict().items() if tensor is not None}
-        return self._replace(**moved)
+        """On ``device``; a copy from pinned memory does not wait."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """In memory that a GPU copies from by itself, where there is one."""
+        return self.map(Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {name: change(v) for name, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**changed)
 
 
-def pack(segments: Sequence[Segment]) -> Batch:
-    """Sequences ``prompt + answer`` of every segment in turn; the end token's own hidden state is not needed."""
-    sequences = [(segment.prompt, answer) for segment in segments for answer in segment.answers]
-    length = max(len(prompt) + len(answer) for prompt, answer in sequences)
-    input_ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
+def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
+    """All answers of all segments in turn, in the rows that ``layout`` says."""
+    pieces = [piece for segment in segments for piece in parts(segment, layout)]
+    lengths = np.array([tokens(piece) for piece in pieces])
+    if layout.one_row:
+        width = -(-int(lengths.sum()) // ROW_MULTIPLE) * ROW_MULTIPLE
+        shape, starts = (1, width), lengths.cumsum() - lengths
+    else:
+        shape, starts = (len(pieces), int(lengths.max())), lengths.max() * np.arange(len(pieces))
+    input_ids, position_ids = np.zeros((2, *shape), dtype=np.int64)
+    segment_ids, answer_ids = np.full((2, *shape), PAD, dtype=np.int32)
+    flat = [array.reshape(-1) for array in (input_ids, position_ids, segment_ids, answer_ids)]
     rows = []
-    for i, (prompt, answer) in enumerate(sequences):
-        tokens = len(prompt) + len(answer)
-        input_ids[i, :tokens] = torch.tensor(prompt + answer)
-        attention_mask[i, :tokens] = 1
-        first = i * length + len(prompt) - 1  # the last prompt token predicts the first answer token
-        rows.append(torch.arange(first, first + len(answer)))
-    lengths = [len(answer) for _, answer in sequences]
+    for number, (piece, first) in enumerate(zip(pieces, starts, strict=True)):
+        prompt = len(piece.prompt)
+        put(flat, first, piece.prompt, 0, number if layout.one_row else 0, 0)
+        at = first + prompt
+        for k, answer in enumerate(piece.answers, 1):
+            put(flat, at, answer[:-1], prompt, number if layout.one_row else 0, k)
+            rows.append(np.array([first + prompt - 1, *range(at, at + len(answer) - 1)][: len(answer)], dtype=np.int64))
+            at += max(len(answer) - 1, 0)
+    answers = [answer for piece in pieces for answer in piece.answers]
     ref_logps = [logps for segment in segments for logps in segment.ref_logps]
     return Batch(
-        input_ids,
-        attention_mask,
-        torch.cat(rows),
-        torch.tensor([token for _, answer in sequences for token in answer]),
-        torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        torch.cat(ref_logps) if ref_logps else None,
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(segment_ids),
+        torch.from_numpy(answer_ids),
+        causal=len(answers) == shape[0],
+        rows=torch.from_numpy(np.concatenate(rows)),
+        targets=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
+        cu_seqlens=torch.tensor([0, *np.cumsum([len(answer) for answer in answers])], dtype=torch.int32),
+        ref_logps=torch.cat(ref_logps) if ref_logps else None,
     )
 
 
+def put(flat: Sequence[np.ndarray], at: int, ids: Sequence[int], position: int, segment: int, answer: int) -> None:
+    """Write one prompt or answer into the flattened input, position, segment and answer ids."""
+    for array, values in zip(flat, (ids, np.arange(position, position + len(ids)), segment, answer), strict=True):
+        array[at : at + len(ids)] = values
+
+
+def parts(segment: Segment, layout: Layout) -> list[Segment]:
+    """What is packed for a segment: itself, or a segment for each answer with a prompt of its own."""
+    return [segment] if layout.shared else [Segment(segment.prompt, (answer,)) for answer in segment.answers]
+
+
 def tokens(segment: Segment) -> int:
-    return sum(len(segment.prompt) + len(answer) for answer in segment.answers)
+    """Tokens that a packed segment is."""
+    return len(segment.prompt) + sum(max(len(answer) - 1, 0) for answer in segment.answers)
+
+
+# ---------------------------------------------------------------- which segments go together
 
 
 def plan_steps(count: int, batch: int, *, epochs: float | None, steps: int | None, seed: list[int]) -> list[np.ndarray]:
@@ -73,8 +128,69 @@ def plan_steps(count: int, batch: int, *, epochs: float | None, steps: int | Non
     return list(order[: wanted * batch].reshape(wanted, batch))
 
 
-def micro_batches(step: np.ndarray, segments: Sequence[Segment], size: int, rank: int, ranks: int) -> list[np.ndarray]:
-    """This rank's micro-batches of a step: sequences of like length together, so that little is padding."""
-    by_length = sorted(step, key=lambda i: (tokens(segments[i]), i))
-    chunks = np.array(by_length).reshape(-1, size)
-    return list(chunks[rank::ranks])
+def micro_batches(
+    step: Sequence[int], segments: Sequence[Segment], layout: Layout, limit: int, rank: int = 0, ranks: int = 1
+) -> list[list[int]]:
+    """This rank's micro-batches of a step, at most ``limit`` tokens each, padding counted; a longer segment goes alone.
+
+    Every rank gets as many, and its k-th costs about what the others' k-th do; some are empty where segments are few.
+    """
+    if layout.one_row:
+        sizes = {i: sum(map(tokens, parts(segments[i], layout))) for i in step}
+        bins = first_fit(step, sizes, limit)
+    else:
+        bins = like_lengths(step, segments, layout, limit)
+
+    def cost(chosen: list[int]) -> float:
+        return sum(cost_of(segments[i], layout) for i in chosen)
+
+    while len(bins) % ranks:
+        bins.sort(key=lambda chosen: (len(chosen) < 2, -cost(chosen)))
+        bins[:1] = halves(bins[0], lambda i: cost_of(segments[i], layout))
+    bins.sort(key=lambda chosen: (-cost(chosen), chosen))
+    rounds = [bins[start : start + ranks] for start in range(0, len(bins), ranks)]
+    return [dealt[rank if turn % 2 == 0 else -1 - rank] for turn, dealt in enumerate(rounds)]
+
+
+def cost_of(segment: Segment, layout: Layout) -> float:
+    """Work relative to a token's: attention adds a token's own work for about each 4,096 tokens that it sees."""
+    return sum(tokens(part) * (1 + tokens(part) / 4096) for part in parts(segment, layout))
+
+
+def first_fit(step: Sequence[int], sizes: dict[int, int], limit: int) -> list[list[int]]:
+    """First-fit decreasing: each, from the largest, goes into the first bin that has room."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(step, key=lambda i: (-sizes[i], i)):
+        place = next((place for place, free in enumerate(room) if free >= sizes[i]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(limit)
+        bins[place].append(i)
+        room[place] -= sizes[i]
+    return bins
+
+
+def like_lengths(step: Sequence[int], segments: Sequence[Segment], layout: Layout, limit: int) -> list[list[int]]:
+    """From the longest on, as many as fit into ``limit`` when padded to the first's length."""
+    longest = {i: max(map(tokens, parts(segments[i], layout))) for i in step}
+    rows = 1 if layout.shared else len(segments[step[0]].answers)
+    bins: list[list[int]] = []
+    width = 0
+    for i in sorted(step, key=lambda i: (-longest[i], i)):
+        if not bins or (len(bins[-1]) + 1) * rows * width > limit:
+            bins.append([])
+            width = longest[i]
+        bins[-1].append(i)
+    return bins
+
+
+def halves(chosen: list[int], cost: Callable[[int], float]) -> list[list[int]]:
+    """Two parts of about the same cost."""
+    both: list[list[int]] = [[], []]
+    loads = [0.0, 0.0]
+    for i in sorted(chosen, key=lambda i: (-cost(i), i)):
+        least = loads.index(min(loads))
+        both[least].append(i)
+        loads[least] += cost(i)
+    return both

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irlfast.attention import hidden_states
 from irlfast.losses import Figures, Loss, Share
-from irlfast.model import hidden_states
 from irlfast.ops import lm_head
 from irlfast.pack import Batch
 
@@ -20,5 +20,5 @@ class Policy(torch.nn.Module):
         self.loss = loss
 
     def forward(self, batch: Batch, share: Share) -> tuple[Tensor, Figures]:
-        hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
+        hidden = hidden_states(self.model, batch)
         return self.loss(hidden, lm_head(self.model), batch, share)

@@ -11,12 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from irlfast import dist, ops
+from irlfast.attention import arrange, hidden_states, token_limit
 from irlfast.config import Config
 from irlfast.files import write
 from irlfast.losses import arguments
-from irlfast.model import check_head, hidden_states, load_model
+from irlfast.model import load_model
 from irlfast.ops import lm_head
-from irlfast.pack import Segment, pack, tokens
+from irlfast.pack import Segment, micro_batches, pack
 from irlfast.run import Run
 
 
@@ -26,9 +27,9 @@ def score(run: Run, policy: Path | str, segments: list[Segment], path: Path) -> 
     ``path`` caches them: ``logps`` ``[N]`` with ``lengths`` of the answers in order. Each process scores its share.
     """
     if not path.exists():
-        mine = range(dist.rank(), len(segments), dist.world_size())
-        scored = zip(mine, score_segments(run.config, policy, [segments[i] for i in mine], path), strict=True)
-        scores = dict(item for part in dist.all_gather(list(scored)) for item in part)
+        scores: dict[int, tuple[Tensor, ...]] = {}
+        for part in dist.all_gather(score_share(run.config, policy, segments, path)):
+            scores |= part
         if dist.is_main():
             write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(segments))]))
         dist.barrier()
@@ -38,25 +39,26 @@ def score(run: Run, policy: Path | str, segments: list[Segment], path: Path) -> 
 
 
 @torch.no_grad()
-def score_segments(config: Config, policy: Path | str, segments: list[Segment], path: Path) -> list[tuple[Tensor, ...]]:
+def score_share(
+    config: Config, policy: Path | str, segments: list[Segment], path: Path
+) -> dict[int, tuple[Tensor, ...]]:
+    """This process's share of the scores, by the numbers of the segments."""
     model = load_model(policy, config).to(dist.device()).eval()
-    check_head(model)
-    head = lm_head(model)
-    by_length = sorted(range(len(segments)), key=lambda i: -tokens(segments[i]))
-    size = max(1, config.per_device_eval_batch_size // max(len(segment.answers) for segment in segments))
+    layout, head = arrange(model, config), lm_head(model)
+    limit = token_limit(config, segments, layout, config.per_device_eval_batch_size)
+    batches = micro_batches(range(len(segments)), segments, layout, limit, dist.rank(), dist.world_size())
     scores: dict[int, tuple[Tensor, ...]] = {}
     label = f"{path.parent.name}/{path.stem}"
-    with tqdm(total=len(segments), desc=label, unit="segment", disable=not dist.is_main()) as bar:
-        for start in range(0, len(segments), size):
-            chosen = by_length[start : start + size]
-            batch = pack([segments[i] for i in chosen]).to(dist.device())
-            hidden = hidden_states(model, batch.input_ids, batch.attention_mask)
+    with tqdm(total=sum(map(len, batches)), desc=label, unit="segment", disable=not dist.is_main()) as bar:
+        for chosen in filter(None, batches):
+            batch = pack([segments[i] for i in chosen], layout).to(dist.device())
+            hidden = hidden_states(model, batch)
             logps = ops.log_ratio(hidden, **arguments(head, batch)).token_logps.cpu()
             answers = iter(logps.split(batch.cu_seqlens.diff().tolist()))
             for i in chosen:
                 scores[i] = tuple(next(answers) for _ in segments[i].answers)
             bar.update(len(chosen))
-    return [scores[i] for i in range(len(segments))]
+    return scores
 
 
 def save_scores(path: Path, scores: list[tuple[Tensor, ...]]) -> None:

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from irlfast import ops
+from irlfast.attention import hidden_states
 from irlfast.losses import Loss, Share, arguments
-from irlfast.model import hidden_states, without_dropout
+from irlfast.model import without_dropout
 from irlfast.ops import lm_head
 from irlfast.pack import Segment, pack
 from irlfast.policy import Policy
@@ -39,7 +40,7 @@ def model(seed: int) -> GPT2LMHeadModel:
 def answer_logps(policy: GPT2LMHeadModel, prompt: list[int]) -> Tensor:
     """log π(answer | prompt) of every answer, ``[len(ANSWERS)]``, differentiable, by the plain oracle."""
     batch = pack([Segment(prompt, (answer,)) for answer in ANSWERS])
-    hidden = hidden_states(policy, batch.input_ids, batch.attention_mask)
+    hidden = hidden_states(policy, batch)
     return ops.log_ratio(hidden, **arguments(lm_head(policy), batch), backend="plain").policy_logps
 
 
@@ -47,7 +48,7 @@ def scored(reference: GPT2LMHeadModel, pairs: Sequence[Segment]) -> list[Segment
     """The pairs with the reference's log-probability of every answer token."""
     batch = pack(pairs)
     with torch.no_grad():
-        hidden = hidden_states(reference, batch.input_ids, batch.attention_mask)
+        hidden = hidden_states(reference, batch)
         logps = ops.log_ratio(hidden, **arguments(lm_head(reference), batch), backend="plain").token_logps
     each = iter(logps.split([len(answer) for pair in pairs for answer in pair.answers]))
     return [pair._replace(ref_logps=tuple(next(each) for _ in pair.answers)) for pair in pairs]

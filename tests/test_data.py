@@ -190,3 +190,8 @@ def test_an_empty_dataset_is_refused(tmp_path, config):
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(InputError, match="found no rows"):
         read_demonstrations(config(), str(tmp_path / "rows.jsonl"), "train", None)
+
+
+def test_a_prompt_without_any_token_is_one_sentence(config):
+    with pytest.raises(InputError, match="a prompt has no token, and the tokenizer no BOS"):
+        encode_one("pythia", config(prompt_template="{}"), prompt="")

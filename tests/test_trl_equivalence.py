@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 from trl import DPOConfig, DPOTrainer
 
 from irlfast import ops
+from irlfast.attention import hidden_states
 from irlfast.config import make_config
 from irlfast.data import Demonstration, encode, make_format
 from irlfast.losses import Share, arguments, irft_loss
-from irlfast.model import hidden_states
 from irlfast.ops import lm_head
 from irlfast.pack import Segment, pack
 from irlfast.policy import Policy
@@ -51,7 +51,7 @@ def irlfast_loss(policy, reference, tokenizer, file) -> torch.Tensor:
     pairs = [Segment(y.prompt_ids, (y.answer_ids, z.answer_ids)) for y, z in zip(experts, synthetic, strict=True)]
     batch = pack(pairs)
     with torch.no_grad():
-        hidden = hidden_states(reference, batch.input_ids, batch.attention_mask)
+        hidden = hidden_states(reference, batch)
         ref_logps = ops.log_ratio(hidden, **arguments(lm_head(reference), batch)).token_logps
     loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
     return Policy(policy, loss)(batch._replace(ref_logps=ref_logps), Share(len(pairs), 1.0))[0]

@@ -1,0 +1,178 @@
+"""Pairs a second and memory of a training step against TRL's ``DPOTrainer``, scoring by the reference included.
+
+    IRLFAST_DATA=DATA pytest benchmarks/test_throughput.py    # DATA/hh_harmless_test.jsonl, DATA/gsm8k_test.jsonl
+
+Every contender runs in a process of its own, in turn, several times: the same policy, reference, pairs, optimiser and
+batch; their first losses must agree. CPU seconds are reported too, for a machine that others use as well. A goal that
+is missed fails no test.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.conftest import ROOT, circumstances
+from benchmarks.throughput import CONTENDERS
+
+SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
+QUICK = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VOCABULARY, MAX_LENGTH, MAX_PROMPT = 32000, 512, 384
+BATCH, STEPS, ROUNDS = 8, 3, 1  # pairs a step; the first step warms up
+GOALS = {
+    "hh": {"TRL, defaults": 6, "TRL, best": 4, "memory": 0.15},
+    "gsm8k": {"TRL, defaults": 3, "TRL, best": 2},
+}
+
+Text = tuple[str, str, str]  # prompt, chosen, rejected
+
+
+def hh(data: Path, count: int) -> list[Text]:
+    """Dialogues up to the last ``Assistant:``, and two answers; pairs of equal answers or different prompts go."""
+    texts = []
+    for line in (data / "hh_harmless_test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        (prompt, _, chosen), (other, _, rejected) = (
+            row[name].rpartition("\n\nAssistant:") for name in ("chosen", "rejected")
+        )
+        if prompt == other and chosen != rejected and chosen.strip() and rejected.strip():
+            texts.append((f"{prompt}\n\nAssistant:", chosen, rejected))
+    return texts[:count]
+
+
+def gsm8k(data: Path, count: int) -> list[Text]:
+    """Questions with their answer, and another question's as the rejected one."""
+    rows = [json.loads(line) for line in (data / "gsm8k_test.jsonl").read_text().splitlines()][: count + 1]
+    return [
+        (f"{row['prompt']}\nAnswer:", f" {row['completion']}", f" {other['completion']}")
+        for row, other in itertools.pairwise(rows)
+    ]
+
+
+def quick(_: Path, count: int) -> list[Text]:
+    say = "one two three four five six seven eight nine ten".split()
+    return [(" ".join(say[: 2 + i % 7]), f" {say[i % 9]}" * (1 + i % 4), f" {say[i % 5]} ten") for i in range(count)]
+
+
+def ids_of(texts: list[Text], vocabulary: int) -> list[list[list[int]]]:
+    """Token ids by a tokenizer trained on these texts, prompts cut at their start, answers at their end."""
+    from irlfast.model import train_tokenizer
+
+    tokenizer = train_tokenizer([text for row in texts for text in row], vocabulary)
+    pairs = []
+    for row in texts:
+        prompt, *answers = tokenizer(list(row)).input_ids
+        prompt = prompt[-MAX_PROMPT:]
+        room = MAX_LENGTH - len(prompt)
+        pairs.append([prompt, *([*answer, tokenizer.eos_token_id][:room] for answer in answers)])
+    return pairs
+
+
+def make_models(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
+    """A policy and a reference that differs from it, or every first loss would be log 2."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=MAX_LENGTH, **shape))
+    model.save_pretrained(folder / "policy")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "reference")
+
+
+def contend(folder: Path, contender: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.throughput", str(folder), contender]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin would slow down whoever runs beside
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(folder: Path, texts: list[Text], count: int, shape: dict[str, int], rounds: int) -> dict[str, Any]:
+    vocabulary = VOCABULARY if shape is SHAPE else 300
+    pairs = ids_of(texts, vocabulary)[:count]
+    make_models(folder, shape, vocabulary)
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    (folder / "workload.json").write_text(json.dumps({"batch": BATCH}))
+    runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in CONTENDERS}
+    for _ in range(rounds):
+        for contender, found in runs.items():
+            found.append(contend(folder, contender))
+    answers = sum(len(answer) for _, *both in pairs for answer in both)
+    lengths = [statistics.mean(len(pair[part]) for pair in pairs) for part in range(3)]
+    return {
+        "pairs": len(pairs),
+        "mean_tokens": dict(zip(("prompt", "chosen", "rejected"), lengths, strict=True)),
+        "rows": {contender: figures(found, len(pairs), answers) for contender, found in runs.items()},
+    }
+
+
+def figures(runs: list[dict[str, Any]], pairs: int, answers: int) -> dict[str, Any]:
+    """Medians over runs; a step is the median of its later ones, as the first warms up."""
+
+    def median(clock: str) -> tuple[float, float]:
+        """Of scoring a step's pairs, and of a step."""
+        score = statistics.median(run[clock]["score"] for run in runs) / pairs * BATCH
+        return score, statistics.median(seconds for run in runs for seconds in run[clock]["steps"][1:])
+
+    score, step = median("seconds")
+    return {
+        "first_loss": runs[0]["loss"],
+        "score_seconds_a_step": score,
+        "train_seconds_a_step": step,
+        "cpu_seconds_a_step": sum(median("cpu_seconds")),
+        "pairs_per_second": BATCH / (score + step),
+        "answer_tokens_per_second": BATCH * answers / pairs / (score + step),
+        "peak_mib": statistics.median(run["mib"] for run in runs),
+        "runs": runs,
+    }
+
+
+def goals(name: str, rows: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for what, limit in GOALS[name].items():
+        if what == "memory":
+            measured = rows["irlfast"]["peak_mib"] / rows["TRL, defaults"]["peak_mib"]
+            met = measured <= limit
+        else:
+            measured = rows["irlfast"]["pairs_per_second"] / rows[what]["pairs_per_second"]
+            met = measured >= limit
+        found.append({"what": what, "measured": measured, "limit": limit, "met": met})
+    return found
+
+
+def check_losses(rows: dict[str, Any]) -> None:
+    losses = [row["first_loss"] for row in rows.values()]
+    assert abs(losses[0] - 0.6931) > 1e-3, "the reference must differ, or the losses show nothing"
+    assert max(losses) - min(losses) < 1e-4 * max(losses)
+
+
+def test_quick_contenders_have_the_same_first_loss(pytestconfig, tmp_path):
+    if not pytestconfig.getoption("quick"):
+        pytest.skip("the full workloads show it too")
+    found = measure(tmp_path, quick(tmp_path, 2 * BATCH), 2 * BATCH, QUICK, 1)
+    check_losses(found["rows"])
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_throughput(pytestconfig, tmp_path, name):
+    data = os.environ.get("IRLFAST_DATA")
+    if pytestconfig.getoption("quick") or not data:
+        pytest.skip("needs IRLFAST_DATA, a folder with hh_harmless_test.jsonl and gsm8k_test.jsonl, and minutes")
+    texts = {"hh": hh, "gsm8k": gsm8k}[name](Path(data).expanduser(), 2000)
+    found = measure(tmp_path, texts, STEPS * BATCH, SHAPE, ROUNDS)
+    check_losses(found["rows"])
+    result = {**circumstances(pytestconfig), "shape": SHAPE, **found, "goals": goals(name, found["rows"])}
+    path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-throughput-{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for contender, row in found["rows"].items():
+        print(contender, {key: round(value, 3) for key, value in row.items() if isinstance(value, float)})
+    print(*result["goals"], sep="\n")

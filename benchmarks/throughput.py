@@ -1,0 +1,175 @@
+"""One contender of test_throughput.py in a process of its own: ``python -m benchmarks.throughput FOLDER CONTENDER``.
+
+FOLDER holds ``policy/``, ``reference/``, ``pairs.json`` (ids of prompt, chosen, rejected) and ``workload.json``. Prints
+JSON: the first step's loss, seconds of scoring and of every step, and the peak of resident memory above what the
+imports took. All contenders train on the same pairs in the same order, by RMSprop, with the gradient clipped to 1.
+"""
+
+import itertools
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RATE, BETA = 1e-5, 0.1
+
+Moment = tuple[float, float]  # seconds by the clock, and of all CPU cores by this process
+
+
+def memory(what: str) -> int:
+    """KiB of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found.group(1))
+
+
+def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], best: bool) -> dict[str, Any]:
+    """``DPOTrainer``: its defaults, or with the reference precomputed and padding_free."""
+    import datasets
+    import tokenizers
+    import transformers
+    from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
+    from trl import DPOConfig, DPOTrainer
+
+    base = memory("VmRSS")
+    losses: list[float] = []
+    score: list[Moment] = []
+    moments: list[Moment] = []
+
+    class Measured(DPOTrainer):
+        """On token ids that exist already, with a clock."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, *given: Any) -> Any:
+            score.append(now())
+            dataset = super()._precompute_ref_logps(*given)
+            score.append(now())
+            return dataset
+
+        def compute_loss(self, *given: Any, **options: Any) -> Any:
+            loss = super().compute_loss(*given, **options)
+            losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+            return loss
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            moments.append(now())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            moments.append(now())
+
+    def load(name: str) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+
+    no_words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=no_words, eos_token="<end>", pad_token="<end>")
+    arguments = DPOConfig(
+        output_dir=str(folder / "trl"),
+        beta=BETA,
+        per_device_train_batch_size=workload["batch"],
+        max_steps=len(pairs) // workload["batch"],
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        optim="rmsprop",
+        max_length=None,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        padding_free=best,
+        precompute_ref_log_probs=best,
+        precompute_ref_batch_size=workload["batch"],
+    )
+    rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True)) for pair in pairs]
+    trainer = Measured(
+        load("policy"),
+        load("reference"),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return report(losses[0], score or [now()] * 2, moments, base)
+
+
+def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]) -> dict[str, Any]:
+    """What ``irlfast.methods.irft`` does once the answers are sampled."""
+    import functools
+    import os
+
+    import numpy as np
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
+
+    from irlfast import dist
+    from irlfast.attention import token_limit
+    from irlfast.config import make_config
+    from irlfast.engine import Plan, make_engine
+    from irlfast.losses import irft_loss
+    from irlfast.pack import Segment
+    from irlfast.reference import score_share
+    from irlfast.step import Stopwatch, prepare, train_step
+
+    dist.start()
+    base = memory("VmRSS")
+    keys = {"dataset_name": "none", "learning_rate": RATE, "beta": BETA, "lr_scheduler_type": "constant"}
+    config = make_config(keys | {"model_name_or_path": str(folder / "policy")} | workload.get("keys", {}))
+    segments = [Segment(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
+    score = [now()]
+    scores = score_share(config, folder / "reference", segments, folder / "reference.safetensors")
+    score.append(now())
+    segments = [segment._replace(ref_logps=scores[i]) for i, segment in enumerate(segments)]
+    steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
+    loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
+    plan = Plan(0, steps, workload["batch"], RATE, "rmsprop")
+    engine, layout = make_engine(folder / "policy", loss, plan, config)
+    limit = token_limit(config, segments, layout, workload["batch"])
+    moments, losses, watch = [now()], [], Stopwatch()
+    for prepared in prepare(steps, segments, layout, limit):
+        figures, _ = train_step(engine, prepared, config.max_grad_norm, watch)
+        losses.append(float(figures["loss"] / figures["count"]))
+        moments.append(now())
+    dist.stop()
+    return report(losses[0], score, moments, base)
+
+
+def now() -> Moment:
+    return time.perf_counter(), time.process_time()
+
+
+def spans(moments: list[Moment], clock: int) -> list[float]:
+    return [later[clock] - sooner[clock] for sooner, later in itertools.pairwise(moments)]
+
+
+def report(loss: float, score: list[Moment], moments: list[Moment], base: int) -> dict[str, Any]:
+    seconds, cpu = ({"score": spans(score, clock)[0], "steps": spans(moments, clock)} for clock in (0, 1))
+    return {"loss": loss, "seconds": seconds, "cpu_seconds": cpu, "mib": (memory("VmHWM") - base) / 1024}
+
+
+CONTENDERS = {
+    "irlfast": irlfast,
+    "TRL, defaults": lambda *given: trl(*given, best=False),
+    "TRL, best": lambda *given: trl(*given, best=True),
+}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    pairs, workload = (json.loads((folder / name).read_text()) for name in ("pairs.json", "workload.json"))
+    print(json.dumps(CONTENDERS[sys.argv[2]](folder, pairs, workload)))
+
+
+if __name__ == "__main__":
+    main()

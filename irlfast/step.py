@@ -1,0 +1,168 @@
+"""One optimiser step: its batches, made while the step before runs; forward and backward passes; and what it cost.
+
+Nothing here waits for a GPU: figures stay on it, and its clock is read when they are logged.
+"""
+
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from irlfast import dist
+from irlfast.losses import Figures, Share
+from irlfast.pack import Batch, Layout, Segment, micro_batches, pack, parts, tokens
+
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, from the data sheets
+
+
+class Prepared(NamedTuple):
+    """A step before it runs: this process's batches in host memory, and what all processes' are together."""
+
+    batches: list[Batch]
+    share: Share
+    work: Counter[str]  # tokens, answer_tokens, and seen: tokens that a token sees, summed
+
+
+def prepare(steps: Sequence[np.ndarray], segments: Sequence[Segment], layout: Layout, limit: int) -> Iterator[Prepared]:
+    """Every step with its batches, made by a thread one step ahead."""
+
+    def make(step: np.ndarray) -> Prepared:
+        chosen = [segments[i] for i in step]
+        micro = micro_batches(step.tolist(), segments, layout, limit, dist.rank(), dist.world_size())
+        experts = sum(len(segment.answers[0]) for segment in chosen)
+        share = Share(step.size / dist.world_size(), experts / dist.world_size())
+        batches = [pack([segments[i] for i in part], layout).pinned() for part in micro]
+        return Prepared(batches, share, work(chosen, layout))
+
+    with ThreadPoolExecutor(1) as worker:
+        ahead = worker.submit(make, steps[0])
+        for following in [*steps[1:], None]:
+            prepared = ahead.result()
+            if following is not None:
+                ahead = worker.submit(make, following)
+            yield prepared
+
+
+def train_step(engine: Any, prepared: Prepared, max_grad_norm: float, watch: "Stopwatch") -> tuple[Figures, Any]:
+    """One optimiser step through this process's micro-batches; returns their summed figures and the gradient's norm."""
+    total: Figures = {}
+    for number, batch in enumerate(prepared.batches, 1):
+        on_device = batch.to(dist.device())
+        watch.lap("data")
+        engine.set_gradient_accumulation_boundary(number == len(prepared.batches))
+        loss, figures = engine(on_device, prepared.share)
+        watch.lap("forward")
+        engine.backward(loss)
+        total = add(total, figures)
+        watch.lap("backward")
+    norm = None
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # without ZeRO, DeepSpeed tells no norm
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), max_grad_norm or math.inf)
+    engine.step()
+    watch.lap("optimizer")
+    return total, engine.get_global_grad_norm() if norm is None else norm
+
+
+def add(total: Figures, figures: Figures) -> Figures:
+    return {name: total.get(name, 0) + value for name, value in figures.items()}
+
+
+# ---------------------------------------------------------------- what it cost
+
+
+@contextlib.contextmanager
+def profiled(wanted: bool, path: Path) -> Iterator[Callable[[], None]]:
+    """A function to call after every step; a torch profiler trace of steps 3 to 5 is written to ``path`` if wanted."""
+    if not wanted:
+        yield lambda: None
+        return
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=2, warmup=0, active=3, repeat=1),
+        on_trace_ready=lambda trace: trace.export_chrome_trace(str(path)),
+    ) as profiler:
+        yield profiler.step
+
+
+class Stopwatch:
+    """Seconds by part of a step. On a GPU the marks are events, so that only ``read`` waits."""
+
+    def __init__(self) -> None:
+        self.marks = [("", self.now())]
+
+    def now(self) -> Any:
+        if dist.device().type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, part: str) -> None:
+        self.marks.append((part, self.now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of every part since the last reading, and of all."""
+        self.lap("data")
+        if dist.device().type == "cuda":
+            torch.cuda.synchronize()
+        seconds: Counter[str] = Counter()
+        for (_, sooner), (part, later) in zip(self.marks, self.marks[1:], strict=False):
+            span = later - sooner if isinstance(later, float) else sooner.elapsed_time(later) / 1000
+            seconds[part] += span
+            seconds["all"] += span
+        self.marks = self.marks[-1:]
+        return dict(seconds)
+
+
+def work(segments: Sequence[Segment], layout: Layout) -> Counter[str]:
+    """Tokens, answer tokens, and how many tokens each token sees, summed."""
+    found: Counter[str] = Counter()
+    for part in (part for segment in segments for part in parts(segment, layout)):
+        prompt, lengths = len(part.prompt), [max(len(answer) - 1, 0) for answer in part.answers]
+        found["tokens"] += tokens(part)
+        found["answer_tokens"] += sum(map(len, part.answers))
+        found["seen"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
+    return found
+
+
+def operations(model: Any, found: Counter[str]) -> float:
+    """Of forward and backward passes: products with the body's weights, the LM head's, and attention's.
+
+    Two a weight and token forward, two for the gradient by the input, two by the weight where it is trained. The LM
+    head meets answer tokens only. No recomputation is counted.
+    """
+    head, embeddings = (get().weight for get in (model.get_output_embeddings, model.get_input_embeddings))
+    both = {id(head), id(embeddings)}
+    body = sum((6 if p.requires_grad else 4) * size_of(p) for p in model.parameters() if id(p) not in both)
+    text = model.config.get_text_config()
+    return (
+        body * found["tokens"]
+        + (6 if head.requires_grad else 4) * size_of(head) * found["answer_tokens"]
+        + 12 * text.num_hidden_layers * text.hidden_size * found["seen"]
+    )
+
+
+def size_of(parameter: Tensor) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor
+
+
+def meters(model: Any, found: Counter[str], seconds: dict[str, float]) -> dict[str, float]:
+    """Tokens a second over all processes, operations a second and device, MFU where the GPU is known, and the split."""
+    spent = seconds.pop("all")
+    rate = operations(model, found) / spent / dist.world_size()
+    row = {
+        "tokens_per_second": found["tokens"] / spent,
+        "answer_tokens_per_second": found["answer_tokens"] / spent,
+        "tflops": rate / 1e12,
+        **{f"time/{part}": share / spent for part, share in seconds.items()},
+    }
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((peak for gpu, peak in PEAK.items() if gpu in name), None)
+    return row | ({"mfu": rate / peak} if peak else {})

@@ -1,0 +1,95 @@
+"""What a step does and costs: figures of its meters, and no waiting for the device."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from irlfast.attention import hidden_states
+from irlfast.pack import Layout, Segment, pack
+from irlfast.step import operations, work
+from tests.runs import command, run, start
+from tests.test_pack import ragged
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_operations_are_those_that_torch_counts(shared):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=61, attn_implementation="eager", **shape)
+    model, layout = LlamaForCausalLM(config), Layout(shared)
+    segments = [Segment([1] * 9, ([2] * 5, [3] * 5))]  # no padding, which counts as no work
+    batch = pack(segments, layout)
+    with FlopCounterMode(display=False) as counter:
+        rows = hidden_states(model, batch)[batch.rows]
+        (rows @ model.lm_head.weight.T).sum().backward()
+    found = work(segments, layout)
+    assert found["answer_tokens"] == 10
+    assert found["tokens"] == batch.input_ids.numel()
+    unseen = sum(row.numel() ** 2 for row in batch.input_ids) - found["seen"]  # eager attention computes whole squares
+    counted = counter.get_total_flops()
+    assert operations(model, found) + 12 * 2 * 32 * unseen == pytest.approx(counted, rel=0.01)  # norms are no products
+
+
+def test_what_is_seen_is_what_the_mask_shows():
+    segments = [segment for segment in ragged() if all(segment.answers)]
+    seen = 0
+    for segment in segments:
+        for k, answer in enumerate([segment.prompt, *(answer[:-1] for answer in segment.answers)]):
+            seen += sum(range(1, len(answer) + 1)) + (len(answer) * len(segment.prompt) if k else 0)
+    assert work(segments, Layout())["seen"] == seen
+    assert work([], Layout()) == Counter()
+
+
+def test_meters_split_the_time_and_a_profile_is_written(tmp_path):
+    run(tmp_path / "run", profile="true", stages=1)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        parts = [row[f"time/{part}"] for part in ("data", "forward", "backward", "optimizer")]
+        assert sum(parts) == pytest.approx(1)
+        assert min(parts) >= 0
+        assert 0 < row["answer_tokens_per_second"] < row["tokens_per_second"]
+        assert row["tflops"] > 0
+    trace = json.loads((tmp_path / "run" / "sft" / "trace.json").read_text())
+    assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
+def test_a_batch_goes_to_the_gpu_without_waiting():
+    batch = pack([Segment([1] * 9, ([2] * 5, [3] * 5))]).pinned()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch.to(torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+SHORT_OF_MEMORY = """
+import sys, torch
+import irlfast.engine as engine
+from irlfast.train import main
+whole = engine.train_step
+def train_step(model, prepared, *rest):
+    if max(batch.input_ids.numel() for batch in prepared.batches) > {most}:
+        raise torch.OutOfMemoryError("too much")
+    return whole(model, prepared, *rest)
+engine.train_step = train_step
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("most, code", [(300, 0), (10, 2)])
+def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, most, code):
+    script = tmp_path / "short.py"
+    script.write_text(SHORT_OF_MEMORY.format(most=most))
+    arguments = command(tmp_path / "run", method="sft", inner_steps="null", per_device_train_batch_size=32)[2:]
+    process = start([str(script), *arguments])
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    assert "goes on from its last checkpoint with half the tokens a batch" in err
+    if code:
+        assert "out of memory with one prompt and its answers" in err.splitlines()[-1]
+        assert not (tmp_path / "run" / "sft" / "policy").exists()

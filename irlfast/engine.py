@@ -92,7 +92,9 @@ def train_phase(
             window, done = add(window, figures), done + prepared.work
             profile_step()
             bar.update()
-            if step % config.logging_steps and step < steps:
+            # On a CPU every norm is looked at; a GPU would be waited for, so there it is those of logged steps.
+            sound = dist.device().type != "cpu" or math.isfinite(grad_norm or 0.0)
+            if sound and step % config.logging_steps and step < steps:
                 continue
             row: dict[str, Any] = {"phase": folder.name, "stage": plan.stage, "step": step}
             row["epoch"] = step * plan.steps[0].size / len(segments)

@@ -125,7 +125,7 @@ def test_early_stop_and_warning_when_demonstrations_become_unlikely(tmp_path):
 
 def test_a_gradient_that_is_no_number_ends_the_run_without_a_policy(tmp_path):
     _, err = run(tmp_path / "run", code=2, beta=3e38, loss_type="linear")
-    assert err.splitlines()[-1] == "irlfast: stage-00, step 1: grad_norm is inf; try a lower learning_rate"
+    assert err.splitlines()[-1] == "irlfast: stage-00, step 1: grad_norm is nan; try a lower learning_rate"
     assert not (tmp_path / "run" / "stage-00" / "policy").exists()
 
 

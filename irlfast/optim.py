@@ -9,6 +9,7 @@ from torch.optim.rmsprop import rmsprop
 
 from irlfast import native
 
+RENAMED = {"square_avg": "exp_avg_sq", "momentum_buffer": "exp_avg"}
 NATIVE = (torch.float32, torch.bfloat16)
 
 
@@ -19,11 +20,11 @@ class FusedRMSprop(torch.optim.Optimizer):
     same pass. Gradients may be fp32 or bf16. ``max_norm`` clips the norm of all gradients together, as
     ``torch.nn.utils.clip_grad_norm_`` does, but leaves ``.grad`` as it is: the factor is applied in the same pass.
 
-    The native pass takes dense, contiguous CPU tensors; others take PyTorch's multi-tensor steps. State names are those
-    that DeepSpeed's checkpoints know: ``exp_avg_sq`` (torch: square_avg), ``exp_avg`` (momentum_buffer); ``grad_avg``.
+    The native pass takes dense, contiguous CPU tensors; others take PyTorch's own steps. State has Adam's names where
+    it can: ``exp_avg_sq`` (torch: square_avg) and, with momentum, ``exp_avg`` (momentum_buffer).
 
     Raises:
-        ValueError: an option below 0, or ``alpha`` not below 1.
+        ValueError: an option below 0, ``alpha`` not below 1, or a state that is not of its parameter's shape.
         RuntimeError: a sparse gradient.
     """
 
@@ -62,12 +63,15 @@ class FusedRMSprop(torch.optim.Optimizer):
             for parameter in parameters:
                 if parameter.grad.is_sparse:
                     raise RuntimeError("FusedRMSprop: found a sparse gradient, expected dense ones")
-                start_state(self.state[parameter], parameter, group)
-            update_natively([p for p in parameters if is_native(p)], self.state, group, scale)
-            update_by_torch([p for p in parameters if not is_native(p)], self.state, group, scale)
+                fit_state(self.state[parameter], parameter, group)
+            ours = [parameter for parameter in parameters if is_native(parameter, self.state[parameter])]
+            update_natively(ours, self.state, group, scale)
+            others = [parameter for parameter in parameters if not is_native(parameter, self.state[parameter])]
+            update_by_torch(others, self.state, group, scale)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state of this class, or of ``torch.optim.RMSprop``."""
         super().load_state_dict(state_dict)
         # PyTorch gives all but the step the parameter's dtype; ours stays fp32 where a parameter is bf16.
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -75,7 +79,8 @@ class FusedRMSprop(torch.optim.Optimizer):
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 if name != "step":
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+                    self.state[parameter].pop(name)
+                    self.state[parameter][RENAMED.get(name, name)] = value.to(parameter.device, copy=True)
 
     def clipping_factor(self) -> float:
         if self.max_norm is None:
@@ -85,22 +90,31 @@ class FusedRMSprop(torch.optim.Optimizer):
         return float((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-def start_state(state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
-    if state:
-        return
-    state["step"] = torch.zeros(())
-    if parameter.dtype == torch.bfloat16:
-        state["master"] = parameter.detach().float()
+def fit_state(own: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
+    """Start a parameter's state; where it was loaded, or the parameter cast or moved since, bring it to where it is."""
+    if not own:
+        own["step"] = torch.zeros(())
+    if parameter.dtype != torch.bfloat16:
+        own.pop("master", None)
+    elif "master" not in own:
+        own["master"] = parameter.detach().float()
+    else:
+        own["master"] = own["master"].to(parameter.device, torch.float32)
+    like = own.get("master", parameter)
     wanted = {"exp_avg_sq": True, "exp_avg": group["momentum"] > 0, "grad_avg": group["centered"]}
     for name in (name for name, wants in wanted.items() if wants):
-        state[name] = torch.zeros_like(state.get("master", parameter), memory_format=torch.preserve_format)
+        if name not in own:
+            own[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        own[name] = own[name].to(like.device, like.dtype)
+        if own[name].shape != parameter.shape:
+            found, expected = list(own[name].shape), list(parameter.shape)
+            raise ValueError(f"FusedRMSprop: found state {name} of shape {found}, expected {expected}")
 
 
-def is_native(parameter: Tensor) -> bool:
-    tensors: Any = parameter, parameter.grad
-    return native.cpu is not None and all(
-        t.device.type == "cpu" and t.dtype in NATIVE and t.is_contiguous() for t in tensors
-    )
+def is_native(parameter: Tensor, own: dict[str, Any]) -> bool:
+    tensors: Any = parameter, parameter.grad, *(value for name, value in own.items() if name != "step")
+    fits = (t.device.type == "cpu" and t.dtype in NATIVE and t.is_contiguous() for t in tensors)
+    return native.cpu is not None and all(fits)
 
 
 def update_natively(parameters: list[Tensor], state: Any, group: dict[str, Any], scale: float) -> None:

@@ -1,4 +1,4 @@
-"""FusedRMSprop: PyTorch's RMSprop to fp32 rounding, natively and without the native module, alone and in DeepSpeed."""
+"""FusedRMSprop: PyTorch's RMSprop to fp32 rounding, natively and without the native module."""
 
 import copy
 
@@ -150,6 +150,49 @@ def test_a_saved_state_continues_with_the_same_bits(module):
         optimiser.step()
         other.step()
     assert all(torch.equal(own, twin) for own, twin in zip(ours, twins, strict=True))
+
+
+@modules
+def test_a_state_of_pytorchs_own_continues(module):
+    theirs = parameters(SHAPES)
+    before = torch.optim.RMSprop(theirs, lr=1e-2, momentum=0.9, centered=True)
+    set_gradients([theirs], 0)
+    before.step()
+    ours = [p.detach().clone().requires_grad_() for p in theirs]
+    after = FusedRMSprop(ours, lr=1.0)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    set_gradients([ours, theirs], 1)
+    before.step()
+    after.step()
+    for own, peer in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, peer, rtol=1e-5, atol=1e-6)
+
+
+@modules
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_module_that_is_cast_between_steps(dtypes, module):
+    first, second = dtypes
+    layer = torch.nn.Linear(64, 1, bias=False).to(first)
+    optimiser = FusedRMSprop(layer.parameters(), lr=1e-2)
+    for dtype in (first, second):
+        layer.to(dtype)
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimiser.step()
+    exact = layer.weight.detach().double().clone()
+    state = optimiser.state[layer.weight]
+    assert ("master" in state) == (second == torch.bfloat16)
+    assert all(tensor.dtype == torch.float32 for name, tensor in state.items() if name != "step")
+    assert state["exp_avg_sq"].allclose(torch.tensor(0.0199)) and exact.isfinite().all()
+
+
+def test_a_state_of_another_shape_is_refused():
+    one, other = FusedRMSprop(parameters([(3,)])), FusedRMSprop(parameters([(4,)]))
+    for optimiser in (one, other):
+        set_gradients([optimiser.param_groups[0]["params"]], 0)
+    one.step()
+    other.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match=r"found state exp_avg_sq of shape \[3\], expected \[4\]"):
+        other.step()
 
 
 @modules

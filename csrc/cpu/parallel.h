@@ -8,10 +8,12 @@
 #include <vector>
 
 // The best of these that the processor has is chosen when the module is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__) || defined(__SANITIZE_ADDRESS__)
+#define IRLFAST_CLONES
+#elif __GNUC__ >= 12
 #define IRLFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define IRLFAST_CLONES
+#define IRLFAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 #define IRLFAST_INLINE inline __attribute__((always_inline))
 

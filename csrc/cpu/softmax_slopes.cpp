@@ -10,7 +10,7 @@
 namespace irlfast {
 namespace {
 
-// exp(x) for x <= 0 within 1 ulp, 0 below the smallest normal number; NaN stays NaN. Cody and Waite's reduction to
+// exp(x) for x <= 0 within 1 ulp, 0 below x = -87; NaN stays NaN. Cody and Waite's reduction to
 // |r| <= ln(2)/2, then the Taylor polynomial of degree 7, whose error there is 5e-9.
 IRLFAST_INLINE float exp_negative(float x) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer

@@ -1,0 +1,97 @@
+"""Operations that memory bounds, against a copy: ``pytest benchmarks/test_bandwidth.py [--quick]``.
+
+Bytes are those that must be read and written once; the goal on a GPU is a share of what a copy of the same size moves.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.conftest import ROOT, circumstances
+from irlfast import ops
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = DEVICE.type == "cuda"
+RUNS = 9
+
+
+def seconds(steps: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median of each over interleaved runs; the first does not count."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(RUNS + 1):
+        for name, step in steps.items():
+            wait()
+            start = time.perf_counter()
+            step()
+            wait()
+            found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(runs[1:]) for name, runs in found.items()}
+
+
+def wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def logits_steps(n: int, vocabulary: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    dtype = torch.bfloat16 if GPU else torch.float32
+    logits = torch.randn(n, vocabulary, device=DEVICE, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (n,), device=DEVICE)
+    upstream = torch.ones(n, device=DEVICE)
+    source, copy = logits.detach(), torch.empty_like(logits)
+
+    def forward() -> None:
+        with torch.no_grad():
+            ops.token_logps(source, targets)
+
+    def both() -> None:
+        ops.token_logps(logits, targets, inplace_backward=True).backward(upstream)
+        logits.grad = None
+
+    size = logits.numel() * logits.element_size()
+    steps = {"copy": lambda: copy.copy_(source), "token_logps": forward, "token_logps, in-place backward": both}
+    return steps, {"copy": 2 * size, "token_logps": size, "token_logps, in-place backward": 3 * size}
+
+
+def reward_steps(rows: int, hidden: int, heads: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    dtype = torch.bfloat16 if GPU else torch.float32
+    states = torch.randn(rows, hidden, device=DEVICE, dtype=dtype)
+    head = torch.randn(heads, hidden, device=DEVICE, dtype=dtype)
+    cu_seqlens = torch.arange(0, rows + 1, rows // 8, dtype=torch.int32, device=DEVICE)
+    copy = torch.empty_like(states)
+    size = states.numel() * states.element_size()
+
+    def forward() -> None:
+        with torch.no_grad():
+            ops.reward_head(states, head, cu_seqlens, pooling="token")
+
+    return {"copy": lambda: copy.copy_(states), "reward_head": forward}, {"copy": 2 * size, "reward_head": size}
+
+
+GOALS = {"token_logps": 0.9, "token_logps, in-place backward": 0.9, "reward_head": 0.85}  # of a copy's bandwidth
+STEPS = {"logits": logits_steps, "rewards": reward_steps}
+SHAPES = {
+    "logits": {"quick": (8, 1000), "cpu": (256, 32000), "cuda": (8192, 128256)},
+    "rewards": {"quick": (64, 64, 8), "cpu": (4096, 1024, 8), "cuda": (65536, 4096, 8)},
+}
+
+
+@pytest.mark.parametrize("what", STEPS)
+def test_bandwidth(what, pytestconfig):
+    quick = pytestconfig.getoption("quick")
+    shape = SHAPES[what]["quick" if quick else DEVICE.type]
+    steps, moved = STEPS[what](*shape)
+    found = seconds(steps)
+    gigabytes = {name: 1e-9 * moved[name] / found[name] for name in found}
+    for name, rate in gigabytes.items():
+        goal = f", goal {GOALS[name]:.0%}" if GPU and name in GOALS else ""
+        print(f"{name}: {1000 * found[name]:.3g} ms, {rate:.3g} GB/s, {rate / gigabytes['copy']:.0%} of a copy{goal}")
+    if quick:
+        return
+    result = {**circumstances(pytestconfig), "shape": shape, "seconds": found, "gigabytes_per_second": gigabytes}
+    path = ROOT / f"benchmarks/results/{result['date'][:10]}-bandwidth-{what}-{result['kind']}.json"
+    path.write_text(json.dumps(result | {"goals": GOALS}, indent=1) + "\n")

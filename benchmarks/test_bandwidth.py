@@ -52,6 +52,8 @@ def logits_steps(n: int, vocabulary: int) -> tuple[dict[str, Callable[[], object
         ops.token_logps(logits, targets, inplace_backward=True).backward(upstream)
         logits.grad = None
 
+    some = source[:64], targets[:64]
+    torch.testing.assert_close(ops.token_logps(*some), ops.token_logps(*some, backend="plain"), rtol=1e-5, atol=1e-4)
     size = logits.numel() * logits.element_size()
     steps = {"copy": lambda: copy.copy_(source), "token_logps": forward, "token_logps, in-place backward": both}
     return steps, {"copy": 2 * size, "token_logps": size, "token_logps, in-place backward": 3 * size}
@@ -64,6 +66,9 @@ def reward_steps(rows: int, hidden: int, heads: int) -> tuple[dict[str, Callable
     cu_seqlens = torch.arange(0, rows + 1, rows // 8, dtype=torch.int32, device=DEVICE)
     copy = torch.empty_like(states)
     size = states.numel() * states.element_size()
+
+    found, plain = (ops.reward_head(states, head, cu_seqlens, backend=name) for name in ("auto", "plain"))
+    torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-3)
 
     def forward() -> None:
         with torch.no_grad():

@@ -168,6 +168,8 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
         config=deepspeed_settings(config),
         dist_init_required=False,
     )[0]
+    if dist.world_size() == 1 and isinstance(engine.optimizer, torch.optim.Optimizer):
+        engine.enable_backward_allreduce = False  # nothing to reduce, but DeepSpeed would copy the gradients to do it
     return engine, layout
 
 
@@ -181,6 +183,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": {
             "stage": stage,
+            "reduce_scatter": torch.cuda.is_available(),  # on a CPU it reduces all the same, with a copy more
             "stage3_gather_16bit_weights_on_model_save": True,
         },
         "zero_allow_untested_optimizer": True,

@@ -58,7 +58,7 @@ class Config:
     )
     trust_remote_code: bool = key(False, "run model code that comes with the model")
     gradient_checkpointing: bool = key(False, "recompute layers in the backward pass to save memory")
-    use_peft: bool = key(False, "train LoRA adapters; each stage's are merged into its policy")
+    use_peft: bool = key(False, "train LoRA adapters; each stage's are merged into its policy and kept in adapter/")
     lora_r: Count = key(16, "LoRA rank")
     lora_alpha: Count = key(32, "LoRA alpha; the update is scaled by alpha / rank")
     lora_target_modules: str | list[str] = key("all-linear", "modules that get an adapter")

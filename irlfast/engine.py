@@ -1,5 +1,6 @@
 """The inner loop: optimiser steps of a DeepSpeed engine over planned batches, checkpointed and resumed exactly."""
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
                 raise InputError(f"{folder.name}: out of memory; expected a lower max_tokens_per_batch") from error
             halvings += 1
             say(f"{folder.name}: out of memory; goes on from its last checkpoint with half the tokens a batch")
+        gc.collect()  # an engine and its model hold each other, and would live on beside the next stage's
         torch.cuda.empty_cache()
     return folder / "policy"
 
@@ -239,7 +241,11 @@ def resume(engine: Any, folder: Path) -> int:
 
 
 def save_policy(engine: Any, base: Path | str, folder: Path, tokenizer: Any, config: Config) -> None:
-    """Write the trained weights in Hugging Face's format, gathered from all processes, LoRA merged in."""
+    """Write the trained weights in Hugging Face's format, gathered from all processes.
+
+    LoRA is merged in, so that every sampler takes the result and the next stage's reference is a model of its own
+    without any adapter; the adapter itself, on ``base``, is kept beside it in PEFT's format.
+    """
     import deepspeed
 
     model = engine.module.model
@@ -255,6 +261,8 @@ def save_policy(engine: Any, base: Path | str, folder: Path, tokenizer: Any, con
     if config.use_peft:
         adapted = add_lora(load_model(base, config), config)
         adapted.load_state_dict(state, strict=False)
+        adapted.peft_config["default"].base_model_name_or_path = str(base)
+        write(folder.with_name("adapter"), adapted.save_pretrained)
         model = adapted.merge_and_unload()
         state = model.state_dict()
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))

@@ -138,7 +138,8 @@ def postfix(row: dict[str, Any]) -> str:
     """The figures that matter, for the progress bar."""
     shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies", "logp": "logps/chosen"}
     figures = [f"{label} {row[name]:.3g}" for label, name in shown.items() if name in row]
-    return "  ".join([*figures, f"{row['answer_tokens_per_second']:,.0f} answer tokens/s"])
+    utilisation = [f"MFU {row['mfu']:.0%}"] if "mfu" in row else []
+    return "  ".join([*figures, f"{row['answer_tokens_per_second']:,.0f} answer tokens/s", *utilisation])
 
 
 # ---------------------------------------------------------------- DeepSpeed

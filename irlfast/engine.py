@@ -1,5 +1,6 @@
 """The inner loop: optimiser steps of a DeepSpeed engine over planned batches, checkpointed and resumed exactly."""
 
+import functools
 import gc
 import math
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from irlfast import dist
@@ -155,7 +157,9 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
     if config.use_peft:
         model = add_lora(model, config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model, selective=config.gradient_checkpointing == "selective")
+    if config.torch_compile:
+        compile_layers(model)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kinds = {"rmsprop": FusedRMSprop, "adamw_torch": torch.optim.AdamW}
@@ -174,6 +178,22 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
     if dist.world_size() == 1 and isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.enable_backward_allreduce = False  # nothing to reduce, but DeepSpeed would copy the gradients to do it
     return engine, layout
+
+
+def recompute_layers(model: Any, *, selective: bool) -> None:
+    """Keep of a layer its input alone for the backward pass; ``selective``: what its matrix products gave, too."""
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    kept = {"context_fn": functools.partial(create_selective_checkpoint_contexts, products)} if selective else {}
+    model.gradient_checkpointing_enable({"use_reentrant": False} | kept)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile every layer in place, once for all of them and for batches of any shape."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.plot [RESULT.json]
 
-The default is the newest full run in ``benchmarks/results/``. Writes RESULT-bars.svg and RESULT-curves.svg beside it.
+The default is the newest full run of the pair loss in ``benchmarks/results/``. Writes RESULT-bars.svg and
+RESULT-curves.svg beside it, or RESULT-gain.svg for a result of test_sharing.py.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("result", nargs="?", type=Path, help="a file that `pytest benchmarks/` wrote")
     path = parser.parse_args().result or newest()
     results = json.loads(path.read_text())
-    for name, draw in (("bars", bars), ("curves", curves)):
+    for name, draw in (("bars", bars), ("curves", curves), ("gain", gain)):
         figure = draw(results)
         if figure is not None:
             target = path.with_name(f"{path.stem}-{name}.svg")
@@ -58,7 +59,7 @@ def subtitle(results: dict[str, Any]) -> str:
 
 def bars(results: dict[str, Any]) -> Any:
     """A line of two panels a case: time, and extra memory where it was taken."""
-    cases = [case for name, case in results["cases"].items() if not name.startswith("curve")]
+    cases = [case for name, case in results.get("cases", {}).items() if not name.startswith("curve")]
     if not cases:
         return None
     heights = [1 + 0.24 * len(timed(case)) for case in cases]
@@ -116,7 +117,7 @@ def label(axes: Axes, places: Iterable[int], values: Sequence[float], ends: Sequ
 
 def curves(results: dict[str, Any]) -> Any:
     """Time and extra memory over N and over V, on logarithmic axes."""
-    base = results["cases"].get("curve")
+    base = results.get("cases", {}).get("curve")
     if base is None:
         return None
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
@@ -148,6 +149,35 @@ def curves(results: dict[str, Any]) -> Any:
 
 def tokens(case: dict[str, Any]) -> int:
     return 2 * case["pairs"] * case["tokens"]
+
+
+# ---------------------------------------------------------------- shared prompts
+
+
+def gain(results: dict[str, Any]) -> Any:
+    """Answer tokens a second with shared prompts and without, as prompts grow; their ratio, measured and counted."""
+    if "sharing" not in results:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"Shared prompts, forward + backward: {subtitle(results)}")
+    for number, shade in zip((1, 2, 4), ("#fdba74", "#f97316", OURS), strict=True):
+        points = [point for point in results["sharing"] if point["n"] == number]
+        x = [point["ratio"] for point in points]
+        for layout, dash in (("shared", "-"), ("separate", "--")):
+            rates = [point["rates"][layout] for point in points]
+            left.plot(x, rates, dash, color=shade, marker="o", markersize=4, label=f"{layout}, n = {number}")
+        right.plot(x, [point["gain"] for point in points], "o", color=shade, label=f"measured, n = {number}")
+        right.plot(x, [point["predicted"] for point in points], color=shade, linewidth=1)
+    left.set_ylabel("answer tokens a second")
+    right.set_ylabel("times as fast; lines: the operation count")
+    for panel in (left, right):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(x, [f"{ratio:g}" for ratio in x])
+        panel.set_xlabel("prompt's length over an answer's; n synthetic answers")
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=8)
+    return figure
 
 
 if __name__ == "__main__":

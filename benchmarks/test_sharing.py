@@ -1,0 +1,99 @@
+"""Answer tokens a second as prompts grow from 0.25 to 4 × their answers, n synthetic answers each, shared and not.
+
+    pytest benchmarks/test_sharing.py -s && python -m benchmarks.plot benchmarks/results/DATE-sharing-DEVICE.json
+
+Forward and backward passes of the pair loss with a cached reference, both layouts in turn. What sharing gains is held
+against the operation count (irlfast.step.operations). On a CPU by CPU seconds, so that others may use the machine too.
+A goal that is missed fails no test.
+"""
+
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.conftest import ROOT, circumstances
+from benchmarks.test_throughput import QUICK, SHAPE, VOCABULARY
+from irlfast import ops
+from irlfast.attention import hidden_states
+from irlfast.losses import arguments
+from irlfast.ops import lm_head
+from irlfast.pack import Layout, Segment, micro_batches, pack
+from irlfast.step import operations, work
+
+PROMPTS, SYNTHETIC = (0.25, 0.5, 1, 2, 4), (1, 2, 4)  # of the answers' length, and their number
+GPU_SHAPE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16}
+ON_CPU = {"answer": 64, "segments": 4, "limit": 1024, "rounds": 5}
+ON_GPU = {"answer": 256, "segments": 32, "limit": 32768, "rounds": 10}
+GOAL = 0.15  # the count may be this far off
+
+
+def make_model(shape: dict[str, int], vocabulary: int, device: torch.device) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape)).to(device, dtype).train()
+    if device.type == "cuda":
+        model.set_attn_implementation("flex_attention")
+    return model
+
+
+def seconds(model: Any, segments: list[Segment], layout: Layout, limit: int) -> float:
+    """Of all passes over ``segments``: CPU seconds, or a GPU's by the clock."""
+    answers = len(segments[0].answers)
+    chosen = micro_batches(range(len(segments)), segments, layout, limit)
+    batches = [pack([segments[i] for i in part], layout).to(model.device) for part in chosen]
+    now = time.perf_counter if model.device.type == "cuda" else time.process_time
+    begun = now()
+    for batch in batches:
+        firsts = torch.arange(0, batch.cu_seqlens.numel() - 1, answers, device=model.device)
+        pairs = torch.stack([firsts.repeat(answers - 1), torch.cat([firsts + k for k in range(1, answers)])], 1)
+        given = arguments(lm_head(model), batch) | {"ref_logps": batch.targets.new_zeros(len(batch.targets)).float()}
+        ops.pair_loss(hidden_states(model, batch), **given, pairs=pairs, beta=0.1).loss.backward()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    spent = now() - begun
+    model.zero_grad()
+    return spent
+
+
+def curve(model: Any, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    one_row = model.device.type == "cuda"
+    layouts = {"shared": Layout(one_row=one_row), "separate": Layout(shared=False, one_row=one_row)}
+    points = []
+    for n in SYNTHETIC:
+        for ratio in PROMPTS:
+            prompt = [1 + i % 200 for i in range(round(ratio * sizes["answer"]))]
+            segments = [Segment(prompt, ([7] * sizes["answer"],) * (n + 1))] * sizes["segments"]
+            times: dict[str, list[float]] = {name: [] for name in layouts}
+            for _ in range(sizes["rounds"] + 1):
+                for name, layout in layouts.items():
+                    times[name].append(seconds(model, segments, layout, sizes["limit"]))
+            middle = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first warms up
+            tokens = sizes["answer"] * (n + 1) * sizes["segments"]
+            counted = {name: operations(model, work(segments, layout)) for name, layout in layouts.items()}
+            gain, predicted = (both["separate"] / both["shared"] for both in (middle, counted))
+            rates = {name: tokens / spent for name, spent in middle.items()}
+            points.append({"n": n, "ratio": ratio, "rates": rates, "gain": gain, "predicted": predicted})
+    return points
+
+
+def test_sharing(pytestconfig):
+    quick, gpu = pytestconfig.getoption("quick"), torch.cuda.is_available()
+    sizes = {"answer": 8, "segments": 2, "limit": 64, "rounds": 1} if quick else ON_GPU if gpu else ON_CPU
+    shape = QUICK if quick else GPU_SHAPE if gpu else SHAPE
+    model = make_model(shape, 300 if quick else VOCABULARY, torch.device("cuda" if gpu else "cpu"))
+    points = curve(model, sizes)
+    assert all(point["predicted"] > 1 for point in points)
+    worst = max(abs(point["gain"] / point["predicted"] - 1) for point in points)
+    goal = {"what": "gain of sharing against the count", "measured": worst, "limit": GOAL, "met": worst <= GOAL}
+    for point in points:
+        print({key: value if isinstance(value, dict) else round(value, 2) for key, value in point.items()})
+    print(goal)
+    if not quick:
+        result = {**circumstances(pytestconfig), "shape": shape, **sizes, "sharing": points, "goals": [goal]}
+        path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-sharing-{result['kind']}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")

@@ -59,14 +59,16 @@ class FusedRMSprop(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         scale = self.clipping_factor()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in parameters:
+            ours: list[Tensor] = []
+            others: list[Tensor] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 if parameter.grad.is_sparse:
                     raise RuntimeError("FusedRMSprop: found a sparse gradient, expected dense ones")
                 fit_state(self.state[parameter], parameter, group)
-            ours = [parameter for parameter in parameters if is_native(parameter, self.state[parameter])]
+                (ours if is_native(parameter, self.state[parameter]) else others).append(parameter)
             update_natively(ours, self.state, group, scale)
-            others = [parameter for parameter in parameters if not is_native(parameter, self.state[parameter])]
             update_by_torch(others, self.state, group, scale)
         return loss
 

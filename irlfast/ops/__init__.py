@@ -35,7 +35,7 @@ from torch import Tensor
 from irlfast.ops import checks, plain, registered
 from irlfast.ops.heads import Head, lm_head
 from irlfast.ops.logits import logits_log_ratio, token_logps
-from irlfast.ops.problem import Coupling, LogRatio, PairLoss, Side, expert_nll, summarise
+from irlfast.ops.problem import Coupling, LogRatio, PairLoss, Side, default_pairs, expert_nll, summarise
 from irlfast.ops.rewards import DiscriminatorLoss, discriminator_loss, discriminator_reward, reward_head
 
 __all__ = [
@@ -146,7 +146,8 @@ def pair_loss(
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
     problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
     problem = checks.check_ref_logps(ref_logps, reference is not None, problem)
-    pairs = checks.check_pairs(pairs, problem)
+    checks.check_pairs(pairs, cu_seqlens)
+    pairs = default_pairs(problem.sequences, hidden.device) if pairs is None else pairs.long()
     checks.check_loss(beta, loss_type, nll_weight, num_pairs, num_tokens)
     coupling = Coupling(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens)
     backend = checks.choose_backend(backend, hidden, "hidden")

@@ -18,7 +18,6 @@ The gradient has the dtype of ``logits``, and is zero where the target is skippe
 """
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -29,15 +28,16 @@ from irlfast.ops.checks import (
     FLOATS,
     INTEGERS,
     check_cached,
-    check_positive,
+    check_offsets,
     check_range,
+    check_scaling,
     check_tensor,
     check_values,
     choose_backend,
     require,
     values_visible,
 )
-from irlfast.ops.problem import IGNORE, LogRatio, Problem, summarise
+from irlfast.ops.problem import IGNORE, LogRatio, Problem, sequence_of, summarise
 
 CHUNK_BYTES = 2**22  # of logits in fp32 that the cpu backend holds at once
 
@@ -106,11 +106,8 @@ def logits_log_ratio(
     if backend == "triton":
         log_ratio, policy, ref = sequence_sums(logps, targets, cu_seqlens, reference).unbind()
         return LogRatio(log_ratio, policy, ref.detach(), logps)
-    lengths, tokens = cu_seqlens.diff(), targets.numel()
-    sequence = torch.arange(lengths.numel(), device=logits.device).repeat_interleave(lengths, output_size=tokens)
-    problem = Problem(
-        targets, None, sequence, lengths.numel(), logit_scale, logit_softcap, logps.dtype, buffer_mb=math.inf
-    )
+    sequence, sequences = sequence_of(cu_seqlens, targets.numel()), cu_seqlens.numel() - 1
+    problem = Problem(targets, None, sequence, sequences, logit_scale, logit_softcap, logps.dtype, buffer_mb=math.inf)
     return summarise(logps, reference, problem)
 
 
@@ -292,9 +289,7 @@ def check_logits(
     require(vocabulary > 0, "logits", logits, "[N, V] with V > 0")
     check_tensor(targets, "targets", "[N]", INTEGERS, device)
     require(targets.numel() == rows, "targets", targets, "[{}], as logits has that many rows", rows)
-    require(isinstance(scale, Real) and -math.inf < scale < math.inf, "logit_scale", scale, "a number")
-    if softcap is not None:
-        check_positive(softcap, "logit_softcap", "None or a number > 0")
+    check_scaling(scale, softcap)
     backend = choose_backend(backend, logits, "logits")
     if backend != "plain":
         check_strides(logits, "logits", inplace)
@@ -313,8 +308,7 @@ def check_strides(logits: Tensor, name: str, inplace: bool) -> None:
 
 
 def check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor) -> None:
-    check_tensor(cu_seqlens, "cu_seqlens", "[S + 1]", (torch.int32,), logits.device)
-    require(cu_seqlens.numel() > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
+    check_offsets(cu_seqlens, logits.device)
     if values_visible(logits.device):
         check_values(targets, cu_seqlens, None, 0, logits.shape[1])
 

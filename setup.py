@@ -59,7 +59,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=["irlfast", "irlfast.demo", "irlfast.integrations", "irlfast.kernels", "irlfast.methods", "irlfast.ops"],
+    packages=[
+        "irlfast",
+        "irlfast.data",
+        "irlfast.demo",
+        "irlfast.integrations",
+        "irlfast.kernels",
+        "irlfast.methods",
+        "irlfast.ops",
+    ],
     ext_modules=[Extension("irlfast._cpu", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
     package_data={
@@ -81,6 +89,7 @@ setup(
         "rich",
         "tqdm",
         "peft>=0.18",
+        "scikit-learn",
     ],
     extras_require={
         "triton": ["triton>=3.5"],

@@ -22,6 +22,7 @@ ORDER = [
     "ops",
     "integrations",
     "files",
+    "config_checks",
     "config",
     "dist",
     "data",
@@ -36,6 +37,8 @@ ORDER = [
     "vllm_sampler",
     "sample",
     "reference",
+    "reward",
+    "leaks",
     "step",
     "engine",
     "methods",
@@ -47,12 +50,15 @@ ORDER = [
     "report",
     "final",
     "train",
+    "bon",
+    "data.select",
     "doctor",
 ]
 
 
 def module_of(path: Path) -> str:
-    return path.relative_to(ROOT / "irlfast").parts[0].removesuffix(".py")
+    name = ".".join(path.relative_to(ROOT / "irlfast").with_suffix("").parts)
+    return name if name in ORDER else name.split(".")[0]
 
 
 def imported(path: Path) -> set[str]:

@@ -6,8 +6,8 @@ namespace {
 
 using irlfast::Address, irlfast::pointer, irlfast::require;
 
-void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float eps, float weight_decay, float momentum,
-             float grad_scale, int threads) {
+void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float eps, float weight_decay,
+             float momentum, float grad_scale, int threads) {
   const auto parameters = irlfast::parameters_of(rows);
   const irlfast::RMSprop options{lr, alpha, eps, weight_decay, momentum, grad_scale};
   pybind11::gil_scoped_release release;

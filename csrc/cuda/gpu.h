@@ -33,8 +33,8 @@ struct Scoring {
 void token_logps(const Rows &policy, const Rows &reference, const Scoring &scoring, float *logps, float *lse,
                  float *ref_logps, void *stream);
 
-// Into `grad`, which may be `logits`: upstream [n] times the log-probabilities' derivatives by the logits; rows of zeros
-// where the target is skipped or `upstream` is 0.
+// Into `grad`, which may be `logits`: upstream [n] times the log-probabilities' derivatives by the logits; rows of
+// zeros where the target is skipped or `upstream` is 0.
 void write_gradient(const Rows &grad, const Rows &logits, const Scoring &scoring, const float *lse,
                     const float *upstream, void *stream);
 

@@ -1,5 +1,5 @@
-// The middle step of the pair slab. A row is read twice, the second time from the L2 cache where the rows in flight fit,
-// and its derivatives are written once, over it.
+// The middle step of the pair slab. A row is read twice, the second time from the L2 cache where the rows in flight
+// fit, and its derivatives are written once, over it.
 #include "gpu.h"
 #include "launch.h"
 #include "softmax.h"
@@ -7,8 +7,8 @@
 namespace irlfast {
 namespace {
 
-// `to` are narrower numbers in the memory of `from`. All threads go round together, and all that they read in a round is
-// read before anything is written.
+// `to` are narrower numbers in the memory of `from`. All threads go round together, and all that they read in a round
+// is read before anything is written.
 template <int width, class T, class Logit>
 __device__ void write_slopes(const float *from, T *to, int first, int last, std::int64_t target, Softmax total,
                              const Logit &logit) {

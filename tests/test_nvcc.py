@@ -14,6 +14,8 @@ from irlfast import native
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
+# Vectors that the code of the best kernel reads and writes: all that it has, by the kinds of parameter in RMSprop.
+WIDE = {"logits_log_ratio.cu": (4, 2), "rmsprop.cu": (28, 32), "softmax_slopes.cu": (4, 1)}
 REGISTERS = 64  # a thread: then four blocks of 256 threads fit a multiprocessor, and enough loads are on their way
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 needs_module = pytest.mark.skipif(native.cuda is None, reason="irlfast._cuda is not built here")
@@ -61,6 +63,20 @@ def test_kernels_compile_without_spills_and_leave_room_for_others(source, tmp_pa
         assert usage.spills == usage.stack == 0, usage
         assert usage.registers <= REGISTERS, usage
     assert {usage.architecture for usage in found} == set(ARCHITECTURES)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_memory_is_read_and_written_by_16_bytes(source, tmp_path):
+    """The compiler is free to take vectors apart, and has done so."""
+    ptx = tmp_path / "out.ptx"
+    subprocess.run(["nvcc", "-std=c++17", "-O3", "-arch=compute_90a", "-ptx", str(source), "-o", str(ptx)], check=True)
+    kernels = ptx.read_text().split(".entry")[1:]
+    wide = [len(re.findall(r"ld\.global\S*\.v4\.[uf]32", kernel)) for kernel in kernels]
+    written = [len(re.findall(r"st\.global\S*\.(?:v4\.[uf]32|v2\.u32|v4\.u16)", kernel)) for kernel in kernels]
+    print(source.name, *zip(wide, written, strict=True))
+    loads, stores = WIDE[source.name]
+    assert max(wide) >= loads and max(written) >= stores
 
 
 @needs_module

@@ -19,38 +19,48 @@ struct Table {
 };
 static_assert(sizeof(Parameter) == 64 && sizeof(Table) < 32000);
 
-template <int width, class Grad>
-__device__ void update(const Parameter &p, const Grad *grads, std::int64_t first, std::int64_t last,
-                       const RMSprop &options) {
+template <int width, bool centred, bool momentum, class Grad>
+__device__ __forceinline__ void update(const Parameter &p, const Grad *grads, std::int64_t first, std::int64_t last,
+                                       const RMSprop &options) {
   for (std::int64_t i = first + threadIdx.x * width; i < last; i += blockDim.x * width) {
     const auto grad = read<width>(grads + i);
     auto param = read<width>(p.param + i), square = read<width>(p.square + i);
-    auto average = p.average ? read<width>(p.average + i) : Vector<float, width>{};
-    auto buffer = p.buffer ? read<width>(p.buffer + i) : Vector<float, width>{};
+    Vector<float, width> average, buffer;
+    if constexpr (centred) average = read<width>(p.average + i);
+    if constexpr (momentum) buffer = read<width>(p.buffer + i);
     Vector<bf16, width> copy;
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      param.at[k] = updated(widen(grad.at[k]), param.at[k], &square.at[k], p.average ? &average.at[k] : nullptr,
-                            p.buffer ? &buffer.at[k] : nullptr, options);
+      param.at[k] = updated(widen(grad.at[k]), param.at[k], &square.at[k], centred ? &average.at[k] : nullptr,
+                            momentum ? &buffer.at[k] : nullptr, options);
       copy.at[k] = narrow(param.at[k]);
     }
     write(p.param + i, param);
     write(p.square + i, square);
-    if (p.average) write(p.average + i, average);
-    if (p.buffer) write(p.buffer + i, buffer);
+    if constexpr (centred) write(p.average + i, average);
+    if constexpr (momentum) write(p.buffer + i, buffer);
     if (p.copy) write(p.copy + i, copy);
   }
 }
 
 // Vectors of 4 elements where every tensor starts at a multiple of their size, and single elements after the last.
-template <class Grad>
+template <bool centred, bool momentum, class Grad>
 __device__ void update_share(const Parameter &p, const Grad *grads, std::int64_t first, std::int64_t last,
                              const RMSprop &options) {
   const std::uintptr_t starts = address(p.param) | address(p.square) | address(p.average) | address(p.buffer) |
                                 address(grads) * (16 / (4 * sizeof(Grad))) | address(p.copy) * 2;
   const std::int64_t vectors = starts % 16 ? first : first + (last - first) / 4 * 4;
-  update<4>(p, grads, first, vectors, options);
-  update<1>(p, grads, vectors, last, options);
+  update<4, centred, momentum>(p, grads, first, vectors, options);
+  update<1, centred, momentum>(p, grads, vectors, last, options);
+}
+
+template <class Grad>
+__device__ void update_any(const Parameter &p, const Grad *grads, std::int64_t first, std::int64_t last,
+                           const RMSprop &options) {
+  if (p.average && p.buffer) return update_share<true, true>(p, grads, first, last, options);
+  if (p.average) return update_share<true, false>(p, grads, first, last, options);
+  if (p.buffer) return update_share<false, true>(p, grads, first, last, options);
+  update_share<false, false>(p, grads, first, last, options);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -63,8 +73,8 @@ __global__ void __launch_bounds__(kThreads)
   const Parameter &p = table.parameters[low];
   const std::int64_t first = (blockIdx.x - table.first[low]) * kShare;
   const std::int64_t last = p.n - first < kShare ? p.n : first + kShare;
-  if (p.grad) update_share(p, p.grad, first, last, options);
-  if (!p.grad) update_share(p, p.grad_bf16, first, last, options);
+  if (p.grad) return update_any(p, p.grad, first, last, options);
+  update_any(p, p.grad_bf16, first, last, options);
 }
 
 }  // namespace

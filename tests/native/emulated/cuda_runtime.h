@@ -30,7 +30,18 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 using std::min;
+template <class T>
+void __stwb(T *to, T value) {
+  *to = value;
+}
 inline float __fdividef(float x, float y) { return x / y; }
 
 namespace emulated {

@@ -16,7 +16,8 @@ Arguments that both operations take:
   ``ref_bias`` ``[V]``, with the policy's rows, scale and soft-cap; or ``ref_logps``, log-probabilities per token
   ``[N]`` (as ``token_logps`` of :func:`log_ratio`; exact) or per sequence ``[S]`` (loses ~1e-3 nats at 1,024 tokens).
   A size that is both N and S is read as per token.
-- ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"`` and ``"triton"`` never do.
+- ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"``, ``"triton"`` and ``"cuda"``
+  never do; ``"cuda"`` is the pair slab with our own CUDA C++ between its products, where installation built it.
   ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for others (``"plain"`` in fp64, or without Triton).
 - ``buffer_mb``: the most memory for logits, in MiB (one row at the least). ``"plain"`` ignores it.
 - ``skip_mass``: with ``"triton"``, leave out of the gradient what weighs little, as CCE does (arXiv 2411.09009):
@@ -84,7 +85,7 @@ def log_ratio(
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: ``backend="triton"`` without Triton.
+        RuntimeError: a backend that is not installed.
     """
     policy = checks.check_policy(Side(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
@@ -140,7 +141,7 @@ def pair_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: ``backend="triton"`` without Triton.
+        RuntimeError: a backend that is not installed.
     """
     policy = checks.check_policy(Side(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)

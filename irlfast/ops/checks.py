@@ -7,17 +7,21 @@ and on others where the environment has ``IRLFAST_CHECK=1``.
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from irlfast import native
 from irlfast.ops.problem import IGNORE, Problem, Side, sequence_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("auto", "plain", "cpu", "triton", "cuda")
+ON_GPU = ("triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on CPU tensors
 
 
@@ -46,26 +50,39 @@ def check_positive(value: Any, name: str, expected: str = "a number > 0") -> Non
     require(number and 0 < value < math.inf, name, value, expected)
 
 
-def choose_backend(backend: str, tensor: Tensor, name: str) -> str:
-    """The backend that computes with ``tensor``, the argument ``name``; ``"auto"`` takes the best that can.
+def choose_backend(backend: str, tensor: Tensor, name: str, backends: Sequence[str] = BACKENDS) -> str:
+    """One of ``backends`` that computes with ``tensor``, the argument ``name``; ``"auto"`` takes the best that can.
 
     Raises:
         ValueError: no such backend, or not for this tensor's device or dtype.
-        RuntimeError: ``"triton"`` without Triton.
+        RuntimeError: ``"triton"`` without Triton, ``"cuda"`` without the native module.
     """
     kind, double = tensor.device.type, tensor.dtype == torch.float64
     if backend == "auto":
         return "cpu" if kind == "cpu" else "triton" if HAS_TRITON and kind == "cuda" and not double else "plain"
-    require(backend in ("plain", "cpu", "triton"), "backend", backend, "'auto', 'plain', 'cpu' or 'triton'")
+    *most, last = map(repr, backends)
+    require(backend in backends, "backend", backend, f"{', '.join(most)} or {last}")
     if backend == "cpu":
         require(kind == "cpu", name, tensor, "a tensor on the CPU, by backend 'cpu'")
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise RuntimeError("backend 'triton': Triton is not installed; pip install 'triton>=3.5' gets it")
-        runs = kind == "cuda" or (kind == "cpu" and INTERPRETED)
-        require(runs, name, tensor, "a tensor on a GPU (or TRITON_INTERPRET=1), by backend 'triton'")
-        require(not double, name, tensor, "float32, bfloat16 or float16, by backend 'triton'")
+    if backend in ON_GPU:
+        check_installed(backend)
+        runs = kind == "cuda" or (kind == "cpu" and emulated(backend))
+        hint = " (or TRITON_INTERPRET=1)" if backend == "triton" else ""
+        require(runs, name, tensor, f"a tensor on a GPU{hint}, by backend '{backend}'")
+        require(not double, name, tensor, f"float32, bfloat16 or float16, by backend '{backend}'")
     return backend
+
+
+def check_installed(backend: str) -> None:
+    if backend == "triton" and not HAS_TRITON:
+        raise RuntimeError("backend 'triton': Triton is not installed; pip install 'triton>=3.5' gets it")
+    if backend == "cuda" and native.cuda is None:
+        raise RuntimeError("backend 'cuda': irlfast._cuda is not built; pip install irlfast again where there is nvcc")
+
+
+def emulated(backend: str) -> bool:
+    """Whether the backend's kernels run on CPU tensors."""
+    return INTERPRETED if backend == "triton" else native.cuda.device == "cpu"
 
 
 # ---------------------------------------------------------------- policy and reference

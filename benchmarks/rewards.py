@@ -39,13 +39,14 @@ COMMON = {
     "save_steps": 100,
     "logging_steps": 25,
 }
-EARLY, SFT = 100, 700  # steps
-REWARD = {"reward_steps": 400, "reward_learning_rate": 3e-4, "reward_optim": "adamw_torch"}
+EARLY, SFT = 100, 400  # steps
+REWARD = {"reward_steps": 200, "reward_learning_rate": 3e-4, "reward_optim": "adamw_torch"}
 IRFT = {"method": "irft", "stages": 3, "learning_rate": 5e-5, "beta": 1.0, "nll_weight": 0.5}
-SPIN = {"method": "spin", "stages": 2, "inner_steps": 190, "learning_rate": 5e-5, "beta": 1.0, "nll_weight": 0.5}
+SPIN = {"method": "spin", "stages": 2, "inner_steps": 60, "learning_rate": 5e-5, "beta": 1.0, "nll_weight": 0.5}
 RFT = REWARD | {"method": "rft", "stages": 1, "num_generations": 4, "learning_rate": 1e-5, "beta": 0.2}
-AFD = RFT | {"method": "afd", "stages": 2, "reward_steps": 200, "prompts_per_stage": "split", "history": 1}
-PROMPTS = {"max_train_samples": 8000}  # of RFT and AfD: four answers to each are sampled
+AFD = RFT | {"method": "afd", "stages": 2, "reward_steps": 100, "prompts_per_stage": "split", "history": 1}
+WORDS = {"max_train_samples": 8000}  # of all but SFT
+PROMPTS = {"max_train_samples": 4000}  # of RFT and adversarial AfD: four answers to each are sampled
 N, BON_PROMPTS = 16, 500
 
 
@@ -74,15 +75,14 @@ def run_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
     new = {"config_name": ROOT / "irlfast/demo/config.json", "train_tokenizer": 384}
     train(folder / "early", **keys, **new, method="sft", sft_steps=EARLY)
     early = keys | {"model_name_or_path": folder / "early" / "final", "sft_steps": SFT}
-    init_sft = train(folder / "init_sft", **early, **REWARD, method="reward", reward_data="init_sft")
-    policy = folder / "init_sft" / "sft" / "policy"
-    figures = {"SFT": errors(folder / "init_sft" / "sft"), "reward init_sft": init_sft["stage-00/reward"]}
-    for pairs in ("init_demo", "sft_demo"):
-        output = folder / pairs
-        share(folder / "init_sft", output, "sft")
-        found = train(output, **early, **REWARD, method="reward", reward_data=pairs)
+    train(folder / "SFT", **early, method="sft")
+    policy = folder / "SFT" / "sft" / "policy"
+    figures = {"SFT": errors(folder / "SFT" / "sft")}
+    for pairs in ("init_sft", "init_demo", "sft_demo"):
+        share(folder / "SFT", folder / pairs, "sft")
+        found = train(folder / pairs, **early | REWARD | WORDS, method="reward", reward_data=pairs)
         figures[f"reward {pairs}"] = found["stage-00/reward"]
-    from_sft = keys | {"model_name_or_path": policy}
+    from_sft = keys | {"model_name_or_path": policy} | WORDS
     for name, own in (("IRFT", IRFT), ("SPIN", SPIN), ("AfD, adversarial", AFD | PROMPTS)):
         figures[name] = last(folder / name, train(folder / name, **from_sft | own))
     for align in ("rloo", "ppo", "apa", "bon"):
@@ -105,7 +105,7 @@ def run_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
         best_of_n(output, policy, str(reward), first, **test)
         first = first or output / "part-00000" / "rollouts"
         figures[f"best of {N}, {name}"] = quality(output)
-    figures["SFT, the same words"] = figures["SFT"] | first_words(folder / "init_sft" / "sft", output)
+    figures["SFT, the same words"] = first_words(folder / "SFT" / "sft", output)
     return figures
 
 

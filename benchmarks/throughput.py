@@ -3,10 +3,12 @@
 FOLDER holds ``policy/``, ``reference/``, ``pairs.json`` (ids of prompt, chosen, rejected) and ``workload.json``. Prints
 JSON: the first step's loss, seconds of scoring and of every step, and the peak of resident memory above what the
 imports took. All contenders train on the same pairs in the same order, by RMSprop, with the gradient clipped to 1.
+Started by torchrun, every process keeps to a core of its own (test_scaling.py).
 """
 
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -106,7 +108,6 @@ def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], be
 def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]) -> dict[str, Any]:
     """What ``irlfast.methods.irft`` does once the answers are sampled."""
     import functools
-    import os
 
     import numpy as np
 
@@ -116,7 +117,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     from irlfast import dist
     from irlfast.attention import token_limit
     from irlfast.config import make_config
-    from irlfast.engine import Plan, make_engine
+    from irlfast.engine import Plan, make_engine, summarise
     from irlfast.losses import irft_loss
     from irlfast.pack import Segment
     from irlfast.reference import score_share
@@ -128,7 +129,9 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     config = make_config(keys | {"model_name_or_path": str(folder / "policy")} | workload.get("keys", {}))
     segments = [Segment(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
     score = [now()]
-    scores = score_share(config, folder / "reference", segments, folder / "reference.safetensors")
+    scores: dict[int, Any] = {}
+    for part in dist.all_gather(score_share(config, folder / "reference", segments, folder / "reference.safetensors")):
+        scores |= part
     score.append(now())
     segments = [segment._replace(ref_logps=scores[i]) for i, segment in enumerate(segments)]
     steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
@@ -139,7 +142,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     moments, losses, watch = [now()], [], Stopwatch()
     for prepared in prepare(steps, segments, layout, limit):
         figures, _ = train_step(engine, prepared, config.max_grad_norm, watch)
-        losses.append(float(figures["loss"] / figures["count"]))
+        losses.append(summarise(figures)["loss"])
         moments.append(now())
     dist.stop()
     return report(losses[0], score, moments, base)
@@ -167,8 +170,12 @@ CONTENDERS = {
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    if "LOCAL_RANK" in os.environ:
+        os.sched_setaffinity(0, {int(os.environ["LOCAL_RANK"])})
     pairs, workload = (json.loads((folder / name).read_text()) for name in ("pairs.json", "workload.json"))
-    print(json.dumps(CONTENDERS[sys.argv[2]](folder, pairs, workload)))
+    found = CONTENDERS[sys.argv[2]](folder, pairs, workload)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def token_limit(config: Config, segments: Sequence[Segment], layout: Layout, cou
     """
     longest = max(sum(map(tokens, parts(segment, layout))) for segment in segments)
     if config.max_tokens_per_batch == "auto":
-        most = max(longest, CPU_TOKENS) if dist.device().type == "cpu" else longest * count
+        few = CPU_TOKENS * min(dist.world_size(), 2)  # several processes reduce gradients after each, from ZeRO-2 on
+        most = max(longest, few) if dist.device().type == "cpu" else longest * count
         if halvings and most >> (halvings - 1) <= longest:
             raise InputError(
                 f"out of memory with one prompt and its answers, {longest} tokens; expected a lower max_length"

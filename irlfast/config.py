@@ -63,8 +63,11 @@ class Config:
         "auto", "auto: flex_attention in training on a GPU; or Transformers' sdpa, eager, flash_attention_2, ..."
     )
     trust_remote_code: bool = key(False, "run model code that comes with the model")
-    gradient_checkpointing: bool = key(False, "recompute layers in the backward pass to save memory")
-    use_peft: bool = key(False, "train LoRA adapters; each stage's are merged into its policy")
+    gradient_checkpointing: bool | Literal["selective"] = key(
+        False, "recompute layers in the backward pass to save memory; selective: all but their matrix products"
+    )
+    torch_compile: bool = key(False, "compile the layers for training; takes a C++ compiler, and a minute at first")
+    use_peft: bool = key(False, "train LoRA adapters; each stage's are merged into its policy and kept in adapter/")
     lora_r: Count = key(16, "LoRA rank")
     lora_alpha: Count = key(32, "LoRA alpha; the update is scaled by alpha / rank")
     lora_target_modules: str | list[str] = key("all-linear", "modules that get an adapter")
@@ -238,7 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name in FIELDS:
         field = descriptions[name]
         text = f"{field.description} [{'none' if field.default is None else repr(field.default)}]"
-        boolean = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        boolean = {"nargs": "?", "const": "true"} if isinstance(field.default, bool) else {}
         parser.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"), **boolean)  # type: ignore[arg-type]
     for alias in ALIASES:
         parser.add_argument(f"--{alias}", nargs="?", const="true", help=argparse.SUPPRESS)

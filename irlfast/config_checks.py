@@ -1,6 +1,8 @@
 """What one key of the configuration cannot tell alone. Looks at files but imports nothing heavy."""
 
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,9 @@ def check(config: Any) -> None:
         raise InputError(
             f"save_steps: found {config.save_steps}, expected a multiple of logging_steps ({config.logging_steps})"
         )
+    compiler = os.environ.get("CXX", "g++")
+    if config.torch_compile and not shutil.which(compiler):
+        raise InputError(f"torch_compile: found no compiler {compiler}, expected one (CXX may name it), or false")
     for package in config.report_to:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")

@@ -139,7 +139,7 @@ def memory(config: Config, model: Size, length: float) -> float:
     """Bytes a device: weights, gradients, optimiser, and activations at 34 bytes (bf16) a token, layer and unit.
 
     The activations are Korthikanti et al. 2022 (arXiv 2205.05198), table 2, without attention scores, which SDPA
-    does not keep; gradient checkpointing keeps 2 bytes a token, layer and unit.
+    does not keep; gradient checkpointing keeps 2 bytes a token, layer and unit, selective 20.
     """
     size = 2 if config.dtype == "bfloat16" else 4
     world, zero = dist.world_size(), config.zero_stage
@@ -149,7 +149,8 @@ def memory(config: Config, model: Size, length: float) -> float:
     gradients = trained * size / (world if zero >= 2 else 1)
     optimiser = trained * (moments + (4 if size == 2 else 0)) / (world if zero >= 1 else 1)
     tokens = 2 * config.per_device_train_batch_size * length
-    activations = tokens * model.layers * model.hidden * (size if config.gradient_checkpointing else 17 * size)
+    kept = {False: 17, "selective": 10, True: 1}[config.gradient_checkpointing]
+    activations = tokens * model.layers * model.hidden * kept * size
     return weights + gradients + optimiser + activations
 
 

@@ -1,5 +1,7 @@
 """The inner loop: optimiser steps of a DeepSpeed engine over planned batches, checkpointed and resumed exactly."""
 
+import functools
+import gc
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from irlfast import dist
@@ -61,6 +64,7 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
                 raise InputError(f"{folder.name}: out of memory; expected a lower max_tokens_per_batch") from error
             halvings += 1
             say(f"{folder.name}: out of memory; goes on from its last checkpoint with half the tokens a batch")
+        gc.collect()  # an engine and its model hold each other, and would live on beside the next stage's
         torch.cuda.empty_cache()
     return folder / result_name(plan)
 
@@ -143,7 +147,8 @@ def postfix(row: dict[str, Any]) -> str:
     """The figures that matter, for the progress bar."""
     shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies", "logp": "logps/chosen"}
     figures = [f"{label} {row[name]:.3g}" for label, name in shown.items() if name in row]
-    return "  ".join([*figures, f"{row['answer_tokens_per_second']:,.0f} answer tokens/s"])
+    utilisation = [f"MFU {row['mfu']:.0%}"] if "mfu" in row else []
+    return "  ".join([*figures, f"{row['answer_tokens_per_second']:,.0f} answer tokens/s", *utilisation])
 
 
 # ---------------------------------------------------------------- DeepSpeed
@@ -159,7 +164,9 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
     if config.use_peft:
         model = add_lora(model, config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model, selective=config.gradient_checkpointing == "selective")
+    if config.torch_compile:
+        compile_layers(model)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kinds = {"rmsprop": FusedRMSprop, "adamw_torch": torch.optim.AdamW}
@@ -175,6 +182,8 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
         config=deepspeed_settings(config),
         dist_init_required=False,
     )[0]
+    if dist.world_size() == 1 and isinstance(engine.optimizer, torch.optim.Optimizer):
+        engine.enable_backward_allreduce = False  # nothing to reduce, but DeepSpeed would copy the gradients to do it
     return engine, layout
 
 
@@ -187,6 +196,22 @@ def new_model(name: Path | str, plan: Plan, config: Config) -> Any:
     return model
 
 
+def recompute_layers(model: Any, *, selective: bool) -> None:
+    """Keep of a layer its input alone for the backward pass; ``selective``: what its matrix products gave, too."""
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    kept = {"context_fn": functools.partial(create_selective_checkpoint_contexts, products)} if selective else {}
+    model.gradient_checkpointing_enable({"use_reentrant": False} | kept)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile every layer in place, once for all of them and for batches of any shape."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
+
+
 def deepspeed_settings(config: Config) -> dict[str, Any]:
     """DeepSpeed's JSON for this run; the user's own is merged over it."""
     alone = dist.world_size() == 1 and config.dtype == "float32" and not config.deepspeed  # ZeRO would only copy
@@ -197,6 +222,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": {
             "stage": stage,
+            "reduce_scatter": torch.cuda.is_available(),  # on a CPU it reduces all the same, with a copy more
             "stage3_gather_16bit_weights_on_model_save": True,
         },
         "zero_allow_untested_optimizer": True,
@@ -257,7 +283,11 @@ def resume(engine: Any, folder: Path) -> int:
 
 
 def save_model(engine: Any, base: Path | str, folder: Path, form: Format, plan: Plan, config: Config) -> None:
-    """Write the trained weights in Hugging Face's format, gathered from all processes, LoRA merged in."""
+    """Write the trained weights in Hugging Face's format, gathered from all processes.
+
+    LoRA is merged in, so that every sampler takes the result and the next stage's reference is a model of its own
+    without any adapter; a policy's adapter itself, on ``base``, is kept beside it in PEFT's format.
+    """
     import deepspeed
 
     model = engine.module.model
@@ -273,6 +303,9 @@ def save_model(engine: Any, base: Path | str, folder: Path, form: Format, plan: 
     if config.use_peft:
         adapted = add_lora(new_model(base, plan, config), config)
         adapted.load_state_dict(state, strict=False)
+        if not plan.reward:  # its heads are in no adapter
+            adapted.peft_config["default"].base_model_name_or_path = str(base)
+            write(folder.with_name("adapter"), adapted.save_pretrained)
         model = adapted.merge_and_unload()
         state = model.state_dict()
     tokenizer = padded_apart(model, form) if plan.reward else form.tokenizer

@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 from irlfast import __version__
 from irlfast.files import InputError, write_text
 from irlfast.report_files import (
+    TIMES,
     note_unfinished,
     number,
     read_config,
@@ -28,6 +29,7 @@ from irlfast.report_files import (
     read_metrics,
     read_object,
     read_phases,
+    split_time,
 )
 from irlfast.report_plots import METRICS, POINTS, draw_curves, draw_held_out
 
@@ -45,7 +47,7 @@ def write_report(output_dir: Path) -> Path:
     output_dir = Path(output_dir)
     notes: list[str] = []  # what is missing or broken, in words
     config_text, config = read_config(output_dir, notes)
-    metrics = read_metrics(output_dir, METRICS, notes)
+    metrics = read_metrics(output_dir, METRICS + TIMES, notes)
     evals = read_phases(output_dir, "eval.json", notes)
     pairs = read_phases(output_dir, "pairs.json", notes)
     data = read_object(output_dir, "data.json", notes)
@@ -77,6 +79,7 @@ def write_report(output_dir: Path) -> Path:
         answers=compare_answers(output_dir, first, kept, notes) if evals else {"rows": []},
         data={name: counts for name, counts in data.items() if isinstance(counts, dict)},
         pairs=pairs,
+        times=split_time(metrics, pairs),
         config=config_text,
         version=__version__,
         show=show,

@@ -12,6 +12,7 @@ import yaml
 
 from irlfast.files import InputError
 
+TIMES = ["seconds", *(f"time/{part}" for part in ("data", "forward", "backward", "optimizer"))]
 # A closed set, because phase names become text of the plots.
 PHASE = re.compile(r"initial|sft|stage-(\d{1,6})(?:/(reward|round-\d{1,6}))?")
 
@@ -88,6 +89,16 @@ def read_metrics(output_dir: Path, keys: list[str], notes: list[str]) -> dict[st
             phases.setdefault(phase, {})[step] = [step, *(number(row.get(key)) for key in keys)]
     ordered = sorted(phases, key=phase_order)
     return {phase: np.array([row for _, row in sorted(phases[phase].items())]) for phase in ordered}
+
+
+def split_time(metrics: dict[str, np.ndarray], pairs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """Phase -> seconds of sampling, scoring, training, and training's parts as in TIMES; NaN where not measured."""
+    split = {}
+    for phase, rows in metrics.items():
+        seconds, *shares = rows[:, -len(TIMES) :].T
+        before = [number(pairs.get(phase, {}).get(key)) for key in ("sample_seconds", "score_seconds")]
+        split[phase] = [*before, seconds.sum(), *((seconds * share).sum() for share in shares)]
+    return split
 
 
 def note_unfinished(config: dict, evals: dict, pairs: dict, notes: list[str]) -> None:

@@ -155,10 +155,14 @@ def size_of(parameter: Tensor) -> int:
 
 
 def meters(model: Any, found: Counter[str], seconds: dict[str, float]) -> dict[str, float]:
-    """Tokens a second over all processes, operations a second and device, MFU where the GPU is known, and the split."""
+    """Seconds and their split, tokens a second over all processes, operations a second and device, MFU on known GPUs.
+
+    Communication lies within backward and optimizer, and ZeRO-3's within forward too.
+    """
     spent = seconds.pop("all")
     rate = operations(model, found) / spent / dist.world_size()
     row = {
+        "seconds": spent,
         "tokens_per_second": found["tokens"] / spent,
         "answer_tokens_per_second": found["answer_tokens"] / spent,
         "tflops": rate / 1e12,

@@ -57,6 +57,7 @@ def train(config: Config) -> None:
 def main() -> int:
     """Exit codes: 0 done, 2 bad input or an unwritable folder (one sentence says which), 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors, where Linux has them to give
     try:
         config, dry_run = load_config(sys.argv[1:])
         if dry_run:

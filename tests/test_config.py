@@ -70,6 +70,7 @@ WRONG = {
     "zero_stage: found 0 with dtype bfloat16": {"dtype": "bfloat16", "zero_stage": 0},
     "save_steps: found 15": {"save_steps": 15, "logging_steps": 10},
     "method sft takes sft_steps": {"method": "sft", "inner_steps": 3},
+    "gradient_checkpointing: found 'x', expected a valid boolean.* or 'selective'": {"gradient_checkpointing": "x"},
     "needs tokenizer_name_or_path or train_tokenizer": {"train_tokenizer": None},
 }
 
@@ -78,6 +79,12 @@ WRONG = {
 def test_wrong_values_are_named(given, message):
     with pytest.raises(InputError, match=message):
         make_config(given | WRONG[message])
+
+
+def test_compiling_takes_a_compiler(given, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(InputError, match=r"torch_compile: found no compiler /nowhere/c\+\+, expected one"):
+        make_config(given | {"torch_compile": True})
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\xff"])

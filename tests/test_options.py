@@ -1,12 +1,15 @@
 """Runs with the options that the default leaves off, each a real run of a few steps."""
 
 import json
+import re
 
+import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.runs import run
+from tests.runs import command, run, start
 
 
 def weights(folder):
@@ -30,6 +33,44 @@ def test_lora_in_bf16_with_checkpointed_layers_and_zero_2(tmp_path):
     moved = {name for name in base if not torch.equal(base[name], final[name])}
     assert moved == {name for name in base if name.endswith("proj.weight")}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").dtype == torch.bfloat16
+
+
+COUNTED = """
+import gc, sys
+import irlfast.engine as engine
+from irlfast.train import main
+whole = engine.train_step
+def train_step(*given):
+    print("models:", sum(type(kept).__name__ == "LlamaForCausalLM" for kept in gc.get_objects()), file=sys.stderr)
+    return whole(*given)
+engine.train_step = train_step
+sys.exit(main())
+"""
+
+
+LORA = {"use_peft": "true", "learning_rate": 1e-2, "warmup_ratio": 0, "logging_steps": 1}
+
+
+def test_a_stages_reference_is_its_policy_without_the_new_adapter_and_no_second_model_is_held(tmp_path):
+    script, output = tmp_path / "counted.py", tmp_path / "run"
+    script.write_text(COUNTED)
+    process = start([str(script), *command(output, **LORA)[2:]])
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert set(re.findall(r"models: \d+", err)) == {"models: 1"}
+    before, after = output / "stage-00" / "policy", output / "stage-01" / "policy"
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(before), output / "stage-01" / "adapter")
+    assert adapted.peft_config["default"].base_model_name_or_path == str(before)
+    merged = AutoModelForCausalLM.from_pretrained(after)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+        with adapted.disable_adapter():
+            reference = adapted(ids).logits
+    assert (reference - merged(ids).logits).abs().max() > 1e-2
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    begins = [row["rewards/chosen"] for row in rows if row["step"] == 1 and row["phase"] != "sft"]
+    assert begins == pytest.approx([0, 0], abs=1e-5)  # the reference's log-probabilities are the policy's own
 
 
 def test_spin_with_adamw_zero_0_tensorboard_own_deepspeed_json_and_the_best_policy(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 
 from irlfast.files import InputError
 from irlfast.report import clip, compare_nll, compare_shares, headline, mark, write_report
-from irlfast.report_files import number
+from irlfast.report_files import TIMES, number, read_metrics, read_phases, split_time
+from irlfast.report_plots import METRICS
 
 VOID = {"meta", "br", "use", "path", "input", "img", "hr", "link"}
 
@@ -90,6 +91,20 @@ def test_a_finished_run_shows_its_own_figures_and_answers(copied):
     assert text.count("<svg") == 12
     assert "Reward margin" in words
     assert "not measured in this run" not in words
+
+
+def test_the_time_of_a_phase_is_the_sum_of_its_logged_parts(copied):
+    rows = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
+    pairs = read_phases(copied, "pairs.json", [])
+    split = split_time(read_metrics(copied, METRICS + TIMES, []), pairs)
+    assert list(split) == ["sft", "stage-00", "stage-01"]
+    for phase, (sampling, scoring, training, *parts) in split.items():
+        assert training == pytest.approx(sum(row["seconds"] for row in rows if row["phase"] == phase))
+        assert sum(parts) == pytest.approx(training)
+        if phase != "sft":
+            assert [sampling, scoring] == [pairs[phase]["sample_seconds"], pairs[phase]["score_seconds"]]
+    words = " ".join(" ".join(page_of(copied)[1].words).split())
+    assert f"{split['stage-00'][2]:,.1f}" in words
 
 
 def test_what_a_model_or_a_user_wrote_is_never_markup(copied):

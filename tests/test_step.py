@@ -67,6 +67,23 @@ def test_a_batch_goes_to_the_gpu_without_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_step_waits_for_the_device_at_known_places_only(tmp_path):
+    process = start(["-m", "tests.waits", str(tmp_path)])
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    alone, zero = (json.loads(out.splitlines()[-1])[kind] for kind in ("alone", "zero"))
+    batches = alone["batches"]
+    assert batches > 1
+    known = {
+        "slab.py:plan": batches,  # how long the answers are: the one wait of the loss
+        "slab.py:add_gradients": batches,  # does a slab weigh at all? Asked on a CPU only
+    }
+    assert alone["places"] == known
+    assert alone["operations"] == batches  # the latter's: nothing waits unseen
+    assert zero["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed looks at the norm
+    assert zero["operations"] <= batches + 2 + 1  # and fills one value by another that lies on the CPU
+
+
 SHORT_OF_MEMORY = """
 import sys, torch
 import irlfast.engine as engine

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.train import main
-from tests.runs import ROOT, command, run, start
+from tests.runs import ROOT, TORCHRUN, command, run, start
 from tests.tokenizers_like import pythia
 
 
@@ -95,16 +95,11 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference(finished, tm
     assert "Traceback" not in err
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
-
-
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_processes_end_with_the_parameters_of_one(tmp_path, zero_stage):
     """The same global batch; samples come from greedy answers' seeds by shard, so both see the same pairs."""
     run(tmp_path / "one", zero_stage=zero_stage, gradient_accumulation_steps=2, per_device_train_batch_size=4)
-    port = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port)
-    run(tmp_path / "two", launcher, zero_stage=zero_stage, per_device_train_batch_size=4)
+    run(tmp_path / "two", TORCHRUN, zero_stage=zero_stage, per_device_train_batch_size=4)
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     start_ = load_file(tmp_path / "one" / "initial" / "policy" / "model.safetensors")
     assert one.keys() == two.keys()

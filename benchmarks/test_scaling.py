@@ -1,0 +1,74 @@
+"""Pairs a second of two processes (ZeRO-2, gloo), each pinned to a core, against one process pinned to one.
+
+    IRLFAST_DATA=DATA pytest benchmarks/test_scaling.py    # DATA/hh_harmless_test.jsonl
+
+Both take the same steps on the same pairs, in turn, and their first losses must agree. By the clock it means something
+on a quiet machine only; pairs per CPU second of the slower process leave out what it waited, for others too. A goal
+that is missed fails no test.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.conftest import ROOT, circumstances
+from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, hh, ids_of, make_models, quick
+
+PAIRS, STEPS, ROUNDS = 64, 4, 3  # pairs a step of both together; the first step warms up
+GOAL = 1.7
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+
+
+def train(folder: Path, processes: int) -> dict[str, Any]:
+    """Steps of ``processes``, as the first of them reports; see benchmarks/throughput.py."""
+    command = [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "benchmarks.throughput", str(folder), "irlfast"]
+    alone = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rate(runs: list[dict[str, Any]], clock: str, pairs: int) -> float:
+    """Pairs a second of the median run."""
+    return pairs * statistics.median((len(run[clock]["steps"]) - 1) / sum(run[clock]["steps"][1:]) for run in runs)
+
+
+def compare(folder: Path, pairs: list[list[list[int]]], shape: dict[str, int], batch: int, rounds: int) -> dict:
+    make_models(folder, shape, VOCABULARY if shape is SHAPE else 300)
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    (folder / "workload.json").write_text(json.dumps({"batch": batch, "keys": {"zero_stage": 2}}))
+    runs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for processes, found in runs.items():
+            found.append(train(folder, processes))
+    assert runs[2][0]["loss"] == pytest.approx(runs[1][0]["loss"], rel=1e-4)
+    clocks = {"clock": "seconds", "cpu": "cpu_seconds"}
+    rates = {name: {n: rate(found, clock, batch) for n, found in runs.items()} for name, clock in clocks.items()}
+    return {"pairs_per_second": rates, "times": {name: both[2] / both[1] for name, both in rates.items()}, "runs": runs}
+
+
+def test_quick_two_processes_have_the_first_loss_of_one(pytestconfig, tmp_path):
+    if not pytestconfig.getoption("quick"):
+        pytest.skip("the full workload shows it too")
+    compare(tmp_path, ids_of(quick(tmp_path, 2 * BATCH), 300), QUICK, BATCH, 1)
+
+
+def test_two_processes_against_one(pytestconfig, tmp_path):
+    data = os.environ.get("IRLFAST_DATA")
+    if pytestconfig.getoption("quick") or not data or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs IRLFAST_DATA, a folder with hh_harmless_test.jsonl, two cores, and minutes")
+    pairs = ids_of(hh(Path(data).expanduser(), 2000)[SEEN:], VOCABULARY)[: STEPS * PAIRS]
+    load = os.getloadavg()[0]
+    found = compare(tmp_path, pairs, SHAPE, PAIRS, ROUNDS)
+    goal = {"what": "two processes", "measured": found["times"]["clock"], "limit": GOAL}
+    goal["met"] = goal["measured"] >= GOAL
+    result = {**circumstances(pytestconfig), "load_before": load, "shape": SHAPE, **found, "goals": [goal]}
+    path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-scaling.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(result["pairs_per_second"], result["times"], goal, f"load before {load}", sep="\n")

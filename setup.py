@@ -2,7 +2,7 @@
 shadow Hugging Face's ``kernels`` when Python runs from the repository's root.
 
 CMake builds the native modules of ``csrc/``. What cannot be built is left out, and one line says so, or it is an error
-where the environment has ``IRLFAST_STRICT=1``.
+where the environment has ``IRLFAST_STRICT=1``; but nvcc may be absent. ``IRLFAST_CUDA_ARCHS`` chooses architectures.
 """
 
 import os
@@ -19,25 +19,39 @@ HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "irlfast/__init__.py").read_text()).group(1)
 
 
+# What each module is built by, and what does its work where it is not.
+NEEDS = {
+    "_cpu": "PyTorch does its work; it takes a C++17 compiler, cmake and pybind11",
+    "_cuda": "Triton and PyTorch do its work; it takes nvcc, a C++17 compiler, cmake and pybind11",
+}
+
+
 class BuildNative(build_ext):
     def build_extension(self, extension: Extension) -> None:
+        name = extension.name.rpartition(".")[2]
         module = Path(self.get_ext_fullpath(extension.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
+        if name == "_cuda" and not shutil.which(os.environ.get("CUDACXX", "nvcc")):
+            return say_without(extension.name, NEEDS[name], "no nvcc")
         try:
-            build_native(Path(self.build_temp).resolve(), module.parent)
+            build_native(name, Path(self.build_temp).resolve() / name, module.parent)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             output = getattr(error, "output", None) or str(error)
             if os.environ.get("IRLFAST_STRICT") == "1":
                 sys.exit(f"{output}\n{extension.name} could not be built, and IRLFAST_STRICT=1")
             reason = next((line for line in output.splitlines() if "error" in line.lower()), output).strip()
-            needs = "it takes a C++17 compiler, cmake and pybind11"
-            print(f"irlfast: without {extension.name}, PyTorch does its work; {needs} ({reason})", file=sys.stderr)
+            say_without(extension.name, NEEDS[name], reason)
 
 
-def build_native(work: Path, destination: Path) -> None:
+def say_without(module: str, needs: str, reason: str) -> None:
+    print(f"irlfast: without {module}, {needs} ({reason})", file=sys.stderr)
+
+
+def build_native(name: str, work: Path, destination: Path) -> None:
     import pybind11
 
     options = {
+        "IRLFAST_MODULE": name,
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": destination,
         "CMAKE_BUILD_TYPE": "Release",
         "Python_EXECUTABLE": sys.executable,
@@ -59,8 +73,16 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=["irlfast", "irlfast.demo", "irlfast.integrations", "irlfast.kernels", "irlfast.methods", "irlfast.ops"],
-    ext_modules=[Extension("irlfast._cpu", sources=[], optional=True)],
+    packages=[
+        "irlfast",
+        "irlfast.data",
+        "irlfast.demo",
+        "irlfast.integrations",
+        "irlfast.kernels",
+        "irlfast.methods",
+        "irlfast.ops",
+    ],
+    ext_modules=[Extension(f"irlfast.{name}", sources=[], optional=True) for name in NEEDS],
     cmdclass={"build_ext": BuildNative},
     package_data={
         "irlfast": ["report.html.j2"],
@@ -81,6 +103,7 @@ setup(
         "rich",
         "tqdm",
         "peft>=0.18",
+        "scikit-learn",
     ],
     extras_require={
         "triton": ["triton>=3.5"],

@@ -7,12 +7,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.conftest import ROOT, circumstances
-from irlfast import ops
+from irlfast import native, ops
+from irlfast.optim import FusedRMSprop
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
@@ -44,19 +46,42 @@ def logits_steps(n: int, vocabulary: int) -> tuple[dict[str, Callable[[], object
     upstream = torch.ones(n, device=DEVICE)
     source, copy = logits.detach(), torch.empty_like(logits)
 
-    def forward() -> None:
+    def forward(backend: str) -> None:
         with torch.no_grad():
-            ops.token_logps(source, targets)
+            ops.token_logps(source, targets, backend=backend)
 
-    def both() -> None:
-        ops.token_logps(logits, targets, inplace_backward=True).backward(upstream)
+    def both(backend: str) -> None:
+        ops.token_logps(logits, targets, inplace_backward=True, backend=backend).backward(upstream)
         logits.grad = None
 
-    some = source[:64], targets[:64]
-    torch.testing.assert_close(ops.token_logps(*some), ops.token_logps(*some, backend="plain"), rtol=1e-5, atol=1e-4)
     size = logits.numel() * logits.element_size()
-    steps = {"copy": lambda: copy.copy_(source), "token_logps": forward, "token_logps, in-place backward": both}
-    return steps, {"copy": 2 * size, "token_logps": size, "token_logps, in-place backward": 3 * size}
+    steps: dict[str, Callable[[], object]] = {"copy": lambda: copy.copy_(source)}
+    moved = {"copy": 2 * size}
+    for backend in ("auto", "cuda") if GPU and native.cuda else ("auto",):
+        some = source[:64], targets[:64]
+        found, plain = (ops.token_logps(*some, backend=name) for name in (backend, "plain"))
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-4)
+        of = "" if backend == "auto" else f", {backend}"
+        steps |= {f"token_logps{of}": partial(forward, backend)}
+        steps |= {f"token_logps, in-place backward{of}": partial(both, backend)}
+        moved |= {f"token_logps{of}": size, f"token_logps, in-place backward{of}": 3 * size}
+    return steps, moved
+
+
+def rmsprop_steps(tensors: int, size: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    kinds = {"FusedRMSprop": FusedRMSprop, "torch, foreach": partial(torch.optim.RMSprop, foreach=True)}
+    lists = [[torch.ones(size, device=DEVICE, requires_grad=True) for _ in range(tensors)] for _ in kinds]
+    for parameters in lists:
+        for parameter in parameters:
+            parameter.grad = torch.linspace(-1, 1, size, device=DEVICE)
+    steps = {name: kind(own, lr=1e-3).step for (name, kind), own in zip(kinds.items(), lists, strict=True)}
+    for step in steps.values():
+        step()
+    torch.testing.assert_close(lists[0], lists[1], rtol=1e-6, atol=1e-6)
+    source = torch.randn(tensors * size, device=DEVICE)
+    copy, moved = torch.empty_like(source), 4 * source.numel()
+    # Parameter, gradient and square average are read, the first and the last written.
+    return steps | {"copy": lambda: copy.copy_(source)}, {"copy": 2 * moved} | dict.fromkeys(steps, 5 * moved)
 
 
 def reward_steps(rows: int, hidden: int, heads: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
@@ -78,9 +103,11 @@ def reward_steps(rows: int, hidden: int, heads: int) -> tuple[dict[str, Callable
 
 
 GOALS = {"token_logps": 0.9, "token_logps, in-place backward": 0.9, "reward_head": 0.85}  # of a copy's bandwidth
-STEPS = {"logits": logits_steps, "rewards": reward_steps}
+GOALS |= {"token_logps, cuda": 0.92, "token_logps, in-place backward, cuda": 0.92, "FusedRMSprop": 0.9}
+STEPS = {"logits": logits_steps, "rewards": reward_steps, "rmsprop": rmsprop_steps}
 SHAPES = {
     "logits": {"quick": (8, 1000), "cpu": (256, 32000), "cuda": (8192, 128256)},
+    "rmsprop": {"quick": (3, 1000), "cpu": (100, 500_000), "cuda": (100, 10_000_000)},
     "rewards": {"quick": (64, 64, 8), "cpu": (4096, 1024, 8), "cuda": (65536, 4096, 8)},
 }
 

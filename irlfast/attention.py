@@ -16,7 +16,7 @@ from irlfast import dist
 from irlfast.config import Config
 from irlfast.files import InputError
 from irlfast.metrics import say
-from irlfast.ops import lm_head
+from irlfast.model import base_of, head_of, is_reward
 from irlfast.pack import Batch, Layout, Segment, pack, parts, tokens
 
 CPU_TOKENS = 1024  # of a micro-batch: more is no faster there, and takes memory
@@ -27,19 +27,20 @@ CPU_TOKENS = 1024  # of a micro-batch: more is no faster there, and takes memory
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """Last hidden states ``[B*L, H]``, after the final norm, of a packed batch."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside LoRA's wrapper
-    config = causal.config.get_text_config()
-    positions = {} if batch.causal else {"position_ids": batch.position_ids, "attention_mask": masks(config, batch)}
-    output = causal.base_model(input_ids=batch.input_ids, use_cache=False, **positions)
+    model = base_of(model)
+    positions = {} if batch.causal else {"position_ids": batch.position_ids, "attention_mask": masks(model, batch)}
+    output = model.base_model(input_ids=batch.input_ids, use_cache=False, **positions)
     return output.last_hidden_state.flatten(0, 1)
 
 
-def masks(config: Any, batch: Batch) -> Any:
+def masks(model: Any, batch: Batch) -> Any:
     """The mask of every layer, or one for each kind of layer where a model has several."""
+    config = model.config.get_text_config()
     if config._attn_implementation.startswith("flash"):
         return None  # it finds the sequences of a row by their positions
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    build = block_mask if config._attn_implementation == "flex_attention" else functools.partial(dense_mask, dtype)
+    # The mask has the model's own dtype: torch's SDPA on a CPU takes fp32 beside fp64, and is wrong.
+    dense = functools.partial(dense_mask, model.dtype)
+    build = block_mask if config._attn_implementation == "flex_attention" else dense
     kinds = layer_kinds(config)
     built = {kind: build(batch, window) for kind, window in kinds.items()}
     return built if len(built) > 1 else next(iter(built.values()))
@@ -99,7 +100,7 @@ def arrange(model: Any, config: Config) -> Layout:
     if not shared:
         say_once(f"warning: {type(model).__name__} cannot share a prompt between answers; each gets its own")
     if model.device.type == "cpu":
-        return Layout(shared)
+        return Layout(shared, whole=is_reward(model))
     if config.attn_implementation == "auto":
         varlen = importlib.util.find_spec("flash_attn")
         ways = ["flex_attention: answers share their prompt"] if shared else []
@@ -108,7 +109,7 @@ def arrange(model: Any, config: Config) -> Layout:
         model.set_attn_implementation(chosen)
         say_once(f"attention: {chosen}, for {why}")
     chosen = model.config.get_text_config()._attn_implementation
-    return Layout(shared, one_row=chosen.startswith(("flex", "flash")))
+    return Layout(shared, one_row=chosen.startswith(("flex", "flash")), whole=is_reward(model))
 
 
 @functools.cache
@@ -151,23 +152,29 @@ def check_model(model: Any) -> bool:
     prompt, expert, synthetic = ids[:3], ids[3:6], ids[5:]
     segment = Segment(prompt, (expert, synthetic))
     try:
-        head = lm_head(model)
+        head = head_of(model)
     except ValueError as error:
         raise InputError(str(error)) from error
     with torch.no_grad():
         separate = pack([segment], Layout(shared=False)).to(model.device)
         hidden = hidden_states(model, separate)[separate.rows]
-        logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
-        if head.logit_softcap:
-            logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
-        own = model(input_ids=separate.input_ids).logits.flatten(0, 1)[separate.rows].float()
-        if not close(logits, own, head.weight.dtype):
-            raise InputError(f"{type(model).__name__}: its logits do not follow from its last hidden state and LM head")
+        if not is_reward(model):
+            check_logits(model, hidden, separate)
         together = pack([segment]).to(model.device)
         try:
             return close(hidden_states(model, together)[together.rows], hidden, head.weight.dtype)
         except (TypeError, ValueError, RuntimeError, IndexError):  # no such argument, or no such mask
             return False
+
+
+def check_logits(model: Any, hidden: Tensor, batch: Batch) -> None:
+    head = head_of(model)
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
+    if head.logit_softcap:
+        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
+    own = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.rows].float()
+    if not close(logits, own, head.weight.dtype):
+        raise InputError(f"{type(model).__name__}: its logits do not follow from its last hidden state and LM head")
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

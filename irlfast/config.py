@@ -8,10 +8,7 @@ command line and prints the help.
 import argparse
 import dataclasses
 import difflib
-import importlib.util
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,13 +16,16 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from irlfast.files import InputError, find
+from irlfast.config_checks import check
+from irlfast.files import InputError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "spin": {"prompts_per_stage": "all", "history": 1, "loss_type": "sigmoid", "reference": "stage"},
+    "dpo": {"prompts_per_stage": "all", "stages": 1},
+    "reward": {"prompts_per_stage": "all", "stages": 1, "reward_data": "init_demo"},
+    "afd": {"reward_loss": "bce"},
 }
 ALIASES = {"bf16": ("dtype", "bfloat16"), "use_vllm": ("sampler", "vllm")}  # TRL's spellings, when true
-PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -41,7 +41,11 @@ class Config:
     """Every key of a run (flat YAML; TRL's name where TRL has one)."""
 
     # The run
-    method: Literal["irft", "spin", "sft"] = key("irft", "irft, spin (irft with SPIN's preset), or sft alone")
+    method: Literal["irft", "spin", "dpo", "rft", "afd", "reward", "sft"] = key(
+        "irft",
+        "irft, spin (irft with SPIN's preset), dpo (chosen against rejected); rft, afd (rft with a discriminator): "
+        "learn a reward, align to it; reward or sft alone",
+    )
     output_dir: str = key("runs/irft", "folder of the run; the same command again resumes there")
     seed: Annotated[int, Field(ge=0)] = key(0, "seed of new weights, shuffling and sampling")
 
@@ -101,7 +105,49 @@ class Config:
     reference: Literal["stage", "initial"] = key("stage", "pi_ref: the policy at the start of the stage, or of the run")
     loss_type: Literal["sigmoid", "hinge", "linear"] = key("sigmoid", "loss of u = beta (rho(y) - rho(y~))")
     beta: Positive | list[Positive] = key(0.1, "scale of the log-ratio")
+    token_weighting: Literal["none", "remaining"] = key(
+        "none", "of SFT; remaining: token k of T weighs (T - k) / T (state-action forward KL)"
+    )
     nll_weight: NotNegative = key(0.0, "weight of the demonstrations' mean negative log-likelihood a token")
+
+    # RFT and AfD: the reward
+    reward_data: Literal["policy_demo", "init_sft", "init_demo", "sft_demo", "preference", "none"] = key(
+        "policy_demo",
+        "pairs to learn from: demonstrations against the stage's policy, SFT's answers against the initial policy's, "
+        "demonstrations against the initial or the SFT policy's, chosen against rejected; none: no reward is learned",
+    )
+    reward_loss: Literal["sigmoid", "linear", "bce", "bound"] = key(
+        "sigmoid", "sigmoid: of a pair's difference; linear; bce: a discriminator; bound: the divergence's own"
+    )
+    divergence: Literal["reverse_kl", "js", "forward_kl", "alpha"] = key(
+        "reverse_kl", "what the policy is to lower: the reward of a discriminator's logit h (reverse_kl: h itself)"
+    )
+    divergence_alpha: float = key(0.5, "alpha of the alpha-divergence")
+    reward_level: Literal["sequence", "token"] = key("sequence", "read the heads at the last token, or at each, summed")
+    reward_regularization: Positive = key(0.1, "weight of the squared rewards where reward_loss is linear")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = key(0.0, "chance that a label of sigmoid or bce is wrong")
+    reward_heads: Count = key(1, "heads of a reward model, an ensemble")
+    reward_combine: Literal["mean", "min", "mean_std"] = key("mean", "what of the heads' rewards counts")
+    reward_std_weight: NotNegative = key(1.0, "k of mean_std: mean - k std")
+    reward_frozen_layers: Annotated[int, Field(ge=0)] = key(0, "first layers of the backbone that stay as they are")
+    reward_epochs: Positive | None = key(None, "passes over a stage's pairs (default 1)")
+    reward_steps: Count | None = key(None, "or optimiser steps")
+    reward_learning_rate: Positive | None = key(None, "its peak learning rate (default: learning_rate)")
+    reward_optim: Literal["rmsprop", "adamw_torch"] | None = key(None, "its optimiser (default: optim)")
+    reward_model_name_or_path: list[str] = key(
+        [], "rewards to add: a reward model's folder or hub name, or POLICY,REFERENCE for an implicit one"
+    )
+    reward_weights: list[float] = key([], "weight of the learned reward and of each added one (default: 1)")
+
+    # RFT and AfD: aligning the policy to it
+    align: Literal["rloo", "ppo", "apa", "bon"] = key("rloo", "rloo, ppo, apa, or SFT on the best of n answers")
+    num_generations: Annotated[int, Field(ge=2)] = key(4, "n: answers to each prompt")
+    align_rounds: Count = key(1, "times a stage samples anew, each for the next share of its prompts")
+    kl_in: Literal["reward", "loss"] = key("reward", "where beta KL(pi || pi_ref) is taken off")
+    whiten_rewards: bool = key(False, "divide the advantages of rloo and ppo by their standard deviation")
+    cliprange: Positive = key(0.2, "clip range of ppo")
+    missing_eos_penalty: NotNegative = key(0.0, "taken off the reward of an answer that was cut")
+    length_penalty: float = key(0.0, "taken off the reward for each token")
 
     # Optimisation
     learning_rate: Positive | list[Positive] = key(5e-7, "peak learning rate")
@@ -225,6 +271,8 @@ def make_config(given: dict[str, Any]) -> Config:
     for alias, (name, value) in ALIASES.items():
         if str(given.pop(alias, False)).lower() in ("true", "1", "yes"):
             given[name] = value
+    if isinstance(given.get("reward_model_name_or_path"), str):
+        given["reward_model_name_or_path"] = [given["reward_model_name_or_path"]]
     if isinstance(given.get("report_to"), str):
         given["report_to"] = [] if given["report_to"] == "none" else [given["report_to"]]
     unknown = [name for name in given if name not in FIELDS]
@@ -253,59 +301,6 @@ def describe(error: ValidationError) -> str:
         expected.setdefault(name, []).append(wanted)
         inputs[name] = problem["input"]
     return "; ".join(f"{name}: found {inputs[name]!r}, expected {' or '.join(expected[name])}" for name in expected)
-
-
-def check(config: Config) -> None:
-    """What one key cannot tell alone. Looks at files but imports nothing heavy."""
-    if config.dataset_name is None:
-        raise InputError("dataset_name: found nothing, expected a file of demonstrations or a hub dataset")
-    if (config.model_name_or_path is None) == (config.config_name is None):
-        raise InputError("model_name_or_path and config_name: expected exactly one of them")
-    if config.config_name and not (config.train_tokenizer or config.tokenizer_name_or_path):
-        raise InputError("config_name builds a new model, which needs tokenizer_name_or_path or train_tokenizer")
-    if config.train_tokenizer and not config.config_name:
-        raise InputError("train_tokenizer: a trained model needs its own tokenizer; expected config_name with it")
-    for first, second in (("inner_epochs", "inner_steps"), ("sft_epochs", "sft_steps")):
-        if getattr(config, first) is not None and getattr(config, second) is not None:
-            raise InputError(f"{first} and {second}: expected at most one of them")
-    for name in ("inner_epochs", "inner_steps"):
-        if config.method == "sft" and getattr(config, name) is not None:
-            raise InputError(f"{name}: method sft takes {name.replace('inner', 'sft')} instead")
-    for name in PER_STAGE:
-        value = getattr(config, name)
-        if isinstance(value, list) and len(value) != config.stages:
-            raise InputError(f"{name}: found {len(value)} values, expected one or one a stage ({config.stages})")
-    if config.max_prompt_length >= config.max_length:
-        raise InputError(
-            f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length ({config.max_length})"
-        )
-    if config.prompt_template.count("{}") != 1:
-        raise InputError("prompt_template: expected '{}' exactly once, where the prompt goes")
-    if config.dtype == "bfloat16" and config.zero_stage == 0:
-        raise InputError("zero_stage: found 0 with dtype bfloat16, expected 1 to 3 (they keep the fp32 master copy)")
-    if config.save_steps % config.logging_steps:  # so that a resumed run logs and stops where an unbroken one does
-        raise InputError(
-            f"save_steps: found {config.save_steps}, expected a multiple of logging_steps ({config.logging_steps})"
-        )
-    compiler = os.environ.get("CXX", "g++")
-    if config.torch_compile and not shutil.which(compiler):
-        raise InputError(f"torch_compile: found no compiler {compiler}, expected one (CXX may name it), or false")
-    for package in config.report_to:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")
-    if config.push_to_hub and not config.hub_model_id:
-        raise InputError("push_to_hub: expected hub_model_id with it")
-    for name in ("dataset_name", "eval_dataset_name", "config_name", "deepspeed", "model_name_or_path"):
-        check_path(name, getattr(config, name))
-
-
-def check_path(name: str, value: str | None) -> None:
-    """A value that can only be a file must exist; one like ``owner/name`` may be on the hub."""
-    if value is None or find(value):
-        return
-    local = name in ("config_name", "deepspeed") or value.startswith(("/", ".", "~")) or value.count("/") > 1
-    if local or Path(value).suffix in (".json", ".jsonl", ".parquet", ".csv"):
-        raise InputError(f"{name}: no such file or folder: {value}")
 
 
 def dump(config: Config) -> str:

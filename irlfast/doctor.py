@@ -74,18 +74,33 @@ def backends() -> list[Finding]:
     names = ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
     has_triton = importlib.util.find_spec("triton") is not None
     rebuild = "pip install irlfast again where there is a C++17 compiler"
-    compiler = shutil.which("c++") or shutil.which("g++")
     return [
         Finding("GPU", GOOD if gpus else ABSENT, names or f"no CUDA device; torch {torch.__version__}"),
         Finding("backend cpu", GOOD, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         Finding("native CPU code", GOOD if native.cpu else ABSENT, "irlfast._cpu" if native.cpu else rebuild),
-        Finding("C++ compiler", GOOD if compiler else ABSENT, compiler or "builds the native code at installation"),
+        Finding(
+            "native CUDA code", GOOD if native.cuda else ABSENT, "irlfast._cuda" if native.cuda else f"{rebuild}, nvcc"
+        ),
+        of_tool("C++ compiler", "c++", "g++"),
+        of_tool("cmake", "cmake"),
+        of_tool("nvcc", "nvcc"),
         Finding(
             "backend triton",
             GOOD if gpus and has_triton else ABSENT,
             "log-ratios, pair loss, rewards" if gpus and has_triton else "needs a GPU and Triton; backend cpu serves",
         ),
+        Finding(
+            "backend cuda",
+            GOOD if gpus and native.cuda else ABSENT,
+            "log-ratios, pair loss" if gpus and native.cuda else "needs a GPU and native CUDA code; triton serves too",
+        ),
     ]
+
+
+def of_tool(part: str, *commands: str) -> Finding:
+    """What builds the native code at installation."""
+    path = next(filter(None, map(shutil.which, commands)), None)
+    return Finding(part, GOOD if path else ABSENT, path or "builds the native code at installation")
 
 
 def main() -> int:

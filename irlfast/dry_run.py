@@ -14,6 +14,7 @@ from irlfast.data import Example, Format
 from irlfast.engine import Plan
 from irlfast.files import InputError, find
 from irlfast.methods.irft import irft_plan, stage_name
+from irlfast.methods.reward import reward_plan
 from irlfast.methods.sft import sft_plan, wants_sft
 from irlfast.model import load_model_config
 from irlfast.prepare import describe, quiet, read_data
@@ -82,9 +83,29 @@ def phases(config: Config, rows: int) -> Iterator[tuple[str, Plan, int, int]]:
     """Every phase's name, plan, answers a segment, and pairs to sample and score."""
     if wants_sft(config):
         yield "sft", sft_plan(config, rows), 1, 0
+    if config.method in ("rft", "afd", "reward"):
+        yield from reward_phases(config, rows)
+        return
     for stage in range(0 if config.method == "sft" else config.stages):
         pairs = sum(stage_size(config, rows, earlier) for earlier in range(max(0, stage - config.history), stage + 1))
         yield stage_name(stage), irft_plan(config, stage, pairs), 2, pairs
+
+
+def reward_phases(config: Config, rows: int) -> Iterator[tuple[str, Plan, int, int]]:
+    """Those of methods that learn a reward."""
+    for stage in range(config.stages):
+        size = stage_size(config, rows, stage)
+        if config.reward_data == "policy_demo" or (config.reward_data != "none" and not stage):
+            yield f"{stage_name(stage)}/reward", reward_plan(config, stage, size), 2, size
+        answers = config.num_generations
+        if config.method != "reward":
+            for number in range(config.align_rounds):
+                share = len(range(number, size, config.align_rounds))
+                name = (
+                    f"{stage_name(stage)}/round-{number:02d}" if number < config.align_rounds - 1 else stage_name(stage)
+                )
+                trained = 1 if config.align == "bon" else answers
+                yield name, irft_plan(config, stage, share), trained, share * answers
 
 
 def stage_size(config: Config, rows: int, stage: int) -> int:

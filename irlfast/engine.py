@@ -17,10 +17,11 @@ from tqdm import tqdm
 from irlfast import dist
 from irlfast.attention import arrange, token_limit
 from irlfast.config import Config
+from irlfast.data import Format
 from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
 from irlfast.losses import Figures, Loss
 from irlfast.metrics import say
-from irlfast.model import load_model, save_pretrained
+from irlfast.model import freeze, is_reward, load_model, padded_apart, save_pretrained
 from irlfast.optim import FusedRMSprop
 from irlfast.pack import Layout, Segment
 from irlfast.policy import Policy
@@ -42,10 +43,11 @@ class Plan(NamedTuple):
     micro_batch: int  # segments a device and micro-step
     learning_rate: float
     optim: str
+    reward: dict[str, Any] | None = None  # how the reward model is scored that is trained; None for a policy
 
 
 def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment], loss: Loss, plan: Plan) -> Path:
-    """Train ``policy`` as planned; the result is ``folder/policy``, in Hugging Face's format.
+    """Train ``policy`` as planned; the result is ``folder/policy``, or a reward model in ``folder/model``.
 
     A kill loses at most ``save_steps`` steps: the same call goes on from the last checkpoint in ``folder``. So does one
     process that ran out of memory, with half the tokens a batch, where ``max_tokens_per_batch`` is ``auto``.
@@ -64,7 +66,11 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
             say(f"{folder.name}: out of memory; goes on from its last checkpoint with half the tokens a batch")
         gc.collect()  # an engine and its model hold each other, and would live on beside the next stage's
         torch.cuda.empty_cache()
-    return folder / "policy"
+    return folder / result_name(plan)
+
+
+def result_name(plan: Plan) -> str:
+    return "model" if plan.reward else "policy"
 
 
 def train_phase(
@@ -80,7 +86,8 @@ def train_phase(
     engine, layout = make_engine(policy, loss, plan, config)
     limit = token_limit(config, segments, layout, plan.micro_batch, halvings)
     first = resume(engine, folder / "checkpoint")
-    run.log.begin(folder.name, first)
+    phase = folder.relative_to(run.output).as_posix()
+    run.log.begin(phase, first)
     window: Figures = {}
     done: Counter[str] = Counter()
     steps = len(plan.steps)
@@ -88,7 +95,7 @@ def train_phase(
     watch = Stopwatch()
     batches = prepare(plan.steps[first:], segments, layout, limit)
     with (
-        tqdm(total=steps, initial=first, desc=folder.name, unit="step", disable=not dist.is_main()) as bar,
+        tqdm(total=steps, initial=first, desc=phase, unit="step", disable=not dist.is_main()) as bar,
         profiled(config.profile and dist.is_main(), folder / "trace.json") as profile_step,
     ):
         for step, prepared in enumerate(batches, first + 1):
@@ -100,7 +107,7 @@ def train_phase(
             sound = dist.device().type != "cpu" or math.isfinite(grad_norm or 0.0)
             if sound and step % config.logging_steps and step < steps:
                 continue
-            row: dict[str, Any] = {"phase": folder.name, "stage": plan.stage, "step": step}
+            row: dict[str, Any] = {"phase": phase, "stage": plan.stage, "step": step}
             row["epoch"] = step * plan.steps[0].size / len(segments)
             row |= summarise(window) | {"grad_norm": float(grad_norm or 0.0), "learning_rate": engine.get_lr()[0]}
             row |= meters(engine.module.model, done, watch.read())
@@ -109,17 +116,17 @@ def train_phase(
             bar.set_postfix_str(postfix(row), refresh=False)
             for name in ("loss", "grad_norm"):  # clipping would turn an infinite gradient into none
                 if not math.isfinite(row[name]):
-                    raise InputError(f"{folder.name}, step {step}: {name} is {row[name]}; try a lower learning_rate")
-            drop = row.get("logps/reference", row["logps/chosen"]) - row["logps/chosen"]
+                    raise InputError(f"{phase}, step {step}: {name} is {row[name]}; try a lower learning_rate")
+            drop = row["logps/reference"] - row["logps/chosen"] if "logps/reference" in row else 0.0
             if drop > NOTABLE_DROP and not warned:
                 warned = True
-                say(f"warning: {folder.name}, step {step}: {FALLEN.format(drop)}")
+                say(f"warning: {phase}, step {step}: {FALLEN.format(drop)}")
             if config.max_expert_drop and drop > config.max_expert_drop:
-                say(f"{folder.name} ends at step {step}: {drop:.2f} nats are more than max_expert_drop")
+                say(f"{phase} ends at step {step}: {drop:.2f} nats are more than max_expert_drop")
                 break
             if config.save_steps and step % config.save_steps == 0 and step < steps:
                 save_checkpoint(engine, folder / "checkpoint", step)
-    save_policy(engine, policy, folder / "policy", run.form.tokenizer, config)
+    save_model(engine, policy, folder / result_name(plan), run.form, plan, config)
     engine.destroy()
     if dist.is_main():
         write_text(folder / "DONE", "")
@@ -152,7 +159,7 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
     import deepspeed
     import transformers
 
-    model = load_model(policy, config).to(dist.device())
+    model = new_model(policy, plan, config).to(dist.device())
     layout = arrange(model, config)
     if config.use_peft:
         model = add_lora(model, config)
@@ -178,6 +185,15 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
     if dist.world_size() == 1 and isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.enable_backward_allreduce = False  # nothing to reduce, but DeepSpeed would copy the gradients to do it
     return engine, layout
+
+
+def new_model(name: Path | str, plan: Plan, config: Config) -> Any:
+    """The model as a phase starts to train it; of a reward model, lower layers frozen."""
+    model = load_model(name, config, config.reward_heads if plan.reward else 0)
+    if plan.reward:
+        model.config.irlfast_reward = plan.reward
+        freeze(model, config.reward_frozen_layers)
+    return model
 
 
 def recompute_layers(model: Any, *, selective: bool) -> None:
@@ -224,13 +240,18 @@ def add_lora(model: Any, config: Config) -> Any:
     import peft
 
     torch.manual_seed(config.seed)
+    heads = is_reward(model)  # they are new, and trained whole
     adapter = peft.LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         target_modules=config.lora_target_modules,
-        task_type="CAUSAL_LM",
+        exclude_modules=["score"] if heads else None,
+        task_type="FEATURE_EXTRACTION" if heads else "CAUSAL_LM",
     )
-    return peft.get_peft_model(model, adapter)
+    adapted = peft.get_peft_model(model, adapter)
+    if heads:
+        model.score.requires_grad_(True)
+    return adapted
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int) -> None:
@@ -261,11 +282,11 @@ def resume(engine: Any, folder: Path) -> int:
     return progress["step"]
 
 
-def save_policy(engine: Any, base: Path | str, folder: Path, tokenizer: Any, config: Config) -> None:
+def save_model(engine: Any, base: Path | str, folder: Path, form: Format, plan: Plan, config: Config) -> None:
     """Write the trained weights in Hugging Face's format, gathered from all processes.
 
     LoRA is merged in, so that every sampler takes the result and the next stage's reference is a model of its own
-    without any adapter; the adapter itself, on ``base``, is kept beside it in PEFT's format.
+    without any adapter; a policy's adapter itself, on ``base``, is kept beside it in PEFT's format.
     """
     import deepspeed
 
@@ -280,10 +301,12 @@ def save_policy(engine: Any, base: Path | str, folder: Path, tokenizer: Any, con
     if not dist.is_main():
         return
     if config.use_peft:
-        adapted = add_lora(load_model(base, config), config)
+        adapted = add_lora(new_model(base, plan, config), config)
         adapted.load_state_dict(state, strict=False)
-        adapted.peft_config["default"].base_model_name_or_path = str(base)
-        write(folder.with_name("adapter"), adapted.save_pretrained)
+        if not plan.reward:  # its heads are in no adapter
+            adapted.peft_config["default"].base_model_name_or_path = str(base)
+            write(folder.with_name("adapter"), adapted.save_pretrained)
         model = adapted.merge_and_unload()
         state = model.state_dict()
+    tokenizer = padded_apart(model, form) if plan.reward else form.tokenizer
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))

@@ -24,7 +24,9 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
     - ``exact_match``: share of greedy answers that equal the expert's text;
     - ``nll``: nats a demonstration, and ``nll_per_token``;
     - ``reward_accuracy``: among (expert, fresh sample of the run's ``first`` policy) pairs that differ, the share with
-      a positive margin, and the mean ``margin`` in nats; both with the first policy as the reference, so none for it.
+      a positive margin, and the mean ``margin`` in nats; both with the first policy as the reference, so none for it;
+    - where there are rejected answers, ``preference_gap``: log π(chosen) − log π(rejected) in nats, and
+      ``preference_accuracy``: the share whose margin to the first policy is positive.
     """
     path = folder / "eval.json"
     if path.exists():
@@ -38,7 +40,7 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
         {"prompt": example.prompt, "expert": text(run, example.answer_ids), "answer": text(run, answer)}
         for example, answer in zip(run.held_out, greedy, strict=True)
     ]
-    figures = {
+    figures: dict[str, Any] = {
         "phase": folder.name,
         "exact_match": mean([row["expert"] == row["answer"] for row in answers]),
         "nll": mean([-expert.sum().item() for expert, _ in scores]),
@@ -54,10 +56,25 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
         margins = [margin(*both) for *both, differs in zip(scores, ref_scores, differ, strict=True) if differs]
         if margins:
             figures |= {"reward_accuracy": mean([value > 0 for value in margins]), "margin": mean(margins)}
+    figures |= preferences(run, folder, policy, first_folder, first)
     if dist.is_main():
         write_jsonl(folder / "answers.jsonl", answers)
         write_json(path, figures | {"seconds": time.perf_counter() - begun})
     dist.barrier()
+    return figures
+
+
+def preferences(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, float]:
+    """Figures on held-out (chosen, rejected) pairs; none where there are no such."""
+    pairs = [Segment(x.prompt_ids, (x.answer_ids, x.rejected_ids)) for x in run.held_out if x.rejected_ids]
+    if not pairs:
+        return {}
+    scores = score(run, policy, pairs, folder / "preferences.safetensors")
+    figures = {"preference_gap": mean([(chosen.sum() - rejected.sum()).item() for chosen, rejected in scores])}
+    if folder != first_folder:
+        ref_scores = score(run, first, pairs, first_folder / "preferences.safetensors")
+        margins = [margin(*both) for both in zip(scores, ref_scores, strict=True)]
+        figures["preference_accuracy"] = mean([value > 0 for value in margins])
     return figures
 
 

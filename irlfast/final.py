@@ -11,7 +11,7 @@ from rich.table import Table
 import irlfast
 from irlfast import dist
 from irlfast.config import Config
-from irlfast.files import write, write_json, write_text
+from irlfast.files import read_json, write, write_json, write_text
 from irlfast.metrics import say
 from irlfast.model import load_model, save_pretrained
 from irlfast.report import write_report
@@ -35,14 +35,58 @@ def finish(run: Run, policies: dict[str, Path | str], figures: list[dict[str, An
         report = write_report(run.output)
         print_table(figures, kept)
         say(f"policy: {final} (from {kept}: {why})\nreport: {report}")
-        if run.config.push_to_hub:
-            import huggingface_hub
-
-            assert run.config.hub_model_id
-            huggingface_hub.create_repo(run.config.hub_model_id, exist_ok=True)
-            huggingface_hub.upload_folder(repo_id=run.config.hub_model_id, folder_path=final)
+        push(run.config, final)
     dist.barrier()
     dist.stop()
+
+
+def push(config: Config, folder: Path) -> None:
+    if not config.push_to_hub:
+        return
+    import huggingface_hub
+
+    assert config.hub_model_id
+    huggingface_hub.create_repo(config.hub_model_id, exist_ok=True)
+    huggingface_hub.upload_folder(repo_id=config.hub_model_id, folder_path=folder)
+
+
+def finish_reward(run: Run, reward: Path) -> None:
+    """Write ``final/``, a reward model that ``AutoModelForSequenceClassification`` loads."""
+    final = run.output / "final"
+    if dist.is_main():
+        figures = read_json(reward.parent / "eval.json")
+        if not final.exists():
+            write(final, lambda temporary: save_reward(temporary, run, reward, figures))
+        say(f"reward model: {final}")
+        push(run.config, final)
+    dist.barrier()
+    dist.stop()
+
+
+def save_reward(folder: Path, run: Run, reward: Path, figures: dict[str, Any]) -> None:
+    shutil.copytree(reward, folder)
+    write_text(folder / "README.md", reward_card(run.config, figures))
+
+
+def reward_card(config: Config, figures: dict[str, Any]) -> str:
+    numbers = {name.replace("_", " "): value for name, value in figures.items() if name != "phase"}
+    rows = "\n".join(f"| {name} | {value:,.3f} |" for name, value in numbers.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+tags:
+- irlfast
+- reward-model
+---
+# A reward model learned from demonstrations with irlfast {irlfast.__version__}
+
+Loss `{config.reward_loss}` on pairs `{config.reward_data}` of `{config.dataset_name}`, per {config.reward_level}. It
+reads prompt and answer, end token included, in the policy's template; several labels are the heads of an ensemble.
+
+| held-out | |
+| --- | --- |
+{rows}
+"""
 
 
 def choose(config: Config, figures: list[dict[str, Any]]) -> tuple[str, str]:

@@ -1,5 +1,6 @@
-"""Models and tokenizers: loaded, or built small from a config."""
+"""Models and tokenizers: loaded, or built small from a config; reward models are policies with another head."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 
 from irlfast.config import Config
+from irlfast.data import Format
 from irlfast.files import InputError, find, write
+from irlfast.ops import Head, lm_head
 
 END_TOKEN = "<|endoftext|>"
 
@@ -91,24 +94,87 @@ def save_pretrained(folder: Path, model: Any, tokenizer: Any, state: dict[str, T
     tokenizer.save_pretrained(folder)
 
 
-def load_model(name: str | Path, config: Config) -> Any:
-    """A causal language model in the run's dtype, dropout off, on the CPU.
+def load_model(name: str | Path, config: Config, heads: int = 0) -> Any:
+    """A causal language model in the run's dtype, dropout off, on the CPU; with ``heads``, a reward model.
+
+    A reward model is its family's ``AutoModelForSequenceClassification``: one made of a language model gets new heads
+    (seeded), one that was saved keeps its own.
 
     Raises:
         InputError: where the folder or hub name has no weights that Transformers can load.
     """
     import transformers
 
+    kind: Any = transformers.AutoModelForCausalLM
+    own = {}
+    if heads:
+        torch.manual_seed(config.seed)
+        kind = transformers.AutoModelForSequenceClassification
+        own = {"num_labels": heads}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             str(find(str(name)) or name),
             dtype=getattr(torch, config.dtype),
             attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            **own,
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model {name}: cannot be loaded ({first_sentence(error)})") from error
     return without_dropout(model)
+
+
+def base_of(model: Any) -> Any:
+    """The model inside LoRA's wrapper, or itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_reward(model: Any) -> bool:
+    return type(base_of(model)).__name__.endswith("ForSequenceClassification")
+
+
+def head_of(model: Any) -> Head:
+    """What a model's last hidden states meet: a language model's LM head, a reward model's heads ``[M, H]``.
+
+    Raises:
+        ValueError: it is not a ``torch.nn.Linear``.
+    """
+    if not is_reward(model):
+        return lm_head(model)
+    score = getattr(base_of(model), "score", None)
+    if not isinstance(score, torch.nn.Linear):
+        raise ValueError(f"{type(model).__name__}: found head {type(score).__name__}, expected torch.nn.Linear")
+    return Head(score.weight, score.bias, 1.0, None)
+
+
+def freeze(model: Any, layers: int) -> None:
+    """Let the embeddings and the first ``layers`` of a model stay as they are; 0 freezes nothing.
+
+    Raises:
+        InputError: where it has fewer layers.
+    """
+    if not layers:
+        return
+    base = base_of(model).base_model
+    count = model.config.get_text_config().num_hidden_layers
+    if layers > count:
+        raise InputError(f"reward_frozen_layers: found {layers}, but the model has {count} layers")
+    stack = next(m for m in base.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+    for module in (model.get_input_embeddings(), *stack[:layers]):
+        module.requires_grad_(False)
+
+
+def padded_apart(model: Any, form: Format) -> Any:
+    """A copy of the tokenizer whose padding is not the end token.
+
+    A classifier of Transformers reads its logit at the last token that is no padding.
+    """
+    tokenizer = copy.deepcopy(form.tokenizer)
+    if tokenizer.pad_token_id in (None, form.end_id):
+        others = (token for token in range(len(tokenizer)) if token != form.end_id)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(others))
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
 
 
 def without_dropout(model: Any) -> Any:

@@ -20,8 +20,9 @@ class FusedRMSprop(torch.optim.Optimizer):
     same pass. Gradients may be fp32 or bf16. ``max_norm`` clips the norm of all gradients together, as
     ``torch.nn.utils.clip_grad_norm_`` does, but leaves ``.grad`` as it is: the factor is applied in the same pass.
 
-    The native pass takes dense, contiguous CPU tensors; others take PyTorch's own steps. State has Adam's names where
-    it can: ``exp_avg_sq`` (torch: square_avg) and, with momentum, ``exp_avg`` (momentum_buffer).
+    The native pass takes dense, contiguous tensors on the CPU, or on a GPU where installation built ``irlfast._cuda``
+    (one launch for hundreds of parameters); others take PyTorch's own steps. State has Adam's names where it can:
+    ``exp_avg_sq`` (torch: square_avg) and, with momentum, ``exp_avg`` (momentum_buffer).
 
     Raises:
         ValueError: an option below 0, ``alpha`` not below 1, or a state that is not of its parameter's shape.
@@ -59,14 +60,16 @@ class FusedRMSprop(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         scale = self.clipping_factor()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in parameters:
+            ours: list[Tensor] = []
+            others: list[Tensor] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 if parameter.grad.is_sparse:
                     raise RuntimeError("FusedRMSprop: found a sparse gradient, expected dense ones")
                 fit_state(self.state[parameter], parameter, group)
-            ours = [parameter for parameter in parameters if is_native(parameter, self.state[parameter])]
+                (ours if is_native(parameter, self.state[parameter]) else others).append(parameter)
             update_natively(ours, self.state, group, scale)
-            others = [parameter for parameter in parameters if not is_native(parameter, self.state[parameter])]
             update_by_torch(others, self.state, group, scale)
         return loss
 
@@ -111,29 +114,39 @@ def fit_state(own: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> 
             raise ValueError(f"FusedRMSprop: found state {name} of shape {found}, expected {expected}")
 
 
+def module_for(device: torch.device) -> Any:
+    """The native module that works on this device, or None."""
+    if native.cuda is not None and native.cuda.device == device.type:
+        return native.cuda
+    return native.cpu if device.type == "cpu" else None
+
+
 def is_native(parameter: Tensor, own: dict[str, Any]) -> bool:
     tensors: Any = parameter, parameter.grad, *(value for name, value in own.items() if name != "step")
-    fits = (t.device.type == "cpu" and t.dtype in NATIVE and t.is_contiguous() for t in tensors)
-    return native.cpu is not None and all(fits)
+    fits = (t.device == parameter.device and t.dtype in NATIVE and t.is_contiguous() for t in tensors)
+    return module_for(parameter.device) is not None and all(fits)
 
 
 def update_natively(parameters: list[Tensor], state: Any, group: dict[str, Any], scale: float) -> None:
-    if not parameters:
-        return
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    rows = []
     for parameter in parameters:
-        own: dict[str, Any] = state[parameter]
-        own["step"] += 1
-        grad: Any = parameter.grad
-        master, copy = (own["master"], parameter) if "master" in own else (parameter, None)
-        tensors = (master, grad, own["exp_avg_sq"], own.get("grad_avg"), own.get("exp_avg"), copy)
-        rows.append((parameter.numel(), *map(address, tensors), grad.dtype == torch.bfloat16))
-    options = (float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay", "momentum"))
-    native.cpu.rmsprop(rows, *options, -scale if group["maximize"] else scale, torch.get_num_threads())
+        state[parameter]["step"] += 1
+    options = [float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay", "momentum")]
+    options.append(-scale if group["maximize"] else scale)
+    for device in {parameter.device for parameter in parameters}:
+        here = [parameter for parameter in parameters if parameter.device == device]
+        rows = [row(parameter, state[parameter]) for parameter in here]
+        module = module_for(device)
+        with torch.cuda.device_of(here[0]):
+            module.rmsprop(rows, *options, torch.get_num_threads() if module is native.cpu else native.stream(device))
+
+
+def row(parameter: Tensor, own: dict[str, Any]) -> tuple[int | bool, ...]:
+    """Size and addresses as the native modules take them; 0: none."""
+    grad: Any = parameter.grad
+    master, copy = (own["master"], parameter) if "master" in own else (parameter, None)
+    tensors = (master, grad, own["exp_avg_sq"], own.get("grad_avg"), own.get("exp_avg"), copy)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return parameter.numel(), *addresses, grad.dtype == torch.bfloat16
 
 
 def update_by_torch(parameters: list[Tensor], state: Any, group: dict[str, Any], scale: float) -> None:

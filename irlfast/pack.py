@@ -2,7 +2,7 @@
 
 A segment ``[prompt | expert | synthetic …]`` holds its prompt once. Its answers see the prompt and themselves, never
 each other, and their positions go on from the prompt's end, so that each is what it would be in a sequence of its own.
-An answer's last token predicts nothing and is left out.
+An answer's last token predicts nothing and is left out, but for reward models, which read it.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,13 @@ ROW_MULTIPLE = 128  # tokens; few different lengths of one row, so that a GPU's 
 
 
 class Segment(NamedTuple):
-    """One prompt with its answers: the expert's alone (SFT), or the expert's and synthetic ones (IRFT)."""
+    """One prompt with its answers: the expert's (SFT), the expert's and synthetic ones (IRFT), synthetic ones (RFT)."""
 
     prompt: list[int]
     answers: tuple[list[int], ...]
     ref_logps: tuple[Tensor, ...] = ()  # per answer, reference log-probability of each token, fp32
+    old_logps: tuple[Tensor, ...] = ()  # the same under the policy that sampled it
+    advantages: tuple[float, ...] = ()  # per answer
 
 
 class Layout(NamedTuple):
@@ -29,13 +31,14 @@ class Layout(NamedTuple):
 
     shared: bool = True  # answers share their prompt; else each is a segment of its own
     one_row: bool = False  # all in one row; else a row a segment, padded to the longest
+    whole: bool = False  # with each answer's last token, and its tokens' own rows: what a reward model reads
 
 
 SHARED = Layout()
 
 
 class Batch(NamedTuple):
-    """Rows of segments, and which of their hidden states predict an answer token."""
+    """Rows of segments, and which of their hidden states predict an answer token (``Layout.whole``: belong to it)."""
 
     input_ids: Tensor  # [B, L] int64
     position_ids: Tensor  # [B, L] int64
@@ -46,6 +49,8 @@ class Batch(NamedTuple):
     targets: Tensor  # [N] int64
     cu_seqlens: Tensor  # [S + 1] int32
     ref_logps: Tensor | None  # [N] fp32
+    old_logps: Tensor | None  # [N] fp32
+    advantages: Tensor | None  # [S] fp32
 
     def to(self, device: torch.device) -> "Batch":
         """On ``device``; a copy from pinned memory does not wait."""
@@ -79,10 +84,11 @@ def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
         at = first + prompt
         for k, answer in enumerate(piece.answers, 1):
             put(flat, at, answer[:-1], prompt, number if layout.one_row else 0, k)
-            rows.append(np.array([first + prompt - 1, *range(at, at + len(answer) - 1)][: len(answer)], dtype=np.int64))
+            predicting = [first + prompt - 1, *range(at, at + len(answer) - 1)]
+            rows.append(np.array(predicting[layout.whole : len(answer)], dtype=np.int64))
             at += max(len(answer) - 1, 0)
-    answers = [answer for piece in pieces for answer in piece.answers]
-    ref_logps = [logps for segment in segments for logps in segment.ref_logps]
+    answers = [answer[: len(answer) - layout.whole] for piece in pieces for answer in piece.answers]
+    advantages = [advantage for segment in segments for advantage in segment.advantages]
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(position_ids),
@@ -92,8 +98,16 @@ def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
         rows=torch.from_numpy(np.concatenate(rows)),
         targets=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
         cu_seqlens=torch.tensor([0, *np.cumsum([len(answer) for answer in answers])], dtype=torch.int32),
-        ref_logps=torch.cat(ref_logps) if ref_logps else None,
+        ref_logps=joined([segment.ref_logps for segment in segments]),
+        old_logps=joined([segment.old_logps for segment in segments]),
+        advantages=torch.tensor(advantages, dtype=torch.float32) if advantages else None,
     )
+
+
+def joined(logps: Sequence[tuple[Tensor, ...]]) -> Tensor | None:
+    """Those of all segments' answers ``[N]``; None where segments have none."""
+    flat = [answer for segment in logps for answer in segment]
+    return torch.cat(flat) if flat else None
 
 
 def put(flat: Sequence[np.ndarray], at: int, ids: Sequence[int], position: int, segment: int, answer: int) -> None:
@@ -103,8 +117,12 @@ def put(flat: Sequence[np.ndarray], at: int, ids: Sequence[int], position: int, 
 
 
 def parts(segment: Segment, layout: Layout) -> list[Segment]:
-    """What is packed for a segment: itself, or a segment for each answer with a prompt of its own."""
-    return [segment] if layout.shared else [Segment(segment.prompt, (answer,)) for answer in segment.answers]
+    """What is packed for a segment: itself, or a segment for each answer with a prompt of its own.
+
+    Where answers are to be whole, a token more stands behind each, to be left out in the place of its last.
+    """
+    answers = tuple([*answer, 0] for answer in segment.answers) if layout.whole else segment.answers
+    return [Segment(segment.prompt, answers)] if layout.shared else [Segment(segment.prompt, (a,)) for a in answers]
 
 
 def tokens(segment: Segment) -> int:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from irlfast.attention import hidden_states
 from irlfast.losses import Figures, Loss, Share
-from irlfast.ops import lm_head
+from irlfast.model import head_of
 from irlfast.pack import Batch
 
 
 class Policy(torch.nn.Module):
-    """A causal model with a loss on its hidden states. One module, so that ZeRO-3 gathers the LM head's weight too."""
+    """A language or reward model with a loss on its hidden states: one module, so that ZeRO-3 gathers its head too."""
 
     def __init__(self, model: Any, loss: Loss) -> None:
         super().__init__()
@@ -21,4 +21,4 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch: Batch, share: Share) -> tuple[Tensor, Figures]:
         hidden = hidden_states(self.model, batch)
-        return self.loss(hidden, lm_head(self.model), batch, share)
+        return self.loss(hidden, head_of(self.model), batch, share)

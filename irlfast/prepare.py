@@ -8,7 +8,7 @@ import yaml
 
 from irlfast import dist
 from irlfast.config import Config, difference, dump
-from irlfast.data import encode, fingerprint, make_format, read_splits, render_texts
+from irlfast.data import Format, encode, fingerprint, make_format, read_splits, render_texts
 from irlfast.files import InputError, find, read_json, write_json, write_text
 from irlfast.metrics import Log, say
 from irlfast.model import build_model, load_model_config, load_tokenizer
@@ -17,8 +17,8 @@ from irlfast.run import Run
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
 
-def prepare(config: Config) -> tuple[Run, Path | str]:
-    """The run's data, tokenizer and folder, and the policy that it starts from.
+def prepare(config: Config) -> Run:
+    """The run's data, tokenizer, folder, and the policy that it starts from.
 
     Raises:
         InputError: bad data, no tokenizer or weights, or an ``output_dir`` of another configuration or other data.
@@ -38,8 +38,7 @@ def prepare(config: Config) -> tuple[Run, Path | str]:
         write_json(output / "data.json", counts)
     dist.barrier()
     say(describe(counts))
-    run = Run(config, output, form, train, held_out, Log(output, config))
-    return run, starting_policy(run)
+    return Run(config, output, starting_policy(config, output, form), form, train, held_out, Log(output, config))
 
 
 def check_output(output: Path, config: Config) -> None:
@@ -81,13 +80,13 @@ def read_data(config: Config) -> tuple:
     return form, train, held_out, {"train": train_counts, "eval": held_out_counts}
 
 
-def starting_policy(run: Run) -> Path | str:
+def starting_policy(config: Config, output: Path, form: Format) -> Path | str:
     """The given model, or a new one with its tokenizer in ``initial/policy``."""
-    if run.config.model_name_or_path:
-        return find(run.config.model_name_or_path) or run.config.model_name_or_path
-    built = run.output / "initial" / "policy"
+    if config.model_name_or_path:
+        return find(config.model_name_or_path) or config.model_name_or_path
+    built = output / "initial" / "policy"
     if dist.is_main() and not built.exists():
-        build_model(run.config, run.form.tokenizer, built)
+        build_model(config, form.tokenizer, built)
     dist.barrier()
     return built
 

@@ -1,8 +1,9 @@
-"""Reference scores: log-probability of every answer token under a frozen policy, computed once and cached (DESIGN §4).
+"""Scores by a frozen model, made once and cached: the reference's log-probability of every answer token (DESIGN §4).
 
 Per token, because a sequence's log-ratio must be summed over per-token differences to stay exact.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,36 +16,53 @@ from irlfast.attention import arrange, hidden_states, token_limit
 from irlfast.config import Config
 from irlfast.files import write
 from irlfast.losses import arguments
-from irlfast.model import load_model
-from irlfast.ops import lm_head
-from irlfast.pack import Segment, micro_batches, pack
+from irlfast.model import head_of, load_model
+from irlfast.ops import Head
+from irlfast.pack import Batch, Segment, micro_batches, pack
 from irlfast.run import Run
 
+Scores = list[tuple[Tensor, ...]]  # for every segment, the values of each of its answers
+Measure = Callable[[Tensor, Head, Batch], Sequence[Tensor]]  # (hidden [R, H], head, batch) -> values of each answer
 
-def score(run: Run, policy: Path | str, segments: list[Segment], path: Path) -> list[tuple[Tensor, ...]]:
-    """Log-probabilities under ``policy``: for every segment and answer an fp32 tensor with one value a token.
 
-    ``path`` caches them: ``logps`` ``[N]`` with ``lengths`` of the answers in order. Each process scores its share.
+def token_logps(hidden: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
+    """Log-probability of every token, fp32."""
+    logps = ops.log_ratio(hidden, **arguments(head, batch)).token_logps
+    return logps.cpu().split(batch.cu_seqlens.diff().tolist())
+
+
+def score(
+    run: Run,
+    model: Path | str,
+    segments: Sequence[Segment],
+    path: Path,
+    measure: Measure = token_logps,
+    heads: int = 0,
+) -> Scores:
+    """What ``measure`` finds of every answer under ``model`` (with ``heads``: a reward model).
+
+    ``path`` caches it: ``values``, one after the other, with ``lengths`` of the answers' in order. Each process scores
+    its share.
     """
     if not path.exists():
         scores: dict[int, tuple[Tensor, ...]] = {}
-        for part in dist.all_gather(score_share(run.config, policy, segments, path)):
+        for part in dist.all_gather(score_share(run.config, model, segments, path, measure, heads)):
             scores |= part
         if dist.is_main():
             write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(segments))]))
         dist.barrier()
     flat = load_file(path)
-    answers = iter(flat["logps"].split(flat["lengths"].tolist()))
+    answers = iter(flat["values"].split(flat["lengths"].tolist()))
     return [tuple(next(answers) for _ in segment.answers) for segment in segments]
 
 
 @torch.no_grad()
 def score_share(
-    config: Config, policy: Path | str, segments: list[Segment], path: Path
+    config: Config, name: Path | str, segments: Sequence[Segment], path: Path, measure: Measure, heads: int
 ) -> dict[int, tuple[Tensor, ...]]:
     """This process's share of the scores, by the numbers of the segments."""
-    model = load_model(policy, config).to(dist.device()).eval()
-    layout, head = arrange(model, config), lm_head(model)
+    model = load_model(name, config, heads).to(dist.device()).eval()
+    layout, head = arrange(model, config), head_of(model)
     limit = token_limit(config, segments, layout, config.per_device_eval_batch_size)
     batches = micro_batches(range(len(segments)), segments, layout, limit, dist.rank(), dist.world_size())
     scores: dict[int, tuple[Tensor, ...]] = {}
@@ -52,16 +70,14 @@ def score_share(
     with tqdm(total=sum(map(len, batches)), desc=label, unit="segment", disable=not dist.is_main()) as bar:
         for chosen in filter(None, batches):
             batch = pack([segments[i] for i in chosen], layout).to(dist.device())
-            hidden = hidden_states(model, batch)
-            logps = ops.log_ratio(hidden, **arguments(head, batch)).token_logps.cpu()
-            answers = iter(logps.split(batch.cu_seqlens.diff().tolist()))
+            answers = iter(measure(hidden_states(model, batch), head, batch))
             for i in chosen:
                 scores[i] = tuple(next(answers) for _ in segments[i].answers)
             bar.update(len(chosen))
     return scores
 
 
-def save_scores(path: Path, scores: list[tuple[Tensor, ...]]) -> None:
-    flat = [logps for answers in scores for logps in answers]
-    lengths = torch.tensor([logps.numel() for logps in flat], dtype=torch.int32)
-    save_file({"logps": torch.cat(flat), "lengths": lengths}, path)
+def save_scores(path: Path, scores: Scores) -> None:
+    flat = [values for answers in scores for values in answers]
+    lengths = torch.tensor([len(values) for values in flat], dtype=torch.int32)
+    save_file({"values": torch.cat(flat), "lengths": lengths}, path)

@@ -13,7 +13,8 @@ import yaml
 from irlfast.files import InputError
 
 TIMES = ["seconds", *(f"time/{part}" for part in ("data", "forward", "backward", "optimizer"))]
-PHASE = re.compile(r"initial|sft|stage-\d{1,6}")  # a closed set, because phase names become text of the plots
+# A closed set, because phase names become text of the plots.
+PHASE = re.compile(r"initial|sft|stage-(\d{1,6})(?:/(reward|round-\d{1,6}))?")
 
 
 def read_config(output_dir: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
@@ -64,8 +65,12 @@ def read_lines(output_dir: Path, name: str, notes: list[str]) -> Iterator[dict[s
         notes.append(f"{name}: {broken:,} unreadable line{'s' if broken > 1 else ''} left out.")
 
 
-def phase_order(phase: str) -> int:
-    return {"initial": -2, "sft": -1}.get(phase) or int(phase.removeprefix("stage-"))
+def phase_order(phase: str) -> tuple[int, str]:
+    """Of a stage, the reward and the rounds come before the phase that ends it."""
+    match = PHASE.fullmatch(phase)
+    assert match
+    stage, part = match.groups()
+    return ({"initial": -2, "sft": -1}.get(phase, int(stage or 0)), part or "~")
 
 
 def read_phases(output_dir: Path, name: str, notes: list[str]) -> dict[str, dict[str, Any]]:

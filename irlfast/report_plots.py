@@ -32,6 +32,7 @@ CURVES: list[tuple[str, str, list[str], float | None]] = [
     ("Reward accuracy", "share of pairs; line: chance", ["rewards/accuracies"], 0.5),
     ("Demonstration log-likelihood", "nats an answer", ["logps/chosen"], None),
     ("Loss", "", ["loss"], None),
+    ("KL to the reference", "nats an answer, on the policy's samples", ["kl"], 0.0),
     ("Answer length", "tokens", ["length/chosen", "length/rejected"], None),
     ("Throughput", "tokens a second", ["tokens_per_second"], None),
 ]

@@ -11,6 +11,7 @@ from irlfast.metrics import Log
 class Run(NamedTuple):
     config: Config
     output: Path
+    initial: Path | str  # the policy that it starts from
     form: Format
     train: list[Example]
     held_out: list[Example]

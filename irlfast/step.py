@@ -18,6 +18,7 @@ from torch import Tensor
 
 from irlfast import dist
 from irlfast.losses import Figures, Share
+from irlfast.model import head_of
 from irlfast.pack import Batch, Layout, Segment, micro_batches, pack, parts, tokens
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, from the data sheets
@@ -127,7 +128,7 @@ def work(segments: Sequence[Segment], layout: Layout) -> Counter[str]:
     for part in (part for segment in segments for part in parts(segment, layout)):
         prompt, lengths = len(part.prompt), [max(len(answer) - 1, 0) for answer in part.answers]
         found["tokens"] += tokens(part)
-        found["answer_tokens"] += sum(map(len, part.answers))
+        found["answer_tokens"] += sum(len(answer) - layout.whole for answer in part.answers)
         found["seen"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
     return found
 
@@ -138,7 +139,7 @@ def operations(model: Any, found: Counter[str]) -> float:
     Two a weight and token forward, two for the gradient by the input, two by the weight where it is trained. The LM
     head meets answer tokens only. No recomputation is counted.
     """
-    head, embeddings = (get().weight for get in (model.get_output_embeddings, model.get_input_embeddings))
+    head, embeddings = head_of(model).weight, model.get_input_embeddings().weight
     both = {id(head), id(embeddings)}
     body = sum((6 if p.requires_grad else 4) * size_of(p) for p in model.parameters() if id(p) not in both)
     text = model.config.get_text_config()

@@ -19,12 +19,15 @@ UNWRITABLE = ("No space left", "Disk quota exceeded", "Read-only file system", "
 def train(config: Config) -> None:
     """Everything that a configuration asks for; called in every process of the run."""
     from irlfast.evaluate import evaluate
-    from irlfast.final import finish
+    from irlfast.final import finish, finish_reward
     from irlfast.methods.irft import irft_stage, stage_name
+    from irlfast.methods.reward import learn_reward
+    from irlfast.methods.rft import rft_stage
     from irlfast.methods.sft import sft, wants_sft
     from irlfast.prepare import prepare
 
-    run, policy = prepare(config)
+    run = prepare(config)
+    policy = run.initial
     policies: dict[str, Path | str] = {}
     figures = []
 
@@ -40,8 +43,13 @@ def train(config: Config) -> None:
         policy = sft(run, policy)
         hold_out("sft")
     first = policy
+    if config.method == "reward":
+        reward = learn_reward(run, 0, policy)
+        finish_reward(run, reward)
+        return
+    stage_of = rft_stage if config.method in ("rft", "afd") else irft_stage
     for stage in range(0 if config.method == "sft" else config.stages):
-        policy = irft_stage(run, stage, policy, policy if config.reference == "stage" else first)
+        policy = stage_of(run, stage, policy, policy if config.reference == "stage" else first)
         hold_out(stage_name(stage))
     finish(run, policies, figures)
 

@@ -10,7 +10,7 @@ from irlfast import doctor, native
 def test_here_nothing_that_is_required_is_missing():
     done = subprocess.run([sys.executable, "-m", "irlfast.doctor"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("Python", "torch", "deepspeed", "backend cpu", "native CPU code"):
+    for part in ("Python", "torch", "deepspeed", "backend cpu", "native CPU code", "cmake", "nvcc", "native CUDA code"):
         assert part in done.stdout
 
 
@@ -22,6 +22,8 @@ def test_what_is_missing_is_named_with_the_command_that_gets_it(monkeypatch, cap
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(native, "cpu", None)
+    monkeypatch.setattr(native, "cuda", None)
+    monkeypatch.setenv("PATH", "/nowhere")
     findings = {finding.part: finding for finding in doctor.examine()}
     assert findings["peft"].fatal and "pip install 'peft>=0.18'" in findings["peft"].detail
     assert (
@@ -29,6 +31,8 @@ def test_what_is_missing_is_named_with_the_command_that_gets_it(monkeypatch, cap
         and "4.57.1 is too old: pip install 'transformers>=5'" in findings["transformers"].detail
     )
     assert not findings["triton"].fatal and "pip install 'triton>=3.5'" in findings["triton"].detail
-    assert "compiler" in findings["native CPU code"].detail
+    assert "compiler" in findings["native CPU code"].detail and "nvcc" in findings["native CUDA code"].detail
+    for tool in ("C++ compiler", "cmake", "nvcc"):
+        assert "absent" in findings[tool].state and "at installation" in findings[tool].detail
     assert doctor.main() == 1
     assert "cannot train: transformers, peft" in capsys.readouterr().out

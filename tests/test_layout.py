@@ -16,12 +16,14 @@ ORDER = [
     "__init__",
     "demo",
     "_cpu",
+    "_cuda",
     "native",
     "optim",
     "kernels",
     "ops",
     "integrations",
     "files",
+    "config_checks",
     "config",
     "dist",
     "data",
@@ -36,6 +38,8 @@ ORDER = [
     "vllm_sampler",
     "sample",
     "reference",
+    "reward",
+    "leaks",
     "step",
     "engine",
     "methods",
@@ -47,12 +51,15 @@ ORDER = [
     "report",
     "final",
     "train",
+    "bon",
+    "data.select",
     "doctor",
 ]
 
 
 def module_of(path: Path) -> str:
-    return path.relative_to(ROOT / "irlfast").parts[0].removesuffix(".py")
+    name = ".".join(path.relative_to(ROOT / "irlfast").with_suffix("").parts)
+    return name if name in ORDER else name.split(".")[0]
 
 
 def imported(path: Path) -> set[str]:
@@ -102,13 +109,15 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-NATIVE = "from irlfast import native; print(native.cpu is not None)"
+NATIVE = "from irlfast import native; print(native.cpu is not None, native.cuda is not None)"
 IMPORTS = (
     "import irlfast.kernels, irlfast.ops, irlfast.methods.irft, irlfast.report, pathlib;"
     "here = pathlib.Path(irlfast.__file__).parent; print(here);"
     "assert (here / 'demo' / 'train.jsonl').exists() and (here / 'report.html.j2').exists()"
 )
-HAS_COMPILER = shutil.which("c++") is not None
+HAS_COMPILER, HAS_NVCC = (shutil.which(name) is not None for name in ("c++", "nvcc"))
+BUILT = f"{HAS_COMPILER} {HAS_COMPILER and HAS_NVCC}"
+WITHOUT_NVCC = f"{HAS_COMPILER} False"
 
 
 @pytest.fixture(scope="module")
@@ -124,19 +133,23 @@ def built(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["whl", "tar.gz"])
-def test_wheel_and_sdist_import_from_elsewhere(built, tmp_path, kind):
+def test_wheel_and_sdist_import_from_elsewhere(built, tmp_path, kind, monkeypatch):
+    """The wheel built with nvcc, where there is one; the sdist without, which is no error."""
+    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
+    monkeypatch.setenv("IRLFAST_STRICT", str(int(HAS_COMPILER)))
     python = python_in(tmp_path / "env")
     [package] = (built / "dist").glob(f"*.{kind}")
     site = str(next((tmp_path / "env").glob("lib/python*/site-packages")))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
     run(*pip, str(package), cwd=tmp_path)
     assert run(str(python), "-c", IMPORTS, cwd=tmp_path).strip().startswith(site)
-    assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == str(HAS_COMPILER)
+    assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == (BUILT if kind == "whl" else WITHOUT_NVCC)
 
 
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
-def test_editable_install_imports(built, tmp_path, where):
+def test_editable_install_imports(built, tmp_path, where, monkeypatch):
     """From the root too, where ``import kernels`` must not find our folder as a package with code."""
+    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
     environment = tmp_path / "env"
     python = python_in(environment)
     site = str(next(environment.glob("lib/python*/site-packages")))
@@ -144,7 +157,7 @@ def test_editable_install_imports(built, tmp_path, where):
     run(*pip, "--editable", str(built), cwd=tmp_path)
     cwd = built if where == "root" else tmp_path
     assert run(str(python), "-c", IMPORTS, cwd=cwd).strip().startswith(str(built))
-    assert run(str(python), "-c", NATIVE, cwd=cwd).strip() == str(HAS_COMPILER)
+    assert run(str(python), "-c", NATIVE, cwd=cwd).strip() == WITHOUT_NVCC
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -162,4 +175,5 @@ def test_without_a_compiler_it_installs_with_fewer_backends_or_says_why_not(buil
         return
     assert done.returncode == 0, said
     assert "irlfast: without irlfast._cpu, PyTorch does its work; it takes a C++17 compiler" in said
-    assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == "False"
+    assert "irlfast: without irlfast._cuda, Triton and PyTorch do its work; it takes nvcc" in said
+    assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == "False False"

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from irlfast import native
 from irlfast.ops import checks
 from irlfast.ops import logits as ops
 from tests.ops_cases import sequences
@@ -350,7 +352,10 @@ ERRORS = {
     "ref_logps of other length": ({"ref_logps": torch.zeros(3)}, r"ref_logps: found \[3\].*\[5\] .*or \[2\]"),
     "scale is nan": ({"logit_scale": float("nan")}, "logit_scale: found nan"),
     "softcap is 0": ({"logit_softcap": 0.0}, "logit_softcap: found 0.0, expected None or a number > 0"),
-    "unknown backend": ({"backend": "cuda"}, "backend: found 'cuda', expected 'auto', 'plain', 'cpu' or 'triton'"),
+    "unknown backend": (
+        {"backend": "gpu"},
+        "backend: found 'gpu', expected 'auto', 'plain', 'cpu', 'triton' or 'cuda'",
+    ),
 }
 
 
@@ -370,9 +375,15 @@ def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
     if not checks.INTERPRETED:
         with pytest.raises(ValueError, match=r"logits: found \[2, 3\].* on cpu, expected a tensor on a GPU"):
             ops.token_logps(logits, targets, backend="triton")
+    monkeypatch.setattr(native, "cuda", SimpleNamespace(device="cuda"))
+    with pytest.raises(ValueError, match=r"logits: found \[2, 3\].* on cpu, expected a tensor on a GPU, by .*'cuda'"):
+        ops.token_logps(logits, targets, backend="cuda")
     monkeypatch.setattr(checks, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="backend 'triton': Triton is not installed"):
         ops.token_logps(logits, targets, backend="triton")
+    monkeypatch.setattr(native, "cuda", None)
+    with pytest.raises(RuntimeError, match=r"backend 'cuda': irlfast._cuda is not built; pip install .* nvcc"):
+        ops.token_logps(logits, targets, backend="cuda")
 
 
 def test_a_machine_without_triton_imports_and_runs():

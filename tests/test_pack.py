@@ -175,3 +175,14 @@ def test_a_segment_beyond_the_limit_is_one_sentence():
     config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 16})
     with pytest.raises(InputError, match="max_tokens_per_batch: found 16, but the longest prompt has 18 tokens"):
         token_limit(config, [Segment([1] * 10, ([2] * 4, [3] * 6))], Layout(), 1)
+
+
+def test_a_reward_models_rows_are_the_answers_own_tokens():
+    """The last one included, whether answers share a prompt or not; a policy's rows are those before."""
+    segments = [Segment([7, 8], ([1, 2, 3], [4])), Segment([9], ([5, 6], []))]
+    for shared in (True, False):
+        batch = pack(segments, Layout(shared=shared, whole=True))
+        own = batch.input_ids.flatten()[batch.rows]
+        assert own.tolist() == batch.targets.tolist() == [1, 2, 3, 4, 5, 6]
+        assert batch.cu_seqlens.tolist() == [0, 3, 4, 6, 6]
+        assert batch.position_ids.flatten()[batch.rows].tolist() == [2, 3, 4, 2, 1, 2]

@@ -4,24 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../rmsprop.h"
+
 namespace irlfast {
-
-using bf16 = std::uint16_t;  // its bits
-
-struct RMSprop {
-  float lr, alpha, eps, weight_decay, momentum;
-  float grad_scale;  // gradients are multiplied by it: a clipping factor, or -1 to maximise
-};
-
-// One parameter of n elements. `average` is null unless centred, `buffer` unless there is momentum, `copy` unless the
-// parameter itself is bf16 and `param` its fp32 master. Exactly one of `grad` and `grad_bf16` is given.
-struct Parameter {
-  std::int64_t n;
-  float *param, *square, *average, *buffer;
-  const float *grad;
-  const bf16 *grad_bf16;
-  bf16 *copy;
-};
 
 void rmsprop(const Parameter *parameters, std::size_t count, const RMSprop &options, int threads);
 

@@ -1,44 +1,14 @@
 // irlfast._cpu: addresses, sizes and strides in; the callers in Python hold the tensors.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <stdexcept>
-#include <string>
-#include <vector>
-
+#include "../binding.h"
 #include "cpu.h"
 
 namespace {
 
-using Address = std::uintptr_t;
+using irlfast::Address, irlfast::pointer, irlfast::require;
 
-void require(bool holds, const std::string &what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
-template <class T>
-T *pointer(Address address, const char *name, bool needed) {
-  require(address != 0 || !needed, std::string(name) + ": found a null pointer");
-  require(address % alignof(T) == 0, std::string(name) + ": found an address that is not aligned to its elements");
-  return reinterpret_cast<T *>(address);
-}
-
-// Each parameter as (n, param, grad, square, average, buffer, copy, whether the gradient is bf16); 0: none.
-using Row = std::tuple<std::int64_t, Address, Address, Address, Address, Address, Address, bool>;
-
-void rmsprop(const std::vector<Row> &rows, float lr, float alpha, float eps, float weight_decay, float momentum,
-             float grad_scale, int threads) {
-  std::vector<irlfast::Parameter> parameters;
-  parameters.reserve(rows.size());
-  for (const auto &[n, param, grad, square, average, buffer, copy, narrow] : rows) {
-    require(n >= 0, "n: found " + std::to_string(n) + ", expected a number >= 0");
-    if (n == 0) continue;
-    parameters.push_back({n, pointer<float>(param, "param", true), pointer<float>(square, "square", true),
-                          pointer<float>(average, "average", false), pointer<float>(buffer, "buffer", false),
-                          narrow ? nullptr : pointer<const float>(grad, "grad", true),
-                          narrow ? pointer<const irlfast::bf16>(grad, "grad", true) : nullptr,
-                          pointer<irlfast::bf16>(copy, "copy", false)});
-  }
+void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float eps, float weight_decay,
+             float momentum, float grad_scale, int threads) {
+  const auto parameters = irlfast::parameters_of(rows);
   const irlfast::RMSprop options{lr, alpha, eps, weight_decay, momentum, grad_scale};
   pybind11::gil_scoped_release release;
   irlfast::rmsprop(parameters.data(), parameters.size(), options, threads);

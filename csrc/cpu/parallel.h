@@ -15,7 +15,6 @@
 #else
 #define IRLFAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
-#define IRLFAST_INLINE inline __attribute__((always_inline))
 
 namespace irlfast {
 

@@ -1,28 +1,9 @@
 // One pass over every parameter: gradient, state and parameter are read once and written once.
-#include <cmath>
-#include <cstring>
-
 #include "cpu.h"
 #include "parallel.h"
 
 namespace irlfast {
 namespace {
-
-IRLFAST_INLINE float widen(float x) { return x; }
-
-IRLFAST_INLINE float widen(bf16 x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-IRLFAST_INLINE bf16 narrow(float x) {  // to nearest, ties to even
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<bf16>(x != x ? 0x7fc0 : rounded);
-}
 
 template <bool centred, bool momentum, bool copied, class Grad>
 IRLFAST_INLINE void update(const Parameter &p, const Grad *grads, std::int64_t first, std::int64_t last,
@@ -33,19 +14,10 @@ IRLFAST_INLINE void update(const Parameter &p, const Grad *grads, std::int64_t f
   bf16 *__restrict__ copy = p.copy;
 #pragma omp simd
   for (std::int64_t i = first; i < last; ++i) {
-    const float g = widen(grad[i]) * o.grad_scale + o.weight_decay * param[i];
-    const float s = o.alpha * square[i] + (1 - o.alpha) * g * g;
-    float variance = s;
-    if constexpr (centred) {
-      average[i] += (1 - o.alpha) * (g - average[i]);
-      variance -= average[i] * average[i];
-    }
-    float step = g / (std::sqrt(variance) + o.eps);
-    if constexpr (momentum) buffer[i] = step = o.momentum * buffer[i] + step;
-    const float updated = param[i] - o.lr * step;
-    square[i] = s;
-    param[i] = updated;
-    if constexpr (copied) copy[i] = narrow(updated);
+    const float value = updated(widen(grad[i]), param[i], square + i, centred ? average + i : nullptr,
+                                momentum ? buffer + i : nullptr, o);
+    param[i] = value;
+    if constexpr (copied) copy[i] = narrow(value);
   }
 }
 

@@ -29,7 +29,10 @@ def irft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) 
         return folder / "policy"
     begun = time.perf_counter()
     examples = stage_examples(run.train, config, stage)
-    answers = sample(run, policy, examples, folder / "samples", sampling(config, stage))
+    if config.method == "dpo":
+        answers = [rejected(example) for example in examples]
+    else:
+        answers = sample(run, policy, examples, folder / "samples", sampling(config, stage))
     sampled = time.perf_counter()
     pairs, counts = make_pairs(run, stage, examples, answers)
     ref_logps = score(run, reference, pairs, folder / "reference.safetensors")
@@ -51,17 +54,24 @@ def stage_examples(examples: list[Example], config: Config, stage: int) -> list[
     return [examples[i] for i in np.array_split(order, config.stages)[stage]]
 
 
+def rejected(example: Example) -> list[int]:
+    if example.rejected_ids is None:
+        raise InputError(f"no rejected answer to the prompt {example.prompt[:80]!r}; expected chosen and rejected")
+    return example.rejected_ids
+
+
 def sampling(config: Config, stage: int) -> Sampling:
     seed = (config.seed * 1000 + stage) * 100_000  # a shard adds its number
     return Sampling(config.at("temperature", stage), config.top_p, config.top_k, seed)
 
 
 def make_pairs(
-    run: Run, stage: int, examples: list[Example], answers: list[list[int]]
+    run: Run, stage: int, examples: list[Example], answers: list[list[int]], keep_identical: bool = False
 ) -> tuple[list[Segment], dict[str, int]]:
     """Segments (prompt, (expert, synthetic)) of this stage and of ``history`` earlier ones.
 
-    A synthetic answer equal to the expert's teaches nothing (its pair's gradient is zero), an empty one has no tokens.
+    An empty synthetic answer has no tokens, and one equal to the expert's teaches a loss of differences nothing: its
+    pair's gradient is zero. A discriminator must see it (``keep_identical``), or it would learn another density.
     """
     pairs = [Segment(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(examples, answers, strict=True)]
     fresh = len(pairs)
@@ -70,12 +80,12 @@ def make_pairs(
         prompts = stage_examples(run.train, run.config, earlier)
         pairs += [Segment(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(prompts, old, strict=True)]
     counts = {
-        "dropped_identical": sum(expert == synthetic for _, (expert, synthetic), _ in pairs),
-        "dropped_empty": sum(not synthetic for _, (_, synthetic), _ in pairs),
+        "dropped_identical": 0 if keep_identical else sum(pair.answers[0] == pair.answers[1] for pair in pairs),
+        "dropped_empty": sum(not pair.answers[1] for pair in pairs),
         "from_history": len(pairs) - fresh,
         "synthetic_tokens": sum(map(len, answers)),
     }
-    kept = [pair for pair in pairs if pair.answers[1] and pair.answers[0] != pair.answers[1]]
+    kept = [pair for pair in pairs if pair.answers[1] and (keep_identical or pair.answers[0] != pair.answers[1])]
     if not kept:
         raise InputError(
             f"{stage_name(stage)}: all {len(pairs)} synthetic answers equal the expert's or are empty; "

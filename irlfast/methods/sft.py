@@ -1,5 +1,6 @@
 """Supervised fine-tuning: method ``sft``, and the warm start of the others."""
 
+import functools
 from pathlib import Path
 
 from irlfast import dist
@@ -13,7 +14,8 @@ from irlfast.run import Run
 def sft(run: Run, policy: Path | str) -> Path:
     """Maximum likelihood of the demonstrations: minimises KL(π_E ‖ π_θ)."""
     segments = [Segment(example.prompt_ids, (example.answer_ids,)) for example in run.train]
-    return fit(run, run.output / "sft", policy, segments, sft_loss, sft_plan(run.config, len(segments)))
+    loss = functools.partial(sft_loss, remaining=run.config.token_weighting == "remaining")
+    return fit(run, run.output / "sft", policy, segments, loss, sft_plan(run.config, len(segments)))
 
 
 def sft_plan(config: Config, count: int) -> Plan:

@@ -16,7 +16,8 @@ Arguments that both operations take:
   ``ref_bias`` ``[V]``, with the policy's rows, scale and soft-cap; or ``ref_logps``, log-probabilities per token
   ``[N]`` (as ``token_logps`` of :func:`log_ratio`; exact) or per sequence ``[S]`` (loses ~1e-3 nats at 1,024 tokens).
   A size that is both N and S is read as per token.
-- ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"`` and ``"triton"`` never do.
+- ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"``, ``"triton"`` and ``"cuda"``
+  never do; ``"cuda"`` is the pair slab with our own CUDA C++ between its products, where installation built it.
   ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for others (``"plain"`` in fp64, or without Triton).
 - ``buffer_mb``: the most memory for logits, in MiB (one row at the least). ``"plain"`` ignores it.
 - ``skip_mass``: with ``"triton"``, leave out of the gradient what weighs little, as CCE does (arXiv 2411.09009):
@@ -35,7 +36,7 @@ from torch import Tensor
 from irlfast.ops import checks, plain, registered
 from irlfast.ops.heads import Head, lm_head
 from irlfast.ops.logits import logits_log_ratio, token_logps
-from irlfast.ops.problem import Coupling, LogRatio, PairLoss, Side, expert_nll, summarise
+from irlfast.ops.problem import Coupling, LogRatio, PairLoss, Side, default_pairs, expert_nll, summarise
 from irlfast.ops.rewards import DiscriminatorLoss, discriminator_loss, discriminator_reward, reward_head
 
 __all__ = [
@@ -84,7 +85,7 @@ def log_ratio(
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: ``backend="triton"`` without Triton.
+        RuntimeError: a backend that is not installed.
     """
     policy = checks.check_policy(Side(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
@@ -140,13 +141,14 @@ def pair_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: ``backend="triton"`` without Triton.
+        RuntimeError: a backend that is not installed.
     """
     policy = checks.check_policy(Side(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
     problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
     problem = checks.check_ref_logps(ref_logps, reference is not None, problem)
-    pairs = checks.check_pairs(pairs, problem)
+    checks.check_pairs(pairs, cu_seqlens)
+    pairs = default_pairs(problem.sequences, hidden.device) if pairs is None else pairs.long()
     checks.check_loss(beta, loss_type, nll_weight, num_pairs, num_tokens)
     coupling = Coupling(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens)
     backend = checks.choose_backend(backend, hidden, "hidden")

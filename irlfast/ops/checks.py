@@ -7,17 +7,21 @@ and on others where the environment has ``IRLFAST_CHECK=1``.
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from irlfast.ops.problem import IGNORE, Problem, Side
+from irlfast import native
+from irlfast.ops.problem import IGNORE, Problem, Side, sequence_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("auto", "plain", "cpu", "triton", "cuda")
+ON_GPU = ("triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on CPU tensors
 
 
@@ -46,26 +50,39 @@ def check_positive(value: Any, name: str, expected: str = "a number > 0") -> Non
     require(number and 0 < value < math.inf, name, value, expected)
 
 
-def choose_backend(backend: str, tensor: Tensor, name: str) -> str:
-    """The backend that computes with ``tensor``, the argument ``name``; ``"auto"`` takes the best that can.
+def choose_backend(backend: str, tensor: Tensor, name: str, backends: Sequence[str] = BACKENDS) -> str:
+    """One of ``backends`` that computes with ``tensor``, the argument ``name``; ``"auto"`` takes the best that can.
 
     Raises:
         ValueError: no such backend, or not for this tensor's device or dtype.
-        RuntimeError: ``"triton"`` without Triton.
+        RuntimeError: ``"triton"`` without Triton, ``"cuda"`` without the native module.
     """
     kind, double = tensor.device.type, tensor.dtype == torch.float64
     if backend == "auto":
         return "cpu" if kind == "cpu" else "triton" if HAS_TRITON and kind == "cuda" and not double else "plain"
-    require(backend in ("plain", "cpu", "triton"), "backend", backend, "'auto', 'plain', 'cpu' or 'triton'")
+    *most, last = map(repr, backends)
+    require(backend in backends, "backend", backend, f"{', '.join(most)} or {last}")
     if backend == "cpu":
         require(kind == "cpu", name, tensor, "a tensor on the CPU, by backend 'cpu'")
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise RuntimeError("backend 'triton': Triton is not installed; pip install 'triton>=3.5' gets it")
-        runs = kind == "cuda" or (kind == "cpu" and INTERPRETED)
-        require(runs, name, tensor, "a tensor on a GPU (or TRITON_INTERPRET=1), by backend 'triton'")
-        require(not double, name, tensor, "float32, bfloat16 or float16, by backend 'triton'")
+    if backend in ON_GPU:
+        check_installed(backend)
+        runs = kind == "cuda" or (kind == "cpu" and emulated(backend))
+        hint = " (or TRITON_INTERPRET=1)" if backend == "triton" else ""
+        require(runs, name, tensor, f"a tensor on a GPU{hint}, by backend '{backend}'")
+        require(not double, name, tensor, f"float32, bfloat16 or float16, by backend '{backend}'")
     return backend
+
+
+def check_installed(backend: str) -> None:
+    if backend == "triton" and not HAS_TRITON:
+        raise RuntimeError("backend 'triton': Triton is not installed; pip install 'triton>=3.5' gets it")
+    if backend == "cuda" and native.cuda is None:
+        raise RuntimeError("backend 'cuda': irlfast._cuda is not built; pip install irlfast again where there is nvcc")
+
+
+def emulated(backend: str) -> bool:
+    """Whether the backend's kernels run on CPU tensors."""
+    return INTERPRETED if backend == "triton" else native.cuda.device == "cpu"
 
 
 # ---------------------------------------------------------------- policy and reference
@@ -134,36 +151,41 @@ def check_problem(
     """What is scored, with ``cu_seqlens`` turned into the sequence of each target."""
     hidden, device = policy.hidden, policy.hidden.device
     check_tensor(targets, "targets", "[N]", INTEGERS, device)
-    check_tensor(cu_seqlens, "cu_seqlens", "[S + 1]", (torch.int32,), device)
-    require(cu_seqlens.numel() > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
+    check_offsets(cu_seqlens, device)
     tokens = targets.numel()
     if rows is None:
         require(hidden.shape[0] == tokens, "hidden", hidden, "{} rows, as targets, where rows is None", tokens)
     else:
         check_tensor(rows, "rows", "[N]", INTEGERS, device)
         require(rows.numel() == tokens, "rows", rows, "[{}], as targets", tokens)
-    finite = isinstance(logit_scale, Real) and -math.inf < logit_scale < math.inf
-    require(finite, "logit_scale", logit_scale, "a number")
-    if logit_softcap is not None:
-        check_positive(logit_softcap, "logit_softcap", "None or a number > 0")
+    check_scaling(logit_scale, logit_softcap)
     check_positive(buffer_mb, "buffer_mb")
     number = isinstance(skip_mass, Real)
     require(number and 0 <= skip_mass < 1, "skip_mass", skip_mass, "a number >= 0 and < 1")
     if values_visible(device):
         check_values(targets, cu_seqlens, rows, hidden.shape[0], policy.weight.shape[0])
-    lengths = cu_seqlens.diff()
-    sequence = torch.arange(lengths.numel(), device=device).repeat_interleave(lengths, output_size=tokens)
     return Problem(
         targets.long(),
         None if rows is None else rows.long(),
-        sequence,
-        lengths.numel(),
+        sequence_of(cu_seqlens, tokens),
+        cu_seqlens.numel() - 1,
         float(logit_scale),
         logit_softcap,
         torch.promote_types(hidden.dtype, torch.float32),
         buffer_mb,
         skip_mass,
     )
+
+
+def check_offsets(cu_seqlens: Tensor, device: torch.device) -> None:
+    check_tensor(cu_seqlens, "cu_seqlens", "[S + 1]", (torch.int32,), device)
+    require(cu_seqlens.numel() > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
+
+
+def check_scaling(scale: float, softcap: float | None) -> None:
+    require(isinstance(scale, Real) and -math.inf < scale < math.inf, "logit_scale", scale, "a number")
+    if softcap is not None:
+        check_positive(softcap, "logit_softcap", "None or a number > 0")
 
 
 def values_visible(device: torch.device) -> bool:
@@ -197,19 +219,18 @@ def check_range(values: Tensor, name: str, low: int, high: int, note: str) -> No
 # ---------------------------------------------------------------- pairs
 
 
-def check_pairs(pairs: Tensor | None, problem: Problem) -> Tensor:
-    """Pairs ``[P, 2]`` int64: as given, or sequences 2i (expert) and 2i + 1 (synthetic)."""
-    device = problem.targets.device
+def check_pairs(pairs: Tensor | None, cu_seqlens: Tensor) -> None:
+    """Pairs ``[P, 2]`` of its sequences; None stands for sequences 2i (expert) and 2i + 1 (synthetic)."""
+    sequences = cu_seqlens.shape[0] - 1
     if pairs is None:
-        expected = "an even number of sequences (expert, synthetic, …) where pairs is None"
-        if problem.sequences % 2:
-            require(False, "cu_seqlens", f"{problem.sequences} sequences", expected)
-        return torch.arange(problem.sequences, device=device).view(-1, 2)
-    check_tensor(pairs, "pairs", "[P, 2]", INTEGERS, device)
+        if sequences % 2:
+            expected = "an even number of them (expert, synthetic, …) where pairs is None"
+            require(False, "cu_seqlens", f"{sequences} sequences", expected)
+        return
+    check_tensor(pairs, "pairs", "[P, 2]", INTEGERS, cu_seqlens.device)
     require(pairs.shape[1] == 2, "pairs", pairs, "[P, 2], columns expert and synthetic")
-    if values_visible(device):
-        check_range(pairs, "pairs", 0, problem.sequences, ", the sequences of cu_seqlens")
-    return pairs.long()
+    if values_visible(cu_seqlens.device):
+        check_range(pairs, "pairs", 0, sequences, ", the sequences of cu_seqlens")
 
 
 def check_loss(

@@ -11,14 +11,14 @@ Arguments that both take, dimensions as in :mod:`irlfast.ops`:
   logits are destroyed by the first backward, and a second raises RuntimeError; so does the backward of any other
   operation that kept them. ``"plain"`` ignores it, and ``torch.compile``, which plans memory itself.
 - ``backend``: ``"plain"`` is the oracle, and makes several ``[N, V]`` tensors; ``"cpu"`` takes a few rows at a time;
-  ``"triton"`` reads each row once, on CUDA, in fp32, bf16 or fp16. ``"auto"`` takes ``"cpu"`` for CPU tensors and
-  ``"triton"`` for CUDA tensors where it can, else ``"plain"``.
+  ``"triton"`` and ``"cuda"`` (our own CUDA C++, where installation built it) read each row once, on a GPU, in fp32,
+  bf16 or fp16. ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors where it can, else
+  ``"plain"``.
 
 The gradient has the dtype of ``logits``, and is zero where the target is skipped or nothing comes from above.
 """
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -28,16 +28,18 @@ from torch.autograd.function import once_differentiable
 from irlfast.ops.checks import (
     FLOATS,
     INTEGERS,
+    ON_GPU,
     check_cached,
-    check_positive,
+    check_offsets,
     check_range,
+    check_scaling,
     check_tensor,
     check_values,
     choose_backend,
     require,
     values_visible,
 )
-from irlfast.ops.problem import IGNORE, LogRatio, Problem, summarise
+from irlfast.ops.problem import IGNORE, LogRatio, Problem, sequence_of, summarise
 
 CHUNK_BYTES = 2**22  # of logits in fp32 that the cpu backend holds at once
 
@@ -103,14 +105,11 @@ def logits_log_ratio(
     check_reference(logits, cu_seqlens, ref_logits, ref_logps, backend)
     logps, computed = score(logits, targets, ref_logits, logit_scale, logit_softcap, inplace_backward, backend)
     reference = computed if ref_logps is None else ref_logps.detach()
-    if backend == "triton":
-        log_ratio, policy, ref = sequence_sums(logps, targets, cu_seqlens, reference).unbind()
+    if backend in ON_GPU:
+        log_ratio, policy, ref = sequence_sums(logps, targets, cu_seqlens, reference, backend).unbind()
         return LogRatio(log_ratio, policy, ref.detach(), logps)
-    lengths, tokens = cu_seqlens.diff(), targets.numel()
-    sequence = torch.arange(lengths.numel(), device=logits.device).repeat_interleave(lengths, output_size=tokens)
-    problem = Problem(
-        targets, None, sequence, lengths.numel(), logit_scale, logit_softcap, logps.dtype, buffer_mb=math.inf
-    )
+    sequence, sequences = sequence_of(cu_seqlens, targets.numel()), cu_seqlens.numel() - 1
+    problem = Problem(targets, None, sequence, sequences, logit_scale, logit_softcap, logps.dtype, buffer_mb=math.inf)
     return summarise(logps, reference, problem)
 
 
@@ -178,6 +177,17 @@ def write_gradient_by_rows(
 # ---------------------------------------------------------------- operations that torch knows
 
 
+def kernels_of(backend: str) -> Any:
+    """Where the functions ``token_logps``, ``write_gradient`` and ``sequence_sums`` of a GPU's backend are."""
+    if backend == "cuda":
+        from irlfast.ops import cuda
+
+        return cuda
+    from irlfast.kernels import logits
+
+    return logits
+
+
 @torch.library.custom_op("irlfast::logits_forward", mutates_args=())
 def forward(
     logits: Tensor,
@@ -189,11 +199,9 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities ``[N]``; log-sum-exps ``[N]`` where the backend keeps them; the reference's ``[N]``, if any."""
-    if backend == "triton":
-        from irlfast.kernels import logits as kernels
-
+    if backend in ON_GPU:
         with torch.cuda.device_of(logits):
-            logps, lse, ref_logps = kernels.token_logps(logits, targets, ref_logits, scale, softcap)
+            logps, lse, ref_logps = kernels_of(backend).token_logps(logits, targets, ref_logits, scale, softcap)
     else:
         logps = score_by_rows(logits, targets, scale, softcap)
         lse = logps.new_empty(0)
@@ -204,7 +212,7 @@ def forward(
 @forward.register_fake
 def _(logits: Tensor, targets: Tensor, ref_logits: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     logps = logits.new_empty(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-    lse = torch.empty_like(logps) if rest[-1] == "triton" else logps.new_empty(0)
+    lse = torch.empty_like(logps) if rest[-1] in ON_GPU else logps.new_empty(0)
     return logps, lse, logps.new_empty(0) if ref_logits is None else torch.empty_like(logps)
 
 
@@ -220,11 +228,9 @@ def write_gradient(
     backend: str,
 ) -> None:
     """Into ``grad``, which may be ``logits``: ``upstream · ∂ log-probability / ∂ logits``."""
-    if backend == "triton":
-        from irlfast.kernels import logits as kernels
-
+    if backend in ON_GPU:
         with torch.cuda.device_of(logits):
-            kernels.write_gradient(grad, logits, targets, lse, upstream, scale, softcap)
+            kernels_of(backend).write_gradient(grad, logits, targets, lse, upstream, scale, softcap)
     else:
         write_gradient_by_rows(grad, logits, targets, upstream, scale, softcap)
 
@@ -252,16 +258,14 @@ forward.register_autograd(backward, setup_context=keep)
 
 
 @torch.library.custom_op("irlfast::logits_sequence_sums", mutates_args=())
-def sequence_sums(logps: Tensor, targets: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """Log-ratio, policy's and reference's log-probability ``[3, S]`` of every sequence, by Triton."""
-    from irlfast.kernels import logits as kernels
-
+def sequence_sums(logps: Tensor, targets: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, backend: str) -> Tensor:
+    """Log-ratio, policy's and reference's log-probability ``[3, S]`` of every sequence, on a GPU."""
     with torch.cuda.device_of(logps):
-        return kernels.sequence_sums(logps, targets, cu_seqlens, ref_logps)
+        return kernels_of(backend).sequence_sums(logps, targets, cu_seqlens, ref_logps)
 
 
 @sequence_sums.register_fake
-def _(logps: Tensor, targets: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None) -> Tensor:
+def _(logps: Tensor, targets: Tensor, cu_seqlens: Tensor, *_: Any) -> Tensor:
     return logps.new_empty(3, cu_seqlens.numel() - 1)
 
 
@@ -273,7 +277,7 @@ def keep_lengths(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def spread(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     """Every token takes what its sequence's log-ratio and log-probability are given."""
     [lengths] = ctx.saved_tensors
-    return (upstream[0] + upstream[1]).repeat_interleave(lengths, output_size=ctx.tokens), None, None, None
+    return (upstream[0] + upstream[1]).repeat_interleave(lengths, output_size=ctx.tokens), None, None, None, None
 
 
 sequence_sums.register_autograd(spread, setup_context=keep_lengths)
@@ -292,9 +296,7 @@ def check_logits(
     require(vocabulary > 0, "logits", logits, "[N, V] with V > 0")
     check_tensor(targets, "targets", "[N]", INTEGERS, device)
     require(targets.numel() == rows, "targets", targets, "[{}], as logits has that many rows", rows)
-    require(isinstance(scale, Real) and -math.inf < scale < math.inf, "logit_scale", scale, "a number")
-    if softcap is not None:
-        check_positive(softcap, "logit_softcap", "None or a number > 0")
+    check_scaling(scale, softcap)
     backend = choose_backend(backend, logits, "logits")
     if backend != "plain":
         check_strides(logits, "logits", inplace)
@@ -313,8 +315,7 @@ def check_strides(logits: Tensor, name: str, inplace: bool) -> None:
 
 
 def check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor) -> None:
-    check_tensor(cu_seqlens, "cu_seqlens", "[S + 1]", (torch.int32,), logits.device)
-    require(cu_seqlens.numel() > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
+    check_offsets(cu_seqlens, logits.device)
     if values_visible(logits.device):
         check_values(targets, cu_seqlens, None, 0, logits.shape[1])
 

@@ -42,6 +42,17 @@ class Problem(NamedTuple):
         return (self.targets != IGNORE).nonzero().flatten()
 
 
+def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The number ``[N]`` of the sequence that each of ``tokens`` belongs to."""
+    numbers = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
+    return numbers.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
+
+
+def default_pairs(sequences: int, device: torch.device) -> Tensor:
+    """``[P, 2]``: sequences 2i (expert) and 2i + 1 (synthetic)."""
+    return torch.arange(sequences, device=device).view(-1, 2)
+
+
 class Coupling(NamedTuple):
     """The loss on pairs of sequences, see :func:`irlfast.ops.pair_loss`; those in no common pair are independent."""
 

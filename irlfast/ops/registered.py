@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from irlfast.ops import cpu, slab, triton
+from irlfast.ops import cpu, cuda, slab, triton
 from irlfast.ops.problem import Coupling, Problem, Side, objective
 
 SIDE = "Tensor hidden, Tensor weight, Tensor? bias"
@@ -66,7 +66,8 @@ def unpack(arguments: Sequence[Any]) -> tuple[Side, Side | None, Problem, Sequen
 def arithmetic_of(backend: str, policy: Side) -> Iterator[slab.Arithmetic]:
     hidden = policy.hidden
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-        yield triton.ARITHMETIC if backend == "triton" else cpu.arithmetic(policy)
+        on_gpu = {"triton": triton.ARITHMETIC, "cuda": cuda.ARITHMETIC}
+        yield on_gpu[backend] if backend in on_gpu else cpu.arithmetic(policy)
 
 
 def filled(policy: Side, *tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -27,6 +27,8 @@ from irlfast.ops.checks import (
     FLOATS,
     INTEGERS,
     check_cu_seqlens,
+    check_offsets,
+    check_pairs,
     check_range,
     check_tensor,
     choose_backend,
@@ -34,6 +36,7 @@ from irlfast.ops.checks import (
     values_visible,
 )
 from irlfast.ops.divergences import Options, check_options, discriminator_reward
+from irlfast.ops.problem import default_pairs
 
 __all__ = ["DiscriminatorLoss", "discriminator_loss", "discriminator_reward", "reward_head"]
 
@@ -126,7 +129,7 @@ def discriminator_loss(
     options = Options(kind, alpha, label_smoothing, f_max, clamp)
     check_options(options)
     check_labels(labels, cu_seqlens, kind)
-    check_pairs(pairs, labels, cu_seqlens, kind, pooling)
+    check_compared(pairs, labels, cu_seqlens, kind, pooling)
     labels = None if kind == "bradley_terry" or labels is None else labels != 0
     token = pooling == "token"
     if backend == "triton":
@@ -164,7 +167,7 @@ def plain_loss(
 ) -> Tensor:
     lengths = cu_seqlens.diff()
     if labels is None:
-        pairs = torch.arange(len(lengths), device=h.device).view(-1, 2) if pairs is None else pairs
+        pairs = default_pairs(len(lengths), h.device) if pairs is None else pairs
         return divergences.pair_loss(h, pairs, lengths > 0, options)
     if token:
         labels = labels.repeat_interleave(lengths, output_size=h.shape[0])
@@ -319,8 +322,7 @@ def check_heads(
     if bias is not None:
         check_tensor(bias, "bias", "[M]", (hidden.dtype,), device)
         require(bias.shape[0] == heads, "bias", bias, "[{}], as head has that many rows", heads)
-    check_tensor(cu_seqlens, "cu_seqlens", "[S + 1]", (torch.int32,), device)
-    require(cu_seqlens.shape[0] > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
+    check_offsets(cu_seqlens, device)
     if rows is not None:
         check_tensor(rows, "rows", "[N]", INTEGERS, device)
     require(pooling in ("last", "token"), "pooling", pooling, "'last' or 'token'")
@@ -329,7 +331,7 @@ def check_heads(
         check_cu_seqlens(cu_seqlens, (hidden if rows is None else rows).shape[0], whose)
         if rows is not None:
             check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
-    backend = choose_backend(backend, hidden, "hidden")
+    backend = choose_backend(backend, hidden, "hidden", ("auto", "plain", "cpu", "triton"))
     few = backend != "triton" or heads <= MOST_HEADS
     require(few, "head", head, f"at most {MOST_HEADS} heads by backend 'triton'; 'plain' takes any number")
     return backend
@@ -347,24 +349,13 @@ def check_labels(labels: Tensor | None, cu_seqlens: Tensor, kind: str) -> None:
         require(wrong.numel() == 0, "labels", wrong[0].item() if wrong.numel() else 0, "1 (expert) or 0 (synthetic)")
 
 
-def check_pairs(pairs: Tensor | None, labels: Tensor | None, cu_seqlens: Tensor, kind: str, pooling: str) -> None:
-    sequences = cu_seqlens.shape[0] - 1
+def check_compared(pairs: Tensor | None, labels: Tensor | None, cu_seqlens: Tensor, kind: str, pooling: str) -> None:
     if kind != "bradley_terry":
         require(pairs is None, "pairs", pairs, f"None for kind {kind!r}")
         return
     require(pooling == "last", "pooling", pooling, "'last' for kind 'bradley_terry', which compares sequences")
-    if pairs is None:
-        if sequences % 2:
-            require(
-                False, "cu_seqlens", f"{sequences} sequences", "an even number (expert, synthetic, …) without pairs"
-            )
-    else:
-        check_tensor(pairs, "pairs", "[P, 2]", INTEGERS, cu_seqlens.device)
-        require(pairs.shape[1] == 2, "pairs", pairs, "[P, 2], columns expert and synthetic")
-    if values_visible(cu_seqlens.device):
-        if pairs is not None:
-            check_range(pairs, "pairs", 0, sequences, ", the sequences of cu_seqlens")
-        if labels is not None:
-            ordered = labels.view(-1, 2) if pairs is None else labels[pairs]
-            agree = bool(((ordered[:, 0] != 0) & (ordered[:, 1] == 0)).all())
-            require(agree, "labels", labels, "1 for the first and 0 for the second sequence of every pair")
+    check_pairs(pairs, cu_seqlens)
+    if labels is not None and values_visible(cu_seqlens.device):
+        ordered = labels.view(-1, 2) if pairs is None else labels[pairs]
+        agree = bool(((ordered[:, 0] != 0) & (ordered[:, 1] == 0)).all())
+        require(agree, "labels", labels, "1 for the first and 0 for the second sequence of every pair")

@@ -32,7 +32,8 @@ class Arithmetic(NamedTuple):
     softmax: Callable[[Tensor, Tensor, Side, Problem], tuple[Tensor, Tensor, Tensor]]
     by_weight: Callable[[Tensor, Tensor], Tensor]  # (slab [n, V], weight [V, H]): slab @ weight [n, H], fp32 (fp64)
     by_hidden: Callable[[Tensor, Tensor, Tensor], None]  # (sum [V, H], slab [n, V], [n, H]): sum += slabᵀ @ it
-    # (sides, problem, tokens [n]) -> log-probabilities [n] of each side, without a slab; None where a slab is as good
+    # (sides, problem, tokens [n], statistics) -> log-probabilities [n] of each side without a slab; into statistics, if
+    # given, what ``sparse`` needs; None where a slab is as good
     fused: Callable[[Sequence[Side], Problem, Tensor, Tensor | None], Tensor] | None = None
     # (sums, side, problem, tokens [n], upstream [n], statistics): sums += gradients, by the tiles that weigh enough
     sparse: Callable[["Gradients", Side, Problem, Tensor, Tensor, Tensor], None] | None = None

@@ -1,8 +1,13 @@
-"""Kernels run here on a GPU where there is one, else under Triton's interpreter (``TRITON_INTERPRET=1``)."""
+"""Kernels run here on a GPU where there is one, else on the CPU (``TRITON_INTERPRET=1``): Triton's by its interpreter,
+those in CUDA C++ by :mod:`tests.kernels.emulated`."""
 
 import os
+import shutil
 
+import pytest
 import torch
+
+from irlfast import native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -10,5 +15,17 @@ if INTERPRETED:
     from tests.kernels.interpreter import repair_bf16
 
     repair_bf16()
+    if shutil.which("g++"):
+        from tests.kernels import emulated
+
+        native.cuda = emulated.module()
 elif not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    device = "cpu" if INTERPRETED else "cuda"
+    if request.param == "cuda" and getattr(native.cuda, "device", None) != device:
+        pytest.skip("irlfast._cuda is not built here")
+    return request.param

@@ -8,19 +8,8 @@ import torch
 
 from irlfast.ops import rewards as ops
 from tests.ops_cases import random_pairs, sequences
-from tests.test_rewards import (
-    FORMS,
-    LENGTHS,
-    POOLINGS,
-    check_autocast_and_checkpointing,
-    check_bf16,
-    check_compiled,
-    gradients,
-    in_fp64,
-    labels_of,
-    make,
-    options_of,
-)
+from tests.reward_cases import FORMS, LENGTHS, POOLINGS, gradients, in_fp64, labels_of, make, options_of
+from tests.test_rewards import check_autocast_and_checkpointing, check_bf16, check_compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]

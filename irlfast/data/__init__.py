@@ -23,10 +23,11 @@ Message = dict[str, str]
 
 
 class Demonstration(NamedTuple):
-    """A prompt, as text or as a conversation, and the expert's answer to it."""
+    """A prompt, as text or as a conversation, the expert's answer to it, and perhaps one that people liked less."""
 
     prompt: str | list[Message]
     answer: str
+    rejected: str | None = None
 
 
 class Example(NamedTuple):
@@ -36,6 +37,7 @@ class Example(NamedTuple):
     answer_ids: list[int]
     prompt: str
     answer: str
+    rejected_ids: list[int] | None = None
 
 
 class Format(NamedTuple):
@@ -60,7 +62,7 @@ def read_demonstrations(config: Config, name: str, split: str, limit: int | None
     for where, row in read_rows(config, name, split):
         if len(demonstrations) == limit:
             break
-        demonstrations.append(to_demonstration(row, where))
+        demonstrations.append(to_preference(row, where))
     if not demonstrations:
         raise InputError(f"dataset {name}, split {split!r}: found no rows, expected demonstrations")
     return demonstrations
@@ -91,8 +93,21 @@ def load_dataset(config: Config, name: str, path: Path | None, split: str) -> An
         raise InputError(f"dataset {path or name}, split {split!r}: cannot be read ({reason})") from error
 
 
+def to_preference(row: dict, where: str) -> Demonstration:
+    """A row with its ``rejected`` answer, where it has one to the same prompt."""
+    demonstration = to_demonstration(row, where)
+    if "chosen" not in row or row.get("rejected") is None:
+        return demonstration
+    try:
+        other = to_demonstration(row | {"chosen": row["rejected"]}, where)
+    except InputError:  # only methods that need it mind, and they say so
+        return demonstration
+    same = other.prompt == demonstration.prompt
+    return demonstration._replace(rejected=other.answer) if same else demonstration
+
+
 def to_demonstration(row: dict, where: str) -> Demonstration:
-    """A row of any convention of DESIGN §6; SPIN's ``generated`` and ``rejected`` answers are not used."""
+    """A row of any convention of DESIGN §6; SPIN's ``generated`` answers are not used."""
     if "messages" in row:
         return from_messages(row["messages"], where, "messages")
     if "real" in row:
@@ -162,10 +177,15 @@ def render_prompt(prompt: str | list[Message], form: Format) -> str:
     if form.tokenizer and form.tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return form.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if isinstance(prompt, list):
-        turns = [f"{ROLES.get(message['role'], message['role'])}: {message['content']}" for message in prompt]
-        prompt = prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(turns)
-    return form.template.replace("{}", prompt)
+    return form.template.replace("{}", prompt_text(prompt))
+
+
+def prompt_text(prompt: str | list[Message]) -> str:
+    """A prompt where there is no chat template: a conversation of one message is that, of more a line each."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = [f"{ROLES.get(message['role'], message['role'])}: {message['content']}" for message in prompt]
+    return prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(turns)
 
 
 def render_texts(demonstrations: list[Demonstration], template: str) -> list[str]:
@@ -185,7 +205,9 @@ def encode(demonstrations: list[Demonstration], form: Format, config: Config) ->
         batch = demonstrations[start : start + ENCODE_BATCH]
         prompts = [render_prompt(demonstration.prompt, form) for demonstration in batch]
         answers = [demonstration.answer for demonstration in batch]
-        for prompt, answer, ids in zip(prompts, answers, encode_texts(prompts, answers, form), strict=True):
+        worse = encode_rejected(prompts, batch, form)
+        texts = zip(prompts, answers, encode_texts(prompts, answers, form), worse, strict=True)
+        for prompt, answer, ids, rejected_ids in texts:
             counts["rows"] += 1
             if not answer.strip() or ids[1][:1] == [form.end_id]:
                 counts["empty_answers"] += 1
@@ -193,7 +215,10 @@ def encode(demonstrations: list[Demonstration], form: Format, config: Config) ->
                 counts["duplicates"] += 1
             else:
                 seen.add((prompt, answer))
-                examples.append(Example(*fit_lengths(*ids, form, config, counts), prompt, answer))
+                ids = fit_lengths(*ids, form, config, counts)
+                if rejected_ids is not None:
+                    rejected_ids, _ = fit_answer(rejected_ids, ids[0], form, config)
+                examples.append(Example(*ids, prompt, answer, rejected_ids))
     counts["kept"] = len(examples)
     counts["prompt_tokens"] = sum(len(example.prompt_ids) for example in examples)
     counts["answer_tokens"] = sum(len(example.answer_ids) for example in examples)
@@ -219,14 +244,19 @@ def encode_texts(prompts: list[str], answers: list[str], form: Format) -> list[t
     return pairs
 
 
+def encode_rejected(prompts: list[str], batch: list[Demonstration], form: Format) -> list[list[int] | None]:
+    """Ids of the rejected answers, without end token; None where there is none."""
+    pairs = [(prompt, row.rejected) for prompt, row in zip(prompts, batch, strict=True) if row.rejected is not None]
+    encoded = iter(encode_texts([prompt for prompt, _ in pairs], [text for _, text in pairs], form) if pairs else [])
+    return [None if row.rejected is None else next(encoded)[1] for row in batch]
+
+
 def fit_lengths(
     prompt_ids: list[int], answer_ids: list[int], form: Format, config: Config, counts: dict[str, int]
 ) -> tuple[list[int], list[int]]:
     """One BOS in front, one end token behind, and both within the limits."""
-    if form.end_id in answer_ids:  # an end token in the text: the sampler would stop there too
+    if form.end_id in answer_ids:
         counts["cut_at_end_token"] += answer_ids.index(form.end_id) < len(answer_ids) - 1
-        answer_ids = answer_ids[: answer_ids.index(form.end_id)]
-    answer_ids = [*answer_ids, form.end_id]
     if form.bos and prompt_ids[:1] != form.bos:
         prompt_ids = form.bos + prompt_ids
     if not prompt_ids:
@@ -235,9 +265,17 @@ def fit_lengths(
         counts["cut_prompts"] += 1
         head = prompt_ids[:1] if prompt_ids[:1] == [form.tokenizer.bos_token_id] else []
         prompt_ids = head + prompt_ids[len(prompt_ids) - config.max_prompt_length + len(head) :]
+    answer_ids, cut = fit_answer(answer_ids, prompt_ids, form, config)
+    counts["cut_answers"] += cut
+    return prompt_ids, answer_ids
+
+
+def fit_answer(answer_ids: list[int], prompt_ids: list[int], form: Format, config: Config) -> tuple[list[int], bool]:
+    """One end token behind, within ``max_length``; and whether the answer had to be cut for that."""
+    if form.end_id in answer_ids:  # an end token in the text: the sampler would stop there too
+        answer_ids = answer_ids[: answer_ids.index(form.end_id)]
     room = config.max_length - len(prompt_ids)
-    counts["cut_answers"] += len(answer_ids) > room
-    return prompt_ids, answer_ids[:room]
+    return [*answer_ids, form.end_id][:room], len(answer_ids) >= room
 
 
 # ---------------------------------------------------------------- the two sets of a run
@@ -263,5 +301,5 @@ def fingerprint(*sets: list[Example]) -> str:
     digest = hashlib.sha256()
     for examples in sets:
         for example in examples:
-            digest.update(repr((example.prompt_ids, example.answer_ids)).encode())
+            digest.update(repr((example.prompt_ids, example.answer_ids, example.rejected_ids)).encode())
     return digest.hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""Do methods that see only chosen answers learn what people prefer? Figure 2 of arXiv 2405.17888, at a CPU's size.
+
+    python -m benchmarks.preferences --data ../shared/data
+
+2,000 rows of HH harmless to learn from, the chosen answers alone, and the rest held out: the gap in log-probability
+between the chosen and the rejected answer, and how often the chosen one has the higher reward, for SFT, IRFT and RFT
+(implicit reward: log-ratio to the SFT policy), RFT's learned reward, and a reward model that was given the preferences.
+Writes ``benchmarks/results/DATE-preferences-hh.json`` and its plot. Runs resume.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+ROWS = 2000
+COMMON = {
+    "config_name": "irlfast/demo/config.json",
+    "train_tokenizer": 2048,
+    "max_prompt_length": 192,
+    "max_length": 256,
+    "max_new_tokens": 64,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "sft_steps": 375,
+    "sft_learning_rate": 2e-3,
+    "sft_optim": "adamw_torch",
+    "sft_per_device_train_batch_size": 16,
+    "logging_steps": 25,
+}
+REWARD = {"reward_epochs": 2, "reward_learning_rate": 3e-4, "reward_optim": "adamw_torch"}
+RUNS = {
+    "IRFT": {"method": "irft", "stages": 2, "learning_rate": 5e-5, "beta": 0.1, "nll_weight": 0.2},
+    "RFT": REWARD | {"method": "rft", "stages": 1, "learning_rate": 1e-5, "beta": 0.2, "num_generations": 2},
+    "preference reward model": REWARD | {"method": "reward", "reward_data": "preference"},
+}
+
+
+def split(data: Path, folder: Path) -> dict[str, Path]:
+    """The first rows to learn from, the others held out."""
+    lines = (data / "hh_harmless_test.jsonl").read_text().splitlines(keepends=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {"dataset_name": lines[:ROWS], "eval_dataset_name": lines[ROWS:]}
+    for name, part in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(part))
+    return {name: folder / f"{name}.jsonl" for name in parts}
+
+
+def train(output: Path, keys: dict) -> dict[str, dict]:
+    """Run (or resume) a training; its held-out figures by phase."""
+    arguments = [f"{name}={value}" for name, value in {**keys, "output_dir": output}.items()]
+    subprocess.run([sys.executable, "-m", "irlfast.train", *arguments], cwd=ROOT, check=True)
+    paths = [*output.glob("*/eval.json"), *output.glob("*/reward/eval.json")]
+    return {str(path.parent.relative_to(output)): json.loads(path.read_text()) for path in sorted(paths)}
+
+
+def measure(folder: Path, data: Path) -> dict[str, dict[str, float]]:
+    """By method: ``gap`` in nats and ``accuracy``, where the method has them."""
+    keys = COMMON | split(data, folder)
+    rows: dict[str, dict[str, float]] = {}
+    for name, own in RUNS.items():
+        figures = train(folder / name, keys | own)
+        rows.setdefault("SFT", {"gap": figures["sft"]["preference_gap"]})
+        policies = [phase for phase in figures if phase.startswith("stage") and "/" not in phase]
+        if policies:
+            final = figures[max(policies)]
+            rows[name] = {"gap": final["preference_gap"], "accuracy": final["preference_accuracy"]}
+        rewards = [phase for phase in figures if phase.endswith("reward")]
+        if rewards:
+            label = name if own["method"] == "reward" else f"{name}, its reward"
+            rows[label] = {"accuracy": figures[max(rewards)]["preference_accuracy"]}
+            rows[label]["pairs"] = figures[max(rewards)]["preference_pairs"]
+    return rows
+
+
+def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Two panels of bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = {"gap": "log π(chosen) − log π(rejected), nats", "accuracy": "reward higher for the chosen answer, share"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        bars = {label: row[name] for label, row in rows.items() if name in row}
+        axes.barh(list(bars)[::-1], list(bars.values())[::-1])
+        axes.set_title(title, fontsize=9)
+    panels[1].axvline(0.5, color="grey", linewidth=0.8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of hh_harmless_test.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("runs/preferences"))
+    options = parser.parse_args()
+    rows = measure(options.output.resolve(), options.data.resolve())
+    for name, row in rows.items():
+        print(f"{name:26}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
+    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-preferences-hh.json"
+    result = {
+        "command": " ".join(["python -m benchmarks.preferences", *sys.argv[1:]]),
+        "keys": {"all": COMMON, **RUNS},
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw(rows, path.with_suffix(".svg"))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Do learned rewards help? The papers' methods on the CMU dictionary, from one SFT policy a seed.
+
+    python -m benchmarks.rewards --data ../shared/data --seeds 0 1 2
+
+For every seed: an early SFT policy (the initial one of AfD), the SFT policy, IRFT, SPIN, RFT by each alignment on one
+learned reward, adversarial AfD, AfD's rewards of each kind of pairs, and best of 16 of the SFT policy's answers by
+every reward. A reward's true quality is its rank correlation with the phoneme error rate among the SFT policy's own
+answers to a prompt. Prints mean ± standard deviation over seeds and writes
+``benchmarks/results/DATE-rewards-cmudict.json``. Runs resume.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from scipy.stats import rankdata
+
+ROOT = Path(__file__).parent.parent
+COMMON = {
+    "max_train_samples": 24000,
+    "max_eval_samples": 1000,
+    "max_prompt_length": 64,
+    "max_length": 96,
+    "max_new_tokens": 32,
+    "sft_learning_rate": 2e-3,
+    "sft_optim": "adamw_torch",
+    "sft_per_device_train_batch_size": 128,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 256,
+    "save_steps": 100,
+    "logging_steps": 25,
+}
+EARLY, SFT = 100, 400  # steps
+REWARD = {"reward_steps": 200, "reward_learning_rate": 3e-4, "reward_optim": "adamw_torch"}
+IRFT = {"method": "irft", "stages": 3, "learning_rate": 5e-5, "beta": 1.0, "nll_weight": 0.5}
+SPIN = {"method": "spin", "stages": 2, "inner_steps": 60, "learning_rate": 5e-5, "beta": 1.0, "nll_weight": 0.5}
+RFT = REWARD | {"method": "rft", "stages": 1, "num_generations": 4, "learning_rate": 1e-5, "beta": 0.2}
+AFD = RFT | {"method": "afd", "stages": 2, "reward_steps": 100, "prompts_per_stage": "split", "history": 1}
+WORDS = {"max_train_samples": 8000}  # of all but SFT
+PROMPTS = {"max_train_samples": 4000}  # of RFT and adversarial AfD: four answers to each are sampled
+N, BON_PROMPTS = 16, 500
+
+
+def train(output: Path, **keys) -> dict[str, dict]:
+    """Run (or resume) a training; its held-out figures by phase."""
+    arguments = [f"{name}={value}" for name, value in {**COMMON, **keys, "output_dir": output}.items()]
+    subprocess.run([sys.executable, "-m", "irlfast.train", *arguments], cwd=ROOT, check=True)
+    paths = [*output.glob("*/eval.json"), *output.glob("*/reward/eval.json")]
+    return {str(path.parent.relative_to(output)): json.loads(path.read_text()) for path in sorted(paths)}
+
+
+def best_of_n(output: Path, policy: Path, reward: str, rollouts: Path | None, **keys) -> None:
+    """Best of N by a reward, on answers that an earlier reward's run has sampled."""
+    if rollouts and not output.exists():
+        shutil.copytree(rollouts, output / "part-00000" / "rollouts")
+    own = {"model_name_or_path": policy, "reward_model_name_or_path": reward, "num_generations": N}
+    own |= {"max_train_samples": BON_PROMPTS, "output_dir": output}
+    arguments = [f"{name}={value}" for name, value in {**COMMON, **keys, **own}.items()]
+    subprocess.run([sys.executable, "-m", "irlfast.bon", *arguments], cwd=ROOT, check=True)
+
+
+def run_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
+    """Figures of every method and of every reward."""
+    source = {"dataset_name": data / "cmudict_train.jsonl", "eval_dataset_name": data / "cmudict_test.jsonl"}
+    keys = source | {"seed": seed}
+    new = {"config_name": ROOT / "irlfast/demo/config.json", "train_tokenizer": 384}
+    train(folder / "early", **keys, **new, method="sft", sft_steps=EARLY)
+    early = keys | {"model_name_or_path": folder / "early" / "final", "sft_steps": SFT}
+    train(folder / "SFT", **early, method="sft")
+    policy = folder / "SFT" / "sft" / "policy"
+    figures = {"SFT": errors(folder / "SFT" / "sft")}
+    for pairs in ("init_sft", "init_demo", "sft_demo"):
+        share(folder / "SFT", folder / pairs, "sft")
+        found = train(folder / pairs, **early | REWARD | WORDS, method="reward", reward_data=pairs)
+        figures[f"reward {pairs}"] = found["stage-00/reward"]
+    from_sft = keys | {"model_name_or_path": policy} | WORDS
+    for name, own in (("IRFT", IRFT), ("SPIN", SPIN), ("AfD, adversarial", AFD | PROMPTS)):
+        figures[name] = last(folder / name, train(folder / name, **from_sft | own))
+    for align in ("rloo", "ppo", "apa", "bon"):
+        output = folder / f"rft-{align}"
+        if align != "rloo":
+            for part in ("initial", "stage-00/samples", "stage-00/reward"):
+                share(folder / "rft-rloo", output, part)
+        figures[f"RFT, {align}"] = last(output, train(output, **from_sft | RFT | PROMPTS, align=align))
+    rewards = {
+        "init_sft": folder / "init_sft" / "final",
+        "init_demo": folder / "init_demo" / "final",
+        "sft_demo": folder / "sft_demo" / "final",
+        "implicit: SFT to early": f"{policy},{folder / 'early' / 'final'}",
+        "implicit: IRFT to SFT": f"{folder / 'IRFT' / 'final'},{policy}",
+    }
+    first = None
+    for name, reward in rewards.items():
+        output = folder / "bon" / name
+        test = {"dataset_name": data / "cmudict_test.jsonl", "seed": seed}
+        best_of_n(output, policy, str(reward), first, **test)
+        first = first or output / "part-00000" / "rollouts"
+        figures[f"best of {N}, {name}"] = quality(output)
+    figures["SFT, the same words"] = first_words(folder / "SFT" / "sft", output)
+    return figures
+
+
+def share(source: Path, target: Path, part: str) -> None:
+    """What both runs would compute alike is computed once."""
+    if not (target / part).exists():
+        shutil.copytree(source / part, target / part)
+
+
+def last(output: Path, figures: dict[str, dict]) -> dict:
+    """Figures of the last policy, and of its reward if it has one."""
+    phase = max(name for name in figures if name.startswith("stage") and "/" not in name)
+    found = errors(output / phase)
+    if f"{phase}/reward" in figures:
+        found["reward_accuracy"] = figures[f"{phase}/reward"]["reward_accuracy"]
+    return found
+
+
+def errors(folder: Path) -> dict:
+    """Held-out figures of a phase with the phoneme error rate of its greedy answers."""
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").open()]
+    return json.loads((folder / "eval.json").read_text()) | {"phoneme_error_rate": error_rate(rows)}
+
+
+def first_words(folder: Path, bon: Path) -> dict:
+    """Greedy figures on the words that best of N was drawn for."""
+    prompts = {json.loads(line)["prompt"] for line in (bon / "best.jsonl").open()}
+    rows = [row for row in map(json.loads, (folder / "answers.jsonl").open()) if row["prompt"] in prompts]
+    exact = statistics.mean(row["answer"] == row["expert"] for row in rows)
+    return {"exact_match": exact, "phoneme_error_rate": error_rate(rows), "reward_accuracy": None, "count": len(rows)}
+
+
+def error_rate(rows: list[dict]) -> float:
+    """Edit distance in phonemes over the experts' phonemes."""
+    wrong = sum(distance(row["expert"].split(), row["answer"].split()) for row in rows)
+    return wrong / sum(len(row["expert"].split()) for row in rows)
+
+
+def distance(one: list[str], two: list[str]) -> int:
+    """Levenshtein's."""
+    row = list(range(len(two) + 1))
+    for i, a in enumerate(one, 1):
+        above, row[0] = row[0], i
+        for j, b in enumerate(two, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (a != b))
+    return row[-1]
+
+
+def quality(output: Path) -> dict:
+    """Of a best-of-N run: figures of the best answers, and the reward's rank correlation with fewer errors."""
+    best = [json.loads(line) for line in (output / "best.jsonl").open()]
+    rollouts = [
+        json.loads(line) for path in sorted((output / "part-00000" / "rollouts").glob("*")) for line in path.open()
+    ]
+    answers = {row["index"]: row["answer"].split() for row in rollouts}
+    wrong = np.array(
+        [[distance(row["expert"].split(), answers[i * N + k]) for k in range(N)] for i, row in enumerate(best)]
+    )
+    rewards = load_file(output / "part-00000" / "scores.safetensors")["rewards"].numpy()
+    each = [correlation(a, b) for a, b in zip(rewards, wrong, strict=True) if a.std() > 0 and b.std() > 0]
+    curve = json.loads((output / "curve.json").read_text())
+    return {
+        "exact_match": statistics.mean(row["answer"].strip() == row["expert"].strip() for row in best),
+        "phoneme_error_rate": error_rate(best),
+        "rank_correlation": statistics.mean(each),
+        "exact_match_by_n": {row["n"]: row["exact_match"] for row in curve},
+        "reward_accuracy": None,
+    }
+
+
+def correlation(rewards: np.ndarray, wrong: np.ndarray) -> float:
+    """Spearman's, of a prompt's answers: 1 where a higher reward always has fewer errors."""
+    return float(np.corrcoef(rankdata(rewards), rankdata(-wrong))[0, 1])
+
+
+METRICS = ("exact_match", "phoneme_error_rate", "reward_accuracy", "rank_correlation")
+
+
+def summarise(seeds: list[dict[str, dict]]) -> dict[str, dict[str, list[float]]]:
+    """Mean and standard deviation over seeds, by method and metric."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for name in seeds[0]:
+        for metric in METRICS:
+            values = [figures[name][metric] for figures in seeds if figures[name].get(metric) is not None]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                table.setdefault(name, {})[metric] = [statistics.mean(values), spread]
+    return table
+
+
+def markdown(table: dict[str, dict[str, list[float]]]) -> str:
+    lines = [
+        "| | exact match | phoneme error rate | reward accuracy | rank correlation |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, metrics in table.items():
+        cells = ["{:.3f} ± {:.3f}".format(*metrics[key]) if key in metrics else "–" for key in METRICS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of cmudict_train.jsonl and cmudict_test.jsonl")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/rewards"))
+    options = parser.parse_args()
+    folder = options.output.resolve()
+    seeds = [run_seed(folder / f"seed-{seed}", seed, options.data.resolve()) for seed in options.seeds]
+    table = summarise(seeds)
+    print(markdown(table))
+    result = {
+        "command": " ".join(["python -m benchmarks.rewards", *sys.argv[1:]]),
+        "keys": {
+            "common": COMMON,
+            "reward": REWARD,
+            "irft": IRFT,
+            "spin": SPIN,
+            "rft": RFT | PROMPTS,
+            "afd": AFD | PROMPTS,
+        },
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "seeds": dict(zip(map(str, options.seeds), seeds, strict=True)),
+        "table": table,
+    }
+    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-rewards-cmudict.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Best of N: ``python -m irlfast.bon [CONFIG.yaml] key=value...``, with the keys of training; it resumes like a run.
+
+    python -m irlfast.bon model_name_or_path=runs/rft/sft/policy \\
+        reward_model_name_or_path=runs/rft/stage-00/reward/model dataset_name=prompts.jsonl \\
+        num_generations=16 output_dir=runs/bon
+
+The policy answers every prompt of the dataset ``num_generations`` times, in shards, and the answer of the highest
+reward goes to ``best.jsonl``. ``curve.json`` has what best of n would give for n = 1, 2, 4, … N, from the same answers:
+the mean over all choices of n of the N, exact without more sampling; with the KL to the policy, at most
+log n − (n − 1)/n (arXiv 2401.01879).
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file, save_file
+
+from irlfast import dist
+from irlfast.config import Config, load_config
+from irlfast.data import Example
+from irlfast.files import InputError, write, write_json
+from irlfast.metrics import say
+from irlfast.pack import Segment
+from irlfast.prepare import prepare
+from irlfast.reward import rewards_of
+from irlfast.run import Run
+from irlfast.sample import Sampling, sample
+
+ANSWERS = 2**17  # that are held in memory at a time
+
+
+def best_of_n(config: Config) -> None:
+    """Sample, score and choose, a part of the prompts at a time; then the curve."""
+    run = prepare(dataclasses.replace(config, eval_dataset_name=config.dataset_name, max_eval_samples=1))
+    size = max(1, ANSWERS // config.num_generations)
+    parts = [run.train[start : start + size] for start in range(0, len(run.train), size)]
+    folders = [run.output / f"part-{number:05d}" for number in range(len(parts))]
+    for number, (examples, folder) in enumerate(zip(parts, folders, strict=True)):
+        if not (folder / "best.jsonl").exists():
+            choose_best(run, number, examples, folder)
+    if dist.is_main():
+        write(run.output / "best.jsonl", lambda path: path.write_bytes(b"".join(lines(folders))))
+        scores = [load_file(folder / "scores.safetensors") for folder in folders]
+        curve = best_of_each(*(np.concatenate([part[name] for part in scores]) for name in ("rewards", "exact")))
+        write_json(run.output / "curve.json", curve)
+        show(curve)
+        say(f"best of {config.num_generations}: {run.output / 'best.jsonl'}")
+    dist.barrier()
+    dist.stop()
+
+
+def choose_best(run: Run, number: int, examples: list[Example], folder: Path) -> None:
+    config, n = run.config, run.config.num_generations
+    drawn = Sampling(config.at("temperature", 0), config.top_p, config.top_k, (config.seed * 1000 + number) * 100_000)
+    answers = sample(run, run.initial, [x for x in examples for _ in range(n)], folder / "rollouts", drawn)
+    groups = [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n])) for i, x in enumerate(examples)]
+    rewards = rewards_of(run, config.reward_model_name_or_path, groups, folder).view(-1, n).numpy()
+    if dist.is_main():
+        exact = np.array([[a == x.answer_ids for a in g.answers] for x, g in zip(examples, groups, strict=True)])
+        scores = {"rewards": rewards.astype(np.float32), "exact": exact}
+        write(folder / "scores.safetensors", lambda path: save_file(scores, path))
+        rows = [
+            {
+                "prompt": example.prompt,
+                "answer": run.form.tokenizer.decode(group.answers[best], skip_special_tokens=True),
+                "answer_ids": group.answers[best],
+                "reward": values[best].item(),
+                "expert": example.answer,
+            }
+            for example, group, values, best in zip(examples, groups, rewards, rewards.argmax(1), strict=True)
+        ]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write(folder / "best.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+    dist.barrier()
+
+
+def lines(folders: list[Path]) -> list[bytes]:
+    return [(folder / "best.jsonl").read_bytes() for folder in folders]
+
+
+def best_of_each(rewards: np.ndarray, exact: np.ndarray) -> list[dict[str, Any]]:
+    """Expected reward and exact match of the best of n = 1, 2, 4, … N answers, from those of N, ``[P, N]``."""
+    count = rewards.shape[1]
+    order = rewards.argsort(1, kind="stable")
+    ranked, right = (np.take_along_axis(values, order, 1) for values in (rewards, exact))
+    sizes = sorted({*(2**k for k in range(count.bit_length()) if 2**k <= count), count})
+    rows = []
+    for n in sizes:
+        # The i-th least of N is the best of n where the other n − 1 are among the i that are less.
+        weights = np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
+        rows.append(
+            {
+                "n": n,
+                "kl_bound": math.log(n) - (n - 1) / n,
+                "reward": float((ranked @ weights).mean()),
+                "exact_match": float((right @ weights).mean()),
+            }
+        )
+    return rows
+
+
+def show(curve: list[dict[str, Any]]) -> None:
+    table = Table("best of", "KL at most (nats)", "reward", "exact match")
+    for row in curve:
+        table.add_row(str(row["n"]), *(f"{row[name]:.3f}" for name in ("kl_bound", "reward", "exact_match")))
+    Console(width=100).print(table)
+
+
+def main() -> int:
+    """Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    from irlfast.train import fail
+
+    try:
+        config, _ = load_config([*sys.argv[1:], "method=rft", "reward_data=none", "align=bon"])
+        best_of_n(config)
+    except InputError as error:
+        return fail(str(error), 2)
+    except KeyboardInterrupt:
+        return fail("interrupted; the same command resumes", 130)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What one key of the configuration cannot tell alone. Looks at files but imports nothing heavy."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from irlfast.files import InputError, find
+
+PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")
+
+
+def check(config: Any) -> None:
+    """Every check; the first that fails raises an InputError that names the keys."""
+    if config.dataset_name is None:
+        raise InputError("dataset_name: found nothing, expected a file of demonstrations or a hub dataset")
+    if (config.model_name_or_path is None) == (config.config_name is None):
+        raise InputError("model_name_or_path and config_name: expected exactly one of them")
+    if config.config_name and not (config.train_tokenizer or config.tokenizer_name_or_path):
+        raise InputError("config_name builds a new model, which needs tokenizer_name_or_path or train_tokenizer")
+    if config.train_tokenizer and not config.config_name:
+        raise InputError("train_tokenizer: a trained model needs its own tokenizer; expected config_name with it")
+    check_reward(config)
+    for first, second in (
+        ("inner_epochs", "inner_steps"),
+        ("sft_epochs", "sft_steps"),
+        ("reward_epochs", "reward_steps"),
+    ):
+        if getattr(config, first) is not None and getattr(config, second) is not None:
+            raise InputError(f"{first} and {second}: expected at most one of them")
+    for name in ("inner_epochs", "inner_steps"):
+        if config.method == "sft" and getattr(config, name) is not None:
+            raise InputError(f"{name}: method sft takes {name.replace('inner', 'sft')} instead")
+    for name in PER_STAGE:
+        value = getattr(config, name)
+        if isinstance(value, list) and len(value) != config.stages:
+            raise InputError(f"{name}: found {len(value)} values, expected one or one a stage ({config.stages})")
+    if config.max_prompt_length >= config.max_length:
+        raise InputError(
+            f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length ({config.max_length})"
+        )
+    if config.prompt_template.count("{}") != 1:
+        raise InputError("prompt_template: expected '{}' exactly once, where the prompt goes")
+    if config.dtype == "bfloat16" and config.zero_stage == 0:
+        raise InputError("zero_stage: found 0 with dtype bfloat16, expected 1 to 3 (they keep the fp32 master copy)")
+    if config.save_steps % config.logging_steps:  # so that a resumed run logs and stops where an unbroken one does
+        raise InputError(
+            f"save_steps: found {config.save_steps}, expected a multiple of logging_steps ({config.logging_steps})"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if config.torch_compile and not shutil.which(compiler):
+        raise InputError(f"torch_compile: found no compiler {compiler}, expected one (CXX may name it), or false")
+    for package in config.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")
+    if config.push_to_hub and not config.hub_model_id:
+        raise InputError("push_to_hub: expected hub_model_id with it")
+    for name in ("dataset_name", "eval_dataset_name", "config_name", "deepspeed", "model_name_or_path"):
+        check_path(name, getattr(config, name))
+
+
+def check_reward(config: Any) -> None:
+    """What RFT, AfD and reward models ask for."""
+    learned, added = config.reward_data != "none", len(config.reward_model_name_or_path)
+    if config.method in ("rft", "afd") and not learned and not added:
+        raise InputError("reward_data: found 'none' without reward_model_name_or_path; expected one of them")
+    if config.method == "reward" and not learned:
+        raise InputError("reward_data: found 'none', expected pairs to learn from for method reward")
+    if config.reward_weights and len(config.reward_weights) != learned + added:
+        raise InputError(
+            f"reward_weights: found {len(config.reward_weights)}, expected {learned + added}, one a reward"
+        )
+    if config.reward_loss == "sigmoid" and config.reward_level == "token":
+        raise InputError("reward_level: found 'token' with reward_loss sigmoid, which compares whole answers")
+    if config.reward_loss in ("sigmoid", "linear") and config.divergence != "reverse_kl":
+        raise InputError(f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}; expected bce")
+    if config.label_smoothing and config.reward_loss not in ("sigmoid", "bce"):
+        raise InputError(f"label_smoothing: expected 0 for reward_loss {config.reward_loss!r}")
+    if config.reward_combine == "mean_std" and config.reward_heads < 2:
+        raise InputError("reward_combine: found 'mean_std' with one head, expected reward_heads of 2 or more")
+    if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
+        raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
+    if config.align == "apa" and config.kl_in == "loss":
+        raise InputError("kl_in: found 'loss' with align apa, whose loss is the KL-regularised optimum's already")
+
+
+def check_path(name: str, value: str | None) -> None:
+    """A value that can only be a file must exist; one like ``owner/name`` may be on the hub."""
+    if value is None or find(value):
+        return
+    local = name in ("config_name", "deepspeed") or value.startswith(("/", ".", "~")) or value.count("/") > 1
+    if local or Path(value).suffix in (".json", ".jsonl", ".parquet", ".csv"):
+        raise InputError(f"{name}: no such file or folder: {value}")

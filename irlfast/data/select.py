@@ -1,0 +1,78 @@
+"""Keep the best demonstrations by a reward model: the data preparation of the IRFT paper (arXiv 2405.17888, section 6).
+
+    python -m irlfast.data.select DATASET REWARD_MODEL OUTPUT.jsonl --keep 10000
+
+reads the rows as training does, scores them in shards that survive a kill (``OUTPUT.jsonl.scores/``; the same command
+goes on), and writes the ``--keep`` rows of the highest reward, as they are and in their order, with their ``reward``.
+Only the rewards are held in memory.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from irlfast.config import Config
+from irlfast.data import read_rows, to_demonstration
+from irlfast.files import InputError, read_jsonl, write_jsonl
+from irlfast.reward import load_external
+
+SHARD = 1024  # rows
+
+
+def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch_size: int) -> None:
+    config = Config(dataset_name=dataset)
+    folder = output.with_name(output.name + ".scores")
+    rewards: list[float] = []
+    score_texts = None
+    rows = iter(tqdm(read_rows(config, dataset, split), desc="rows", unit="row"))
+    for number in itertools.count():
+        shard = list(itertools.islice(rows, SHARD))
+        if not shard:
+            break
+        path = folder / f"{number:05d}.jsonl"
+        if not path.exists():
+            score_texts = score_texts or load_external(reward, batch_size)
+            texts = [to_demonstration(row, where) for where, row in shard]
+            scores = score_texts([(text.prompt, text.answer) for text in texts]).tolist()
+            write_jsonl(path, [{"reward": value} for value in scores])
+        found = [row["reward"] for _, row in read_jsonl(path)]
+        if len(found) != len(shard):
+            raise InputError(f"{path}: found {len(found)} rewards, expected {len(shard)}; it is of another dataset")
+        rewards += found
+    if not rewards:
+        raise InputError(f"dataset {dataset}, split {split!r}: found no rows, expected demonstrations")
+    chosen = {*np.argsort(-np.array(rewards), kind="stable")[:keep].tolist()}
+    kept = (
+        {**row, "reward": rewards[i]} for i, (_, row) in enumerate(read_rows(config, dataset, split)) if i in chosen
+    )
+    write_jsonl(output, kept)
+    print(f"{len(chosen):,} of {len(rewards):,} rows: {output} (reward from {min(rewards[i] for i in chosen):.3f})")
+
+
+def main() -> int:
+    """Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="jsonl, json, parquet or csv file, saved dataset, or hub name")
+    parser.add_argument("reward", help="AutoModelForSequenceClassification with one label: a folder or hub name")
+    parser.add_argument("output", type=Path, help="jsonl file to write")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--keep", type=int, default=10_000, help="rows to keep")
+    parser.add_argument("--batch_size", type=int, default=16)
+    options = parser.parse_args()
+    try:
+        select(options.dataset, options.split, options.reward, options.output, options.keep, options.batch_size)
+    except InputError as error:
+        print(f"irlfast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("irlfast: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Learning a reward from demonstrations (arXiv 2405.17888, RFT; Inverse-RLignment, AfD): pairs, leaks, training."""
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+from irlfast import dist
+from irlfast.config import Config
+from irlfast.engine import Plan, fit
+from irlfast.files import read_json, write_json
+from irlfast.leaks import find_leaks, say_leaks
+from irlfast.losses import reward_loss
+from irlfast.methods.irft import make_pairs, rejected, sampling, stage_examples, stage_name
+from irlfast.metrics import say
+from irlfast.pack import Segment, plan_steps
+from irlfast.reward import KINDS, recipe, rewards_of
+from irlfast.run import Run
+from irlfast.sample import Sampling, sample
+
+DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
+
+
+def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
+    """The reward model of a stage, from the one before it; one for all stages where the pairs are not the policy's."""
+    config = run.config
+    if config.reward_data != "policy_demo":
+        stage = 0
+    folder = run.output / stage_name(stage) / "reward"
+    if not (folder / "DONE").exists():
+        pairs = reward_pairs(run, stage, policy)
+        if dist.is_main() and not (folder / "leaks.json").exists():
+            leaks = find_leaks(pairs, run.form, config.max_new_tokens)
+            write_json(folder / "leaks.json", leaks)
+            say_leaks(leaks, stage_name(stage))
+        dist.barrier()
+        start = run.output / stage_name(stage - 1) / "reward" / "model" if stage else policy
+        fit(run, folder, start, pairs, loss_of(config), reward_plan(config, stage, len(pairs)))
+    evaluate_reward(run, folder, policy)
+    return folder / "model"
+
+
+def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[Segment]:
+    """Segments (prompt, (better, worse)) as ``reward_data`` says; the policy is the SFT one at the first stage."""
+    config, folder = run.config, run.output / stage_name(stage)
+    examples = stage_examples(run.train, config, stage)
+    if config.reward_data == "preference":
+        answers = [rejected(example) for example in examples]
+    else:
+        source = run.initial if config.reward_data.startswith("init") else policy
+        answers = sample(run, source, examples, folder / "samples", sampling(config, stage))
+    if config.reward_data == "init_sft":
+        better = sample(run, policy, examples, folder / "better", sampling(config, stage))
+        examples = [x._replace(answer_ids=ids) for x, ids in zip(examples, better, strict=True)]
+    differences = config.reward_loss in ("sigmoid", "linear") or config.reward_data == "preference"
+    pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not differences)
+    if dist.is_main():
+        write_json(folder / "pairs.json", counts)
+    return pairs
+
+
+def loss_of(config: Config) -> functools.partial:
+    kinds = {"sigmoid": "bradley_terry", "bound": KINDS[config.divergence]}
+    return functools.partial(
+        reward_loss,
+        kind=kinds.get(config.reward_loss, config.reward_loss),
+        level=config.reward_level,
+        alpha=config.divergence_alpha,
+        label_smoothing=config.label_smoothing,
+        regularization=config.reward_regularization,
+    )
+
+
+def reward_plan(config: Config, stage: int, count: int) -> Plan:
+    micro_batch = config.per_device_train_batch_size
+    return Plan(
+        stage=stage,
+        steps=plan_steps(
+            count,
+            micro_batch * config.gradient_accumulation_steps * dist.world_size(),
+            epochs=config.reward_epochs,
+            steps=config.reward_steps,
+            seed=[config.seed, 3, stage],
+        ),
+        micro_batch=micro_batch,
+        learning_rate=config.reward_learning_rate or config.at("learning_rate", stage),
+        optim=config.reward_optim or config.optim,
+        reward=recipe(config),
+    )
+
+
+def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any]:
+    """Held-out figures of the reward model in ``folder``, kept in its eval.json.
+
+    ``reward_accuracy``: how often the demonstration has a higher reward than a fresh sample of ``policy`` that differs
+    from it; ``preference_accuracy``: than the rejected answer, where there are such.
+    """
+    path = folder / "eval.json"
+    if path.exists():
+        return read_json(path)
+    begun = time.perf_counter()
+    drawn = sample(run, policy, run.held_out, folder / "drawn", DRAWN)
+    figures: dict[str, Any] = {"phase": f"{folder.parent.name}/reward"}
+    rejected_ids = [example.rejected_ids for example in run.held_out]
+    for name, part, others in (("reward", "drawn", drawn), ("preference", "rejected", rejected_ids)):
+        both = zip(run.held_out, others, strict=True)
+        pairs = [Segment(x.prompt_ids, (x.answer_ids, ids)) for x, ids in both if ids and ids != x.answer_ids]
+        if pairs:
+            rewards = rewards_of(run, [folder / "model"], pairs, folder / part).view(-1, 2)
+            figures[f"{name}_accuracy"] = (rewards[:, 0] > rewards[:, 1]).double().mean().item()
+            figures[f"{name}_margin"] = (rewards[:, 0] - rewards[:, 1]).mean().item()
+            figures[f"{name}_pairs"] = len(pairs)
+    if dist.is_main():
+        write_json(path, figures | {"seconds": time.perf_counter() - begun})
+    dist.barrier()
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items() if "accuracy" in name)
+    say(f"{figures['phase']}: held-out {shown}")
+    return figures

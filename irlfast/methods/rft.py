@@ -1,0 +1,115 @@
+"""A stage of RFT (arXiv 2405.17888, algorithm 1) or AfD (Inverse-RLignment): learn a reward, align the policy to it.
+
+Adversarial AfD is RFT with a discriminator's loss and a divergence's reward; AfD that is not iterative learns a reward
+once, from pairs that do not depend on the policy (``reward_data``).
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from irlfast import dist
+from irlfast.config import Config
+from irlfast.data import Example
+from irlfast.engine import fit
+from irlfast.files import remove, write_json
+from irlfast.losses import align_loss, sft_loss
+from irlfast.methods.irft import irft_plan, sampling, stage_examples, stage_name
+from irlfast.methods.reward import learn_reward
+from irlfast.pack import Segment
+from irlfast.reference import score
+from irlfast.reward import rewards_of
+from irlfast.run import Run
+from irlfast.sample import sample
+
+
+def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path | str:
+    """Learn a reward that tells the experts' answers from others, then raise it in rounds of fresh samples."""
+    config, folder = run.config, run.output / stage_name(stage)
+    rewards: list[Path | str] = list(config.reward_model_name_or_path or [])
+    if config.reward_data != "none":
+        rewards.insert(0, learn_reward(run, stage, policy))
+    examples = stage_examples(run.train, config, stage)
+    rounds = np.array_split(np.arange(len(examples)), config.align_rounds)
+    for number, part in enumerate(rounds):
+        last = number == len(rounds) - 1
+        target = folder if last else folder / f"round-{number:02d}"
+        if not (target / "DONE").exists():
+            align(run, stage, number, policy, reference, rewards, [examples[i] for i in part], target)
+        if number and dist.is_main():
+            remove(folder / f"round-{number - 1:02d}" / "policy")
+        dist.barrier()
+        policy = target / "policy"
+    return policy
+
+
+def align(
+    run: Run,
+    stage: int,
+    number: int,
+    policy: Path | str,
+    reference: Path | str,
+    rewards: Sequence[Path | str],
+    examples: list[Example],
+    folder: Path,
+) -> None:
+    """A round: n answers of the policy to each prompt, their rewards, and steps that make the better ones likelier."""
+    config, n = run.config, run.config.num_generations
+    drawn = sampling(config, stage)
+    drawn = drawn._replace(seed=drawn.seed + 50_000 + 1000 * number)
+    answers = sample(run, policy, [x for x in examples for _ in range(n)], folder / "rollouts", drawn)
+    groups = [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n])) for i, x in enumerate(examples)]
+    found = rewards_of(run, rewards, groups, folder).view(-1, n)
+    old = score(run, policy, groups, folder / "old.safetensors")
+    ref = old if reference == policy else score(run, reference, groups, folder / "reference.safetensors")
+    values = found - penalties(groups, config, run.form.end_id)
+    kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])
+    if dist.is_main():
+        ended = [answer[-1] == run.form.end_id for answer in answers]
+        figures = {"reward": found.mean().item(), "reward_std": found.std(1).mean().item(), "kl": kl.mean().item()}
+        write_json(folder / "round.json", figures | {"ended": sum(ended) / len(ended), "answers": len(answers)})
+    plan = irft_plan(config, stage, len(groups))
+    if config.align == "bon":
+        best = values.argmax(1).tolist()
+        chosen = [Segment(x.prompt, (x.answers[i],)) for x, i in zip(groups, best, strict=True)]
+        fit(run, folder, policy, chosen, sft_loss, plan)
+        return
+    in_loss = config.kl_in == "loss"
+    beta = config.at("beta", stage)
+    advantages = advantages_of(values if in_loss else values - beta * kl, config)
+    groups = [
+        x._replace(old_logps=o, ref_logps=r if in_loss else (), advantages=tuple(a))
+        for x, o, r, a in zip(groups, old, ref, advantages.tolist(), strict=True)
+    ]
+    loss = functools.partial(
+        align_loss, align=config.align, answers=n, beta=beta, kl_in_loss=in_loss, clip_range=config.cliprange
+    )
+    fit(run, folder, policy, groups, loss, plan)
+
+
+def log_ratios(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
+    """Σ_t of the differences of two policies' log-probabilities, of each answer, fp64."""
+    return torch.stack([(a.double() - b.double()).sum() for a, b in zip(new, old, strict=True)])
+
+
+def penalties(groups: Sequence[Segment], config: Config, end_id: int) -> Tensor:
+    """What each answer ``[P, n]`` loses: for its length, and for having been cut before its end token."""
+    lengths = torch.tensor([[len(answer) for answer in group.answers] for group in groups], dtype=torch.float64)
+    unended = torch.tensor([[answer[-1] != end_id for answer in group.answers] for group in groups]).double()
+    return config.length_penalty * lengths + config.missing_eos_penalty * unended
+
+
+def advantages_of(values: Tensor, config: Config) -> Tensor:
+    """Values ``[P, n]`` less those of the prompt's other answers, on average (leave-one-out: arXiv 2402.14740, eq. 8).
+
+    For ``apa`` less the prompt's mean. ``whiten_rewards`` divides by the standard deviation over all.
+    """
+    centred = values - values.mean(1, keepdim=True)
+    if config.align == "apa":
+        return centred
+    advantages = centred * (values.shape[1] / (values.shape[1] - 1))
+    return advantages / (advantages.std() + 1e-8) if config.whiten_rewards else advantages

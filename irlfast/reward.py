@@ -1,0 +1,163 @@
+"""Rewards of answers, by whatever gives them (DESIGN §3, RFT and AfD); every one is scored once and cached.
+
+A reward is named by the folder or hub name of a model:
+
+- a reward model of this project (``method: reward``, ``rft`` or ``afd`` learned it): heads on a backbone, read at the
+  answer's last token or at every one, as they were trained; its config.json carries how, under ``irlfast_reward``;
+- ``POLICY,REFERENCE``, two policies: the implicit reward β·Σ_t log π(y_t)/π_ref(y_t) that IRFT, SPIN and SFT learn
+  (arXiv 2405.17888, section 4), with no training of its own;
+- any other ``AutoModelForSequenceClassification`` with its tokenizer: its single logit of the text.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from irlfast import dist, ops
+from irlfast.config import Config
+from irlfast.data import Message, prompt_text
+from irlfast.files import InputError, find, write
+from irlfast.model import first_sentence
+from irlfast.ops import Head
+from irlfast.pack import Batch, Segment
+from irlfast.reference import score
+from irlfast.run import Run
+
+Text = tuple[str | list[Message], str]  # prompt and answer
+KINDS = {"reverse_kl": "airl", "js": "gail", "forward_kl": "fairl", "alpha": "alpha"}  # in irlfast.ops
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """How a reward model of this run is scored: kept in its config.json."""
+    return {"level": config.reward_level, "divergence": config.divergence, "alpha": config.divergence_alpha}
+
+
+def rewards_of(run: Run, rewards: Sequence[Path | str], segments: Sequence[Segment], folder: Path) -> Tensor:
+    """Reward ``[S]`` of every answer of every segment, fp64: the weighted sum of ``rewards``, cached in ``folder``."""
+    weights = run.config.reward_weights or [1.0] * len(rewards)
+    paths = [folder / f"reward-{number}.safetensors" for number in range(len(rewards))]
+    each = [reward_of(run, str(reward), segments, path) for reward, path in zip(rewards, paths, strict=True)]
+    return torch.stack([weight * values for weight, values in zip(weights, each, strict=True)]).sum(0)
+
+
+def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
+    if "," in reward:
+        policy, reference = reward.split(",", 1)
+        return implicit(run, policy, reference, segments, path)
+    config = reward_config(reward, run.config)
+    how = getattr(config, "irlfast_reward", None)
+    if how is None:
+        return external(run, reward, segments, path)
+    measure = functools.partial(head_rewards, **how)
+    scores = score(run, reward, segments, path, measure, heads=config.num_labels)
+    return combine(torch.stack([answer[0] for answers in scores for answer in answers]).double(), run.config)
+
+
+def reward_config(reward: str, config: Config) -> Any:
+    import transformers
+
+    name = str(find(reward) or reward)
+    try:
+        found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"reward model {reward}: cannot be loaded ({first_sentence(error)})") from error
+    kind = (found.architectures or ["no architecture"])[0]
+    if not kind.endswith("ForSequenceClassification"):
+        raise InputError(
+            f"reward model {reward}: found {kind}, expected one ForSequenceClassification, or POLICY,REFERENCE"
+        )
+    return found
+
+
+def head_rewards(
+    hidden: Tensor, head: Head, batch: Batch, *, level: str, divergence: str, alpha: float
+) -> Sequence[Tensor]:
+    """``[1, M]`` of each answer: the divergence's reward of the heads' logits, summed over tokens if that is the level.
+
+    Source: DESIGN §3; f-MAX (arXiv 1911.02256), see :mod:`irlfast.ops.divergences`.
+    """
+    pooling = "token" if level == "token" else "last"
+    logits = ops.reward_head(hidden, head.weight, batch.cu_seqlens, rows=batch.rows, bias=head.bias, pooling=pooling)
+    rewards = ops.discriminator_reward(logits, kind=KINDS[divergence], alpha=alpha).cpu()
+    lengths = batch.cu_seqlens.diff().tolist() if level == "token" else [1] * (len(batch.cu_seqlens) - 1)
+    return [part.sum(0, keepdim=True) for part in rewards.split(lengths)]
+
+
+def combine(rewards: Tensor, config: Config) -> Tensor:
+    """One reward ``[S]`` from those of the heads ``[S, M]``: their mean, least, or mean less k standard deviations."""
+    if config.reward_combine == "min":
+        return rewards.amin(1)
+    spread = rewards.std(1) if config.reward_combine == "mean_std" else 0.0
+    return rewards.mean(1) - config.reward_std_weight * spread
+
+
+def implicit(run: Run, policy: str, reference: str, segments: Sequence[Segment], path: Path) -> Tensor:
+    """β·ρ of each answer: the per-token differences, summed."""
+    found = score(run, policy, segments, path)
+    references = score(run, reference, segments, path.with_name(f"{path.stem}-reference.safetensors"))
+    both = zip((a for x in found for a in x), (a for x in references for a in x), strict=True)
+    return run.config.at("beta", 0) * torch.stack([(new.double() - old.double()).sum() for new, old in both])
+
+
+def external(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
+    """The logit of any other reward model, of prompt and answer as the policy reads and writes them, as text."""
+    if not path.exists():
+        decode = functools.partial(run.form.tokenizer.decode, skip_special_tokens=True)
+        texts = [(decode(x.prompt), decode(answer)) for x in segments for answer in x.answers]
+        score_texts = load_external(reward, run.config.per_device_eval_batch_size, run.config.trust_remote_code)
+        found = score_texts(texts)
+        if dist.is_main():
+            write(path, lambda temporary: save_file({"values": found}, temporary))
+        dist.barrier()
+    return load_file(path)["values"].double()
+
+
+def load_external(reward: str, batch_size: int, trust_remote_code: bool = False) -> Callable[[Sequence[Text]], Tensor]:
+    """A function from (prompt, answer) pairs to the logits ``[S]`` fp32 of a Transformers reward model.
+
+    A prompt may be a conversation. The chat template of the model's tokenizer writes both; without one they are joined.
+
+    Raises:
+        InputError: where it cannot be loaded, or has more than one label.
+    """
+    import transformers
+
+    name = str(find(reward) or reward)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"reward model {reward}: cannot be loaded ({first_sentence(error)})") from error
+    if model.config.num_labels != 1:
+        raise InputError(f"reward model {reward}: found {model.config.num_labels} labels, expected 1")
+    model = model.to(dist.device()).eval()
+    if tokenizer.pad_token_id is None or model.config.pad_token_id is None:
+        batch_size = 1
+
+    @torch.no_grad()
+    def score_texts(texts: Sequence[Text]) -> Tensor:
+        whole = [as_text(tokenizer, *text) for text in texts]
+        order = sorted(range(len(whole)), key=lambda i: (-len(whole[i]), i))
+        found = torch.empty(len(whole))
+        for start in tqdm(range(0, len(order), batch_size), desc=Path(reward).name, unit="batch", leave=False):
+            chosen = order[start : start + batch_size]
+            inputs = tokenizer([whole[i] for i in chosen], return_tensors="pt", padding=batch_size > 1, truncation=True)
+            found[chosen] = model(**inputs.to(model.device)).logits[:, 0].float().cpu()
+        return found
+
+    return score_texts
+
+
+def as_text(tokenizer: Any, prompt: str | list[Message], answer: str) -> str:
+    if not tokenizer.chat_template:
+        return prompt_text(prompt) + answer
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)

@@ -1,0 +1,80 @@
+"""What only the kernels in CUDA C++ have to show: rows that begin anywhere in memory, and are all that is touched."""
+
+import pytest
+import torch
+
+from irlfast import native
+from irlfast.ops import cpu
+from irlfast.ops.problem import Problem, Side
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCABULARIES = [1, 2, 7, 9, 16, 31, 64, 1000, 5001]
+
+
+@pytest.fixture(autouse=True)
+def cuda():
+    if getattr(native.cuda, "device", None) != DEVICE:
+        pytest.skip("irlfast._cuda is not built here")
+    from irlfast.ops import cuda
+
+    return cuda
+
+
+def framed(rows: torch.Tensor, offset: int, distance: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy of ``rows`` in NaN, ``offset`` from where 16 bytes are aligned; and all of that memory."""
+    n, vocabulary = rows.shape
+    memory = torch.full((offset + n * distance + 32,), float("nan"), dtype=rows.dtype, device=DEVICE)
+    inside = memory[offset:].as_strided((n, vocabulary), (distance, 1))
+    inside.copy_(rows)
+    return inside, memory
+
+
+def untouched(memory: torch.Tensor, inside: torch.Tensor) -> bool:
+    """Whether all but the rows is NaN still."""
+    rest = memory.clone()
+    rest.as_strided(inside.shape, inside.stride(), inside.storage_offset()).fill_(float("nan"))
+    return bool(rest.isnan().all())
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", range(8))
+def test_rows_that_begin_anywhere(vocabulary, dtype, offset, cuda):
+    random = torch.Generator().manual_seed(offset)
+    plain = (torch.randn(3, vocabulary, generator=random) * 3).to(dtype).to(DEVICE)
+    targets = torch.tensor([0, -100, vocabulary - 1], device=DEVICE)
+    logits, memory = framed(plain, offset, vocabulary + offset)
+    reference, _ = framed(plain.float(), 0, vocabulary)
+    logps, lse, ref_logps = cuda.token_logps(logits, targets, reference, 0.5, None)
+    exact = torch.log_softmax(plain.double() * 0.5, 1)
+    expected = torch.stack([exact[0, 0], exact.new_zeros(()), exact[2, -1]])
+    for found in (logps, ref_logps):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=2e-6)
+    upstream = torch.tensor([1.0, 1.0, -2.0], device=DEVICE)
+    gradient = 0.5 * upstream[:, None] * (torch.nn.functional.one_hot(targets.clamp(min=0), vocabulary) - exact.exp())
+    gradient[1] = 0
+    frames = [framed(torch.zeros_like(plain), *place) for place in ((offset, vocabulary + 5), (offset ^ 3, vocabulary))]
+    for written, whole in (*frames, (logits, memory)):  # the last in place
+        cuda.write_gradient(written, logits, targets, lse, upstream, 0.5, None)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(written.double(), gradient, rtol=eps, atol=1e-6)
+        assert untouched(whole, written)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_slopes_in_the_memory_of_the_logits(vocabulary, dtype, softcap, offset, cuda):
+    random = torch.Generator().manual_seed(offset)
+    plain, bias = torch.randn(3, vocabulary, generator=random) * 3, torch.randn(vocabulary, generator=random)
+    targets = torch.tensor([0, vocabulary // 2, vocabulary - 1])
+    problem = Problem(targets, None, targets, 1, 0.5, softcap, torch.float64, 64)
+    head = torch.empty(vocabulary, 1, dtype=dtype)
+    exact, v, slab = cpu.softmax(plain.double(), targets, Side(head, head, bias.to(dtype).double()), problem)
+    z, memory = framed(plain, offset, vocabulary + offset + vocabulary % 2)
+    logps, ones, slope = cuda.softmax(z, targets.to(DEVICE), Side(head, head, bias.to(dtype).to(DEVICE)), problem)
+    assert ones.eq(1).all() and slope.dtype == dtype and slope.data_ptr() == z.data_ptr()
+    torch.testing.assert_close(logps.double().cpu(), exact, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(slope.double().cpu(), slab * v[:, None], rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert untouched(memory, z)

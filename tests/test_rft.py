@@ -1,0 +1,195 @@
+"""RFT, AfD, reward models and best-of-N as a user runs them: files, figures, a kill anywhere, every option once."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from irlfast.config import make_config
+from irlfast.data import encode, make_format, read_splits
+from tests.runs import ROOT, command, run, start
+from tests.test_train import contents
+
+RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
+PREFERENCES = [
+    {"prompt": f"say {word}", "chosen": f"{word} it is, {i}", "rejected": f"never {i}"}
+    for i in range(20)
+    for word in ("yes", "no", "maybe")
+]
+
+
+@pytest.fixture(scope="module")
+def rft(tmp_path_factory):
+    output = tmp_path_factory.mktemp("rft") / "run"
+    return output, *run(output, **RFT)
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "preferences.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PREFERENCES))
+    return path
+
+
+def test_the_files_and_figures_of_a_run(rft):
+    output, out, err = rft
+    stage = output / "stage-00"
+    for name in ("reward/model", "reward/leaks.json", "reward/eval.json", "round-00/round.json", "round.json", "DONE"):
+        assert (stage / name).exists(), name
+    assert not (stage / "round-00" / "policy").exists()  # the next round's took its place
+    assert not list(output.rglob("*.tmp"))
+    assert "stage-00" in out
+    assert "tells expert from synthetic, alone" in err
+    assert "stage-00/reward: held-out reward accuracy" in err
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows if row["step"] == 2] == [
+        "sft",
+        "stage-00/reward",
+        "stage-00/round-00",
+        "stage-00",
+    ]
+    assert {"rewards/accuracies", "rewards/margins"} <= set(rows[3])
+    report = (output / "report.html").read_text()
+    assert "00/reward" in report
+
+
+def test_rewards_and_advantages_of_a_round_are_those_of_its_rollouts(rft):
+    output, *_ = rft
+    figures = json.loads((output / "stage-00" / "round.json").read_text())
+    rewards = load_file(output / "stage-00" / "reward-0.safetensors")["values"]
+    rows = [json.loads(line) for path in (output / "stage-00" / "rollouts").glob("*") for line in path.open()]
+    assert figures["answers"] == len(rows) == len(rewards) == 48 * 3  # half of 96 prompts, three answers each
+    assert figures["reward"] == pytest.approx(rewards.mean().item(), abs=1e-6)
+
+
+MOMENTS = [
+    "stage-00/samples",
+    "stage-00/reward/checkpoint/progress.json",
+    "stage-00/reward/model",
+    "stage-00/round-00/rollouts",
+    "stage-00/round-00/DONE",
+    "stage-00/checkpoint/progress.json",
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_resumes_to_the_same_bytes(rft, tmp_path, moment):
+    process = start(command(tmp_path / "run", **RFT))
+    while not (tmp_path / "run" / moment).exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "run" / "final").exists()
+    run(tmp_path / "run", **RFT)
+    assert contents(tmp_path / "run" / "final") == contents(rft[0] / "final")
+
+
+OPTIONS = {
+    "afd-js-token-ppo": {"method": "afd", "divergence": "js", "reward_level": "token", "align": "ppo", "kl_in": "loss"},
+    "afd-bound-apa-lora": {
+        "method": "afd",
+        "reward_loss": "bound",
+        "divergence": "alpha",
+        "align": "apa",
+        "use_peft": True,
+        "reward_heads": 2,
+        "reward_combine": "min",
+    },
+    "linear-bon-frozen": {"align": "bon", "reward_loss": "linear", "reward_frozen_layers": 1},
+    "init_sft-whitened": {"reward_data": "init_sft", "whiten_rewards": True, "missing_eos_penalty": 1.0},
+    "sft_demo-smoothed": {"reward_data": "sft_demo", "label_smoothing": 0.1, "length_penalty": 0.01, "stages": 2},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_runs_and_moves_the_policy(tmp_path, name):
+    run(tmp_path / "run", **{**RFT, "align_rounds": 1, **OPTIONS[name]})
+    before, after = (load_file(tmp_path / "run" / phase / "model.safetensors") for phase in ("sft/policy", "final"))
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert all(after[key].isfinite().all() for key in after)
+
+
+def test_a_reward_model_loads_with_plain_transformers_and_scores_as_it_was_trained(tmp_path, preferences):
+    """Batch of padded texts, end token included, through ``AutoModelForSequenceClassification``."""
+    output = tmp_path / "run"
+    keys = {"dataset_name": preferences, "eval_dataset_name": "null", "reward_learning_rate": 1e-2}
+    run(output, method="reward", reward_data="preference", stages=1, sft_steps=2, reward_steps=30, **keys)
+    model = AutoModelForSequenceClassification.from_pretrained(output / "final")
+    tokenizer = AutoTokenizer.from_pretrained(output / "final")
+    figures = json.loads((output / "stage-00" / "reward" / "eval.json").read_text())
+    assert figures["preference_accuracy"] == 1.0  # "never" is easy to tell
+    config = make_config(yaml.safe_load((output / "config.yaml").read_text()))
+    form = make_format(AutoTokenizer.from_pretrained(output / "sft" / "policy"), config)
+    _, held_out = read_splits(config)
+    examples, _ = encode(held_out, form, config)
+    ids = [example.prompt_ids + answer for example in examples for answer in (example.answer_ids, example.rejected_ids)]
+    with torch.no_grad():
+        scores = model(**tokenizer.pad({"input_ids": ids}, return_tensors="pt")).logits[:, 0]
+    ours = load_file(output / "stage-00" / "reward" / "rejected" / "reward-0.safetensors")["values"][:, 0]
+    torch.testing.assert_close(scores, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_dpo_learns_from_chosen_and_rejected(tmp_path, preferences):
+    keys = {"dataset_name": preferences, "eval_dataset_name": "null", "learning_rate": 1e-3, "sft_steps": 2}
+    run(tmp_path / "run", method="dpo", stages=1, inner_steps=12, **keys)
+    sft, dpo = (json.loads((tmp_path / "run" / phase / "eval.json").read_text()) for phase in ("sft", "stage-00"))
+    assert dpo["preference_accuracy"] == 1.0
+    assert dpo["preference_gap"] > sft["preference_gap"] + 1
+    assert not (tmp_path / "run" / "stage-00" / "samples").exists()
+
+
+def test_methods_that_need_rejected_answers_say_so(tmp_path):
+    _, err = run(tmp_path / "run", code=2, method="dpo", stages=1)
+    assert "no rejected answer to the prompt" in err
+    assert "Traceback" not in err
+
+
+# ---------------------------------------------------------------- best of N
+
+
+def bon(output, **keys) -> str:
+    pairs = {"num_generations": 6, "max_train_samples": 20, "max_prompt_length": 64, "max_length": 96, **keys}
+    arguments = [f"{name}={value}" for name, value in {**pairs, "max_new_tokens": 12, "output_dir": output}.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "irlfast.bon", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
+    folder, output = rft[0], tmp_path / "bon"
+    policy = folder / "sft" / "policy"
+    reward = folder / "stage-00/reward/model" if kind == "explicit" else f"{folder / 'final'},{policy}"
+    keys = {
+        "model_name_or_path": policy,
+        "reward_model_name_or_path": reward,
+        "dataset_name": "irlfast/demo/test.jsonl",
+    }
+    shown = bon(output, **keys)
+    assert "best of" in shown
+    best = [json.loads(line) for line in (output / "best.jsonl").open()]
+    rewards = load_file(output / "part-00000" / "scores.safetensors")["rewards"]
+    assert rewards.shape == (20, 6)
+    assert [row["reward"] for row in best] == pytest.approx(rewards.amax(1).tolist(), rel=1e-5)
+    rollouts = [json.loads(line) for path in (output / "part-00000" / "rollouts").glob("*") for line in path.open()]
+    drawn = {(row["index"] // 6, tuple(row["answer_ids"])) for row in rollouts}
+    assert all((i, tuple(row["answer_ids"])) in drawn for i, row in enumerate(best))
+    curve = json.loads((output / "curve.json").read_text())
+    assert [row["n"] for row in curve] == [1, 2, 4, 6]
+    assert curve[0]["reward"] == pytest.approx(rewards.mean().item(), abs=1e-5)
+    assert curve[-1]["reward"] == pytest.approx(rewards.amax(1).mean().item(), abs=1e-5)
+    before = (output / "best.jsonl").read_bytes()
+    (output / "best.jsonl").unlink()
+    (output / "part-00000" / "best.jsonl").unlink()
+    bon(output, **keys)
+    assert (output / "best.jsonl").read_bytes() == before

@@ -120,7 +120,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     from irlfast.engine import Plan, make_engine, summarise
     from irlfast.losses import irft_loss
     from irlfast.pack import Segment
-    from irlfast.reference import score_share
+    from irlfast.reference import score_share, token_logps
     from irlfast.step import Stopwatch, prepare, train_step
 
     dist.start()
@@ -130,7 +130,8 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     segments = [Segment(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
     score = [now()]
     scores: dict[int, Any] = {}
-    for part in dist.all_gather(score_share(config, folder / "reference", segments, folder / "reference.safetensors")):
+    cache = folder / "reference.safetensors"
+    for part in dist.all_gather(score_share(config, folder / "reference", segments, cache, token_logps, 0)):
         scores |= part
     score.append(now())
     segments = [segment._replace(ref_logps=scores[i]) for i, segment in enumerate(segments)]

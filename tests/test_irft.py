@@ -13,7 +13,7 @@ from irlfast.run import Run
 @pytest.fixture
 def run(tmp_path):
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
-    return Run(config, tmp_path, None, [], [], None)
+    return Run(config, tmp_path, "initial", None, [], [], None)
 
 
 def examples(*answers: list[int]) -> list[Example]:

@@ -44,6 +44,7 @@ HELD_OUT: list[tuple[str, str, str, float | None]] = [
     ("Reward margin", "nats", "margin", 0.0),
     ("Answer length", "tokens", "answer_length", None),
 ]
+SELDOM = ["KL to the reference"]  # no panel where a method does not log it
 METRICS = [key for _, _, keys, _ in CURVES for key in keys]
 
 
@@ -57,7 +58,8 @@ class Panel(NamedTuple):
 def draw_curves(metrics: dict[str, np.ndarray]) -> list[Panel]:
     """Training curves of ``metrics``: phase -> [steps, 1 + METRICS] (``report_files.read_metrics``)."""
     with mpl.rc_context(STYLE):
-        return [Panel(title, unit, len(keys), draw_curve(keys, level, metrics)) for title, unit, keys, level in CURVES]
+        drawn = [Panel(title, unit, len(keys), draw_curve(keys, level, metrics)) for title, unit, keys, level in CURVES]
+    return [panel for panel in drawn if panel.svg or panel.title not in SELDOM]
 
 
 def draw_held_out(evals: dict[str, dict], kept: str) -> list[Panel]:

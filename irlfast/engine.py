@@ -23,7 +23,7 @@ from irlfast.losses import Figures, Loss
 from irlfast.metrics import say
 from irlfast.model import freeze, is_reward, load_model, padded_apart, save_pretrained
 from irlfast.optim import FusedRMSprop
-from irlfast.pack import Layout, Segment
+from irlfast.pack import Layout, Segment, plan_steps
 from irlfast.policy import Policy
 from irlfast.run import Run
 from irlfast.step import Stopwatch, add, meters, prepare, profiled, train_step
@@ -44,6 +44,26 @@ class Plan(NamedTuple):
     learning_rate: float
     optim: str
     reward: dict[str, Any] | None = None  # how the reward model is scored that is trained; None for a policy
+
+
+def plan_phase(
+    config: Config,
+    count: int,
+    *,
+    stage: int,
+    epochs: float | None,
+    steps: int | None,
+    learning_rate: float,
+    optim: str,
+    seed: list[int],
+    micro_batch: int | None = None,
+    reward: dict[str, Any] | None = None,
+) -> Plan:
+    """A phase over ``count`` segments: steps of the run's global batch, for ``epochs`` or as many as ``steps``."""
+    micro_batch = micro_batch or config.per_device_train_batch_size
+    batch = micro_batch * config.gradient_accumulation_steps * dist.world_size()
+    chosen = plan_steps(count, batch, epochs=epochs, steps=steps, seed=[config.seed, *seed])
+    return Plan(stage, chosen, micro_batch, learning_rate, optim, reward)
 
 
 def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment], loss: Loss, plan: Plan) -> Path:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +48,17 @@ def start(arguments: list[str], launcher: tuple[str, ...] = (sys.executable,)) -
     return subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def run_killed_at(output: Path, moment: str, **keys) -> None:
+    """Start a run and kill it as soon as the file or folder ``moment`` of its output exists."""
+    process = start(command(output, **keys))
+    while not (output / moment).exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (output / "final").exists()
 
 
 def run(output: Path, launcher: tuple[str, ...] = (sys.executable,), code: int = 0, **keys) -> tuple[str, str]:

@@ -1,10 +1,8 @@
 """RFT, AfD, reward models and best-of-N as a user runs them: files, figures, a kill anywhere, every option once."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from irlfast.config import make_config
 from irlfast.data import encode, make_format, read_splits
-from tests.runs import ROOT, command, run, start
+from tests.runs import ROOT, run, run_killed_at
 from tests.test_train import contents
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
@@ -81,13 +79,7 @@ MOMENTS = [
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_resumes_to_the_same_bytes(rft, tmp_path, moment):
-    process = start(command(tmp_path / "run", **RFT))
-    while not (tmp_path / "run" / moment).exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "run" / "final").exists()
+    run_killed_at(tmp_path / "run", moment, **RFT)
     run(tmp_path / "run", **RFT)
     assert contents(tmp_path / "run" / "final") == contents(rft[0] / "final")
 

@@ -1,10 +1,8 @@
 """The main job as a user runs it: one command, killed anywhere, on one process or two, on bad input."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.train import main
-from tests.runs import ROOT, TORCHRUN, command, run, start
+from tests.runs import ROOT, TORCHRUN, command, run, run_killed_at
 from tests.tokenizers_like import pythia
 
 
@@ -74,13 +72,7 @@ KILLED_AT = [
 
 @pytest.mark.parametrize("moment", KILLED_AT)
 def test_a_killed_run_resumes_to_the_same_bytes(finished, tmp_path, moment):
-    process = start(command(tmp_path / "run"))
-    while not (tmp_path / "run" / moment).exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "run" / "final").exists()
+    run_killed_at(tmp_path / "run", moment)
     run(tmp_path / "run")
     unbroken = contents(finished[0] / "final")
     resumed = contents(tmp_path / "run" / "final")

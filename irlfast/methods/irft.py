@@ -9,10 +9,10 @@ import numpy as np
 from irlfast import dist
 from irlfast.config import Config
 from irlfast.data import Example
-from irlfast.engine import Plan, fit
+from irlfast.engine import Plan, fit, plan_phase
 from irlfast.files import InputError, write_json
 from irlfast.losses import irft_loss
-from irlfast.pack import Segment, plan_steps
+from irlfast.pack import Segment
 from irlfast.reference import score
 from irlfast.run import Run
 from irlfast.sample import Sampling, read_samples, sample
@@ -95,17 +95,13 @@ def make_pairs(
 
 
 def irft_plan(config: Config, stage: int, count: int) -> Plan:
-    micro_batch = config.per_device_train_batch_size
-    return Plan(
+    return plan_phase(
+        config,
+        count,
         stage=stage,
-        steps=plan_steps(
-            count,
-            micro_batch * config.gradient_accumulation_steps * dist.world_size(),
-            epochs=config.at("inner_epochs", stage),
-            steps=config.at("inner_steps", stage),
-            seed=[config.seed, 2, stage],
-        ),
-        micro_batch=micro_batch,
+        epochs=config.at("inner_epochs", stage),
+        steps=config.at("inner_steps", stage),
         learning_rate=config.at("learning_rate", stage),
         optim=config.optim,
+        seed=[2, stage],
     )

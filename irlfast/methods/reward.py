@@ -7,13 +7,13 @@ from typing import Any
 
 from irlfast import dist
 from irlfast.config import Config
-from irlfast.engine import Plan, fit
+from irlfast.engine import Plan, fit, plan_phase
 from irlfast.files import read_json, write_json
 from irlfast.leaks import find_leaks, say_leaks
 from irlfast.losses import reward_loss
 from irlfast.methods.irft import make_pairs, rejected, sampling, stage_examples, stage_name
 from irlfast.metrics import say
-from irlfast.pack import Segment, plan_steps
+from irlfast.pack import Segment
 from irlfast.reward import KINDS, recipe, rewards_of
 from irlfast.run import Run
 from irlfast.sample import Sampling, sample
@@ -72,19 +72,15 @@ def loss_of(config: Config) -> functools.partial:
 
 
 def reward_plan(config: Config, stage: int, count: int) -> Plan:
-    micro_batch = config.per_device_train_batch_size
-    return Plan(
+    return plan_phase(
+        config,
+        count,
         stage=stage,
-        steps=plan_steps(
-            count,
-            micro_batch * config.gradient_accumulation_steps * dist.world_size(),
-            epochs=config.reward_epochs,
-            steps=config.reward_steps,
-            seed=[config.seed, 3, stage],
-        ),
-        micro_batch=micro_batch,
+        epochs=config.reward_epochs,
+        steps=config.reward_steps,
         learning_rate=config.reward_learning_rate or config.at("learning_rate", stage),
         optim=config.reward_optim or config.optim,
+        seed=[3, stage],
         reward=recipe(config),
     )
 

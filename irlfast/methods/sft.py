@@ -3,11 +3,10 @@
 import functools
 from pathlib import Path
 
-from irlfast import dist
 from irlfast.config import Config
-from irlfast.engine import Plan, fit
+from irlfast.engine import Plan, fit, plan_phase
 from irlfast.losses import sft_loss
-from irlfast.pack import Segment, plan_steps
+from irlfast.pack import Segment
 from irlfast.run import Run
 
 
@@ -19,19 +18,16 @@ def sft(run: Run, policy: Path | str) -> Path:
 
 
 def sft_plan(config: Config, count: int) -> Plan:
-    micro_batch = config.sft_per_device_train_batch_size or config.per_device_train_batch_size
-    return Plan(
+    return plan_phase(
+        config,
+        count,
         stage=-1,
-        steps=plan_steps(
-            count,
-            micro_batch * config.gradient_accumulation_steps * dist.world_size(),
-            epochs=sft_epochs(config),
-            steps=config.sft_steps,
-            seed=[config.seed, 0],
-        ),
-        micro_batch=micro_batch,
+        epochs=sft_epochs(config),
+        steps=config.sft_steps,
         learning_rate=config.sft_learning_rate or config.at("learning_rate", 0),
         optim=config.sft_optim or config.optim,
+        seed=[0],
+        micro_batch=config.sft_per_device_train_batch_size,
     )
 
 

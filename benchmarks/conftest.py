@@ -4,8 +4,11 @@ import datetime
 import json
 import platform
 import re
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def results(pytestconfig: pytest.Config) -> dict[str, Any]:
     """What a run leaves behind; tests add to ``cases`` and ``goals``."""
-    return pytestconfig.stash.setdefault(
-        RESULTS, {**circumstances(pytestconfig), "complete": False, "cases": {}, "goals": []}
-    )
+    return pytestconfig.stash.setdefault(RESULTS, {**circumstances(), "complete": False, "cases": {}, "goals": []})
 
 
-def circumstances(config: pytest.Config) -> dict[str, Any]:
+def circumstances() -> dict[str, Any]:
+    """When, by what command, on what commit and machine: the head of every result."""
     import torch
 
     from benchmarks.peers import version
@@ -38,8 +40,8 @@ def circumstances(config: pytest.Config) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join(["pytest", *config.invocation_params.args]),
-        "quick": config.getoption("quick"),
+        "command": " ".join([program(), *sys.argv[1:]]),
+        "quick": "--quick" in sys.argv,
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "irlfast", "kernels", "csrc", "benchmarks")),
         "device": torch.cuda.get_device_name() if gpu else cpu_name(),
@@ -49,6 +51,27 @@ def circumstances(config: pytest.Config) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": {package: version(package) for package in packages},
     }
+
+
+def program() -> str:
+    script = Path(sys.argv[0])
+    return f"python -m benchmarks.{script.stem}" if script.parent.name == "benchmarks" else "pytest"
+
+
+def interleaved(steps: dict[str, Callable[[], object]], runs: int = 9) -> dict[str, float]:
+    """Median seconds of each step; the first run of each does not count."""
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(runs + 1):
+        for name, step in steps.items():
+            wait()
+            start = time.perf_counter()
+            step()
+            wait()
+            found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
 
 
 def git(*arguments: str) -> str | None:

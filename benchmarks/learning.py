@@ -10,16 +10,15 @@ mean ± standard deviation over seeds and writes ``benchmarks/results/DATE-learn
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.conftest import ROOT, circumstances
+
 COMMON = ["eval_dataset_name={data}/{name}_test.jsonl", "dataset_name={data}/{name}_train.jsonl"]
 TASKS = {
     "cmudict": {
@@ -131,10 +130,8 @@ def main() -> None:
     table = summarise(seeds)
     print(markdown(table))
     result = {
-        "command": " ".join(["python -m benchmarks.learning", *sys.argv[1:]]),
+        **circumstances(),
         "keys": TASKS[options.task],
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
         "seeds": dict(zip(map(str, options.seeds), seeds, strict=True)),
         "table": table,
     }

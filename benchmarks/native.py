@@ -4,32 +4,15 @@ RMSprop on 100 tensors of 500,000 fp32 elements; the softmax step of the pair sl
 are interleaved, and the median of each counts; bytes are those that must be read and written once.
 """
 
-import datetime
 import json
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
-from benchmarks.conftest import ROOT, cpu_name, git
+from benchmarks.conftest import ROOT, circumstances, interleaved
 from irlfast import native
 from irlfast.ops import cpu
 from irlfast.ops.problem import Problem, Side
 from irlfast.optim import FusedRMSprop
-
-RUNS = 9
-
-
-def interleaved(steps: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each step; the first run of each does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(RUNS + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(runs[1:]) for name, runs in seconds.items()}
 
 
 def rmsprop(tensors: int = 100, size: int = 500_000) -> dict[str, float]:
@@ -89,17 +72,9 @@ def main() -> None:
         print(f"{name}:")
         for key, value in found.items():
             print(f"  {key.ljust(26)} {value:8.1f}" if "GB/s" in key else f"  {key.ljust(26)} {1000 * value:8.1f} ms")
-    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    path = ROOT / f"benchmarks/results/{now[:16].replace(':', '')}-native-cpu.json"
-    circumstances = {
-        "date": now,
-        "command": "python -m benchmarks.native",
-        "commit": git("rev-parse", "HEAD"),
-        "device": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    path.write_text(json.dumps(circumstances | {"cases": cases}, indent=1) + "\n")
+    head = circumstances()
+    path = ROOT / f"benchmarks/results/{head['date'][:16].replace(':', '')}-native-cpu.json"
+    path.write_text(json.dumps(head | {"cases": cases}, indent=1) + "\n")
     print(f"written to {path.relative_to(ROOT)}")
 
 

@@ -11,14 +11,12 @@ Writes ``benchmarks/results/DATE-preferences-hh.json`` and its plot. Runs resume
 import argparse
 import datetime
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from benchmarks.conftest import ROOT, circumstances
 
-ROOT = Path(__file__).parent.parent
 ROWS = 2000
 COMMON = {
     "config_name": "irlfast/demo/config.json",
@@ -104,10 +102,8 @@ def main() -> None:
         print(f"{name:26}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
     path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-preferences-hh.json"
     result = {
-        "command": " ".join(["python -m benchmarks.preferences", *sys.argv[1:]]),
+        **circumstances(),
         "keys": {"all": COMMON, **RUNS},
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
         "rows": rows,
     }
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -12,7 +12,6 @@ answers to a prompt. Prints mean ± standard deviation over seeds and writes
 import argparse
 import datetime
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,11 +19,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 from scipy.stats import rankdata
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.conftest import ROOT, circumstances
+
 COMMON = {
     "max_train_samples": 24000,
     "max_eval_samples": 1000,
@@ -84,12 +83,14 @@ def run_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
         figures[f"reward {pairs}"] = found["stage-00/reward"]
     from_sft = keys | {"model_name_or_path": policy} | WORDS
     for name, own in (("IRFT", IRFT), ("SPIN", SPIN), ("AfD, adversarial", AFD | PROMPTS)):
+        if name != "IRFT":
+            share(folder / "IRFT", folder / name, "initial")
         figures[name] = last(folder / name, train(folder / name, **from_sft | own))
     for align in ("rloo", "ppo", "apa", "bon"):
         output = folder / f"rft-{align}"
+        share(folder / "IRFT", output, "initial")
         if align != "rloo":
-            for part in ("initial", "stage-00/samples", "stage-00/reward"):
-                share(folder / "rft-rloo", output, part)
+            share(folder / "rft-rloo", output, "stage-00/reward")
         figures[f"RFT, {align}"] = last(output, train(output, **from_sft | RFT | PROMPTS, align=align))
     rewards = {
         "init_sft": folder / "init_sft" / "final",
@@ -218,7 +219,7 @@ def main() -> None:
     table = summarise(seeds)
     print(markdown(table))
     result = {
-        "command": " ".join(["python -m benchmarks.rewards", *sys.argv[1:]]),
+        **circumstances(),
         "keys": {
             "common": COMMON,
             "reward": REWARD,
@@ -227,8 +228,6 @@ def main() -> None:
             "rft": RFT | PROMPTS,
             "afd": AFD | PROMPTS,
         },
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
         "seeds": dict(zip(map(str, options.seeds), seeds, strict=True)),
         "table": table,
     }

@@ -4,39 +4,18 @@ Bytes are those that must be read and written once; the goal on a GPU is a share
 """
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.conftest import ROOT, circumstances
+from benchmarks.conftest import ROOT, circumstances, interleaved
 from irlfast import native, ops
 from irlfast.optim import FusedRMSprop
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
-RUNS = 9
-
-
-def seconds(steps: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median of each over interleaved runs; the first does not count."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(RUNS + 1):
-        for name, step in steps.items():
-            wait()
-            start = time.perf_counter()
-            step()
-            wait()
-            found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(runs[1:]) for name, runs in found.items()}
-
-
-def wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
 
 
 def logits_steps(n: int, vocabulary: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
@@ -117,13 +96,13 @@ def test_bandwidth(what, pytestconfig):
     quick = pytestconfig.getoption("quick")
     shape = SHAPES[what]["quick" if quick else DEVICE.type]
     steps, moved = STEPS[what](*shape)
-    found = seconds(steps)
+    found = interleaved(steps)
     gigabytes = {name: 1e-9 * moved[name] / found[name] for name in found}
     for name, rate in gigabytes.items():
         goal = f", goal {GOALS[name]:.0%}" if GPU and name in GOALS else ""
         print(f"{name}: {1000 * found[name]:.3g} ms, {rate:.3g} GB/s, {rate / gigabytes['copy']:.0%} of a copy{goal}")
     if quick:
         return
-    result = {**circumstances(pytestconfig), "shape": shape, "seconds": found, "gigabytes_per_second": gigabytes}
+    result = {**circumstances(), "shape": shape, "seconds": found, "gigabytes_per_second": gigabytes}
     path = ROOT / f"benchmarks/results/{result['date'][:10]}-bandwidth-{what}-{result['kind']}.json"
     path.write_text(json.dumps(result | {"goals": GOALS}, indent=1) + "\n")

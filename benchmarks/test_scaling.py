@@ -68,7 +68,7 @@ def test_two_processes_against_one(pytestconfig, tmp_path):
     found = compare(tmp_path, pairs, SHAPE, PAIRS, ROUNDS)
     goal = {"what": "two processes", "measured": found["times"]["clock"], "limit": GOAL}
     goal["met"] = goal["measured"] >= GOAL
-    result = {**circumstances(pytestconfig), "load_before": load, "shape": SHAPE, **found, "goals": [goal]}
+    result = {**circumstances(), "load_before": load, "shape": SHAPE, **found, "goals": [goal]}
     path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-scaling.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(result["pairs_per_second"], result["times"], goal, f"load before {load}", sep="\n")

@@ -94,6 +94,6 @@ def test_sharing(pytestconfig):
         print({key: value if isinstance(value, dict) else round(value, 2) for key, value in point.items()})
     print(goal)
     if not quick:
-        result = {**circumstances(pytestconfig), "shape": shape, **sizes, "sharing": points, "goals": [goal]}
+        result = {**circumstances(), "shape": shape, **sizes, "sharing": points, "goals": [goal]}
         path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-sharing-{result['kind']}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")

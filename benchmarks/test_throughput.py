@@ -171,7 +171,7 @@ def test_throughput(pytestconfig, tmp_path, name):
     texts = {"hh": hh, "gsm8k": gsm8k}[name](Path(data).expanduser(), 2000)[SEEN:]
     found = measure(tmp_path, texts, STEPS * BATCH, SHAPE, ROUNDS)
     check_losses(found["rows"])
-    result = {**circumstances(pytestconfig), "shape": SHAPE, **found, "goals": goals(name, found["rows"])}
+    result = {**circumstances(), "shape": SHAPE, **found, "goals": goals(name, found["rows"])}
     path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-throughput-{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for contender, row in found["rows"].items():

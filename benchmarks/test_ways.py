@@ -64,7 +64,7 @@ def test_ways(pytestconfig, tmp_path):
         pytest.skip("needs IRLFAST_DATA, a folder with hh_harmless_test.jsonl, and minutes")
     pairs = ids_of(hh(Path(data).expanduser(), 2000)[SEEN:], VOCABULARY)[: STEPS * BATCH]
     found = compare(tmp_path, pairs, SHAPE, ROUNDS)
-    result = {**circumstances(pytestconfig), "shape": SHAPE, "max_tokens_per_batch": TOKENS, "ways": found}
+    result = {**circumstances(), "shape": SHAPE, "max_tokens_per_batch": TOKENS, "ways": found}
     path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-ways.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for way, row in found.items():

@@ -47,7 +47,7 @@ def rewards_of(run: Run, rewards: Sequence[Path | str], segments: Sequence[Segme
 
 
 def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
-    if "," in reward:
+    if "," in reward and not find(reward):  # a folder may have a comma in its name
         policy, reference = reward.split(",", 1)
         return implicit(run, policy, reference, segments, path)
     config = reward_config(reward, run.config)

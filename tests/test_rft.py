@@ -1,6 +1,7 @@
 """RFT, AfD, reward models and best-of-N as a user runs them: files, figures, a kill anywhere, every option once."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -185,3 +186,11 @@ def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
     (output / "part-00000" / "best.jsonl").unlink()
     bon(output, **keys)
     assert (output / "best.jsonl").read_bytes() == before
+
+
+def test_a_folder_with_a_comma_in_its_name_is_a_reward_model_and_not_two_policies(rft, tmp_path):
+    folder = tmp_path / "reward, mine"
+    shutil.copytree(rft[0] / "stage-00" / "reward" / "model", folder)
+    keys = {"model_name_or_path": rft[0] / "final", "reward_model_name_or_path": folder, "max_train_samples": 4}
+    bon(tmp_path / "bon", **keys, dataset_name="irlfast/demo/test.jsonl", num_generations=2)
+    assert len((tmp_path / "bon" / "best.jsonl").read_text().splitlines()) == 4

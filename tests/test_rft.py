@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from irlfast.config import make_config
 from irlfast.data import encode, make_format, read_splits
-from tests.runs import ROOT, run, run_killed_at
+from tests.runs import ROOT, TORCHRUN, run, run_killed_at
 from tests.test_train import contents
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
@@ -194,3 +194,15 @@ def test_a_folder_with_a_comma_in_its_name_is_a_reward_model_and_not_two_policie
     keys = {"model_name_or_path": rft[0] / "final", "reward_model_name_or_path": folder, "max_train_samples": 4}
     bon(tmp_path / "bon", **keys, dataset_name="irlfast/demo/test.jsonl", num_generations=2)
     assert len((tmp_path / "bon" / "best.jsonl").read_text().splitlines()) == 4
+
+
+def test_two_processes_under_zero_3_end_with_the_parameters_of_one(rft, tmp_path):
+    """The same global batches of pairs and of prompts; the reward's heads are gathered as an LM head is."""
+    run(tmp_path / "two", TORCHRUN, **RFT, zero_stage=3, per_device_train_batch_size=4)
+    for part in ("stage-00/reward/model", "final"):
+        one, two = (load_file(folder / part / "model.safetensors") for folder in (rft[0], tmp_path / "two"))
+        first = load_file(rft[0] / "sft" / "policy" / "model.safetensors")
+        assert one.keys() == two.keys()
+        for name in one:  # by norm: where a gradient is next to nothing, the sign of a step of RMSprop is rounding
+            moved = one[name] - first[name] if name in first else one[name]
+            assert (two[name] - one[name]).norm() < 1e-2 * moved.norm()

@@ -135,7 +135,7 @@ class Config:
     reward_learning_rate: Positive | None = key(None, "its peak learning rate (default: learning_rate)")
     reward_optim: Literal["rmsprop", "adamw_torch"] | None = key(None, "its optimiser (default: optim)")
     reward_model_name_or_path: list[str] = key(
-        [], "rewards to add: a reward model's folder or hub name, or POLICY,REFERENCE for an implicit one"
+        [], "rewards to add: a reward model's folder or hub name, or POLICY or POLICY,REFERENCE for an implicit one"
     )
     reward_weights: list[float] = key([], "weight of the learned reward and of each added one (default: 1)")
 

@@ -5,7 +5,8 @@ A reward is named by the folder or hub name of a model:
 - a reward model of this project (``method: reward``, ``rft`` or ``afd`` learned it): heads on a backbone, read at the
   answer's last token or at every one, as they were trained; its config.json carries how, under ``irlfast_reward``;
 - ``POLICY,REFERENCE``, two policies: the implicit reward β·Σ_t log π(y_t)/π_ref(y_t) that IRFT, SPIN and SFT learn
-  (arXiv 2405.17888, section 4), with no training of its own;
+  (arXiv 2405.17888, section 4), with no training of its own; ``POLICY`` alone: β·log π(y), where the reference of
+  maximum-entropy IRL is uniform;
 - any other ``AutoModelForSequenceClassification`` with its tokenizer: its single logit of the text.
 """
 
@@ -48,12 +49,14 @@ def rewards_of(run: Run, rewards: Sequence[Path | str], segments: Sequence[Segme
 
 def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
     if "," in reward and not find(reward):  # a folder may have a comma in its name
-        policy, reference = reward.split(",", 1)
-        return implicit(run, policy, reference, segments, path)
+        return implicit(run, reward.split(",", 1), segments, path)
     config = reward_config(reward, run.config)
+    if not config.architectures[0].endswith("ForSequenceClassification"):
+        return implicit(run, [reward], segments, path)
     how = getattr(config, "irlfast_reward", None)
     if how is None:
         return external(run, reward, segments, path)
+    check_tokenizer(run, reward)
     measure = functools.partial(head_rewards, **how)
     scores = score(run, reward, segments, path, measure, heads=config.num_labels)
     return combine(torch.stack([answer[0] for answers in scores for answer in answers]).double(), run.config)
@@ -68,10 +71,8 @@ def reward_config(reward: str, config: Config) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"reward model {reward}: cannot be loaded ({first_sentence(error)})") from error
     kind = (found.architectures or ["no architecture"])[0]
-    if not kind.endswith("ForSequenceClassification"):
-        raise InputError(
-            f"reward model {reward}: found {kind}, expected one ForSequenceClassification, or POLICY,REFERENCE"
-        )
+    if not kind.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel")):
+        raise InputError(f"reward model {reward}: found {kind}, expected one ForSequenceClassification or ForCausalLM")
     return found
 
 
@@ -97,12 +98,31 @@ def combine(rewards: Tensor, config: Config) -> Tensor:
     return rewards.mean(1) - config.reward_std_weight * spread
 
 
-def implicit(run: Run, policy: str, reference: str, segments: Sequence[Segment], path: Path) -> Tensor:
-    """β·ρ of each answer: the per-token differences, summed."""
-    found = score(run, policy, segments, path)
-    references = score(run, reference, segments, path.with_name(f"{path.stem}-reference.safetensors"))
-    both = zip((a for x in found for a in x), (a for x in references for a in x), strict=True)
-    return run.config.at("beta", 0) * torch.stack([(new.double() - old.double()).sum() for new, old in both])
+def implicit(run: Run, policies: Sequence[str], segments: Sequence[Segment], path: Path) -> Tensor:
+    """β·ρ of each answer, of a policy to its reference if there is one: the per-token differences, summed.
+
+    Raises:
+        InputError: where a policy reads other token ids than the run's.
+    """
+    for policy in policies:
+        check_tokenizer(run, policy)
+    paths = [path, path.with_name(f"{path.stem}-reference.safetensors")]
+    scores = [score(run, policy, segments, each) for policy, each in zip(policies, paths, strict=False)]
+    answers = [[answer.double() for found in each for answer in found] for each in scores]
+    sums = [(both[0] - both[1] if len(both) > 1 else both[0]).sum() for both in zip(*answers, strict=True)]
+    return run.config.at("beta", 0) * torch.stack(sums)
+
+
+def check_tokenizer(run: Run, policy: str) -> None:
+    import transformers
+
+    name = str(find(policy) or policy)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=run.config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"reward model {policy}: its tokenizer cannot be loaded ({first_sentence(error)})") from error
+    if tokenizer.get_vocab() != run.form.tokenizer.get_vocab():
+        raise InputError(f"reward model {policy}: found another tokenizer than the policy's; expected the same")
 
 
 def external(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:

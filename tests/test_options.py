@@ -118,7 +118,7 @@ def test_a_pretrained_folder_initial_reference_hinge_and_no_sft(tmp_path, finish
     assert {row["phase"] for row in rows} == {"stage-00", "stage-01"}
     assert rows[-1]["step"] == 3  # 48 pairs of a stage in steps of 16
     [first, second] = (load_file(tmp_path / "run" / f"stage-0{i}" / "reference.safetensors") for i in (0, 1))
-    assert first["logps"].shape != second["logps"].shape or not torch.equal(first["logps"], second["logps"])
+    assert first["values"].shape != second["values"].shape or not torch.equal(first["values"], second["values"])
 
 
 def test_sft_alone_of_a_given_model_is_held_against_that_model(tmp_path, finished):

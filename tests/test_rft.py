@@ -158,11 +158,12 @@ def bon(output, **keys) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+@pytest.mark.parametrize("kind", ["explicit", "implicit", "likelihood"])
 def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
     folder, output = rft[0], tmp_path / "bon"
     policy = folder / "sft" / "policy"
-    reward = folder / "stage-00/reward/model" if kind == "explicit" else f"{folder / 'final'},{policy}"
+    rewards = {"explicit": folder / "stage-00/reward/model", "likelihood": policy}
+    reward = rewards.get(kind, f"{folder / 'final'},{policy}")
     keys = {
         "model_name_or_path": policy,
         "reward_model_name_or_path": reward,
@@ -206,3 +207,23 @@ def test_two_processes_under_zero_3_end_with_the_parameters_of_one(rft, tmp_path
         for name in one:  # by norm: where a gradient is next to nothing, the sign of a step of RMSprop is rounding
             moved = one[name] - first[name] if name in first else one[name]
             assert (two[name] - one[name]).norm() < 1e-2 * moved.norm()
+
+
+def test_an_implicit_reward_is_beta_times_the_difference_of_two_likelihoods(rft, tmp_path):
+    final, policy = rft[0] / "final", rft[0] / "sft" / "policy"
+    found = {}
+    for name, reward in (("both", f"{final},{policy}"), ("final", final), ("policy", policy)):
+        keys = {"model_name_or_path": policy, "reward_model_name_or_path": reward, "max_train_samples": 8, "beta": 0.5}
+        bon(tmp_path / name, **keys, dataset_name="irlfast/demo/test.jsonl", num_generations=3)
+        found[name] = load_file(tmp_path / name / "part-00000" / "scores.safetensors")["rewards"]
+    torch.testing.assert_close(found["both"], found["final"] - found["policy"], rtol=1e-4, atol=1e-4)
+    assert (found["policy"] < 0).all()
+    assert found["both"].abs().max() > 1e-4
+
+
+def test_an_implicit_reward_with_another_tokenizer_is_refused(rft, tmp_path):
+    run(tmp_path / "other", method="sft", train_tokenizer=290, sft_steps=1, inner_steps="null")
+    keys = {"reward_model_name_or_path": tmp_path / "other" / "final", "reward_data": "none"}
+    _, err = run(tmp_path / "run", code=2, **{**RFT, **keys})
+    assert "found another tokenizer than the policy's" in err
+    assert "Traceback" not in err

@@ -4,9 +4,9 @@
 
 For every seed: an early SFT policy (the initial one of AfD), the SFT policy, IRFT, SPIN, RFT by each alignment on one
 learned reward, adversarial AfD, AfD's rewards of each kind of pairs, and best of 16 of the SFT policy's answers by
-every reward. A reward's true quality is its rank correlation with the phoneme error rate among the SFT policy's own
-answers to a prompt. Prints mean ± standard deviation over seeds and writes
-``benchmarks/results/DATE-rewards-cmudict.json``. Runs resume.
+every reward and by likelihoods, an ensemble over seeds among them. A reward's true quality is its rank correlation with
+the phoneme error rate among the SFT policy's own answers to a prompt. Prints mean ± standard deviation over seeds and
+writes ``benchmarks/results/DATE-rewards-cmudict.json``. Runs resume.
 """
 
 import argparse
@@ -62,13 +62,13 @@ def best_of_n(output: Path, policy: Path, reward: str, rollouts: Path | None, **
     if rollouts and not output.exists():
         shutil.copytree(rollouts, output / "part-00000" / "rollouts")
     own = {"model_name_or_path": policy, "reward_model_name_or_path": reward, "num_generations": N}
-    own |= {"max_train_samples": BON_PROMPTS, "output_dir": output}
+    own |= {"max_train_samples": BON_PROMPTS, "beta": 1.0, "output_dir": output}
     arguments = [f"{name}={value}" for name, value in {**COMMON, **keys, **own}.items()]
     subprocess.run([sys.executable, "-m", "irlfast.bon", *arguments], cwd=ROOT, check=True)
 
 
-def run_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
-    """Figures of every method and of every reward."""
+def train_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
+    """Figures of every method and of every reward model."""
     source = {"dataset_name": data / "cmudict_train.jsonl", "eval_dataset_name": data / "cmudict_test.jsonl"}
     keys = source | {"seed": seed}
     new = {"config_name": ROOT / "irlfast/demo/config.json", "train_tokenizer": 384}
@@ -92,12 +92,23 @@ def run_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
         if align != "rloo":
             share(folder / "rft-rloo", output, "stage-00/reward")
         figures[f"RFT, {align}"] = last(output, train(output, **from_sft | RFT | PROMPTS, align=align))
+    return figures
+
+
+def choose_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
+    """Figures of best of N of the SFT policy's answers by every reward, and of its greedy answers to the same words."""
+    policy = folder / "SFT" / "sft" / "policy"
+    figures: dict[str, dict] = {}
     rewards = {
         "init_sft": folder / "init_sft" / "final",
         "init_demo": folder / "init_demo" / "final",
         "sft_demo": folder / "sft_demo" / "final",
         "implicit: SFT to early": f"{policy},{folder / 'early' / 'final'}",
         "implicit: IRFT to SFT": f"{folder / 'IRFT' / 'final'},{policy}",
+        "log-likelihood": policy,
+        "log-likelihood + init_demo": f"[{policy}, {folder / 'init_demo' / 'final'}]",
+        "log-likelihood of IRFT": folder / "IRFT" / "final",
+        "log-likelihood of all seeds' SFT": f"[{', '.join(map(str, sft_policies(folder.parent)))}]",
     }
     first = None
     for name, reward in rewards.items():
@@ -108,6 +119,10 @@ def run_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
         figures[f"best of {N}, {name}"] = quality(output)
     figures["SFT, the same words"] = first_words(folder / "SFT" / "sft", output)
     return figures
+
+
+def sft_policies(output: Path) -> list[Path]:
+    return sorted(output.glob("seed-*/SFT/sft/policy"))
 
 
 def share(source: Path, target: Path, part: str) -> None:
@@ -215,7 +230,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/rewards"))
     options = parser.parse_args()
     folder = options.output.resolve()
-    seeds = [run_seed(folder / f"seed-{seed}", seed, options.data.resolve()) for seed in options.seeds]
+    folders = {seed: folder / f"seed-{seed}" for seed in options.seeds}
+    trained = [train_seed(own, seed, options.data.resolve()) for seed, own in folders.items()]
+    chosen = [choose_seed(own, seed, options.data.resolve()) for seed, own in folders.items()]
+    seeds = [both | more for both, more in zip(trained, chosen, strict=True)]
     table = summarise(seeds)
     print(markdown(table))
     result = {

@@ -64,7 +64,7 @@ def check_reward(config: Any) -> None:
     """What RFT, AfD and reward models ask for."""
     learned, added = config.reward_data != "none", len(config.reward_model_name_or_path)
     if config.method in ("rft", "afd") and not learned and not added:
-        raise InputError("reward_data: found 'none' without reward_model_name_or_path; expected one of them")
+        raise InputError("reward_model_name_or_path: found none, and reward_data: none; expected a reward")
     if config.method == "reward" and not learned:
         raise InputError("reward_data: found 'none', expected pairs to learn from for method reward")
     if config.reward_weights and len(config.reward_weights) != learned + added:

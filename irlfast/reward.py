@@ -48,6 +48,11 @@ def rewards_of(run: Run, rewards: Sequence[Path | str], segments: Sequence[Segme
 
 
 def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
+    """One reward ``[S]`` of every answer, fp64, cached in ``path``.
+
+    Raises:
+        InputError: where there is no such model, it is of another kind, or it has another tokenizer.
+    """
     if "," in reward and not find(reward):  # a folder may have a comma in its name
         return implicit(run, reward.split(",", 1), segments, path)
     config = reward_config(reward, run.config)

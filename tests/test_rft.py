@@ -126,7 +126,7 @@ def test_a_reward_model_loads_with_plain_transformers_and_scores_as_it_was_train
     ids = [example.prompt_ids + answer for example in examples for answer in (example.answer_ids, example.rejected_ids)]
     with torch.no_grad():
         scores = model(**tokenizer.pad({"input_ids": ids}, return_tensors="pt")).logits[:, 0]
-    ours = load_file(output / "stage-00" / "reward" / "rejected" / "reward-0.safetensors")["values"][:, 0]
+    ours = load_file(output / "stage-00" / "reward" / "rejected" / "reward.safetensors")["values"][:, 0]
     torch.testing.assert_close(scores, ours, rtol=1e-4, atol=1e-4)
 
 
@@ -227,3 +227,14 @@ def test_an_implicit_reward_with_another_tokenizer_is_refused(rft, tmp_path):
     _, err = run(tmp_path / "run", code=2, **{**RFT, **keys})
     assert "found another tokenizer than the policy's" in err
     assert "Traceback" not in err
+
+
+def test_a_learned_reward_and_an_added_one_are_summed_by_their_weights(rft, tmp_path):
+    added = rft[0] / "stage-00" / "reward" / "model"
+    keys = {"reward_model_name_or_path": added, "reward_weights": [1.0, 0.5], "align_rounds": 1}
+    run(tmp_path / "run", **{**RFT, **keys})
+    stage = tmp_path / "run" / "stage-00"
+    learned, other = (load_file(stage / f"reward-{i}.safetensors")["values"].mean().item() for i in (0, 1))
+    assert json.loads((stage / "round.json").read_text())["reward"] == pytest.approx(learned + 0.5 * other, abs=1e-6)
+    _, err = run(tmp_path / "other", code=2, **{**RFT, **keys, "reward_weights": [1.0]})
+    assert "reward_weights: found 1, expected 2" in err

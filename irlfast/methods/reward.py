@@ -14,7 +14,7 @@ from irlfast.losses import reward_loss
 from irlfast.methods.irft import make_pairs, rejected, sampling, stage_examples, stage_name
 from irlfast.metrics import say
 from irlfast.pack import Segment
-from irlfast.reward import KINDS, recipe, rewards_of
+from irlfast.reward import KINDS, recipe, reward_of
 from irlfast.run import Run
 from irlfast.sample import Sampling, sample
 
@@ -52,7 +52,7 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[Segment]:
     if config.reward_data == "init_sft":
         better = sample(run, policy, examples, folder / "better", sampling(config, stage))
         examples = [x._replace(answer_ids=ids) for x, ids in zip(examples, better, strict=True)]
-    differences = config.reward_loss in ("sigmoid", "linear") or config.reward_data == "preference"
+    differences = config.reward_loss == "sigmoid" or config.reward_data == "preference"
     pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not differences)
     if dist.is_main():
         write_json(folder / "pairs.json", counts)
@@ -102,7 +102,7 @@ def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any
         both = zip(run.held_out, others, strict=True)
         pairs = [Segment(x.prompt_ids, (x.answer_ids, ids)) for x, ids in both if ids and ids != x.answer_ids]
         if pairs:
-            rewards = rewards_of(run, [folder / "model"], pairs, folder / part).view(-1, 2)
+            rewards = reward_of(run, str(folder / "model"), pairs, folder / part / "reward.safetensors").view(-1, 2)
             figures[f"{name}_accuracy"] = (rewards[:, 0] > rewards[:, 1]).double().mean().item()
             figures[f"{name}_margin"] = (rewards[:, 0] - rewards[:, 1]).mean().item()
             figures[f"{name}_pairs"] = len(pairs)

@@ -104,7 +104,9 @@ class Config:
     history: Annotated[int, Field(ge=0)] = key(0, "mix in the pairs of this many earlier stages")
     reference: Literal["stage", "initial"] = key("stage", "pi_ref: the policy at the start of the stage, or of the run")
     loss_type: Literal["sigmoid", "hinge", "linear"] = key("sigmoid", "loss of u = beta (rho(y) - rho(y~))")
-    beta: Positive | list[Positive] = key(0.1, "scale of the log-ratio")
+    beta: Positive | list[Positive] = key(
+        0.1, "scale of the log-ratio; of rft and afd, weight of the KL to the reference (1: the learned reward's own)"
+    )
     token_weighting: Literal["none", "remaining"] = key(
         "none", "of SFT; remaining: token k of T weighs (T - k) / T (state-action forward KL)"
     )

@@ -74,6 +74,15 @@ def interleaved(steps: dict[str, Callable[[], object]], runs: int = 9) -> dict[s
     return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
 
 
+def write_result(what: str, result: dict[str, Any]) -> Path:
+    """``benchmarks/results/DATE-WHAT.json``: ``result`` under what there is to say of every one."""
+    head = circumstances()
+    path = ROOT / "benchmarks" / "results" / f"{head['date'][:10]}-{what}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(head | result, indent=1) + "\n")
+    return path
+
+
 def git(*arguments: str) -> str | None:
     try:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

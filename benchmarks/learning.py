@@ -8,16 +8,13 @@ mean ± standard deviation over seeds and writes ``benchmarks/results/DATE-learn
 """
 
 import argparse
-import datetime
 import json
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
-from benchmarks.conftest import ROOT, circumstances
+from benchmarks.conftest import write_result
+from benchmarks.runs import markdown, summarise, train
 
 COMMON = ["eval_dataset_name={data}/{name}_test.jsonl", "dataset_name={data}/{name}_train.jsonl"]
 TASKS = {
@@ -50,14 +47,9 @@ TASKS = {
         "per_device_train_batch_size": 16,
     },
 }
+RECIPE = "configs/irft.yaml"
 METRICS = ("exact_match", "nll", "reward_accuracy", "margin")
-
-
-def train(output: Path, *keys: str) -> dict[str, dict]:
-    """Run (or resume) a training; its held-out figures by phase."""
-    command = [sys.executable, "-m", "irlfast.train", "configs/irft.yaml", f"output_dir={output}", *keys]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(output.glob("*/eval.json"))}
+COLUMNS = {"exact_match": "exact match", "nll": "held-out NLL (nats)", "reward_accuracy": "reward accuracy"}
 
 
 def steps_of(output: Path) -> int:
@@ -72,7 +64,7 @@ def steps_of(output: Path) -> int:
 def run_seed(folder: Path, seed: int, keys: list[str]) -> dict[str, dict]:
     """Figures of SFT, of every stage, and of both controls."""
     irft = folder / f"seed-{seed}"
-    figures = train(irft, f"seed={seed}", *keys)
+    figures = train(irft, RECIPE, *keys, seed=seed)
     config = yaml.safe_load((irft / "config.yaml").read_text())
     start = [
         "method=sft",
@@ -88,32 +80,8 @@ def run_seed(folder: Path, seed: int, keys: list[str]) -> dict[str, dict]:
     ):
         control = folder / f"seed-{seed}-{'irft' if optim == config['optim'] else 'sft'}-rate"
         own = [f"sft_learning_rate={rate}", f"sft_optim={optim}", f"seed={seed}"]
-        figures[label] = train(control, *keys, *start, *size, *own)["sft"]
+        figures[label] = train(control, RECIPE, *keys, *start, *size, *own)["sft"]
     return figures
-
-
-def summarise(seeds: list[dict[str, dict]]) -> dict[str, dict[str, list[float]]]:
-    """Mean and standard deviation over seeds, by phase and metric."""
-    table: dict[str, dict[str, list[float]]] = {}
-    for phase in seeds[0]:
-        table[phase] = {}
-        for metric in METRICS:
-            values = [figures[phase][metric] for figures in seeds if figures[phase][metric] is not None]
-            if values:
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                table[phase][metric] = [statistics.mean(values), spread]
-    return table
-
-
-def markdown(table: dict[str, dict[str, list[float]]]) -> str:
-    lines = ["| after | exact match | held-out NLL (nats) | reward accuracy |", "| --- | --- | --- | --- |"]
-    for phase, metrics in table.items():
-        cells = [
-            "{:.3f} ± {:.3f}".format(*metrics[name]) if name in metrics else "–"
-            for name in ("exact_match", "nll", "reward_accuracy")
-        ]
-        lines.append(f"| {phase} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -127,18 +95,14 @@ def main() -> None:
     keys += [f"{key}={value}" for key, value in TASKS[options.task].items()]
     folder = options.output.resolve() / options.task
     seeds = [run_seed(folder, seed, keys) for seed in options.seeds]
-    table = summarise(seeds)
-    print(markdown(table))
+    table = summarise(seeds, METRICS)
+    print(markdown(table, COLUMNS))
     result = {
-        **circumstances(),
         "keys": TASKS[options.task],
         "seeds": dict(zip(map(str, options.seeds), seeds, strict=True)),
         "table": table,
     }
-    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-learning-{options.task}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    print(write_result(f"learning-{options.task}", result))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,10 @@ Writes ``benchmarks/results/DATE-preferences-hh.json`` and its plot. Runs resume
 """
 
 import argparse
-import datetime
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-from benchmarks.conftest import ROOT, circumstances
+from benchmarks.conftest import write_result
+from benchmarks.runs import train
 
 ROWS = 2000
 COMMON = {
@@ -50,20 +47,12 @@ def split(data: Path, folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.jsonl" for name in parts}
 
 
-def train(output: Path, keys: dict) -> dict[str, dict]:
-    """Run (or resume) a training; its held-out figures by phase."""
-    arguments = [f"{name}={value}" for name, value in {**keys, "output_dir": output}.items()]
-    subprocess.run([sys.executable, "-m", "irlfast.train", *arguments], cwd=ROOT, check=True)
-    paths = [*output.glob("*/eval.json"), *output.glob("*/reward/eval.json")]
-    return {str(path.parent.relative_to(output)): json.loads(path.read_text()) for path in sorted(paths)}
-
-
 def measure(folder: Path, data: Path) -> dict[str, dict[str, float]]:
     """By method: ``gap`` in nats and ``accuracy``, where the method has them."""
     keys = COMMON | split(data, folder)
     rows: dict[str, dict[str, float]] = {}
     for name, own in RUNS.items():
-        figures = train(folder / name, keys | own)
+        figures = train(folder / name, **keys | own)
         rows.setdefault("SFT", {"gap": figures["sft"]["preference_gap"]})
         policies = [phase for phase in figures if phase.startswith("stage") and "/" not in phase]
         if policies:
@@ -100,13 +89,11 @@ def main() -> None:
     rows = measure(options.output.resolve(), options.data.resolve())
     for name, row in rows.items():
         print(f"{name:26}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
-    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-preferences-hh.json"
     result = {
-        **circumstances(),
         "keys": {"all": COMMON, **RUNS},
         "rows": rows,
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = write_result("preferences-hh", result)
     draw(rows, path.with_suffix(".svg"))
     print(path)
 

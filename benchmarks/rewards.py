@@ -10,7 +10,6 @@ writes ``benchmarks/results/DATE-rewards-cmudict.json``. Runs resume.
 """
 
 import argparse
-import datetime
 import json
 import shutil
 import statistics
@@ -22,7 +21,8 @@ import numpy as np
 from safetensors.torch import load_file
 from scipy.stats import rankdata
 
-from benchmarks.conftest import ROOT, circumstances
+from benchmarks.conftest import ROOT, write_result
+from benchmarks.runs import markdown, summarise, train
 
 COMMON = {
     "max_train_samples": 24000,
@@ -49,14 +49,6 @@ PROMPTS = {"max_train_samples": 4000}  # of RFT and adversarial AfD: four answer
 N, BON_PROMPTS = 16, 500
 
 
-def train(output: Path, **keys) -> dict[str, dict]:
-    """Run (or resume) a training; its held-out figures by phase."""
-    arguments = [f"{name}={value}" for name, value in {**COMMON, **keys, "output_dir": output}.items()]
-    subprocess.run([sys.executable, "-m", "irlfast.train", *arguments], cwd=ROOT, check=True)
-    paths = [*output.glob("*/eval.json"), *output.glob("*/reward/eval.json")]
-    return {str(path.parent.relative_to(output)): json.loads(path.read_text()) for path in sorted(paths)}
-
-
 def best_of_n(output: Path, policy: Path, reward: str, rollouts: Path | None, **keys) -> None:
     """Best of N by a reward, on answers that an earlier reward's run has sampled."""
     if rollouts and not output.exists():
@@ -70,7 +62,7 @@ def best_of_n(output: Path, policy: Path, reward: str, rollouts: Path | None, **
 def train_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
     """Figures of every method and of every reward model."""
     source = {"dataset_name": data / "cmudict_train.jsonl", "eval_dataset_name": data / "cmudict_test.jsonl"}
-    keys = source | {"seed": seed}
+    keys = COMMON | source | {"seed": seed}
     new = {"config_name": ROOT / "irlfast/demo/config.json", "train_tokenizer": 384}
     train(folder / "early", **keys, **new, method="sft", sft_steps=EARLY)
     early = keys | {"model_name_or_path": folder / "early" / "final", "sft_steps": SFT}
@@ -197,30 +189,12 @@ def correlation(rewards: np.ndarray, wrong: np.ndarray) -> float:
     return float(np.corrcoef(rankdata(rewards), rankdata(-wrong))[0, 1])
 
 
-METRICS = ("exact_match", "phoneme_error_rate", "reward_accuracy", "rank_correlation")
-
-
-def summarise(seeds: list[dict[str, dict]]) -> dict[str, dict[str, list[float]]]:
-    """Mean and standard deviation over seeds, by method and metric."""
-    table: dict[str, dict[str, list[float]]] = {}
-    for name in seeds[0]:
-        for metric in METRICS:
-            values = [figures[name][metric] for figures in seeds if figures[name].get(metric) is not None]
-            if values:
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                table.setdefault(name, {})[metric] = [statistics.mean(values), spread]
-    return table
-
-
-def markdown(table: dict[str, dict[str, list[float]]]) -> str:
-    lines = [
-        "| | exact match | phoneme error rate | reward accuracy | rank correlation |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, metrics in table.items():
-        cells = ["{:.3f} ± {:.3f}".format(*metrics[key]) if key in metrics else "–" for key in METRICS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+COLUMNS = {
+    "exact_match": "exact match",
+    "phoneme_error_rate": "phoneme error rate",
+    "reward_accuracy": "reward accuracy",
+    "rank_correlation": "rank correlation",
+}
 
 
 def main() -> None:
@@ -234,10 +208,9 @@ def main() -> None:
     trained = [train_seed(own, seed, options.data.resolve()) for seed, own in folders.items()]
     chosen = [choose_seed(own, seed, options.data.resolve()) for seed, own in folders.items()]
     seeds = [both | more for both, more in zip(trained, chosen, strict=True)]
-    table = summarise(seeds)
-    print(markdown(table))
+    table = summarise(seeds, tuple(COLUMNS))
+    print(markdown(table, COLUMNS))
     result = {
-        **circumstances(),
         "keys": {
             "common": COMMON,
             "reward": REWARD,
@@ -249,9 +222,7 @@ def main() -> None:
         "seeds": dict(zip(map(str, options.seeds), seeds, strict=True)),
         "table": table,
     }
-    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-rewards-cmudict.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    print(write_result("rewards-cmudict", result))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 Bytes are those that must be read and written once; the goal on a GPU is a share of what a copy of the same size moves.
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.conftest import ROOT, circumstances, interleaved
+from benchmarks.conftest import interleaved, write_result
 from irlfast import native, ops
 from irlfast.optim import FusedRMSprop
 
@@ -103,6 +102,5 @@ def test_bandwidth(what, pytestconfig):
         print(f"{name}: {1000 * found[name]:.3g} ms, {rate:.3g} GB/s, {rate / gigabytes['copy']:.0%} of a copy{goal}")
     if quick:
         return
-    result = {**circumstances(), "shape": shape, "seconds": found, "gigabytes_per_second": gigabytes}
-    path = ROOT / f"benchmarks/results/{result['date'][:10]}-bandwidth-{what}-{result['kind']}.json"
-    path.write_text(json.dumps(result | {"goals": GOALS}, indent=1) + "\n")
+    result = {"shape": shape, "seconds": found, "gigabytes_per_second": gigabytes, "goals": GOALS}
+    write_result(f"bandwidth-{what}-{DEVICE.type}", result)

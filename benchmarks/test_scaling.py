@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.conftest import ROOT, circumstances
+from benchmarks.conftest import ROOT, write_result
 from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, hh, ids_of, make_models, quick
 
 PAIRS, STEPS, ROUNDS = 64, 4, 3  # pairs a step of both together; the first step warms up
@@ -47,16 +47,20 @@ def compare(folder: Path, pairs: list[list[list[int]]], shape: dict[str, int], b
     for _ in range(rounds):
         for processes, found in runs.items():
             found.append(train(folder, processes))
-    assert runs[2][0]["loss"] == pytest.approx(runs[1][0]["loss"], rel=1e-4)
     clocks = {"clock": "seconds", "cpu": "cpu_seconds"}
     rates = {name: {n: rate(found, clock, batch) for n, found in runs.items()} for name, clock in clocks.items()}
     return {"pairs_per_second": rates, "times": {name: both[2] / both[1] for name, both in rates.items()}, "runs": runs}
 
 
+def check_losses(runs: dict[int, list[dict[str, Any]]]) -> None:
+    assert runs[2][0]["loss"] == pytest.approx(runs[1][0]["loss"], rel=1e-4)
+
+
 def test_quick_two_processes_have_the_first_loss_of_one(pytestconfig, tmp_path):
     if not pytestconfig.getoption("quick"):
         pytest.skip("the full workload shows it too")
-    compare(tmp_path, ids_of(quick(tmp_path, 2 * BATCH), 300), QUICK, BATCH, 1)
+    found = compare(tmp_path, ids_of(quick(tmp_path, 2 * BATCH), 300), QUICK, BATCH, 1)
+    check_losses(found["runs"])
 
 
 def test_two_processes_against_one(pytestconfig, tmp_path):
@@ -66,9 +70,8 @@ def test_two_processes_against_one(pytestconfig, tmp_path):
     pairs = ids_of(hh(Path(data).expanduser(), 2000)[SEEN:], VOCABULARY)[: STEPS * PAIRS]
     load = os.getloadavg()[0]
     found = compare(tmp_path, pairs, SHAPE, PAIRS, ROUNDS)
+    check_losses(found["runs"])
     goal = {"what": "two processes", "measured": found["times"]["clock"], "limit": GOAL}
     goal["met"] = goal["measured"] >= GOAL
-    result = {**circumstances(), "load_before": load, "shape": SHAPE, **found, "goals": [goal]}
-    path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-scaling.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(result["pairs_per_second"], result["times"], goal, f"load before {load}", sep="\n")
+    write_result("scaling", {"load_before": load, "shape": SHAPE, **found, "goals": [goal]})
+    print(found["pairs_per_second"], found["times"], goal, f"load before {load}", sep="\n")

@@ -7,14 +7,13 @@ against the operation count (irlfast.step.operations). On a CPU by CPU seconds, 
 A goal that is missed fails no test.
 """
 
-import json
 import statistics
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.conftest import ROOT, circumstances
+from benchmarks.conftest import write_result
 from benchmarks.test_throughput import QUICK, SHAPE, VOCABULARY
 from irlfast import ops
 from irlfast.attention import hidden_states
@@ -94,6 +93,5 @@ def test_sharing(pytestconfig):
         print({key: value if isinstance(value, dict) else round(value, 2) for key, value in point.items()})
     print(goal)
     if not quick:
-        result = {**circumstances(), "shape": shape, **sizes, "sharing": points, "goals": [goal]}
-        path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-sharing-{result['kind']}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        kind = "cuda" if gpu else "cpu"
+        write_result(f"sharing-{kind}", {"shape": shape, **sizes, "sharing": points, "goals": [goal]})

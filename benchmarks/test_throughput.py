@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.conftest import ROOT, circumstances
+from benchmarks.conftest import ROOT, write_result
 from benchmarks.throughput import CONTENDERS
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -171,9 +171,8 @@ def test_throughput(pytestconfig, tmp_path, name):
     texts = {"hh": hh, "gsm8k": gsm8k}[name](Path(data).expanduser(), 2000)[SEEN:]
     found = measure(tmp_path, texts, STEPS * BATCH, SHAPE, ROUNDS)
     check_losses(found["rows"])
-    result = {**circumstances(), "shape": SHAPE, **found, "goals": goals(name, found["rows"])}
-    path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-throughput-{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"shape": SHAPE, **found, "goals": goals(name, found["rows"])}
+    write_result(f"throughput-{name}", result)
     for contender, row in found["rows"].items():
         print(contender, {key: round(value, 3) for key, value in row.items() if isinstance(value, float)})
     print(*result["goals"], sep="\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.conftest import ROOT, circumstances
+from benchmarks.conftest import write_result
 from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, contend, hh, ids_of, make_models, quick
 
 STEPS, TOKENS, ROUNDS = 8, 4096, 2  # more tokens a pass than a CPU needs, so that layers' activations weigh
@@ -35,9 +35,12 @@ def compare(folder: Path, pairs: list[list[list[int]]], shape: dict[str, int], r
             workload = {"batch": BATCH, "keys": {"max_tokens_per_batch": TOKENS} | WAYS[way]}
             (folder / "workload.json").write_text(json.dumps(workload))
             found.append(contend(folder, "irlfast"))
-    for found in runs.values():
-        assert found[0]["loss"] == pytest.approx(runs["plain"][0]["loss"], rel=1e-5)
     return {way: figures(found) | {"runs": found} for way, found in runs.items()}
+
+
+def check_losses(ways: dict[str, Any]) -> None:
+    for found in ways.values():
+        assert found["runs"][0]["loss"] == pytest.approx(ways["plain"]["runs"][0]["loss"], rel=1e-5)
 
 
 def figures(runs: list[dict[str, Any]]) -> dict[str, float]:
@@ -55,7 +58,7 @@ def figures(runs: list[dict[str, Any]]) -> dict[str, float]:
 def test_quick_ways_have_the_same_first_loss(pytestconfig, tmp_path):
     if not pytestconfig.getoption("quick"):
         pytest.skip("the full workload shows it too")
-    compare(tmp_path, ids_of(quick(tmp_path, 3 * BATCH), 300), QUICK, 1)
+    check_losses(compare(tmp_path, ids_of(quick(tmp_path, 3 * BATCH), 300), QUICK, 1))
 
 
 def test_ways(pytestconfig, tmp_path):
@@ -64,8 +67,7 @@ def test_ways(pytestconfig, tmp_path):
         pytest.skip("needs IRLFAST_DATA, a folder with hh_harmless_test.jsonl, and minutes")
     pairs = ids_of(hh(Path(data).expanduser(), 2000)[SEEN:], VOCABULARY)[: STEPS * BATCH]
     found = compare(tmp_path, pairs, SHAPE, ROUNDS)
-    result = {**circumstances(), "shape": SHAPE, "max_tokens_per_batch": TOKENS, "ways": found}
-    path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}-ways.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    check_losses(found)
+    write_result("ways", {"shape": SHAPE, "max_tokens_per_batch": TOKENS, "ways": found})
     for way, row in found.items():
         print(way, {key: round(value, 2) for key, value in row.items() if key != "runs"})

@@ -35,7 +35,7 @@ def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], be
     import tokenizers
     import transformers
     from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOTrainer
 
     base = memory("VmRSS")
     losses: list[float] = []
@@ -71,11 +71,27 @@ def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], be
 
     no_words = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=no_words, eos_token="<end>", pad_token="<end>")
-    arguments = DPOConfig(
+    rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True)) for pair in pairs]
+    trainer = Measured(
+        load("policy"),
+        load("reference"),
+        args=dpo_config(folder, len(pairs), workload, best),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return report(losses[0], score or [now()] * 2, moments, base)
+
+
+def dpo_config(folder: Path, pairs: int, workload: dict[str, Any], best: bool) -> Any:
+    from trl import DPOConfig
+
+    return DPOConfig(
         output_dir=str(folder / "trl"),
         beta=BETA,
         per_device_train_batch_size=workload["batch"],
-        max_steps=len(pairs) // workload["batch"],
+        max_steps=pairs // workload["batch"],
         learning_rate=RATE,
         lr_scheduler_type="constant",
         optim="rmsprop",
@@ -92,17 +108,6 @@ def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], be
         precompute_ref_log_probs=best,
         precompute_ref_batch_size=workload["batch"],
     )
-    rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True)) for pair in pairs]
-    trainer = Measured(
-        load("policy"),
-        load("reference"),
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    return report(losses[0], score or [now()] * 2, moments, base)
 
 
 def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ log n − (n − 1)/n (arXiv 2401.01879).
 """
 
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -23,15 +22,16 @@ from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
 from irlfast import dist
+from irlfast.command import exit_code, writing_to
 from irlfast.config import Config, load_config
 from irlfast.data import Example
-from irlfast.files import InputError, write, write_json
+from irlfast.files import write, write_json, write_jsonl
+from irlfast.methods.irft import sampling
 from irlfast.metrics import say
-from irlfast.pack import Segment
 from irlfast.prepare import prepare
 from irlfast.reward import rewards_of
 from irlfast.run import Run
-from irlfast.sample import Sampling, sample
+from irlfast.sample import sample_groups
 
 ANSWERS = 2**17  # that are held in memory at a time
 
@@ -46,7 +46,8 @@ def best_of_n(config: Config) -> None:
         if not (folder / "best.jsonl").exists():
             choose_best(run, number, examples, folder)
     if dist.is_main():
-        write(run.output / "best.jsonl", lambda path: path.write_bytes(b"".join(lines(folders))))
+        best = b"".join((folder / "best.jsonl").read_bytes() for folder in folders)
+        write(run.output / "best.jsonl", lambda path: path.write_bytes(best))
         scores = [load_file(folder / "scores.safetensors") for folder in folders]
         curve = best_of_each(*(np.concatenate([part[name] for part in scores]) for name in ("rewards", "exact")))
         write_json(run.output / "curve.json", curve)
@@ -58,9 +59,8 @@ def best_of_n(config: Config) -> None:
 
 def choose_best(run: Run, number: int, examples: list[Example], folder: Path) -> None:
     config, n = run.config, run.config.num_generations
-    drawn = Sampling(config.at("temperature", 0), config.top_p, config.top_k, (config.seed * 1000 + number) * 100_000)
-    answers = sample(run, run.initial, [x for x in examples for _ in range(n)], folder / "rollouts", drawn)
-    groups = [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n])) for i, x in enumerate(examples)]
+    drawn = sampling(config, 0)._replace(seed=(config.seed * 1000 + number) * 100_000)
+    groups = sample_groups(run, run.initial, examples, n, folder / "rollouts", drawn)
     rewards = rewards_of(run, config.reward_model_name_or_path, groups, folder).view(-1, n).numpy()
     if dist.is_main():
         exact = np.array([[a == x.answer_ids for a in g.answers] for x, g in zip(examples, groups, strict=True)])
@@ -76,13 +76,8 @@ def choose_best(run: Run, number: int, examples: list[Example], folder: Path) ->
             }
             for example, group, values, best in zip(examples, groups, rewards, rewards.argmax(1), strict=True)
         ]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write(folder / "best.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+        write_jsonl(folder / "best.jsonl", rows)
     dist.barrier()
-
-
-def lines(folders: list[Path]) -> list[bytes]:
-    return [(folder / "best.jsonl").read_bytes() for folder in folders]
 
 
 def best_of_each(rewards: np.ndarray, exact: np.ndarray) -> list[dict[str, Any]]:
@@ -113,19 +108,11 @@ def show(curve: list[dict[str, Any]]) -> None:
     Console(width=100).print(table)
 
 
-def main() -> int:
-    """Exit codes: 0 done, 2 bad input, 130 interrupted."""
-    from irlfast.train import fail
-
-    try:
-        config, _ = load_config([*sys.argv[1:], "method=rft", "reward_data=none", "align=bon"])
+def command() -> None:
+    config, _ = load_config([*sys.argv[1:], "method=rft", "reward_data=none", "align=bon"])
+    with writing_to(f"output_dir {config.output_dir}"):
         best_of_n(config)
-    except InputError as error:
-        return fail(str(error), 2)
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command resumes", 130)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(command))

@@ -15,6 +15,7 @@ from irlfast.engine import Plan
 from irlfast.files import InputError, find
 from irlfast.methods.irft import irft_plan, stage_name
 from irlfast.methods.reward import reward_plan
+from irlfast.methods.rft import round_name
 from irlfast.methods.sft import sft_plan, wants_sft
 from irlfast.model import load_model_config
 from irlfast.prepare import describe, quiet, read_data
@@ -101,11 +102,8 @@ def reward_phases(config: Config, rows: int) -> Iterator[tuple[str, Plan, int, i
         if config.method != "reward":
             for number in range(config.align_rounds):
                 share = len(range(number, size, config.align_rounds))
-                name = (
-                    f"{stage_name(stage)}/round-{number:02d}" if number < config.align_rounds - 1 else stage_name(stage)
-                )
                 trained = 1 if config.align == "bon" else answers
-                yield name, irft_plan(config, stage, share), trained, share * answers
+                yield round_name(config, stage, number), irft_plan(config, stage, share), trained, share * answers
 
 
 def stage_size(config: Config, rows: int, stage: int) -> int:

@@ -12,10 +12,7 @@ from irlfast.files import read_json, write_json, write_jsonl
 from irlfast.pack import Segment
 from irlfast.reference import score
 from irlfast.run import Run
-from irlfast.sample import Sampling, sample
-
-GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
-DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
+from irlfast.sample import DRAWN, GREEDY, sample
 
 
 def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, Any]:

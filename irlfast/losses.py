@@ -12,6 +12,7 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.ops import Head
+from irlfast.ops.problem import sequence_of
 from irlfast.pack import Batch
 
 
@@ -137,7 +138,7 @@ def reward_loss(
     loss = loss * (pairs / share.pairs)
     rewards = logits.detach().mean(1)
     if level == "token":
-        rewards = per_sequence(rewards, batch.cu_seqlens.diff())
+        rewards = per_sequence(rewards, batch.cu_seqlens)
     chosen, rejected = rewards[0::2], rewards[1::2]
     figures = {
         "count": batch.cu_seqlens.new_tensor(pairs),
@@ -182,9 +183,9 @@ def align_loss(
         change = result.token_logps - batch.old_logps
         if align == "ppo":
             terms = clipped(change, advantages.repeat_interleave(lengths), clip_range)
-            losses = per_sequence(terms, lengths)
+            losses = per_sequence(terms, batch.cu_seqlens)
         else:
-            gap = (per_sequence(change, lengths) - advantages / beta).view(-1, answers)
+            gap = (per_sequence(change, batch.cu_seqlens) - advantages / beta).view(-1, answers)
             losses = beta / 2 * (gap - gap.mean(1, keepdim=True)).flatten() ** 2
     if kl_in_loss:
         losses = losses + beta / 2 * result.log_ratio**2
@@ -206,7 +207,6 @@ def clipped(change: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
 
 
-def per_sequence(values: Tensor, lengths: Tensor) -> Tensor:
+def per_sequence(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums ``[S]`` of values ``[N]``."""
-    sequence = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths, output_size=len(values))
-    return values.new_zeros(len(lengths)).index_add(0, sequence, values)
+    return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence_of(cu_seqlens, len(values)), values)

@@ -56,6 +56,11 @@ def score(
     return [tuple(next(answers) for _ in segment.answers) for segment in segments]
 
 
+def log_ratios(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
+    """Σ_t of the differences of two models' log-probabilities, of each answer, fp64."""
+    return torch.stack([(a.double() - b.double()).sum() for a, b in zip(new, old, strict=True)])
+
+
 @torch.no_grad()
 def score_share(
     config: Config, name: Path | str, segments: Sequence[Segment], path: Path, measure: Measure, heads: int

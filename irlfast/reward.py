@@ -27,7 +27,7 @@ from irlfast.files import InputError, find, write
 from irlfast.model import first_sentence
 from irlfast.ops import Head
 from irlfast.pack import Batch, Segment
-from irlfast.reference import score
+from irlfast.reference import log_ratios, score
 from irlfast.run import Run
 
 Text = tuple[str | list[Message], str]  # prompt and answer
@@ -112,10 +112,9 @@ def implicit(run: Run, policies: Sequence[str], segments: Sequence[Segment], pat
     for policy in policies:
         check_tokenizer(run, policy)
     paths = [path, path.with_name(f"{path.stem}-reference.safetensors")]
-    scores = [score(run, policy, segments, each) for policy, each in zip(policies, paths, strict=False)]
-    answers = [[answer.double() for found in each for answer in found] for each in scores]
-    sums = [(both[0] - both[1] if len(both) > 1 else both[0]).sum() for both in zip(*answers, strict=True)]
-    return run.config.at("beta", 0) * torch.stack(sums)
+    new, *references = (score(run, policy, segments, each) for policy, each in zip(policies, paths, strict=False))
+    old = references[0] if references else [[torch.zeros_like(logps) for logps in found] for found in new]
+    return run.config.at("beta", 0) * torch.cat([log_ratios(*both) for both in zip(new, old, strict=True)])
 
 
 def check_tokenizer(run: Run, policy: str) -> None:

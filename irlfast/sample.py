@@ -15,6 +15,7 @@ from irlfast import dist
 from irlfast.data import Example
 from irlfast.files import read_jsonl, write_jsonl
 from irlfast.model import load_model
+from irlfast.pack import Segment
 from irlfast.run import Run
 from irlfast.vllm_sampler import Shard, generate_vllm
 
@@ -28,6 +29,10 @@ class Sampling(NamedTuple):
     top_p: float
     top_k: int
     seed: int
+
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
 
 
 def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, sampling: Sampling) -> list[list[int]]:
@@ -54,6 +59,14 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
             write_jsonl(paths[number], rows)
     dist.barrier()
     return read_samples(folder)
+
+
+def sample_groups(
+    run: Run, policy: Path | str, examples: list[Example], n: int, folder: Path, sampling: Sampling
+) -> list[Segment]:
+    """``n`` answers to each example's prompt, as segments of the prompt with its answers."""
+    answers = sample(run, policy, [x for x in examples for _ in range(n)], folder, sampling)
+    return [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n])) for i, x in enumerate(examples)]
 
 
 def read_samples(folder: Path) -> list[list[int]]:

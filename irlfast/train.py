@@ -9,11 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from irlfast.command import exit_code, writing_to
 from irlfast.config import Config, load_config
-from irlfast.files import InputError
-
-# safetensors and torch report a full disk by errors of their own, not as OSError
-UNWRITABLE = ("No space left", "Disk quota exceeded", "Read-only file system", "StreamWriter", "unexpected pos")
 
 
 def train(config: Config) -> None:
@@ -54,33 +51,22 @@ def train(config: Config) -> None:
     finish(run, policies, figures)
 
 
-def main() -> int:
-    """Exit codes: 0 done, 2 bad input or an unwritable folder (one sentence says which), 130 interrupted."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors, where Linux has them to give
-    try:
-        config, dry_run = load_config(sys.argv[1:])
+def command() -> None:
+    config, dry_run = load_config(sys.argv[1:])
+    with writing_to(f"output_dir {config.output_dir}"):
         if dry_run:
             from irlfast.dry_run import show
 
             show(config)
         else:
             train(config)
-    except InputError as error:
-        return fail(str(error), 2)
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command resumes", 130)
-    except Exception as error:
-        if not any(sign in str(error) for sign in UNWRITABLE):
-            raise
-        return fail(f"output_dir {config.output_dir}: its disk is full or read-only; the same command resumes", 2)
-    return 0
 
 
-def fail(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"irlfast: {message}", file=sys.stderr)
-    return code
+def main() -> int:
+    """Exit codes as :func:`irlfast.command.exit_code` says."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors, where Linux has them to give
+    return exit_code(command)
 
 
 if __name__ == "__main__":

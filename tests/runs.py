@@ -61,6 +61,17 @@ def run_killed_at(output: Path, moment: str, **keys) -> None:
     assert not (output / "final").exists()
 
 
+def resumed_bytes(output: Path, moment: str, **keys) -> dict[str, bytes]:
+    """``final/`` of a run that was killed at ``moment`` and started again."""
+    run_killed_at(output, moment, **keys)
+    run(output, **keys)
+    return contents(output / "final")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
 def run(output: Path, launcher: tuple[str, ...] = (sys.executable,), code: int = 0, **keys) -> tuple[str, str]:
     process = start(command(output, **keys), launcher)
     out, err = process.communicate(timeout=600)

@@ -23,6 +23,7 @@ ORDER = [
     "ops",
     "integrations",
     "files",
+    "command",
     "config_checks",
     "config",
     "dist",

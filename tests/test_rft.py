@@ -13,8 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from irlfast.config import make_config
 from irlfast.data import encode, make_format, read_splits
-from tests.runs import ROOT, TORCHRUN, run, run_killed_at
-from tests.test_train import contents
+from tests.runs import ROOT, TORCHRUN, contents, resumed_bytes, run
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
 PREFERENCES = [
@@ -80,9 +79,7 @@ MOMENTS = [
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_resumes_to_the_same_bytes(rft, tmp_path, moment):
-    run_killed_at(tmp_path / "run", moment, **RFT)
-    run(tmp_path / "run", **RFT)
-    assert contents(tmp_path / "run" / "final") == contents(rft[0] / "final")
+    assert resumed_bytes(tmp_path / "run", moment, **RFT) == contents(rft[0] / "final")
 
 
 OPTIONS = {

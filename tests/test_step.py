@@ -62,9 +62,10 @@ def test_a_batch_goes_to_the_gpu_without_waiting():
     batch = pack([Segment([1] * 9, ([2] * 5, [3] * 5))]).pinned()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch.to(torch.device("cuda"))
+        moved = batch.to(torch.device("cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(value.is_cuda for value in moved if isinstance(value, torch.Tensor))
 
 
 def test_a_step_waits_for_the_device_at_known_places_only(tmp_path):

@@ -12,12 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.train import main
-from tests.runs import ROOT, TORCHRUN, command, run, run_killed_at
+from tests.runs import ROOT, TORCHRUN, command, contents, resumed_bytes, run
 from tests.tokenizers_like import pythia
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_the_files_of_a_run(finished):
@@ -72,11 +68,7 @@ KILLED_AT = [
 
 @pytest.mark.parametrize("moment", KILLED_AT)
 def test_a_killed_run_resumes_to_the_same_bytes(finished, tmp_path, moment):
-    run_killed_at(tmp_path / "run", moment)
-    run(tmp_path / "run")
-    unbroken = contents(finished[0] / "final")
-    resumed = contents(tmp_path / "run" / "final")
-    assert resumed == unbroken
+    assert resumed_bytes(tmp_path / "run", moment) == contents(finished[0] / "final")
     rows = [(row["phase"], row["step"]) for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())]
     assert len(rows) == len(set(rows)) == 7
 

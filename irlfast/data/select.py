@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from irlfast.command import exit_code, writing_to
 from irlfast.config import Config
 from irlfast.data import read_rows, to_demonstration
 from irlfast.files import InputError, read_jsonl, write_jsonl
@@ -53,8 +54,7 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
     print(f"{len(chosen):,} of {len(rewards):,} rows: {output} (reward from {min(rewards[i] for i in chosen):.3f})")
 
 
-def main() -> int:
-    """Exit codes: 0 done, 2 bad input, 130 interrupted."""
+def command() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="jsonl, json, parquet or csv file, saved dataset, or hub name")
     parser.add_argument("reward", help="AutoModelForSequenceClassification with one label: a folder or hub name")
@@ -63,16 +63,9 @@ def main() -> int:
     parser.add_argument("--keep", type=int, default=10_000, help="rows to keep")
     parser.add_argument("--batch_size", type=int, default=16)
     options = parser.parse_args()
-    try:
+    with writing_to(str(options.output)):
         select(options.dataset, options.split, options.reward, options.output, options.keep, options.batch_size)
-    except InputError as error:
-        print(f"irlfast: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("irlfast: interrupted; the same command resumes", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(command))

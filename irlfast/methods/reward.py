@@ -16,9 +16,7 @@ from irlfast.metrics import say
 from irlfast.pack import Segment
 from irlfast.reward import KINDS, recipe, reward_of
 from irlfast.run import Run
-from irlfast.sample import Sampling, sample
-
-DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
+from irlfast.sample import DRAWN, sample
 
 
 def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:

@@ -21,30 +21,35 @@ from irlfast.losses import align_loss, sft_loss
 from irlfast.methods.irft import irft_plan, sampling, stage_examples, stage_name
 from irlfast.methods.reward import learn_reward
 from irlfast.pack import Segment
-from irlfast.reference import score
+from irlfast.reference import log_ratios, score
 from irlfast.reward import rewards_of
 from irlfast.run import Run
-from irlfast.sample import sample
+from irlfast.sample import sample_groups
 
 
 def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path | str:
     """Learn a reward that tells the experts' answers from others, then raise it in rounds of fresh samples."""
-    config, folder = run.config, run.output / stage_name(stage)
+    config = run.config
     rewards: list[Path | str] = list(config.reward_model_name_or_path or [])
     if config.reward_data != "none":
         rewards.insert(0, learn_reward(run, stage, policy))
     examples = stage_examples(run.train, config, stage)
     rounds = np.array_split(np.arange(len(examples)), config.align_rounds)
     for number, part in enumerate(rounds):
-        last = number == len(rounds) - 1
-        target = folder if last else folder / f"round-{number:02d}"
+        target = run.output / round_name(config, stage, number)
         if not (target / "DONE").exists():
             align(run, stage, number, policy, reference, rewards, [examples[i] for i in part], target)
         if number and dist.is_main():
-            remove(folder / f"round-{number - 1:02d}" / "policy")
+            remove(run.output / round_name(config, stage, number - 1) / "policy")
         dist.barrier()
         policy = target / "policy"
     return policy
+
+
+def round_name(config: Config, stage: int, number: int) -> str:
+    """The phase of a round; a stage's last one is the stage's own."""
+    last = number == config.align_rounds - 1
+    return stage_name(stage) if last else f"{stage_name(stage)}/round-{number:02d}"
 
 
 def align(
@@ -61,17 +66,16 @@ def align(
     config, n = run.config, run.config.num_generations
     drawn = sampling(config, stage)
     drawn = drawn._replace(seed=drawn.seed + 50_000 + 1000 * number)
-    answers = sample(run, policy, [x for x in examples for _ in range(n)], folder / "rollouts", drawn)
-    groups = [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n])) for i, x in enumerate(examples)]
+    groups = sample_groups(run, policy, examples, n, folder / "rollouts", drawn)
     found = rewards_of(run, rewards, groups, folder).view(-1, n)
     old = score(run, policy, groups, folder / "old.safetensors")
     ref = old if reference == policy else score(run, reference, groups, folder / "reference.safetensors")
     values = found - penalties(groups, config, run.form.end_id)
     kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])
     if dist.is_main():
-        ended = [answer[-1] == run.form.end_id for answer in answers]
+        ended = [answer[-1] == run.form.end_id for group in groups for answer in group.answers]
         figures = {"reward": found.mean().item(), "reward_std": found.std(1).mean().item(), "kl": kl.mean().item()}
-        write_json(folder / "round.json", figures | {"ended": sum(ended) / len(ended), "answers": len(answers)})
+        write_json(folder / "round.json", figures | {"ended": sum(ended) / len(ended), "answers": len(ended)})
     plan = irft_plan(config, stage, len(groups))
     if config.align == "bon":
         best = values.argmax(1).tolist()
@@ -89,11 +93,6 @@ def align(
         align_loss, align=config.align, answers=n, beta=beta, kl_in_loss=in_loss, clip_range=config.cliprange
     )
     fit(run, folder, policy, groups, loss, plan)
-
-
-def log_ratios(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
-    """Σ_t of the differences of two policies' log-probabilities, of each answer, fp64."""
-    return torch.stack([(a.double() - b.double()).sum() for a, b in zip(new, old, strict=True)])
 
 
 def penalties(groups: Sequence[Segment], config: Config, end_id: int) -> Tensor:

@@ -1,0 +1,42 @@
+"""What benchmarks of whole runs share: a training by the real command, and tables over seeds."""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.conftest import ROOT
+
+Figures = dict[str, dict]  # by phase or method
+
+
+def train(output: Path, *arguments: str, **keys: object) -> Figures:
+    """Run (or resume) a training; its held-out figures by phase, those of reward models too."""
+    own = [f"{name}={value}" for name, value in {**keys, "output_dir": output}.items()]
+    subprocess.run([sys.executable, "-m", "irlfast.train", *arguments, *own], cwd=ROOT, check=True)
+    paths = [*output.glob("*/eval.json"), *output.glob("*/reward/eval.json")]
+    return {str(path.parent.relative_to(output)): json.loads(path.read_text()) for path in sorted(paths)}
+
+
+def summarise(seeds: list[Figures], metrics: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Mean and standard deviation over seeds, by phase or method and metric, where there are such."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for name in seeds[0]:
+        table[name] = {}
+        for metric in metrics:
+            values = [figures[name][metric] for figures in seeds if figures[name].get(metric) is not None]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                table[name][metric] = [statistics.mean(values), spread]
+    return table
+
+
+def markdown(table: dict[str, dict[str, list[float]]], columns: dict[str, str]) -> str:
+    """The table; ``columns`` names its metrics."""
+    lines = [f"| | {' | '.join(columns.values())} |", "| --- |" + " --- |" * len(columns)]
+    for name, metrics in table.items():
+        cells = ["{:.3f} ± {:.3f}".format(*metrics[metric]) if metric in metrics else "–" for metric in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

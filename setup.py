@@ -100,6 +100,7 @@ setup(
         "numpy",
         "jinja2",
         "matplotlib",
+        "packaging",
         "rich",
         "tqdm",
         "peft>=0.18",
@@ -107,8 +108,8 @@ setup(
     ],
     extras_require={
         "triton": ["triton>=3.5"],
-        "flash": ["flash-attn"],
-        "vllm": ["vllm"],
+        "flash": ["flash-attn>=2"],
+        "vllm": ["vllm>=0.32"],
         "report": ["tensorboard", "wandb"],
         "bench": ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "trl==1.16.0", "build"],

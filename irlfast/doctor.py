@@ -3,32 +3,24 @@
 import importlib.metadata
 import importlib.util
 import platform
-import re
 import shutil
 import sys
 from typing import NamedTuple
 
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-
-class Package(NamedTuple):
-    name: str
-    least: str
-    required: bool
-    what: str
-
-
-PACKAGES = (
-    Package("torch", "2.9", True, "everything"),
-    Package("transformers", "5", True, "models, tokenizers"),
-    Package("deepspeed", "0.19", True, "training"),
-    Package("datasets", "4", True, "reading demonstrations"),
-    Package("peft", "0.18", True, "LoRA"),
-    Package("triton", "3.5", False, "the kernels on a GPU"),
-    Package("vllm", "0.32", False, "fast sampling; may live in an environment of its own (vllm_python)"),
-    Package("flash-attn", "2", False, "attention over packed rows on a GPU"),
-)
+PACKAGES = {
+    "torch": "everything",
+    "transformers": "models, tokenizers",
+    "deepspeed": "training",
+    "datasets": "reading demonstrations",
+    "peft": "LoRA",
+    "triton": "the kernels on a GPU",
+    "vllm": "fast sampling; may live in an environment of its own (vllm_python)",
+    "flash-attn": "attention over packed rows on a GPU",
+}
 GOOD, BAD, ABSENT = "[green]yes[/]", "[red]no[/]", "[yellow]absent[/]"
 
 
@@ -44,25 +36,27 @@ def examine() -> list[Finding]:
     python = sys.version_info[:2]
     fits = (3, 10) <= python <= (3, 13)
     findings = [Finding("Python", GOOD if fits else BAD, f"{platform.python_version()}; 3.10 to 3.13", not fits)]
-    findings += [of_package(package) for package in PACKAGES]
+    try:
+        wanted = {found.name: found for found in map(Requirement, importlib.metadata.requires("irlfast") or [])}
+        findings += [of_package(wanted[name]) for name in PACKAGES]
+    except importlib.metadata.PackageNotFoundError:
+        findings.append(Finding("irlfast", ABSENT, "pip install -e . in its folder", True))
     if importlib.util.find_spec("torch"):
         findings += backends()
     return findings
 
 
-def of_package(package: Package) -> Finding:
-    wanted = f"{package.name}>={package.least}"
+def of_package(wanted: Requirement) -> Finding:
+    """A package beside what irlfast's own metadata asks for; one of an extra may be absent."""
+    what, required = PACKAGES[wanted.name], wanted.marker is None
+    command = f"pip install '{wanted.name}{wanted.specifier}'"
     try:
-        version = importlib.metadata.version(package.name)
+        version = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(package.name, ABSENT, f"{package.what}: pip install '{wanted}'", package.required)
-    if numbers(version) < numbers(package.least):
-        return Finding(package.name, BAD, f"{version} is too old: pip install '{wanted}'", package.required)
-    return Finding(package.name, GOOD, f"{version}; >= {package.least}: {package.what}")
-
-
-def numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+        return Finding(wanted.name, ABSENT, f"{what}: {command}", required)
+    if not wanted.specifier.contains(version, prereleases=True):
+        return Finding(wanted.name, BAD, f"found {version}, expected {wanted.specifier}: {command}", required)
+    return Finding(wanted.name, GOOD, f"{version}; {wanted.specifier}: {what}")
 
 
 def backends() -> list[Finding]:

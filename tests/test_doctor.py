@@ -28,7 +28,7 @@ def test_what_is_missing_is_named_with_the_command_that_gets_it(monkeypatch, cap
     assert findings["peft"].fatal and "pip install 'peft>=0.18'" in findings["peft"].detail
     assert (
         findings["transformers"].fatal
-        and "4.57.1 is too old: pip install 'transformers>=5'" in findings["transformers"].detail
+        and "found 4.57.1, expected >=5: pip install 'transformers>=5'" in findings["transformers"].detail
     )
     assert not findings["triton"].fatal and "pip install 'triton>=3.5'" in findings["triton"].detail
     assert "compiler" in findings["native CPU code"].detail and "nvcc" in findings["native CUDA code"].detail

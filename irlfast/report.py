@@ -79,7 +79,7 @@ def write_report(output_dir: Path) -> Path:
         answers=compare_answers(output_dir, first, kept, notes) if evals else {"rows": []},
         data={name: counts for name, counts in data.items() if isinstance(counts, dict)},
         pairs=pairs,
-        times=split_time(metrics, pairs),
+        times=split_time(metrics, pairs, read_phases(output_dir, "round.json", notes)),
         config=config_text,
         version=__version__,
         show=show,

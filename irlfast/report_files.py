@@ -75,7 +75,8 @@ def phase_order(phase: str) -> tuple[int, str]:
 
 def read_phases(output_dir: Path, name: str, notes: list[str]) -> dict[str, dict[str, Any]]:
     """The file ``name`` of every phase that has one, in the order of the run."""
-    phases = [path.parent.name for path in output_dir.glob(f"*/{name}") if PHASE.fullmatch(path.parent.name)]
+    paths = [*output_dir.glob(f"*/{name}"), *output_dir.glob(f"*/round-*/{name}")]
+    phases = [phase for path in paths if PHASE.fullmatch(phase := path.parent.relative_to(output_dir).as_posix())]
     read = {phase: read_object(output_dir, f"{phase}/{name}", notes) for phase in sorted(phases, key=phase_order)}
     return {phase: value for phase, value in read.items() if value}
 
@@ -91,12 +92,18 @@ def read_metrics(output_dir: Path, keys: list[str], notes: list[str]) -> dict[st
     return {phase: np.array([row for _, row in sorted(phases[phase].items())]) for phase in ordered}
 
 
-def split_time(metrics: dict[str, np.ndarray], pairs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """Phase -> seconds of sampling, scoring, training, and training's parts as in TIMES; NaN where not measured."""
+def split_time(
+    metrics: dict[str, np.ndarray], pairs: dict[str, dict[str, Any]], rounds: dict[str, dict[str, Any]]
+) -> dict[str, list[float]]:
+    """Phase -> seconds of sampling, scoring, training, and training's parts as in TIMES; NaN where not measured.
+
+    Before it trains, a stage of self-play or its reward makes ``pairs``, a round of alignment answers of its own.
+    """
     split = {}
     for phase, rows in metrics.items():
         seconds, *shares = rows[:, -len(TIMES) :].T
-        before = [number(pairs.get(phase, {}).get(key)) for key in ("sample_seconds", "score_seconds")]
+        made = rounds.get(phase) or pairs.get(phase.removesuffix("/reward"), {})
+        before = [number(made.get(key)) for key in ("sample_seconds", "score_seconds")]
         split[phase] = [*before, seconds.sum(), *((seconds * share).sum() for share in shares)]
     return split
 

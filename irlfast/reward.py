@@ -130,12 +130,17 @@ def check_tokenizer(run: Run, policy: str) -> None:
 
 
 def external(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
-    """The logit of any other reward model, of prompt and answer as the policy reads and writes them, as text."""
+    """The logit of any other reward model, of prompt and answer as the policy reads and writes them, as text.
+
+    Each process scores its share.
+    """
     if not path.exists():
         decode = functools.partial(run.form.tokenizer.decode, skip_special_tokens=True)
         texts = [(decode(x.prompt), decode(answer)) for x in segments for answer in x.answers]
         score_texts = load_external(reward, run.config.per_device_eval_batch_size, run.config.trust_remote_code)
-        found = score_texts(texts)
+        found = torch.empty(len(texts))
+        for rank, part in enumerate(dist.all_gather(score_texts(texts[dist.rank() :: dist.world_size()]))):
+            found[rank :: dist.world_size()] = part
         if dist.is_main():
             write(path, lambda temporary: save_file({"values": found}, temporary))
         dist.barrier()
@@ -171,7 +176,8 @@ def load_external(reward: str, batch_size: int, trust_remote_code: bool = False)
         whole = [as_text(tokenizer, *text) for text in texts]
         order = sorted(range(len(whole)), key=lambda i: (-len(whole[i]), i))
         found = torch.empty(len(whole))
-        for start in tqdm(range(0, len(order), batch_size), desc=Path(reward).name, unit="batch", leave=False):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc=Path(reward).name, unit="batch", leave=False, disable=not dist.is_main()):
             chosen = order[start : start + batch_size]
             inputs = tokenizer([whole[i] for i in chosen], return_tensors="pt", padding=batch_size > 1, truncation=True)
             found[chosen] = model(**inputs.to(model.device)).logits[:, 0].float().cpu()

@@ -88,10 +88,12 @@ def test_scores_of_another_dataset_and_a_model_of_another_kind_are_refused(datas
 def test_an_external_reward_scores_the_policys_texts(reward, finished, tmp_path):
     from safetensors.torch import load_file
 
+    from tests.runs import TORCHRUN
     from tests.test_rft import bon
 
     keys = {"model_name_or_path": finished[0] / "final", "reward_model_name_or_path": reward[0]}
-    bon(tmp_path / "bon", **keys, dataset_name="irlfast/demo/test.jsonl", num_generations=2, max_train_samples=6)
+    keys |= {"dataset_name": "irlfast/demo/test.jsonl", "num_generations": 2, "max_train_samples": 6}
+    bon(tmp_path / "bon", **keys)
     _, tokenizer, model = reward
     best = [json.loads(line) for line in (tmp_path / "bon" / "best.jsonl").open()]
     assert load_file(tmp_path / "bon" / "part-00000" / "scores.safetensors")["rewards"].shape == (6, 2)
@@ -99,3 +101,6 @@ def test_an_external_reward_scores_the_policys_texts(reward, finished, tmp_path)
         with torch.no_grad():
             logit = model(**tokenizer(row["prompt"] + row["answer"], return_tensors="pt")).logits[0, 0].item()
         assert row["reward"] == pytest.approx(logit, abs=1e-4)
+    bon(tmp_path / "two", TORCHRUN, **keys)
+    scores = [load_file(tmp_path / name / "part-00000" / "scores.safetensors")["rewards"] for name in ("bon", "two")]
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)

@@ -41,6 +41,7 @@ def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
 def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[Segment]:
     """Segments (prompt, (better, worse)) as ``reward_data`` says; the policy is the SFT one at the first stage."""
     config, folder = run.config, run.output / stage_name(stage)
+    begun = time.perf_counter()
     examples = stage_examples(run.train, config, stage)
     if config.reward_data == "preference":
         answers = [rejected(example) for example in examples]
@@ -52,8 +53,8 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[Segment]:
         examples = [x._replace(answer_ids=ids) for x, ids in zip(examples, better, strict=True)]
     differences = config.reward_loss == "sigmoid" or config.reward_data == "preference"
     pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not differences)
-    if dist.is_main():
-        write_json(folder / "pairs.json", counts)
+    if dist.is_main() and not (folder / "pairs.json").exists():
+        write_json(folder / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
     return pairs
 
 

@@ -5,6 +5,7 @@ once, from pairs that do not depend on the policy (``reward_data``).
 """
 
 import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,16 +67,20 @@ def align(
     config, n = run.config, run.config.num_generations
     drawn = sampling(config, stage)
     drawn = drawn._replace(seed=drawn.seed + 50_000 + 1000 * number)
+    begun = time.perf_counter()
     groups = sample_groups(run, policy, examples, n, folder / "rollouts", drawn)
+    sampled = time.perf_counter()
     found = rewards_of(run, rewards, groups, folder).view(-1, n)
     old = score(run, policy, groups, folder / "old.safetensors")
     ref = old if reference == policy else score(run, reference, groups, folder / "reference.safetensors")
     values = found - penalties(groups, config, run.form.end_id)
     kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])
-    if dist.is_main():
+    if dist.is_main() and not (folder / "round.json").exists():
         ended = [answer[-1] == run.form.end_id for group in groups for answer in group.answers]
         figures = {"reward": found.mean().item(), "reward_std": found.std(1).mean().item(), "kl": kl.mean().item()}
-        write_json(folder / "round.json", figures | {"ended": sum(ended) / len(ended), "answers": len(ended)})
+        figures |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
+        seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
+        write_json(folder / "round.json", figures | seconds)
     plan = irft_plan(config, stage, len(groups))
     if config.align == "bon":
         best = values.argmax(1).tolist()

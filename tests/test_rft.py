@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from irlfast.config import make_config
 from irlfast.data import encode, make_format, read_splits
+from irlfast.report_files import TIMES, read_metrics, read_phases, split_time
 from tests.runs import ROOT, TORCHRUN, contents, resumed_bytes, run
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
@@ -56,6 +57,12 @@ def test_the_files_and_figures_of_a_run(rft):
     assert {"rewards/accuracies", "rewards/margins"} <= set(rows[3])
     report = (output / "report.html").read_text()
     assert "00/reward" in report
+    pairs, rounds = (read_phases(output, name, []) for name in ("pairs.json", "round.json"))
+    times = split_time(read_metrics(output, TIMES, []), pairs, rounds)
+    assert times["stage-00/reward"][0] == pairs["stage-00"]["sample_seconds"] > 0
+    for phase in ("stage-00/round-00", "stage-00"):
+        assert times[phase][:2] == [rounds[phase]["sample_seconds"], rounds[phase]["score_seconds"]]
+        assert min(times[phase]) > 0
 
 
 def test_rewards_and_advantages_of_a_round_are_those_of_its_rollouts(rft):
@@ -107,6 +114,18 @@ def test_every_option_runs_and_moves_the_policy(tmp_path, name):
     assert all(after[key].isfinite().all() for key in after)
 
 
+def test_a_discriminator_that_is_too_strong_stops_learning(tmp_path):
+    keys = {**RFT, "reward_steps": 12, "reward_learning_rate": 1e-2, "stages": 2}
+    _, err = run(tmp_path / "run", **keys, max_reward_accuracy=0.6)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    for stage in ("stage-00", "stage-01"):
+        *before, last = (row for row in rows if row["phase"] == f"{stage}/reward")
+        assert last["rewards/accuracies"] > 0.6
+        assert all(row["rewards/accuracies"] <= 0.6 for row in before)
+        assert f"{stage}/reward ends at step {last['step']}: an accuracy of" in err
+    assert (tmp_path / "run" / "final").exists()
+
+
 def test_a_reward_model_loads_with_plain_transformers_and_scores_as_it_was_trained(tmp_path, preferences):
     """Batch of padded texts, end token included, through ``AutoModelForSequenceClassification``."""
     output = tmp_path / "run"
@@ -145,11 +164,11 @@ def test_methods_that_need_rejected_answers_say_so(tmp_path):
 # ---------------------------------------------------------------- best of N
 
 
-def bon(output, **keys) -> str:
+def bon(output, launcher=(sys.executable,), **keys) -> str:
     pairs = {"num_generations": 6, "max_train_samples": 20, "max_prompt_length": 64, "max_length": 96, **keys}
     arguments = [f"{name}={value}" for name, value in {**pairs, "max_new_tokens": 12, "output_dir": output}.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "irlfast.bon", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [*launcher, "-m", "irlfast.bon", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,0 +1,66 @@
+"""Do AfD's stability switches matter? Four adversarial stages on the shipped task, with each switch and without.
+
+    python -m benchmarks.stability --seeds 0 1 2
+
+From one SFT policy a seed, with a KL weight so low that the discriminator's reward can be exploited: no switch, replay
+of the earlier stage's answers (``history``), smoothed labels, or a discriminator that stops learning once it is too
+strong (``max_reward_accuracy``). Prints exact match after the last stage, the least after any stage, and the
+discriminator's held-out accuracy, mean ± standard deviation over seeds. Writes
+``benchmarks/results/DATE-stability.json``. Runs resume.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from benchmarks.conftest import write_result
+from benchmarks.runs import Figures, markdown, summarise, train
+
+KEYS = {"stages": 4, "beta": 0.1, "learning_rate": 2e-5, "history": 0, "max_eval_samples": 500}
+SWITCHES = {
+    "none": {},
+    "replay": {"history": 1},
+    "label smoothing": {"label_smoothing": 0.1},
+    "one-sided": {"max_reward_accuracy": 0.7},
+}
+COLUMNS = {
+    "last": "exact match, last stage",
+    "least": "least of any stage",
+    "nll": "NLL, last stage",
+    "accuracy": "reward accuracy, last stage",
+}
+
+
+def train_seed(folder: Path, seed: int) -> Figures:
+    """Figures by switch."""
+    found: Figures = {}
+    for name, own in SWITCHES.items():
+        output = folder / name
+        if name != "none" and not output.exists():
+            shutil.copytree(folder / "none" / "sft", output / "sft")
+        figures = train(output, "configs/afd.yaml", **KEYS | own, seed=seed)
+        stages = [figures[f"stage-{stage:02d}"] for stage in range(KEYS["stages"])]
+        found.setdefault("SFT", {"last": figures["sft"]["exact_match"], "nll": figures["sft"]["nll"]})
+        found[name] = {
+            "last": stages[-1]["exact_match"],
+            "least": min(stage["exact_match"] for stage in stages),
+            "nll": stages[-1]["nll"],
+            "accuracy": figures[f"stage-{KEYS['stages'] - 1:02d}/reward"]["reward_accuracy"],
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/stability"))
+    options = parser.parse_args()
+    seeds = [train_seed(options.output.resolve() / f"seed-{seed}", seed) for seed in options.seeds]
+    table = summarise(seeds, list(COLUMNS))
+    print(markdown(table, COLUMNS))
+    result = {"keys": {"all": KEYS, **SWITCHES}, "seeds": dict(zip(options.seeds, seeds, strict=True)), "table": table}
+    print(write_result("stability", result))
+
+
+if __name__ == "__main__":
+    main()

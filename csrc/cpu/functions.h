@@ -11,6 +11,7 @@
 namespace irlfast {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // exp(x) for x <= 0 within 1 ulp (1.4 where the processor cannot fuse products and sums), 0 below x = -87; NaN stays
 // NaN. Cody and Waite's reduction to |r| <= ln(2)/2, where the minimax polynomial of degree 6 errs by 2e-9.
@@ -52,36 +53,46 @@ IRLFAST_INLINE float tanh_any(float x) {
   return x * p / q;
 }
 
+template <bool capped>
+struct SoftCap {
+  float cap, inverse;
+
+  IRLFAST_INLINE explicit SoftCap(float c) : cap(c), inverse(capped ? 1 / c : 0) {}
+  IRLFAST_INLINE float operator()(float x) const { return capped ? cap * tanh_any(x * inverse) : x; }
+  IRLFAST_INLINE float derivative(float y) const {  // where operator() found y
+    return capped ? 1 - (y * inverse) * (y * inverse) : 1;
+  }
+};
+
 // Enough elements side by side that what one step of a reduction waits for does not hold up the next.
 constexpr int kLanes = 32;
+
+// work(i, lane) for i of 0 .. count - 1, while `next` [count], which is read after this, comes nearer.
+template <class T, class Work>
+IRLFAST_INLINE void in_lanes(std::int64_t count, const T *next, const Work &work) {
+  std::int64_t first = 0;
+  for (; first + kLanes <= count; first += kLanes) {
+    for (int k = 0; next && k < kLanes; k += 64 / sizeof(T)) __builtin_prefetch(next + first + k, 0, 2);
+#pragma omp simd
+    for (int k = 0; k < kLanes; ++k) work(first + k, k);
+  }
+  for (; first < count; ++first) work(first, 0);
+}
 
 template <class Value>
 IRLFAST_INLINE float highest(std::int64_t count, const Value &value) {  // of value(0 .. count - 1); NaNs do not count
   float peaks[kLanes];
   for (float &peak : peaks) peak = -kInfinity;
-  const auto raise = [&](float &peak, float x) { peak = x > peak ? x : peak; };
-  std::int64_t first = 0;
-  for (; first + kLanes <= count; first += kLanes) {
-#pragma omp simd
-    for (int k = 0; k < kLanes; ++k) raise(peaks[k], value(first + k));
-  }
-  for (; first < count; ++first) raise(peaks[0], value(first));
-  for (float peak : peaks) raise(peaks[0], peak);
+  const auto raise = [&](float x, int lane) { peaks[lane] = x > peaks[lane] ? x : peaks[lane]; };
+  in_lanes(count, static_cast<const float *>(nullptr), [&](std::int64_t i, int lane) { raise(value(i), lane); });
+  for (float peak : peaks) raise(peak, 0);
   return peaks[0];
 }
 
-// The sum of value(0 .. count - 1), while `next` [count], which is read after this, comes nearer.
 template <class T, class Value>
-IRLFAST_INLINE float sum(std::int64_t count, const T *next, const Value &value) {
-  float sums[kLanes] = {};
-  std::int64_t first = 0;
-  for (; first + kLanes <= count; first += kLanes) {
-    for (int k = 0; k < kLanes; k += 64 / sizeof(T)) __builtin_prefetch(next + first + k, 0, 2);
-#pragma omp simd
-    for (int k = 0; k < kLanes; ++k) sums[k] += value(first + k);
-  }
-  for (; first < count; ++first) sums[0] += value(first);
-  float total = 0;
+IRLFAST_INLINE float sum(std::int64_t count, const T *next, const Value &value) {  // of value(0 .. count - 1)
+  float sums[kLanes] = {}, total = 0;
+  in_lanes(count, next, [&](std::int64_t i, int lane) { sums[lane] += value(i); });
   for (float sum : sums) total += sum;
   return total;
 }

@@ -11,17 +11,16 @@ template <bool capped, bool biased>
 IRLFAST_INLINE void row(const Logits &l, std::int64_t n, const float *next, float *logp, float *norm) {
   float *__restrict__ z = l.z + n * l.stride;
   const float *__restrict__ bias = l.bias;
-  const float scale = l.scale, cap = l.softcap, inverse = capped ? 1 / cap : 0;
+  const float scale = l.scale;
+  const SoftCap<capped> final(l.softcap);
   const auto scaled = [=](std::int64_t i) { return (biased ? z[i] + bias[i] : z[i]) * scale; };
-  const auto final = [=](float x) { return capped ? cap * tanh_any(x * inverse) : x; };
-  const auto derivative = [=](float y) { return capped ? 1 - (y * inverse) * (y * inverse) : 1; };
   const float peak = final(highest(l.vocabulary, scaled)), picked = final(scaled(l.targets[n]));
   *norm = sum(l.vocabulary, next, [=](std::int64_t i) {
     const float y = final(scaled(i)), e = exp_negative(y - peak);
-    z[i] = e * derivative(y);
+    z[i] = e * final.derivative(y);
     return e;
   });
-  z[l.targets[n]] -= *norm * derivative(picked);
+  z[l.targets[n]] -= *norm * final.derivative(picked);
   *logp = picked - peak - std::log(*norm);
 }
 
@@ -35,13 +34,11 @@ IRLFAST_CLONES void rows(const Logits &l, std::int64_t first, std::int64_t last,
   }
 }
 
-constexpr std::int64_t kLeast = 1 << 14;  // logits that are worth a thread
-
 }  // namespace
 
 void softmax_slopes(const Logits &logits, float *logps, float *sums, int threads) {
-  const std::int64_t least = kLeast / std::max<std::int64_t>(logits.vocabulary, 1) + 1;
-  parallel(logits.n, least, threads, [&](std::int64_t first, std::int64_t last) { rows(logits, first, last, logps, sums); });
+  parallel(logits.n, worth_a_thread(logits.vocabulary), threads,
+           [&](std::int64_t first, std::int64_t last) { rows(logits, first, last, logps, sums); });
 }
 
 }  // namespace irlfast

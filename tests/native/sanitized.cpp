@@ -42,7 +42,8 @@ bool softmax(std::int64_t n, std::int64_t vocabulary, std::int64_t stride, bool 
 }
 
 template <class T>
-bool logits(std::int64_t n, std::int64_t vocabulary, std::int64_t stride, irlfast::Dtype dtype, float cap, int threads) {
+bool logits(std::int64_t n, std::int64_t vocabulary, std::int64_t stride, irlfast::Dtype dtype, float cap,
+            int threads) {
   T one;
   irlfast::narrow_into(one, 1.5f);
   auto z = filled<T>(n ? (n - 1) * stride + vocabulary : 0, one);

@@ -1,7 +1,8 @@
 """The native CPU code against PyTorch's own: ``python -m benchmarks.native``, in a minute; writes benchmarks/results/.
 
-RMSprop on 100 tensors of 500,000 fp32 elements; the softmax step of the pair slab on 256 rows of 32,000 logits. Runs
-are interleaved, and the median of each counts; bytes are those that must be read and written once.
+RMSprop on 100 tensors of 500,000 fp32 elements; the softmax step of the pair slab on 256 rows of 32,000 logits; on as
+many that exist already, ``token_logps`` and its backward in place, in fp32 and bf16. Runs are interleaved, and the
+median of each counts; bytes are those that must be read and written once.
 """
 
 import json
@@ -11,6 +12,7 @@ import torch
 from benchmarks.conftest import ROOT, circumstances, interleaved
 from irlfast import native
 from irlfast.ops import cpu
+from irlfast.ops import logits as ops
 from irlfast.ops.problem import Problem, Side
 from irlfast.optim import FusedRMSprop
 
@@ -64,10 +66,43 @@ def softmax(softcap: float | None, n: int = 256, vocabulary: int = 32000) -> dic
     }
 
 
+def token_logps(dtype: torch.dtype, n: int = 256, vocabulary: int = 32000) -> dict[str, float]:
+    """Forward, and backward in place where it is ours: the logits are read twice and written once."""
+    plain, targets = (torch.randn(n, vocabulary) * 4).to(dtype), torch.randint(vocabulary, (n,))
+    z, copy = plain.clone(), torch.empty_like(plain)
+
+    def ours(module: object) -> None:
+        built, native.cpu = native.cpu, module
+        try:
+            logits = z.copy_(plain).requires_grad_()
+            logps = ops.token_logps(logits, targets, inplace_backward=True, backend="cpu")
+            torch.autograd.grad(logps.sum(), logits)
+        finally:
+            native.cpu = built
+            z.requires_grad_(False)
+
+    def by_torch() -> None:
+        logits = z.copy_(plain).requires_grad_()
+        torch.autograd.grad(logits.float().log_softmax(-1).gather(1, targets[:, None]).sum(), logits)
+        z.requires_grad_(False)
+
+    steps = {
+        "irlfast": lambda: ours(native.cpu),
+        "irlfast, by rows": lambda: ours(None),
+        "torch": by_torch,
+        "copy": lambda: copy.copy_(plain),
+    }
+    found = interleaved(steps)
+    moved = z.element_size() * 1e-9 * n * vocabulary
+    found |= {name: found[name] - found["copy"] for name in steps if name != "copy"}  # each began with one
+    return found | {"irlfast GB/s": 3 * moved / found["irlfast"], "copy GB/s": 2 * moved / found["copy"]}
+
+
 def main() -> None:
     if native.cpu is None:
         raise SystemExit("irlfast._cpu is not built here: install a C++17 compiler, then irlfast again")
     cases = {"rmsprop": rmsprop(), "softmax": softmax(None), "softmax, soft-cap 30": softmax(30.0)}
+    cases |= {f"token_logps, {native.name(dtype)}": token_logps(dtype) for dtype in (torch.float32, torch.bfloat16)}
     for name, found in cases.items():
         print(f"{name}:")
         for key, value in found.items():

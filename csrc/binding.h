@@ -4,12 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <climits>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "logits.h"
 #include "rmsprop.h"
 
 namespace irlfast {
@@ -43,6 +45,39 @@ inline std::vector<Parameter> parameters_of(const std::vector<Row> &rows) {
                           pointer<bf16>(copy, "copy", false)});
   }
   return parameters;
+}
+
+using RowsOf = std::tuple<Address, std::string, std::int64_t>;  // address, dtype, elements from row to row
+using ScoringOf = std::tuple<std::int64_t, std::int64_t, Address, float, float>;  // n, V, targets, scale, soft-cap or 0
+
+inline Dtype dtype_of(const std::string &name, const char *of, bool double_too) {
+  const char *names[] = {"float32", "bfloat16", "float16", "float64"};
+  const Dtype dtypes[] = {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::fp64};
+  for (int k = 0; k < (double_too ? 4 : 3); ++k)
+    if (name == names[k]) return dtypes[k];
+  throw std::invalid_argument(std::string(of) + ": found dtype " + name + ", expected float32, bfloat16 or float16" +
+                              (double_too ? " or float64" : ""));
+}
+
+inline Rows rows_of(const RowsOf &rows, const char *name, bool needed, bool double_too = false) {
+  const auto &[address, dtype, stride] = rows;
+  require(stride >= 0, std::string(name) + ": found rows " + std::to_string(stride) + " apart");
+  const Dtype kind = dtype_of(dtype, name, double_too);
+  if (kind == Dtype::fp64) return {pointer<double>(address, name, needed), kind, stride};
+  if (kind == Dtype::fp32) return {pointer<float>(address, name, needed), kind, stride};
+  return {pointer<std::uint16_t>(address, name, needed), kind, stride};
+}
+
+inline Scoring scoring_of(const ScoringOf &scoring) {
+  const auto &[n, vocabulary, targets, scale, softcap] = scoring;
+  const bool fits = n >= 0 && n <= INT_MAX && vocabulary > 0 && vocabulary <= INT_MAX / 2;
+  require(fits, "logits: found [" + std::to_string(n) + ", " + std::to_string(vocabulary) + "]");
+  return {n, static_cast<int>(vocabulary), pointer<const std::int64_t>(targets, "targets", n > 0), scale, softcap};
+}
+
+inline void require_apart(const Rows &rows, const Scoring &scoring, const char *name) {
+  require(rows.stride >= scoring.vocabulary || scoring.n < 2,
+          std::string(name) + ": found rows " + std::to_string(rows.stride) + " apart, expected at least V");
 }
 
 }  // namespace irlfast

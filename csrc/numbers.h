@@ -30,4 +30,7 @@ IRLFAST_INLINE bf16 narrow(float x) {  // to nearest, ties to even
   return static_cast<bf16>(x != x ? 0x7fc0 : rounded);
 }
 
+IRLFAST_INLINE void narrow_into(float &to, float x) { to = x; }
+IRLFAST_INLINE void narrow_into(bf16 &to, float x) { to = narrow(x); }
+
 }  // namespace irlfast

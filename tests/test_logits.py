@@ -119,12 +119,14 @@ def test_matches_loops_over_tokens(reference, options, backend):
         assert result.token_logps[n].item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize("rows", [None, 1, 4, 1000], ids=lambda rows: f"{rows} rows" if rows else "native")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("vocabulary", [1, 7, 1000])
 def test_cpu_matches_the_oracle_in_fp64_whatever_the_chunk(vocabulary, dtype, options, rows, monkeypatch):
-    monkeypatch.setattr(ops, "CHUNK_BYTES", rows * 4 * vocabulary)
+    if rows:
+        monkeypatch.setattr(native, "cpu", None)
+        monkeypatch.setattr(ops, "CHUNK_BYTES", rows * 4 * vocabulary)
     for reference in REFERENCES:
         check_against_fp64(make(LENGTHS, vocabulary, dtype, reference=reference), "cpu", **options)
 
@@ -257,6 +259,15 @@ class NewTensors(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.data_ptr() != self.there:
                 self.largest = max(self.largest, tensor.numel())
         return out
+
+
+@pytest.mark.skipif(native.cpu is None, reason="irlfast._cpu is not built here")
+def test_native_code_makes_no_tensor_of_logits_at_all():
+    logits, targets = torch.randn(100, 1000, dtype=torch.bfloat16), torch.randint(1000, (100,))
+    with NewTensors(logits) as made:
+        _, lse = ops.score_on_cpu(logits, targets, 0.5, 30.0)
+        ops.write_gradient(logits, logits, targets, lse, torch.randn(100), 0.5, 30.0, "cpu")
+    assert made.largest == 100
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])

@@ -1,4 +1,4 @@
-"""The native CPU module: its softmax against fp64, what it refuses, and its code under the sanitizers."""
+"""The native CPU module: its softmax against fp64, what it refuses; its code and the kernels' under the sanitizers."""
 
 import shutil
 import subprocess
@@ -67,6 +67,45 @@ def test_a_row_that_is_no_number_leaves_others_alone():
 
 
 @needs_module
+@pytest.mark.parametrize("vocabulary", [1, 7, 33, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", range(4))
+def test_rows_of_logits_begin_anywhere_and_are_all_that_is_touched(vocabulary, dtype, offset):
+    distance = vocabulary + offset
+    memory = torch.full((offset + 4 * distance,), float("nan"), dtype=dtype)
+    logits = memory[offset:].as_strided((3, vocabulary), (distance, 1))
+    logits.copy_(torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(offset)) * 3)
+    targets, upstream = torch.tensor([0, -100, vocabulary - 1]), torch.tensor([1.0, 1.0, -2.0])
+    exact = torch.log_softmax(logits.double() * 0.5, 1)
+    logps, lse = cpu.token_logps(logits, targets, 0.5, None)
+    expected = torch.stack([exact[0, 0], exact.new_zeros(()), exact[2, -1]])
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=2e-6)
+    gradient = 0.5 * upstream[:, None] * (torch.nn.functional.one_hot(targets.clamp(min=0), vocabulary) - exact.exp())
+    gradient[1] = 0
+    cpu.write_gradient(logits, logits, targets, lse, upstream, 0.5, None)
+    torch.testing.assert_close(logits.double(), gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    logits.fill_(float("nan"))
+    assert memory.isnan().all()
+
+
+@needs_module
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_threads_change_no_bit_of_logits(dtype, softcap):
+    logits, targets = torch.randn(64, 3000).to(dtype), torch.randint(3000, (64,))
+    targets[::3] = -100
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        logps, lse = cpu.token_logps(logits, targets, 0.5, softcap)
+        grad = torch.empty_like(logits)
+        cpu.write_gradient(grad, logits, targets, lse, torch.ones(64), 0.5, softcap)
+        results.append((logps, lse, grad))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
+
+
+@needs_module
 def test_threads_change_no_bit():
     z, targets = torch.randn(64, 3000), torch.randint(3000, (64,))
     before = torch.get_num_threads()
@@ -106,15 +145,41 @@ def test_the_binding_checks_what_it_is_given():
             call(*arguments, *rest)
 
 
+@needs_module
+def test_the_binding_checks_the_logits_it_is_given():
+    address = torch.zeros(64, dtype=torch.int64).data_ptr()
+    scoring, narrow = (2, 4, address, 1.0, 0.0), (address, "bfloat16", 4)
+    for logits, of, message in (
+        ((0, "float32", 4), scoring, "logits: found a null pointer"),
+        ((address + 1, "bfloat16", 4), scoring, "logits: found an address that is not aligned"),
+        ((address, "float16", 4), scoring, "logits: found dtype float16, expected float32 or bfloat16"),
+        ((address, "float32", 4), (2, 0, *scoring[2:]), r"logits: found \[2, 0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.cpu.token_logps(logits, of, address, address, 1)
+    for grad, message in (
+        ((address, "bfloat16", 3), "grad: found rows 3 apart, expected at least V"),
+        ((address, "float32", 4), "grad: found another dtype than that of logits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.cpu.write_gradient(grad, narrow, scoring, address, address, 1)
+
+
+FLAGS = "-std=c++17 -O1 -g -Wall -Wextra -Werror -fno-sanitize-recover=all -fsanitize=address,undefined".split()
+SANITIZED = {  # program, and how its sources and headers are found
+    "sanitized.cpp": ["-fopenmp-simd", "-pthread", "-Icsrc/cpu"]
+    + [f"csrc/cpu/{name}.cpp" for name in ("rmsprop", "softmax_slopes", "token_logps")],
+    # Fibres have stacks of their own, of which AddressSanitizer knows nothing: it watches the other memory.
+    "sanitized_cuda.cpp": "-ffp-contract=off -Wno-unknown-pragmas --param asan-stack=0".split()
+    + ["-Itests/native/emulated", "-Icsrc/cuda", "-x", "c++"]
+    + [f"csrc/cuda/{name}.cu" for name in ("logits_log_ratio", "rmsprop", "softmax_slopes")],
+}
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-def test_the_sanitizers_find_nothing(tmp_path):
-    program = tmp_path / "sanitized"
-    sources = [
-        ROOT / "tests/native/sanitized.cpp",
-        *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("rmsprop", "softmax_slopes")),
-    ]
-    flags = "-std=c++17 -O1 -g -Wall -Wextra -Werror -fopenmp-simd -pthread -fno-sanitize-recover=all".split()
-    build = ["g++", *flags, "-fsanitize=address,undefined", f"-I{ROOT / 'csrc/cpu'}", *sources, "-o", program]
-    subprocess.run(build, check=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("source", SANITIZED)
+def test_the_sanitizers_find_nothing(source, tmp_path):
+    build = ["g++", *FLAGS, *SANITIZED[source], f"tests/native/{source}", "-o", tmp_path / "sanitized"]
+    subprocess.run(build, check=True, cwd=ROOT)
+    done = subprocess.run([tmp_path / "sanitized"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "all sizes and forms\n", done.stdout + done.stderr

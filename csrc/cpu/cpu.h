@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../logits.h"
 #include "../rmsprop.h"
 
 namespace irlfast {
@@ -25,5 +26,13 @@ struct Logits {
 //   z          (E, at the target E - sum E) times the soft-cap's derivative, so that d logp / d (scale * (z + bias)) is
 //              -z / sum.
 void softmax_slopes(const Logits &logits, float *logps, float *sums, int threads);
+
+// Of logits in fp32 or bf16: log-probabilities logps [n], 0 where skipped, and log-sum-exps lse [n].
+void token_logps(const Rows &logits, const Scoring &scoring, float *logps, float *lse, int threads);
+
+// Into `grad`, of the dtype of `logits` and perhaps `logits` itself: upstream [n] times the log-probabilities'
+// derivatives by the logits; rows of zeros where the target is skipped or `upstream` is 0.
+void write_gradient(const Rows &grad, const Rows &logits, const Scoring &scoring, const float *lse,
+                    const float *upstream, int threads);
 
 }  // namespace irlfast

@@ -7,13 +7,14 @@
 #include <thread>
 #include <vector>
 
-// The best of these that the processor has is chosen when the module is loaded.
+// The best of these that the processor has is chosen when the module is loaded. What they call must become part of them
+// (flatten), or it would be compiled for the least of processors.
 #if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__) || defined(__SANITIZE_ADDRESS__)
-#define IRLFAST_CLONES
+#define IRLFAST_CLONES __attribute__((flatten))
 #elif __GNUC__ >= 12
-#define IRLFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define IRLFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
 #else
-#define IRLFAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define IRLFAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
 #endif
 
 namespace irlfast {
@@ -30,5 +31,8 @@ void parallel(std::int64_t count, std::int64_t least, int threads, const Work &w
   work(0, start(1));
   for (auto &thread : others) thread.join();
 }
+
+// Rows of so many logits.
+inline std::int64_t worth_a_thread(std::int64_t vocabulary) { return (1 << 14) / vocabulary + 1; }
 
 }  // namespace irlfast

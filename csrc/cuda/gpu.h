@@ -5,28 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../logits.h"
 #include "../rmsprop.h"
 
 namespace irlfast {
-
-enum class Dtype { fp32, bf16, fp16, fp64 };
-
-constexpr std::int64_t kIgnore = -100;  // a target that is skipped
-
-// Rows of one vocabulary, `stride` elements apart.
-struct Rows {
-  void *z;
-  Dtype dtype;
-  std::int64_t stride;
-};
-
-// Rows n score targets [n] by softcap(scale * z).
-struct Scoring {
-  std::int64_t n;
-  int vocabulary;
-  const std::int64_t *targets;
-  float scale, softcap;  // no soft-cap: 0
-};
 
 // Log-probabilities logps [n], 0 where skipped, and log-sum-exps lse [n] of the policy; the log-probabilities
 // ref_logps [n] of the reference, unless reference.z is null.

@@ -10,37 +10,10 @@
 
 namespace {
 
-using irlfast::Address, irlfast::Dtype, irlfast::pointer, irlfast::require;
-
-using RowsOf = std::tuple<Address, std::string, std::int64_t>;  // address, dtype, elements from row to row
-using ScoringOf = std::tuple<std::int64_t, std::int64_t, Address, float, float>;  // n, V, targets, scale, soft-cap or 0
+using irlfast::Address, irlfast::Dtype, irlfast::RowsOf, irlfast::ScoringOf, irlfast::dtype_of, irlfast::pointer,
+    irlfast::require, irlfast::require_apart, irlfast::rows_of, irlfast::scoring_of;
 
 void *stream_of(Address stream) { return reinterpret_cast<void *>(stream); }
-
-Dtype dtype_of(const std::string &name, const char *of, bool double_too) {
-  const char *names[] = {"float32", "bfloat16", "float16", "float64"};
-  const Dtype dtypes[] = {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::fp64};
-  for (int k = 0; k < (double_too ? 4 : 3); ++k)
-    if (name == names[k]) return dtypes[k];
-  throw std::invalid_argument(std::string(of) + ": found dtype " + name + ", expected float32, bfloat16 or float16" +
-                              (double_too ? " or float64" : ""));
-}
-
-irlfast::Rows rows_of(const RowsOf &rows, const char *name, bool needed, bool double_too = false) {
-  const auto &[address, dtype, stride] = rows;
-  require(stride >= 0, std::string(name) + ": found rows " + std::to_string(stride) + " apart");
-  const Dtype kind = dtype_of(dtype, name, double_too);
-  if (kind == Dtype::fp64) return {pointer<double>(address, name, needed), kind, stride};
-  if (kind == Dtype::fp32) return {pointer<float>(address, name, needed), kind, stride};
-  return {pointer<std::uint16_t>(address, name, needed), kind, stride};
-}
-
-irlfast::Scoring scoring_of(const ScoringOf &scoring) {
-  const auto &[n, vocabulary, targets, scale, softcap] = scoring;
-  const bool fits = n >= 0 && n <= INT_MAX && vocabulary > 0 && vocabulary <= INT_MAX / 2;
-  require(fits, "logits: found [" + std::to_string(n) + ", " + std::to_string(vocabulary) + "]");
-  return {n, static_cast<int>(vocabulary), pointer<const std::int64_t>(targets, "targets", n > 0), scale, softcap};
-}
 
 void token_logps(const RowsOf &logits, const RowsOf &ref_logits, const ScoringOf &of, Address logps, Address lse,
                  Address ref_logps, Address stream) {
@@ -59,8 +32,7 @@ void write_gradient(const RowsOf &grad, const RowsOf &logits, const ScoringOf &o
   const bool some = scoring.n > 0;
   const auto written = rows_of(grad, "grad", some), read = rows_of(logits, "logits", some);
   require(written.dtype == read.dtype, "grad: found another dtype than that of logits");
-  require(written.stride >= scoring.vocabulary || scoring.n < 2,
-          "grad: found rows " + std::to_string(written.stride) + " apart, expected at least V");
+  require_apart(written, scoring, "grad");
   irlfast::write_gradient(written, read, scoring, pointer<const float>(lse, "lse", some),
                           pointer<const float>(upstream, "upstream", some), stream_of(stream));
 }
@@ -70,8 +42,7 @@ void softmax_slopes(const RowsOf &z, const std::string &dtype, Address bias, con
   const auto scoring = scoring_of(of);
   const auto rows = rows_of(z, "z", scoring.n > 0);
   require(rows.dtype == Dtype::fp32, "z: found dtype " + std::get<1>(z) + ", expected float32");
-  require(rows.stride >= scoring.vocabulary || scoring.n < 2,
-          "z: found rows " + std::to_string(rows.stride) + " apart, expected at least V");
+  require_apart(rows, scoring, "z");
   irlfast::softmax_slopes(static_cast<float *>(rows.z), rows.stride, dtype_of(dtype, "slope", false),
                           pointer<const float>(bias, "bias", false), scoring,
                           pointer<float>(logps, "logps", scoring.n > 0), stream_of(stream));

@@ -24,7 +24,6 @@ IRLFAST_INLINE float widen(double x) { return static_cast<float>(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-__device__ __forceinline__ void narrow_into(float &to, float x) { to = x; }
 __device__ __forceinline__ void narrow_into(__half &to, float x) { to = __float2half_rn(x); }
 __device__ __forceinline__ void narrow_into(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
 

@@ -1,4 +1,4 @@
-"""The pair slab in plain PyTorch, for the CPU.
+"""The pair slab in plain PyTorch, for the CPU; and what ``irlfast._cpu`` does there on logits that exist already.
 
 A product of bf16 tensors would round the logits to bf16. Their fp32 copies, multiplied as bf16 (which loses nothing of
 them) and summed in fp32, give fp32 logits at up to four times the speed of fp32 products.
@@ -55,6 +55,33 @@ def native_softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> 
         torch.get_num_threads(),
     )
     return logps, -1 / sums, z
+
+
+def token_logps(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Natively: log-probabilities and log-sum-exps ``[N]`` fp32, 0 where skipped, of logits ``[N, V]`` fp32 or bf16."""
+    targets = targets.long().contiguous()
+    logps, lse = torch.empty(len(targets)), torch.empty(len(targets))
+    native.cpu.token_logps(
+        *(native.rows(logits), native.scoring(logits, targets, scale, softcap)),
+        *(logps.data_ptr(), lse.data_ptr(), torch.get_num_threads()),
+    )
+    return logps, lse
+
+
+def write_gradient(
+    grad: Tensor,  # [N, V], written; may be logits
+    logits: Tensor,  # [N, V]
+    targets: Tensor,  # [N]
+    lse: Tensor,  # [N] fp32
+    upstream: Tensor,  # [N] fp32
+    scale: float,
+    softcap: float | None,
+) -> None:
+    targets, upstream = targets.long().contiguous(), upstream.contiguous()
+    native.cpu.write_gradient(
+        *(native.rows(grad), native.rows(logits), native.scoring(logits, targets, scale, softcap)),
+        *(lse.data_ptr(), upstream.data_ptr(), torch.get_num_threads()),
+    )
 
 
 def exp_(z: Tensor, peak: Tensor, cap: float | None) -> Tensor:

@@ -7,20 +7,9 @@ import torch
 from torch import Tensor
 
 from irlfast import native
+from irlfast.native import name, rows, scoring
 from irlfast.ops import triton
 from irlfast.ops.problem import Problem, Side
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def rows(logits: Tensor) -> tuple[int, str, int]:
-    return logits.data_ptr(), name(logits.dtype), logits.stride(0)
-
-
-def scoring(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[int, int, int, float, float]:
-    return *logits.shape, targets.data_ptr(), scale, softcap or 0.0
 
 
 def token_logps(

@@ -10,10 +10,10 @@ Arguments that both take, dimensions as in :mod:`irlfast.ops`:
 - ``inplace_backward``: write the gradient over ``logits``, so that no second ``[N, V]`` tensor is ever made. The
   logits are destroyed by the first backward, and a second raises RuntimeError; so does the backward of any other
   operation that kept them. ``"plain"`` ignores it, and ``torch.compile``, which plans memory itself.
-- ``backend``: ``"plain"`` is the oracle, and makes several ``[N, V]`` tensors; ``"cpu"`` takes a few rows at a time;
-  ``"triton"`` and ``"cuda"`` (our own CUDA C++, where installation built it) read each row once, on a GPU, in fp32,
-  bf16 or fp16. ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors where it can, else
-  ``"plain"``.
+- ``backend``: ``"plain"`` is the oracle, and makes several ``[N, V]`` tensors; ``"cpu"`` takes a few rows at a time, or
+  reads each once and makes none, in fp32 and bf16 where installation built ``irlfast._cpu``; ``"triton"`` and
+  ``"cuda"`` (our own CUDA C++, where installation built it) read each row once, on a GPU, in fp32, bf16 or fp16.
+  ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors where it can, else ``"plain"``.
 
 The gradient has the dtype of ``logits``, and is zero where the target is skipped or nothing comes from above.
 """
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from irlfast import native
+from irlfast.ops import cpu
 from irlfast.ops.checks import (
     FLOATS,
     INTEGERS,
@@ -177,6 +179,19 @@ def write_gradient_by_rows(
 # ---------------------------------------------------------------- operations that torch knows
 
 
+def is_native(logits: Tensor) -> bool:
+    """Whether the cpu backend takes these natively."""
+    return native.cpu is not None and logits.dtype in (torch.float32, torch.bfloat16)
+
+
+def score_on_cpu(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and log-sum-exps ``[N]``; no log-sum-exps where PyTorch does it."""
+    if is_native(logits):
+        return cpu.token_logps(logits, targets, scale, softcap)
+    logps = score_by_rows(logits, targets, scale, softcap)
+    return logps, logps.new_empty(0)
+
+
 def kernels_of(backend: str) -> Any:
     """Where the functions ``token_logps``, ``write_gradient`` and ``sequence_sums`` of a GPU's backend are."""
     if backend == "cuda":
@@ -203,16 +218,15 @@ def forward(
         with torch.cuda.device_of(logits):
             logps, lse, ref_logps = kernels_of(backend).token_logps(logits, targets, ref_logits, scale, softcap)
     else:
-        logps = score_by_rows(logits, targets, scale, softcap)
-        lse = logps.new_empty(0)
-        ref_logps = None if ref_logits is None else score_by_rows(ref_logits, targets, scale, softcap).to(logps.dtype)
+        logps, lse = score_on_cpu(logits, targets, scale, softcap)
+        ref_logps = None if ref_logits is None else score_on_cpu(ref_logits, targets, scale, softcap)[0].to(logps.dtype)
     return logps, lse, logps.new_empty(0) if ref_logps is None else ref_logps
 
 
 @forward.register_fake
 def _(logits: Tensor, targets: Tensor, ref_logits: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     logps = logits.new_empty(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-    lse = torch.empty_like(logps) if rest[-1] in ON_GPU else logps.new_empty(0)
+    lse = torch.empty_like(logps) if rest[-1] in ON_GPU or is_native(logits) else logps.new_empty(0)
     return logps, lse, logps.new_empty(0) if ref_logits is None else torch.empty_like(logps)
 
 
@@ -231,6 +245,8 @@ def write_gradient(
     if backend in ON_GPU:
         with torch.cuda.device_of(logits):
             kernels_of(backend).write_gradient(grad, logits, targets, lse, upstream, scale, softcap)
+    elif lse.numel():
+        cpu.write_gradient(grad, logits, targets, lse, upstream, scale, softcap)
     else:
         write_gradient_by_rows(grad, logits, targets, upstream, scale, softcap)
 

@@ -41,6 +41,29 @@ bool softmax(std::int64_t n, std::int64_t vocabulary, std::int64_t stride, bool 
   return true;
 }
 
+template <class T>
+bool logits(std::int64_t n, std::int64_t vocabulary, std::int64_t stride, irlfast::Dtype dtype, float cap,
+            int threads) {
+  T one;
+  irlfast::narrow_into(one, 1.5f);
+  auto z = filled<T>(n ? (n - 1) * stride + vocabulary : 0, one);
+  auto logps = filled<float>(n, 1), lse = filled<float>(n, 1), upstream = filled<float>(n, 2);
+  auto targets = filled<std::int64_t>(n, vocabulary - 1);
+  if (n > 1) targets[1] = irlfast::kIgnore;
+  const irlfast::Rows rows{z.get(), dtype, stride};
+  const irlfast::Scoring scoring{n, static_cast<int>(vocabulary), targets.get(), 1, cap};
+  irlfast::token_logps(rows, scoring, logps.get(), lse.get(), threads);
+  irlfast::write_gradient(rows, rows, scoring, lse.get(), upstream.get(), threads);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float expected = i == 1 ? 0 : -std::log(static_cast<float>(vocabulary));
+    if (std::fabs(logps[static_cast<std::size_t>(i)] - expected) > 1e-4f) return false;
+    double sum = 0;  // of a softmax minus a one
+    for (std::int64_t k = 0; k < vocabulary; ++k) sum += irlfast::widen(z[static_cast<std::size_t>(i * stride + k)]);
+    if (std::fabs(sum) > 2e-2) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -53,5 +76,12 @@ int main() {
       for (int form = 0; form < 4; ++form)
         for (int threads : {1, 3})
           if (!softmax(n, vocabulary, vocabulary + 3, form & 1, form & 2 ? 30.0f : 0.0f, threads)) return 2;
+  for (std::int64_t n : {0, 1, 5})
+    for (std::int64_t vocabulary : {1, 7, 1000, 20001})
+      for (float cap : {0.0f, 30.0f})
+        for (int threads : {1, 3}) {
+          if (!logits<float>(n, vocabulary, vocabulary + 3, irlfast::Dtype::fp32, cap, threads)) return 3;
+          if (!logits<irlfast::bf16>(n, vocabulary, vocabulary + 3, irlfast::Dtype::bf16, cap, threads)) return 4;
+        }
   std::puts("all sizes and forms");
 }

@@ -52,7 +52,9 @@ def show(config: Config) -> None:
 def show_examples(out: Console, examples: list[Example], form: Format) -> None:
     out.print("[bold]examples[/] (the loss is on the tokens in ⟦ ⟧ alone)")
     for example in examples:
-        prompt, answer = (escape(form.tokenizer.decode(ids)) for ids in (example.prompt_ids, example.answer_ids))
+        prompt, answer = (
+            escape(form.tokenizer.decode(ids.tolist())) for ids in (example.prompt_ids, example.answer_ids)
+        )
         out.print(f"[dim]{prompt}[/][green]⟦{answer}⟧[/]")
         out.print(f"[dim]{len(example.prompt_ids)} prompt tokens + {len(example.answer_ids)} answer tokens[/]\n")
 

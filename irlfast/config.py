@@ -66,6 +66,9 @@ class Config:
     gradient_checkpointing: bool | Literal["selective"] = key(
         False, "recompute layers in the backward pass to save memory; selective: all but their matrix products"
     )
+    activation_offloading: bool = key(
+        False, "keep what the backward pass needs of the layers in host memory, not on the GPU; nothing on a CPU"
+    )
     torch_compile: bool = key(False, "compile the layers for training; takes a C++ compiler, and a minute at first")
     use_peft: bool = key(False, "train LoRA adapters; each stage's are merged into its policy and kept in adapter/")
     lora_r: Count = key(16, "LoRA rank")

@@ -150,6 +150,7 @@ def memory(config: Config, model: Size, length: float) -> float:
     optimiser = trained * (moments + (4 if size == 2 else 0)) / (world if zero >= 1 else 1)
     tokens = 2 * config.per_device_train_batch_size * length
     kept = {False: 17, "selective": 10, True: 1}[config.gradient_checkpointing]
+    kept *= not config.activation_offloading  # it is host memory that takes them then
     activations = tokens * model.layers * model.hidden * kept * size
     return weights + gradients + optimiser + activations
 

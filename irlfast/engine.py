@@ -187,6 +187,9 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
         recompute_layers(model, selective=config.gradient_checkpointing == "selective")
     if config.torch_compile:
         compile_layers(model)
+    offload = config.activation_offloading and dist.device().type != "cpu"
+    if config.activation_offloading and not offload:
+        say("activation_offloading: activations are in host memory already, on a CPU")
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kinds = {"rmsprop": FusedRMSprop, "adamw_torch": torch.optim.AdamW}
@@ -196,7 +199,7 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
         config.lr_scheduler_type, optimizer, round(config.warmup_ratio * steps), num_training_steps=steps
     )
     engine = deepspeed.initialize(
-        model=Policy(model, loss),
+        model=Policy(model, loss, offload),
         optimizer=optimizer,
         lr_scheduler=scheduler,
         config=deepspeed_settings(config),

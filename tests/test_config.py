@@ -71,6 +71,12 @@ WRONG = {
     "save_steps: found 15": {"save_steps": 15, "logging_steps": 10},
     "method sft takes sft_steps": {"method": "sft", "inner_steps": 3},
     "gradient_checkpointing: found 'x', expected a valid boolean.* or 'selective'": {"gradient_checkpointing": "x"},
+    "activation_offloading: found true with gradient_checkpointing 'selective'": {
+        "activation_offloading": True,
+        "gradient_checkpointing": "selective",
+    },
+    "activation_offloading: found true with torch_compile": {"activation_offloading": True, "torch_compile": True},
+    "activation_offloading: found true with zero_stage 3": {"activation_offloading": True, "zero_stage": 3},
     "needs tokenizer_name_or_path or train_tokenizer": {"train_tokenizer": None},
 }
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from irlfast.attention import hidden_states
 from irlfast.engine import compile_layers, recompute_layers
 from irlfast.pack import pack
+from irlfast.policy import offloaded
 from tests.runs import command, run, start
 from tests.test_pack import model_of, ragged, with_gradients
 
@@ -45,6 +47,49 @@ def test_gradients_are_those_of_the_plain_layers(name, way):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(others, gradients, strict=True):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "GPT-NeoX"])
+def test_what_is_kept_in_host_memory_comes_back_with_the_same_gradients(name, recomputed):
+    model = model_of(name).train()
+    if recomputed:
+        recompute_layers(model, selective=False)
+    expected, gradients = with_gradients(model, [pack(ragged())])
+    with offloaded(model):
+        found, others = with_gradients(model, [pack(ragged())])
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, others, gradients))
+
+
+def kept_by(hooks, run) -> tuple[int, int]:
+    """Elements that are copied to host memory, and that stay where they are, in ``run`` under ``hooks``."""
+    moved = stayed = 0
+
+    def pack_and_count(tensor):
+        nonlocal moved, stayed
+        kept = hooks.pack_hook(tensor)
+        if kept[1] is tensor:
+            stayed += tensor.numel()
+        else:
+            moved += tensor.numel()
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_and_count, hooks.unpack_hook):
+        run()
+    return moved, stayed
+
+
+def test_activations_move_to_host_memory_and_weights_stay():
+    model = model_of("Llama").train()
+    batch = pack(ragged())
+    tokens, config = batch.input_ids.numel(), model.config
+    moved, stayed = kept_by(offloaded(model), lambda: hidden_states(model, batch))
+    assert moved > 10 * config.num_hidden_layers * tokens * config.hidden_size
+    assert stayed >= sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+    recompute_layers(model, selective=False)
+    inputs, _ = kept_by(offloaded(model), lambda: hidden_states(model, batch))  # of the layers, and the last norm
+    assert config.num_hidden_layers * tokens * config.hidden_size <= inputs < moved / 5
 
 
 def test_selective_recomputation_leaves_out_the_products():

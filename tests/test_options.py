@@ -88,7 +88,9 @@ def test_spin_with_adamw_zero_0_tensorboard_own_deepspeed_json_and_the_best_poli
         learning_rate=[1e-5, 1e-6],
         beta=[0.1, 5.0],
         nll_weight=0.1,
+        activation_offloading="true",
     )
+    assert "activation_offloading: activations are in host memory already, on a CPU" in err
     output = tmp_path / "run"
     pairs = [json.loads((output / f"stage-0{stage}" / "pairs.json").read_text()) for stage in (0, 1)]
     assert pairs[0]["from_history"] == 0

@@ -25,6 +25,7 @@ PACKAGES = (
     Package("deepspeed", "0.19", True, "training"),
     Package("datasets", "4", True, "reading demonstrations"),
     Package("peft", "0.18", True, "LoRA"),
+    Package("bitsandbytes", "0.50", False, "QLoRA (load_in_4bit)"),
     Package("triton", "3.5", False, "the kernels on a GPU"),
     Package("vllm", "0.32", False, "fast sampling; may live in an environment of its own (vllm_python)"),
     Package("flash-attn", "2", False, "attention over packed rows on a GPU"),

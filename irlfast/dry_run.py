@@ -145,7 +145,7 @@ def memory(config: Config, model: Size, length: float) -> float:
     world, zero = dist.world_size(), config.zero_stage
     trained = model.parameters * (0.01 if config.use_peft else 1)
     moments = 8 if config.optim == "adamw_torch" else 4
-    weights = model.parameters * size / (world if zero == 3 else 1)
+    weights = model.parameters * (0.6 if config.load_in_4bit else size) / (world if zero == 3 else 1)
     gradients = trained * size / (world if zero >= 2 else 1)
     optimiser = trained * (moments + (4 if size == 2 else 0)) / (world if zero >= 1 else 1)
     tokens = 2 * config.per_device_train_batch_size * length

@@ -107,6 +107,7 @@ setup(
         "scikit-learn",
     ],
     extras_require={
+        "qlora": ["bitsandbytes>=0.50", "accelerate"],
         "triton": ["triton>=3.5"],
         "flash": ["flash-attn>=2"],
         "vllm": ["vllm>=0.32"],

@@ -25,13 +25,14 @@ from irlfast import dist
 from irlfast.command import exit_code, writing_to
 from irlfast.config import Config, load_config
 from irlfast.data import Example
+from irlfast.evaluate import text
 from irlfast.files import write, write_json, write_jsonl
 from irlfast.methods.irft import sampling
 from irlfast.metrics import say
 from irlfast.prepare import prepare
 from irlfast.reward import rewards_of
 from irlfast.run import Run
-from irlfast.sample import sample_groups
+from irlfast.sample import prompt_of, sample_groups
 
 ANSWERS = 2**17  # that are held in memory at a time
 
@@ -68,11 +69,11 @@ def choose_best(run: Run, number: int, examples: list[Example], folder: Path) ->
         write(folder / "scores.safetensors", lambda path: save_file(scores, path))
         rows = [
             {
-                "prompt": example.prompt,
-                "answer": run.form.tokenizer.decode(group.answers[best], skip_special_tokens=True),
-                "answer_ids": group.answers[best],
+                "prompt": prompt_of(run, example),
+                "answer": text(run, group.answers[best]),
+                "answer_ids": [*group.answers[best]],
                 "reward": values[best].item(),
-                "expert": example.answer,
+                "expert": text(run, example.answer_ids),
             }
             for example, group, values, best in zip(examples, groups, rewards, rewards.argmax(1), strict=True)
         ]

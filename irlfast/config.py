@@ -66,10 +66,18 @@ class Config:
     gradient_checkpointing: bool | Literal["selective"] = key(
         False, "recompute layers in the backward pass to save memory; selective: all but their matrix products"
     )
+    activation_offloading: bool = key(
+        False, "keep what the backward pass needs of the layers in host memory, not on the GPU; nothing on a CPU"
+    )
     torch_compile: bool = key(False, "compile the layers for training; takes a C++ compiler, and a minute at first")
     use_peft: bool = key(False, "train LoRA adapters; each stage's are merged into its policy and kept in adapter/")
     lora_r: Count = key(16, "LoRA rank")
     lora_alpha: Count = key(32, "LoRA alpha; the update is scaled by alpha / rank")
+    load_in_4bit: bool = key(
+        False, "QLoRA: train, and score the reference, on a base in 4 bits; adapters are merged into the whole one"
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "its 4-bit numbers")
+    use_bnb_nested_quant: bool = key(False, "quantise its scales too")
     lora_target_modules: str | list[str] = key("all-linear", "modules that get an adapter")
 
     # The demonstrations

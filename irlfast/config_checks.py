@@ -48,6 +48,10 @@ def check(config: Any) -> None:
         raise InputError(
             f"save_steps: found {config.save_steps}, expected a multiple of logging_steps ({config.logging_steps})"
         )
+    if config.activation_offloading:
+        check_offloading(config)
+    if config.load_in_4bit:
+        check_4bit(config)
     compiler = os.environ.get("CXX", "g++")
     if config.torch_compile and not shutil.which(compiler):
         raise InputError(f"torch_compile: found no compiler {compiler}, expected one (CXX may name it), or false")
@@ -58,6 +62,38 @@ def check(config: Any) -> None:
         raise InputError("push_to_hub: expected hub_model_id with it")
     for name in ("dataset_name", "eval_dataset_name", "config_name", "deepspeed", "model_name_or_path"):
         check_path(name, getattr(config, name))
+
+
+def check_offloading(config: Any) -> None:
+    """Where there is nothing to move to host memory, or more than was asked for."""
+    if config.gradient_checkpointing == "selective":
+        raise InputError(
+            "activation_offloading: found true with gradient_checkpointing 'selective', which keeps on the GPU; "
+            "expected true or false"
+        )
+    if config.torch_compile:
+        raise InputError(
+            "activation_offloading: found true with torch_compile, whose layers take nothing back; expected one"
+        )
+    if config.zero_stage == 3:
+        raise InputError(
+            "activation_offloading: found true with zero_stage 3, of which it would move every gathered weight too; "
+            "expected zero_stage 0 to 2"
+        )
+
+
+def check_4bit(config: Any) -> None:
+    """What QLoRA takes."""
+    if not config.use_peft:
+        raise InputError("load_in_4bit: found true without use_peft, but 4-bit weights stay; expected use_peft: true")
+    if config.method in ("rft", "afd", "reward"):
+        raise InputError(f"load_in_4bit: found true for method {config.method}, expected irft, spin, dpo or sft")
+    if config.zero_stage == 3:
+        raise InputError(
+            "load_in_4bit: found true with zero_stage 3, which cannot split 4-bit weights; expected 0 to 2"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit: bitsandbytes is not installed; pip install 'bitsandbytes>=0.50'")
 
 
 def check_reward(config: Any) -> None:

@@ -64,6 +64,14 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
+def from_main(value: T | None) -> T:
+    """The main process's ``value``, in every process."""
+    values: list[Any] = [value]
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         torch.distributed.all_reduce(values)

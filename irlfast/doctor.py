@@ -17,6 +17,7 @@ PACKAGES = {
     "deepspeed": "training",
     "datasets": "reading demonstrations",
     "peft": "LoRA",
+    "bitsandbytes": "QLoRA (load_in_4bit)",
     "triton": "the kernels on a GPU",
     "vllm": "fast sampling; may live in an environment of its own (vllm_python)",
     "flash-attn": "attention over packed rows on a GPU",

@@ -52,7 +52,9 @@ def show(config: Config) -> None:
 def show_examples(out: Console, examples: list[Example], form: Format) -> None:
     out.print("[bold]examples[/] (the loss is on the tokens in ⟦ ⟧ alone)")
     for example in examples:
-        prompt, answer = (escape(form.tokenizer.decode(ids)) for ids in (example.prompt_ids, example.answer_ids))
+        prompt, answer = (
+            escape(form.tokenizer.decode(ids.tolist())) for ids in (example.prompt_ids, example.answer_ids)
+        )
         out.print(f"[dim]{prompt}[/][green]⟦{answer}⟧[/]")
         out.print(f"[dim]{len(example.prompt_ids)} prompt tokens + {len(example.answer_ids)} answer tokens[/]\n")
 
@@ -143,11 +145,12 @@ def memory(config: Config, model: Size, length: float) -> float:
     world, zero = dist.world_size(), config.zero_stage
     trained = model.parameters * (0.01 if config.use_peft else 1)
     moments = 8 if config.optim == "adamw_torch" else 4
-    weights = model.parameters * size / (world if zero == 3 else 1)
+    weights = model.parameters * (0.6 if config.load_in_4bit else size) / (world if zero == 3 else 1)
     gradients = trained * size / (world if zero >= 2 else 1)
     optimiser = trained * (moments + (4 if size == 2 else 0)) / (world if zero >= 1 else 1)
     tokens = 2 * config.per_device_train_batch_size * length
     kept = {False: 17, "selective": 10, True: 1}[config.gradient_checkpointing]
+    kept *= not config.activation_offloading  # it is host memory that takes them then
     activations = tokens * model.layers * model.hidden * kept * size
     return weights + gradients + optimiser + activations
 

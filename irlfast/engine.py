@@ -105,7 +105,7 @@ def train_phase(
     config = run.config
     engine, layout = make_engine(policy, loss, plan, config)
     limit = token_limit(config, segments, layout, plan.micro_batch, halvings)
-    first = resume(engine, folder / "checkpoint")
+    first = resume(engine, folder / "checkpoint", config)
     phase = folder.relative_to(run.output).as_posix()
     run.log.begin(phase, first)
     window: Figures = {}
@@ -145,7 +145,7 @@ def train_phase(
                 say(f"{phase} ends at step {step}: {reason}")
                 break
             if config.save_steps and step % config.save_steps == 0 and step < steps:
-                save_checkpoint(engine, folder / "checkpoint", step)
+                save_checkpoint(engine, folder / "checkpoint", step, config)
     save_model(engine, policy, folder / result_name(plan), run.form, plan, config)
     engine.destroy()
     if dist.is_main():
@@ -188,7 +188,7 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
     import deepspeed
     import transformers
 
-    model = new_model(policy, plan, config).to(dist.device())
+    model = new_model(policy, plan, config, in_4bit=config.load_in_4bit).to(dist.device())
     layout = arrange(model, config)
     if config.use_peft:
         model = add_lora(model, config)
@@ -196,6 +196,9 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
         recompute_layers(model, selective=config.gradient_checkpointing == "selective")
     if config.torch_compile:
         compile_layers(model)
+    offload = config.activation_offloading and dist.device().type != "cpu"
+    if config.activation_offloading and not offload:
+        say("activation_offloading: activations are in host memory already, on a CPU")
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kinds = {"rmsprop": FusedRMSprop, "adamw_torch": torch.optim.AdamW}
@@ -205,7 +208,7 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
         config.lr_scheduler_type, optimizer, round(config.warmup_ratio * steps), num_training_steps=steps
     )
     engine = deepspeed.initialize(
-        model=Policy(model, loss),
+        model=Policy(model, loss, offload),
         optimizer=optimizer,
         lr_scheduler=scheduler,
         config=deepspeed_settings(config),
@@ -216,9 +219,9 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> t
     return engine, layout
 
 
-def new_model(name: Path | str, plan: Plan, config: Config) -> Any:
+def new_model(name: Path | str, plan: Plan, config: Config, in_4bit: bool = False) -> Any:
     """The model as a phase starts to train it; of a reward model, lower layers frozen."""
-    model = load_model(name, config, config.reward_heads if plan.reward else 0)
+    model = load_model(name, config, config.reward_heads if plan.reward else 0, in_4bit)
     if plan.reward:
         model.config.irlfast_reward = plan.reward
         freeze(model, config.reward_frozen_layers)
@@ -283,10 +286,15 @@ def add_lora(model: Any, config: Config) -> Any:
     return adapted
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int) -> None:
+def adapters_alone(engine: Any, config: Config) -> bool:
+    """Whether checkpoints leave out the frozen base, which is loaded anyway; ZeRO-3 has it in parts."""
+    return config.use_peft and engine.zero_optimization_stage() < 3
+
+
+def save_checkpoint(engine: Any, folder: Path, step: int, config: Config) -> None:
     """Everything that the next step needs. ``progress.json`` names the newest whole checkpoint; others then go."""
-    tag = f"step-{step}"
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    tag, light = f"step-{step}", adapters_alone(engine, config)
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=light)
     dist.barrier()
     if dist.is_main():
         write_json(folder / "progress.json", {"step": step, "tag": tag, "processes": dist.world_size()})
@@ -295,7 +303,7 @@ def save_checkpoint(engine: Any, folder: Path, step: int) -> None:
                 remove(old)
 
 
-def resume(engine: Any, folder: Path) -> int:
+def resume(engine: Any, folder: Path, config: Config) -> int:
     """Load the newest checkpoint, if any; returns the steps already made."""
     path = folder / "progress.json"
     if not path.exists():
@@ -307,7 +315,7 @@ def resume(engine: Any, folder: Path) -> int:
             f"and these are {dist.world_size()}"
         )
         return 0
-    engine.load_checkpoint(str(folder), tag=progress["tag"])
+    engine.load_checkpoint(str(folder), tag=progress["tag"], load_module_strict=not adapters_alone(engine, config))
     return progress["step"]
 
 
@@ -315,7 +323,7 @@ def save_model(engine: Any, base: Path | str, folder: Path, form: Format, plan: 
     """Write the trained weights in Hugging Face's format, gathered from all processes.
 
     LoRA is merged in, so that every sampler takes the result and the next stage's reference is a model of its own
-    without any adapter; a policy's adapter itself, on ``base``, is kept beside it in PEFT's format.
+    without any adapter, and in no 4 bits; a policy's adapter itself, on ``base``, is kept beside it in PEFT's format.
     """
     import deepspeed
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from irlfast import dist
+from irlfast.data import Ids
 from irlfast.files import read_json, write_json, write_jsonl
 from irlfast.pack import Segment
 from irlfast.reference import score
 from irlfast.run import Run
-from irlfast.sample import DRAWN, GREEDY, sample
+from irlfast.sample import DRAWN, GREEDY, prompt_of, sample
 
 
 def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
     pairs = [Segment(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(run.held_out, drawn, strict=True)]
     scores = score(run, policy, pairs, folder / "held_out.safetensors")
     answers = [
-        {"prompt": example.prompt, "expert": text(run, example.answer_ids), "answer": text(run, answer)}
+        {"prompt": prompt_of(run, example), "expert": text(run, example.answer_ids), "answer": text(run, answer)}
         for example, answer in zip(run.held_out, greedy, strict=True)
     ]
     figures: dict[str, Any] = {
@@ -75,8 +76,8 @@ def preferences(run: Run, folder: Path, policy: Path | str, first_folder: Path, 
     return figures
 
 
-def text(run: Run, ids: list[int]) -> str:
-    return run.form.tokenizer.decode(ids, skip_special_tokens=True).strip()
+def text(run: Run, ids: Ids) -> str:
+    return run.form.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
 
 
 def margin(logps: tuple[Tensor, ...], ref_logps: tuple[Tensor, ...]) -> float:

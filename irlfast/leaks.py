@@ -49,7 +49,7 @@ def scalar_accuracy(values: np.ndarray, labels: np.ndarray, groups: np.ndarray) 
     return held_out_accuracy(DecisionTreeClassifier(max_depth=3, random_state=0), values[:, None], labels, groups)
 
 
-def bag_accuracy(answers: list[list[int]], labels: np.ndarray, groups: np.ndarray) -> float:
+def bag_accuracy(answers: Sequence[Sequence[int]], labels: np.ndarray, groups: np.ndarray) -> float:
     from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import normalize

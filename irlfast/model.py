@@ -94,8 +94,10 @@ def save_pretrained(folder: Path, model: Any, tokenizer: Any, state: dict[str, T
     tokenizer.save_pretrained(folder)
 
 
-def load_model(name: str | Path, config: Config, heads: int = 0) -> Any:
+def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool = False) -> Any:
     """A causal language model in the run's dtype, dropout off, on the CPU; with ``heads``, a reward model.
+
+    With ``in_4bit`` the weights of its layers are quantised by bitsandbytes, on this process's GPU where there is one.
 
     A reward model is its family's ``AutoModelForSequenceClassification``: one made of a language model gets new heads
     (seeded), one that was saved keeps its own.
@@ -106,11 +108,13 @@ def load_model(name: str | Path, config: Config, heads: int = 0) -> Any:
     import transformers
 
     kind: Any = transformers.AutoModelForCausalLM
-    own = {}
+    own: dict[str, Any] = {}
     if heads:
         torch.manual_seed(config.seed)
         kind = transformers.AutoModelForSequenceClassification
         own = {"num_labels": heads}
+    if in_4bit:
+        own["quantization_config"] = quantisation(config)
     try:
         model = kind.from_pretrained(
             str(find(str(name)) or name),
@@ -121,7 +125,32 @@ def load_model(name: str | Path, config: Config, heads: int = 0) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model {name}: cannot be loaded ({first_sentence(error)})") from error
+    if in_4bit:
+        keep_4bit_layout(model)
     return without_dropout(model)
+
+
+def keep_4bit_layout(model: Any) -> None:
+    """Keep bitsandbytes from repacking weights on a CPU that has AVX512-BF16.
+
+    It does so for inference when they are first used without a gradient, as to check a model; no gradient flows through
+    them from then on, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def quantisation(config: Config) -> Any:
+    """QLoRA's (arXiv 2305.14314), as TRL's keys say."""
+    import transformers
+
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
 
 
 def base_of(model: Any) -> Any:

@@ -19,8 +19,8 @@ ROW_MULTIPLE = 128  # tokens; few different lengths of one row, so that a GPU's 
 class Segment(NamedTuple):
     """One prompt with its answers: the expert's (SFT), the expert's and synthetic ones (IRFT), synthetic ones (RFT)."""
 
-    prompt: list[int]
-    answers: tuple[list[int], ...]
+    prompt: Sequence[int]
+    answers: tuple[Sequence[int], ...]
     ref_logps: tuple[Tensor, ...] = ()  # per answer, reference log-probability of each token, fp32
     old_logps: tuple[Tensor, ...] = ()  # the same under the policy that sampled it
     advantages: tuple[float, ...] = ()  # per answer

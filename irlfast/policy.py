@@ -1,24 +1,49 @@
 """The policy as DeepSpeed sees it: one module from a packed batch to its loss, never through the LM head's logits."""
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from irlfast.attention import hidden_states
 from irlfast.losses import Figures, Loss, Share
 from irlfast.model import head_of
 from irlfast.pack import Batch
 
+FEW = 1024  # elements: fewer are not worth a copy
+
 
 class Policy(torch.nn.Module):
     """A language or reward model with a loss on its hidden states: one module, so that ZeRO-3 gathers its head too."""
 
-    def __init__(self, model: Any, loss: Loss) -> None:
+    def __init__(self, model: Any, loss: Loss, offload: bool = False) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.offload = offload
 
     def forward(self, batch: Batch, share: Share) -> tuple[Tensor, Figures]:
-        hidden = hidden_states(self.model, batch)
+        with offloaded(self.model) if self.offload else contextlib.nullcontext():
+            hidden = hidden_states(self.model, batch)
         return self.loss(hidden, head_of(self.model), batch, share)
+
+
+def offloaded(model: torch.nn.Module) -> saved_tensors_hooks:
+    """Within it, what operations keep for the backward pass goes to host memory, and comes back when it is asked for.
+
+    The model's own weights stay. Copies run on the GPU's stream from and to pinned memory, so that nothing waits.
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def out(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tensor.numel() < FEW or tensor.untyped_storage().data_ptr() in weights:
+            return tensor.device, tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, host.copy_(tensor, non_blocking=True)
+
+    def back(kept: tuple[torch.device, Tensor]) -> Tensor:
+        return kept[1].to(kept[0], non_blocking=True)
+
+    return saved_tensors_hooks(out, back)

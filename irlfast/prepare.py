@@ -3,12 +3,22 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from irlfast import dist
 from irlfast.config import Config, difference, dump
-from irlfast.data import Format, encode, fingerprint, make_format, read_splits, render_texts
+from irlfast.data import (
+    Format,
+    encode,
+    fingerprint,
+    load_examples,
+    make_format,
+    read_splits,
+    render_texts,
+    save_examples,
+)
 from irlfast.files import InputError, find, read_json, write_json, write_text
 from irlfast.metrics import Log, say
 from irlfast.model import build_model, load_model_config, load_tokenizer
@@ -20,6 +30,8 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.js
 def prepare(config: Config) -> Run:
     """The run's data, tokenizer, folder, and the policy that it starts from.
 
+    The main process alone reads and tokenises, while the others wait in ``dist.start``; all map what it wrote.
+
     Raises:
         InputError: bad data, no tokenizer or weights, or an ``output_dir`` of another configuration or other data.
     """
@@ -27,18 +39,26 @@ def prepare(config: Config) -> Run:
     check_output(output, config)
     quiet()
     check_model(config)
+    found = write_data(config, output) if dist.is_main() else None
+    dist.start()
+    form, counts = dist.from_main(found)
+    train, held_out = (load_examples(output / "data" / f"{name}.safetensors") for name in ("train", "eval"))
+    say(describe(counts))
+    return Run(config, output, starting_policy(config, output, form), form, train, held_out, Log(output, config))
+
+
+def write_data(config: Config, output: Path) -> tuple[Format, dict[str, Any]]:
+    """Tokenise the demonstrations into ``data/``; returns their format and counts."""
     form, train, held_out, counts = read_data(config)
     counts["fingerprint"] = fingerprint(train, held_out)
     known = read_json(output / "data.json") if (output / "data.json").exists() else counts
     if known["fingerprint"] != counts["fingerprint"]:
         raise InputError(f"output_dir {output}: its run began with other demonstrations; expected a new output_dir")
-    dist.start()
-    if dist.is_main():
-        write_text(output / "config.yaml", dump(config))
-        write_json(output / "data.json", counts)
-    dist.barrier()
-    say(describe(counts))
-    return Run(config, output, starting_policy(config, output, form), form, train, held_out, Log(output, config))
+    write_text(output / "config.yaml", dump(config))
+    for name, examples in (("train", train), ("eval", held_out)):
+        save_examples(output / "data" / f"{name}.safetensors", examples)
+    write_json(output / "data.json", counts)
+    return form, counts
 
 
 def check_output(output: Path, config: Config) -> None:
@@ -75,8 +95,8 @@ def read_data(config: Config) -> tuple:
     for name, examples in (("training", train), ("held-out", held_out)):
         if not examples:
             raise InputError(f"dataset {config.dataset_name}: no {name} row has an answer; expected demonstrations")
-    prompts = {example.prompt for example in train}
-    held_out_counts["prompts_also_in_train"] = sum(example.prompt in prompts for example in held_out)
+    prompts = {bytes(example.prompt_ids) for example in train}
+    held_out_counts["prompts_also_in_train"] = sum(bytes(example.prompt_ids) in prompts for example in held_out)
     return form, train, held_out, {"train": train_counts, "eval": held_out_counts}
 
 
@@ -117,4 +137,5 @@ def quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for library in ("huggingface_hub", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)

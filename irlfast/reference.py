@@ -38,15 +38,16 @@ def score(
     path: Path,
     measure: Measure = token_logps,
     heads: int = 0,
+    in_4bit: bool = False,
 ) -> Scores:
-    """What ``measure`` finds of every answer under ``model`` (with ``heads``: a reward model).
+    """What ``measure`` finds of every answer under ``model`` (with ``heads``: a reward model; or quantised).
 
     ``path`` caches it: ``values``, one after the other, with ``lengths`` of the answers' in order. Each process scores
     its share.
     """
     if not path.exists():
         scores: dict[int, tuple[Tensor, ...]] = {}
-        for part in dist.all_gather(score_share(run.config, model, segments, path, measure, heads)):
+        for part in dist.all_gather(score_share(run.config, model, segments, path, measure, heads, in_4bit)):
             scores |= part
         if dist.is_main():
             write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(segments))]))
@@ -63,10 +64,16 @@ def log_ratios(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def score_share(
-    config: Config, name: Path | str, segments: Sequence[Segment], path: Path, measure: Measure, heads: int
+    config: Config,
+    name: Path | str,
+    segments: Sequence[Segment],
+    path: Path,
+    measure: Measure,
+    heads: int,
+    in_4bit: bool = False,
 ) -> dict[int, tuple[Tensor, ...]]:
     """This process's share of the scores, by the numbers of the segments."""
-    model = load_model(name, config, heads).to(dist.device()).eval()
+    model = load_model(name, config, heads, in_4bit).to(dist.device()).eval()
     layout, head = arrange(model, config), head_of(model)
     limit = token_limit(config, segments, layout, config.per_device_eval_batch_size)
     batches = micro_batches(range(len(segments)), segments, layout, limit, dist.rank(), dist.world_size())

@@ -4,7 +4,8 @@ A shard's answers depend on its number and the seed alone, not on which process 
 """
 
 import time
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from irlfast import dist
-from irlfast.data import Example
+from irlfast.data import Example, Ids
 from irlfast.files import read_jsonl, write_jsonl
 from irlfast.model import load_model
 from irlfast.pack import Segment
@@ -35,7 +36,7 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
 
 
-def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, sampling: Sampling) -> list[list[int]]:
+def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, sampling: Sampling) -> list[Ids]:
     """One answer to each example's prompt by ``policy``: ids, with the end token unless ``max_new_tokens`` cut it.
 
     Shards that ``folder`` holds already are kept. Every process makes its share and returns all answers.
@@ -53,7 +54,7 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
         for number, answers in with_progress(generate(run, policy, mine, sampling), mine, folder):
             texts = run.form.tokenizer.batch_decode(answers, skip_special_tokens=True)
             rows = [
-                {"index": i, "prompt": examples[i].prompt, "answer": text, "answer_ids": ids}
+                {"index": i, "prompt": prompt_of(run, examples[i]), "answer": text, "answer_ids": ids}
                 for i, ids, text in zip(cuts[number], answers, texts, strict=True)
             ]
             write_jsonl(paths[number], rows)
@@ -66,13 +67,19 @@ def sample_groups(
 ) -> list[Segment]:
     """``n`` answers to each example's prompt, as segments of the prompt with its answers."""
     answers = sample(run, policy, [x for x in examples for _ in range(n)], folder, sampling)
-    return [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n])) for i, x in enumerate(examples)]
+    prompts = (array("i", x.prompt_ids) for x in examples)  # which tokenizers decode, as they do no memoryview
+    return [Segment(prompt, tuple(answers[i * n : i * n + n])) for i, prompt in enumerate(prompts)]
 
 
-def read_samples(folder: Path) -> list[list[int]]:
+def prompt_of(run: Run, example: Example) -> str:
+    """A prompt as the model reads it, cut to ``max_prompt_length`` and in its template."""
+    return run.form.tokenizer.decode(example.prompt_ids.tolist())
+
+
+def read_samples(folder: Path) -> list[Ids]:
     """The sampled answers' ids, in the order of the prompts."""
     rows = (row for path in sorted(folder.glob("*.jsonl")) for _, row in read_jsonl(path))
-    answers = {row["index"]: row["answer_ids"] for row in rows}
+    answers = {row["index"]: array("i", row["answer_ids"]) for row in rows}
     return [answers[i] for i in range(len(answers))]
 
 
@@ -127,12 +134,12 @@ def transformers_answers(
 
 
 def generate_batch(
-    model: Any, prompts: list[list[int]], end_id: int, sampling: Sampling, max_new_tokens: int
+    model: Any, prompts: Sequence[Sequence[int]], end_id: int, sampling: Sampling, max_new_tokens: int
 ) -> list[list[int]]:
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
-    ids = torch.tensor([[end_id] * (longest - len(prompt)) + prompt for prompt in prompts])  # left-padded
+    ids = torch.tensor([[*[end_id] * (longest - len(prompt)), *prompt] for prompt in prompts])  # left-padded
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     greedy = sampling.temperature == 0
     draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}

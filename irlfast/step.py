@@ -151,6 +151,8 @@ def operations(model: Any, found: Counter[str]) -> float:
 
 
 def size_of(parameter: Tensor) -> int:
+    if hasattr(parameter, "quant_state"):  # 4-bit weights, two or more in an element
+        return math.prod(parameter.quant_state.shape)
     return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor
 
 

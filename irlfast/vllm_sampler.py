@@ -28,7 +28,7 @@ class Shard(NamedTuple):
     """Prompts that are answered together, and the seed of their answers."""
 
     number: int
-    prompts: list[list[int]]
+    prompts: Sequence[Sequence[int]]
     seed: int
 
 
@@ -96,7 +96,7 @@ def results_of(
     """Run the worker on ``job``; it is dead when this ends, for whatever reason."""
     # Files rather than pipes, so that neither a long job nor a talkative vLLM can block the other side.
     with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+", errors="replace") as said:
-        json.dump(job, asked)
+        json.dump(job, asked, default=list)  # token ids that are no lists
         asked.seek(0)
         missing = {shard["number"] for shard in job["shards"]}
         with start(interpreter, asked, said, variables) as child:

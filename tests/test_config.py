@@ -71,6 +71,16 @@ WRONG = {
     "save_steps: found 15": {"save_steps": 15, "logging_steps": 10},
     "method sft takes sft_steps": {"method": "sft", "inner_steps": 3},
     "gradient_checkpointing: found 'x', expected a valid boolean.* or 'selective'": {"gradient_checkpointing": "x"},
+    "activation_offloading: found true with gradient_checkpointing 'selective'": {
+        "activation_offloading": True,
+        "gradient_checkpointing": "selective",
+    },
+    "activation_offloading: found true with torch_compile": {"activation_offloading": True, "torch_compile": True},
+    "activation_offloading: found true with zero_stage 3": {"activation_offloading": True, "zero_stage": 3},
+    "load_in_4bit: found true without use_peft": {"load_in_4bit": True},
+    "load_in_4bit: found true for method rft": {"load_in_4bit": True, "use_peft": True, "method": "rft"},
+    "load_in_4bit: found true with zero_stage 3": {"load_in_4bit": True, "use_peft": True, "zero_stage": 3},
+    "bnb_4bit_quant_type: found 'int4', expected 'nf4' or 'fp4'": {"bnb_4bit_quant_type": "int4"},
     "needs tokenizer_name_or_path or train_tokenizer": {"train_tokenizer": None},
 }
 
@@ -85,6 +95,12 @@ def test_compiling_takes_a_compiler(given, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     with pytest.raises(InputError, match=r"torch_compile: found no compiler /nowhere/c\+\+, expected one"):
         make_config(given | {"torch_compile": True})
+
+
+def test_four_bits_take_bitsandbytes(given, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="bitsandbytes is not installed; pip install"):
+        make_config(given | {"load_in_4bit": True, "use_peft": True})
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\xff"])

@@ -1,8 +1,24 @@
+import re
+import sys
+from pathlib import Path
+
 import datasets
+import numpy as np
 import pytest
 
 from irlfast.config import make_config
-from irlfast.data import Demonstration, encode, make_format, read_demonstrations, read_splits, to_demonstration
+from irlfast.data import (
+    Demonstration,
+    Example,
+    encode,
+    fingerprint,
+    load_examples,
+    make_format,
+    read_demonstrations,
+    read_splits,
+    save_examples,
+    to_demonstration,
+)
 from irlfast.files import InputError
 from tests.tokenizers_like import FAMILIES
 
@@ -33,7 +49,7 @@ def config(tmp_path):
 def encode_one(family, config, prompt=QUESTION, answer=ANSWER):
     form = make_format(FAMILIES[family](), config)
     examples, counts = encode([Demonstration(prompt, answer)], form, config)
-    return form, examples, counts
+    return form, [Example(x.prompt_ids.tolist(), x.answer_ids.tolist()) for x in examples], counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,8 +124,35 @@ def test_empty_answers_and_duplicates_are_dropped_and_counted(config):
     form = make_format(FAMILIES["pythia"](), config())
     rows = [Demonstration("a", "b"), Demonstration("a", "b"), Demonstration("a", "c"), Demonstration("d", " \n")]
     examples, counts = encode(rows, form, config())
-    assert [example.answer for example in examples] == ["b", "c"]
+    assert [form.tokenizer.decode(example.answer_ids[:-1].tolist()) for example in examples] == ["b", "c"]
     assert (counts["rows"], counts["kept"], counts["duplicates"], counts["empty_answers"]) == (4, 2, 1, 1)
+
+
+def test_examples_come_back_from_their_file_as_they_were_and_so_does_their_fingerprint(tmp_path, config):
+    form = make_format(FAMILIES["pythia"](), config())
+    rows = [Demonstration("a", "b"), Demonstration("c", "d and e", "f"), Demonstration("g", "h", "")]
+    examples, _ = encode(rows, form, config())
+    save_examples(tmp_path / "train.safetensors", examples)
+    loaded = load_examples(tmp_path / "train.safetensors")
+    assert loaded == examples
+    assert [x.rejected_ids is None for x in loaded] == [True, False, False]
+    assert fingerprint(loaded) == fingerprint(examples) != fingerprint(examples[::-1])
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no file's."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_token_ids_stay_in_their_file(tmp_path):
+    ids = memoryview(np.arange(2**23, dtype=np.int32))  # 32 MiB
+    save_examples(tmp_path / "train.safetensors", [Example(ids[:n], ids[n:]) for n in (2**22,)])
+    before = anonymous_memory()
+    [loaded] = load_examples(tmp_path / "train.safetensors")
+    assert np.asarray(loaded.prompt_ids).sum() == 2**21 * (2**22 - 1)
+    assert loaded.answer_ids[-1] == 2**23 - 1
+    assert anonymous_memory() - before < 2**22
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(config):

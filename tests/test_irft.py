@@ -17,7 +17,7 @@ def run(tmp_path):
 
 
 def examples(*answers: list[int]) -> list[Example]:
-    return [Example([7], answer, "prompt", "answer") for answer in answers]  # prompts of one token
+    return [Example([7], answer) for answer in answers]  # prompts of one token
 
 
 def test_empty_and_identical_answers_are_dropped_and_counted(run):

@@ -139,7 +139,9 @@ def test_a_reward_model_loads_with_plain_transformers_and_scores_as_it_was_train
     form = make_format(AutoTokenizer.from_pretrained(output / "sft" / "policy"), config)
     _, held_out = read_splits(config)
     examples, _ = encode(held_out, form, config)
-    ids = [example.prompt_ids + answer for example in examples for answer in (example.answer_ids, example.rejected_ids)]
+    ids = [
+        [*example.prompt_ids, *answer] for example in examples for answer in (example.answer_ids, example.rejected_ids)
+    ]
     with torch.no_grad():
         scores = model(**tokenizer.pad({"input_ids": ids}, return_tensors="pt")).logits[:, 0]
     ours = load_file(output / "stage-00" / "reward" / "rejected" / "reward.safetensors")["values"][:, 0]

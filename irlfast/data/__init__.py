@@ -2,17 +2,24 @@
 
 An example is ``(prompt_ids, answer_ids)``: exactly one BOS at the start of the prompt if the model uses one, exactly
 one end token at the end of the answer unless the answer had to be cut.
+
+Token ids are int32, 4 bytes each, where a list of ints takes 36: an ``array("i")``, or a ``memoryview`` of one or of a
+mapped file. Both are sequences of ints that compare by value with each other, but never with a list.
 """
 
 import hashlib
+import itertools
 import random
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from irlfast.config import Config
-from irlfast.files import InputError, find, read_jsonl
+from irlfast.files import InputError, find, read_jsonl, write
 
 LOADERS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
 ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -20,6 +27,7 @@ CONVENTIONS = "prompt+completion, messages, prompt+chosen, chosen (a dialogue) o
 ENCODE_BATCH = 1000
 
 Message = dict[str, str]
+Ids = array | memoryview  # token ids, int32
 
 
 class Demonstration(NamedTuple):
@@ -31,13 +39,11 @@ class Demonstration(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A demonstration as the model sees it, and as a person does."""
+    """A demonstration as the model sees it."""
 
-    prompt_ids: list[int]
-    answer_ids: list[int]
-    prompt: str
-    answer: str
-    rejected_ids: list[int] | None = None
+    prompt_ids: Ids
+    answer_ids: Ids
+    rejected_ids: Ids | None = None
 
 
 class Format(NamedTuple):
@@ -199,7 +205,7 @@ def encode(demonstrations: list[Demonstration], form: Format, config: Config) ->
     counts = dict.fromkeys(
         ("rows", "kept", "empty_answers", "duplicates", "cut_prompts", "cut_answers", "cut_at_end_token"), 0
     )
-    examples: list[Example] = []
+    tokens, lengths = array("i"), array("i")
     seen = set()
     for start in range(0, len(demonstrations), ENCODE_BATCH):
         batch = demonstrations[start : start + ENCODE_BATCH]
@@ -216,9 +222,11 @@ def encode(demonstrations: list[Demonstration], form: Format, config: Config) ->
             else:
                 seen.add((prompt, answer))
                 ids = fit_lengths(*ids, form, config, counts)
-                if rejected_ids is not None:
-                    rejected_ids, _ = fit_answer(rejected_ids, ids[0], form, config)
-                examples.append(Example(*ids, prompt, answer, rejected_ids))
+                rejected = [] if rejected_ids is None else fit_answer(rejected_ids, ids[0], form, config)[0]
+                for piece in (*ids, rejected):
+                    tokens.extend(piece)
+                    lengths.append(len(piece))
+    examples = examples_of(memoryview(tokens), lengths)
     counts["kept"] = len(examples)
     counts["prompt_tokens"] = sum(len(example.prompt_ids) for example in examples)
     counts["answer_tokens"] = sum(len(example.answer_ids) for example in examples)
@@ -296,10 +304,44 @@ def read_splits(config: Config) -> tuple[list[Demonstration], list[Demonstration
     return train[held_out:], train[:held_out]
 
 
-def fingerprint(*sets: list[Example]) -> str:
+# ---------------------------------------------------------------- examples in a file
+
+
+def examples_of(tokens: memoryview, lengths: Sequence[int]) -> list[Example]:
+    """Views of ``tokens``: prompt, answer and rejected answer of every example in turn, as long as ``lengths`` says.
+
+    A rejected answer of no token is none.
+    """
+    pieces = (tokens[end - n : end] for n, end in zip(lengths, itertools.accumulate(lengths), strict=True))
+    return [Example(prompt, answer, rejected or None) for prompt, answer, rejected in zip(*[pieces] * 3, strict=True)]
+
+
+def pieces_of(examples: Sequence[Example]) -> list[Ids]:
+    """What :func:`examples_of` takes apart."""
+    return [ids for x in examples for ids in (x.prompt_ids, x.answer_ids, x.rejected_ids or array("i"))]
+
+
+def save_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write ``tokens`` and ``lengths``, int32, as safetensors."""
+    from safetensors.numpy import save_file
+
+    pieces = pieces_of(examples)
+    flat = {"tokens": np.concatenate(pieces), "lengths": np.array([len(piece) for piece in pieces], dtype=np.int32)}
+    write(path, lambda temporary: save_file(flat, temporary))
+
+
+def load_examples(path: Path) -> list[Example]:
+    """Examples whose token ids stay in the file: mapped into memory, in pages that all processes share."""
+    from safetensors.torch import load_file
+
+    flat = load_file(path)
+    return examples_of(flat["tokens"].numpy().data, flat["lengths"].tolist())
+
+
+def fingerprint(*sets: Sequence[Example]) -> str:
     """A hash of token ids: a run resumes only on the data that it began with."""
     digest = hashlib.sha256()
-    for examples in sets:
-        for example in examples:
-            digest.update(repr((example.prompt_ids, example.answer_ids, example.rejected_ids)).encode())
+    for piece in itertools.chain(*map(pieces_of, sets)):
+        digest.update(len(piece).to_bytes(4, "little"))
+        digest.update(piece)
     return digest.hexdigest()[:16]

@@ -2,13 +2,14 @@
 
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from irlfast import dist
 from irlfast.config import Config
-from irlfast.data import Example
+from irlfast.data import Example, Ids
 from irlfast.engine import Plan, fit, plan_phase
 from irlfast.files import InputError, write_json
 from irlfast.losses import irft_loss
@@ -35,7 +36,8 @@ def irft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) 
         answers = sample(run, policy, examples, folder / "samples", sampling(config, stage))
     sampled = time.perf_counter()
     pairs, counts = make_pairs(run, stage, examples, answers)
-    ref_logps = score(run, reference, pairs, folder / "reference.safetensors")
+    # With 4 bits the reference is the quantised policy, without the new adapter: training starts at a log-ratio of 0.
+    ref_logps = score(run, reference, pairs, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
     pairs = [pair._replace(ref_logps=logps) for pair, logps in zip(pairs, ref_logps, strict=True)]
     if dist.is_main() and not (folder / "pairs.json").exists():
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
@@ -54,9 +56,9 @@ def stage_examples(examples: list[Example], config: Config, stage: int) -> list[
     return [examples[i] for i in np.array_split(order, config.stages)[stage]]
 
 
-def rejected(example: Example) -> list[int]:
+def rejected(example: Example) -> Ids:
     if example.rejected_ids is None:
-        raise InputError(f"no rejected answer to the prompt {example.prompt[:80]!r}; expected chosen and rejected")
+        raise InputError("a demonstration has no rejected answer to the prompt; expected chosen and rejected")
     return example.rejected_ids
 
 
@@ -66,7 +68,7 @@ def sampling(config: Config, stage: int) -> Sampling:
 
 
 def make_pairs(
-    run: Run, stage: int, examples: list[Example], answers: list[list[int]], keep_identical: bool = False
+    run: Run, stage: int, examples: list[Example], answers: Sequence[Ids], keep_identical: bool = False
 ) -> tuple[list[Segment], dict[str, int]]:
     """Segments (prompt, (expert, synthetic)) of this stage and of ``history`` earlier ones.
 

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.conftest import write_result
-from benchmarks.runs import train
+from benchmarks.runs import share, train
 
 ROWS = 2000
 COMMON = {
@@ -52,6 +52,8 @@ def measure(folder: Path, data: Path) -> dict[str, dict[str, float]]:
     keys = COMMON | split(data, folder)
     rows: dict[str, dict[str, float]] = {}
     for name, own in RUNS.items():
+        if rows:
+            share(folder / "IRFT", folder / name, "sft")
         figures = train(folder / name, **keys | own)
         rows.setdefault("SFT", {"gap": figures["sft"]["preference_gap"]})
         policies = [phase for phase in figures if phase.startswith("stage") and "/" not in phase]

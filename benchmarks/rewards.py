@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from scipy.stats import rankdata
 
 from benchmarks.conftest import ROOT, write_result
-from benchmarks.runs import markdown, summarise, train
+from benchmarks.runs import markdown, share, summarise, train
 
 COMMON = {
     "max_train_samples": 24000,
@@ -115,12 +115,6 @@ def choose_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
 
 def sft_policies(output: Path) -> list[Path]:
     return sorted(output.glob("seed-*/SFT/sft/policy"))
-
-
-def share(source: Path, target: Path, part: str) -> None:
-    """What both runs would compute alike is computed once."""
-    if not (target / part).exists():
-        shutil.copytree(source / part, target / part)
 
 
 def last(output: Path, figures: dict[str, dict]) -> dict:

@@ -1,6 +1,7 @@
 """What benchmarks of whole runs share: a training by the real command, and tables over seeds."""
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,12 @@ def train(output: Path, *arguments: str, **keys: object) -> Figures:
     subprocess.run([sys.executable, "-m", "irlfast.train", *arguments, *own], cwd=ROOT, check=True)
     paths = [*output.glob("*/eval.json"), *output.glob("*/reward/eval.json")]
     return {str(path.parent.relative_to(output)): json.loads(path.read_text()) for path in sorted(paths)}
+
+
+def share(source: Path, target: Path, part: str) -> None:
+    """What both runs would compute alike is computed once."""
+    if not (target / part).exists():
+        shutil.copytree(source / part, target / part)
 
 
 def summarise(seeds: list[Figures], metrics: Sequence[str]) -> dict[str, dict[str, list[float]]]:

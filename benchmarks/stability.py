@@ -10,11 +10,10 @@ discriminator's held-out accuracy, mean ± standard deviation over seeds. Writes
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 from benchmarks.conftest import write_result
-from benchmarks.runs import Figures, markdown, summarise, train
+from benchmarks.runs import Figures, markdown, share, summarise, train
 
 KEYS = {"stages": 4, "beta": 0.1, "learning_rate": 2e-5, "history": 0, "max_eval_samples": 500}
 SWITCHES = {
@@ -36,8 +35,8 @@ def train_seed(folder: Path, seed: int) -> Figures:
     found: Figures = {}
     for name, own in SWITCHES.items():
         output = folder / name
-        if name != "none" and not output.exists():
-            shutil.copytree(folder / "none" / "sft", output / "sft")
+        if name != "none":
+            share(folder / "none", output, "sft")
         figures = train(output, "configs/afd.yaml", **KEYS | own, seed=seed)
         stages = [figures[f"stage-{stage:02d}"] for stage in range(KEYS["stages"])]
         found.setdefault("SFT", {"last": figures["sft"]["exact_match"], "nll": figures["sft"]["nll"]})

@@ -24,6 +24,11 @@ class FusedRMSprop(torch.optim.Optimizer):
     (one launch for hundreds of parameters); others take PyTorch's own steps. State has Adam's names where it can:
     ``exp_avg_sq`` (torch: square_avg) and, with momentum, ``exp_avg`` (momentum_buffer).
 
+    DeepSpeed's universal checkpoints, which change the number of processes, work under ZeRO 1 to 3: convert with
+    ``python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state``. They know of Adam's states alone, so
+    ``grad_avg`` (``centered``) is not in them and starts anew; and they insist on both of Adam's, so ``state_dict`` has
+    an ``exp_avg`` of zeros where there is no momentum. It takes 4 bytes in all, and is dropped where it is loaded.
+
     Raises:
         ValueError: an option below 0, ``alpha`` not below 1, or a state that is not of its parameter's shape.
         RuntimeError: a sparse gradient.
@@ -73,17 +78,27 @@ class FusedRMSprop(torch.optim.Optimizer):
             update_by_torch(others, self.state, group, scale)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As PyTorch's, and with an ``exp_avg`` in any case."""
+        found = super().state_dict()
+        for number, own in found["state"].items():
+            if "exp_avg_sq" in own:
+                zeros = own["exp_avg_sq"].new_zeros(()).expand_as(own["exp_avg_sq"])
+                found["state"][number] = {"exp_avg": zeros} | own
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state of this class, or of ``torch.optim.RMSprop``."""
         super().load_state_dict(state_dict)
         # PyTorch gives all but the step the parameter's dtype; ours stays fp32 where a parameter is bf16.
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
+        parameters = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        for number, (parameter, group) in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 if name != "step":
                     self.state[parameter].pop(name)
-                    self.state[parameter][RENAMED.get(name, name)] = value.to(parameter.device, copy=True)
+                    if (ours := RENAMED.get(name, name)) in ("master", *averages(group)):
+                        self.state[parameter][ours] = value.to(parameter.device, copy=True)
 
     def clipping_factor(self) -> float:
         if self.max_norm is None:
@@ -91,6 +106,12 @@ class FusedRMSprop(torch.optim.Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         return float((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def averages(group: dict[str, Any]) -> list[str]:
+    """The states that a group's options ask for."""
+    wanted = {"exp_avg_sq": True, "exp_avg": group["momentum"] > 0, "grad_avg": group["centered"]}
+    return [name for name, wants in wanted.items() if wants]
 
 
 def fit_state(own: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
@@ -104,8 +125,9 @@ def fit_state(own: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> 
     else:
         own["master"] = own["master"].to(parameter.device, torch.float32)
     like = own.get("master", parameter)
-    wanted = {"exp_avg_sq": True, "exp_avg": group["momentum"] > 0, "grad_avg": group["centered"]}
-    for name in (name for name, wants in wanted.items() if wants):
+    if not group["momentum"]:
+        own.pop("exp_avg", None)  # zeros, of a universal checkpoint
+    for name in averages(group):
         if name not in own:
             own[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
         own[name] = own[name].to(like.device, like.dtype)

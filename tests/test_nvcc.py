@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,20 +80,23 @@ def test_memory_is_read_and_written_by_16_bytes(source, tmp_path):
     assert max(wide) >= loads and max(written) >= stores
 
 
+def launches(n: int, address: int) -> dict[str, Callable[[], None]]:
+    """Every kernel's launch, on n rows, sequences or elements at one address."""
+    logits, scoring, wide = (address, "bfloat16", 4), (n, 4, address, 1.0, 0.0), (address, "float32", 4)
+    module, row = native.cuda, (n, *[address] * 3, 0, 0, 0, False)
+    return {
+        "token_logps": lambda: module.token_logps(logits, (0, "float32", 0), scoring, address, address, 0, 0),
+        "gradient": lambda: module.write_gradient(logits, logits, scoring, address, address, 0),
+        "softmax_slopes": lambda: module.softmax_slopes(wide, "float16", 0, scoring, address, 0),
+        "sequence_sums": lambda: module.sequence_sums(*[address] * 3, n, 0, "float32", False, address, 0),
+        "rmsprop": lambda: module.rmsprop([row], 0.1, 0.9, 0.1, 0.0, 0.0, 1.0, 0),
+    }
+
+
 @needs_module
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_module_imports_and_a_launch_says_what_is_missing():
-    address = torch.zeros(64, dtype=torch.int64).data_ptr()
-    logits, scoring = (address, "bfloat16", 4), (1, 4, address, 1.0, 0.0)
-    for kernel, call in {
-        "token_logps": lambda: native.cuda.token_logps(logits, (0, "float32", 0), scoring, address, address, 0, 0),
-        "gradient": lambda: native.cuda.write_gradient(logits, logits, scoring, address, address, 0),
-        "softmax_slopes": lambda: native.cuda.softmax_slopes(
-            (address, "float32", 4), "float16", 0, scoring, address, 0
-        ),
-        "sequence_sums": lambda: native.cuda.sequence_sums(*[address] * 3, 1, 0, "float32", False, address, 0),
-        "rmsprop": lambda: native.cuda.rmsprop([(4, *[address] * 3, 0, 0, 0, False)], 0.1, 0.9, 0.1, 0.0, 0.0, 1.0, 0),
-    }.items():
+    for kernel, call in launches(1, torch.zeros(64, dtype=torch.int64).data_ptr()).items():
         with pytest.raises(RuntimeError, match=f"^{kernel}_kernel: CUDA driver"):
             call()
 
@@ -123,8 +127,12 @@ def test_the_binding_checks_what_it_is_given():
 
 @needs_module
 def test_nothing_to_do_is_no_launch():
-    nothing = (0, "float32", 4), (0, 4, 0, 1.0, 0.0)
-    native.cuda.token_logps(nothing[0], (0, "float32", 0), nothing[1], 0, 0, 0, 0)
-    native.cuda.write_gradient(nothing[0], *nothing, 0, 0, 0)
-    native.cuda.sequence_sums(0, 0, 0, 0, 0, "float32", False, 0, 0)
-    native.cuda.rmsprop([(0, 0, 0, 0, 0, 0, 0, False)], 0.1, 0.9, 0.1, 0.0, 0.0, 1.0, 0)
+    """A launch would be an error: any without a GPU, and on one a launch of no blocks."""
+    memory = torch.full((64,), 7)
+    for address in (0, memory.data_ptr()):
+        for kernel, call in launches(0, address).items():
+            try:
+                call()
+            except RuntimeError as error:
+                pytest.fail(f"{kernel} was launched for nothing: {error}")
+    assert memory.eq(7).all()

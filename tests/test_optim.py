@@ -153,6 +153,24 @@ def test_a_saved_state_continues_with_the_same_bits(module):
 
 
 @modules
+def test_exp_avg_is_in_the_saved_state_alone_where_there_is_no_momentum(module):
+    """DeepSpeed's universal checkpoints insist on it; memory is for what is used."""
+    [ours] = parameters([(300, 17)])
+    optimiser = FusedRMSprop([ours])
+    set_gradients([[ours]], 0)
+    optimiser.step()
+    saved = optimiser.state_dict()
+    average = saved["state"][0]["exp_avg"]
+    assert average.shape == ours.shape and not average.any() and average.untyped_storage().nbytes() == 4
+    assert "exp_avg" not in optimiser.state[ours]
+    optimiser.load_state_dict(saved)
+    assert "exp_avg" not in optimiser.state[ours]
+    optimiser.state[ours]["exp_avg"] = torch.zeros(300, 17)  # as DeepSpeed loads it
+    optimiser.step()
+    assert "exp_avg" not in optimiser.state[ours]
+
+
+@modules
 def test_a_state_of_pytorchs_own_continues(module):
     theirs = parameters(SHAPES)
     before = torch.optim.RMSprop(theirs, lr=1e-2, momentum=0.9, centered=True)

@@ -143,7 +143,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
     loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
     plan = Plan(0, steps, workload["batch"], RATE, "rmsprop")
-    engine, layout = make_engine(folder / "policy", loss, plan, config)
+    engine, layout = make_engine(folder / "policy", loss, plan, config, segments)
     limit = token_limit(config, segments, layout, workload["batch"])
     moments, losses, watch = [now()], [], Stopwatch()
     for prepared in prepare(steps, segments, layout, limit):

@@ -6,6 +6,8 @@ none where rows are single sequences: then causality is all that is needed.
 
 import functools
 import importlib.util
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,8 @@ from irlfast.metrics import say
 from irlfast.model import base_of, head_of, is_reward
 from irlfast.pack import Batch, Layout, Segment, pack, parts, tokens
 
+LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of an installed flash-attn, a faster kernel
+SAMPLED = 1000  # segments that lengths are taken of
 CPU_TOKENS = 1024  # of a micro-batch: more is no faster there, and takes memory
 
 
@@ -87,11 +91,48 @@ def block_mask(batch: Batch, window: int | None) -> Any:
     return create_block_mask(seen, rows, None, length, length, device=str(segment.device))
 
 
+# ---------------------------------------------------------------- what it costs
+
+
+def work(segments: Sequence[Segment], layout: Layout) -> Counter[str]:
+    """Tokens, answer tokens, and how many tokens each token sees, summed."""
+    found: Counter[str] = Counter()
+    for part in (part for segment in segments for part in parts(segment, layout)):
+        prompt, lengths = len(part.prompt), [max(len(answer) - 1, 0) for answer in part.answers]
+        found["tokens"] += tokens(part)
+        found["answer_tokens"] += sum(len(answer) - layout.whole for answer in part.answers)
+        found["seen"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
+    return found
+
+
+def operations(model: Any, found: Counter[str]) -> float:
+    """Of forward and backward passes: products with the body's weights, the LM head's, and attention's.
+
+    Two a weight and token forward, two for the gradient by the input, two by the weight where it is trained. The LM
+    head meets answer tokens only. No recomputation is counted.
+    """
+    head, embeddings = head_of(model).weight, model.get_input_embeddings().weight
+    both = {id(head), id(embeddings)}
+    body = sum((6 if p.requires_grad else 4) * size_of(p) for p in model.parameters() if id(p) not in both)
+    text = model.config.get_text_config()
+    return (
+        body * found["tokens"]
+        + (6 if head.requires_grad else 4) * size_of(head) * found["answer_tokens"]
+        + 12 * text.num_hidden_layers * text.hidden_size * found["seen"]
+    )
+
+
+def size_of(parameter: Tensor) -> int:
+    if hasattr(parameter, "quant_state"):  # 4-bit weights, two or more in an element
+        return math.prod(parameter.quant_state.shape)
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor
+
+
 # ---------------------------------------------------------------- what a model can do
 
 
-def arrange(model: Any, config: Config) -> Layout:
-    """Check ``model``, choose its attention, and say how segments are packed for it; one line of each choice.
+def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
+    """Check ``model``, choose its attention for ``segments``, and say how they are packed for it and why.
 
     Raises:
         InputError: as :func:`check_model`.
@@ -99,17 +140,37 @@ def arrange(model: Any, config: Config) -> Layout:
     shared = check_model(model)
     if not shared:
         say_once(f"warning: {type(model).__name__} cannot share a prompt between answers; each gets its own")
-    if model.device.type == "cpu":
-        return Layout(shared, whole=is_reward(model))
-    if config.attn_implementation == "auto":
-        varlen = importlib.util.find_spec("flash_attn")
-        ways = ["flex_attention: answers share their prompt"] if shared else []
-        ways += ["flash_attention_2: rows without padding"] if varlen else []
-        chosen, _, why = [*ways, "sdpa: padded rows"][0].partition(": ")
-        model.set_attn_implementation(chosen)
-        say_once(f"attention: {chosen}, for {why}")
+    on_cpu = model.device.type == "cpu"
+    auto = config.attn_implementation == "auto"
+    gain, lengths = sharing(model, segments)
+    if auto and not on_cpu:
+        model.set_attn_implementation(choose(shared, gain, importlib.util.find_spec("flash_attn") is not None))
     chosen = model.config.get_text_config()._attn_implementation
-    return Layout(shared, one_row=chosen.startswith(("flex", "flash")), whole=is_reward(model))
+    shared = shared and not chosen.startswith("flash")  # which finds sequences by their positions, and lets none share
+    if auto:
+        saves = f"sharing prompts {'saves' if shared else 'would save'} {gain:.0%} of the operations"
+        say_once(f"attention: {chosen}; {saves}: {lengths}")
+    return Layout(shared, one_row=not on_cpu and chosen.startswith(("flex", "flash")), whole=is_reward(model))
+
+
+def choose(shared: bool, gain: float, varlen: bool) -> str:
+    """A GPU's attention; answers that share their prompt, where the model lets them, save ``gain`` of the operations.
+
+    ``varlen``: flash-attn is installed, whose kernels take rows without padding but no shared prompts.
+    """
+    if shared and (gain >= LEAST_GAIN or not varlen):
+        return "flex_attention"
+    return "flash_attention_2" if varlen else "sdpa"
+
+
+def sharing(model: Any, segments: Sequence[Segment]) -> tuple[float, str]:
+    """Which part of forward and backward passes' operations shared prompts save, and the mean lengths behind it."""
+    some = segments[:: -(-len(segments) // SAMPLED)]
+    together, apart = (operations(model, work(some, Layout(shared=shared))) for shared in (True, False))
+    lengths = [len(answer) for segment in some for answer in segment.answers]
+    prompt, answer, answers = sum(len(x.prompt) for x in some) / len(some), sum(lengths) / len(lengths), len(lengths)
+    each = f"{answers / len(some):.0f} answer{'s' * (answers > len(some))} of {answer:.0f}"
+    return 1 - together / apart, f"on average prompts of {prompt:.0f} tokens with {each}"
 
 
 @functools.cache

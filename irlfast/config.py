@@ -60,7 +60,9 @@ class Config:
         "float32", "of weights, activations and sampling; bfloat16 trains on an fp32 master copy (bf16: true does too)"
     )
     attn_implementation: str = key(
-        "auto", "auto: flex_attention in training on a GPU; or Transformers' sdpa, eager, flash_attention_2, ..."
+        "auto",
+        "auto: on a GPU flex_attention where shared prompts save operations, else an installed flash_attention_2; "
+        "or Transformers' sdpa, eager, ...",
     )
     trust_remote_code: bool = key(False, "run model code that comes with the model")
     gradient_checkpointing: bool | Literal["selective"] = key(

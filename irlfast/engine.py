@@ -103,7 +103,7 @@ def train_phase(
     halvings: int,
 ) -> None:
     config = run.config
-    engine, layout = make_engine(policy, loss, plan, config)
+    engine, layout = make_engine(policy, loss, plan, config, segments)
     limit = token_limit(config, segments, layout, plan.micro_batch, halvings)
     first = resume(engine, folder / "checkpoint", config)
     phase = folder.relative_to(run.output).as_posix()
@@ -183,13 +183,15 @@ def postfix(row: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- DeepSpeed
 
 
-def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config) -> tuple[Any, Layout]:
+def make_engine(
+    policy: Path | str, loss: Loss, plan: Plan, config: Config, segments: Sequence[Segment]
+) -> tuple[Any, Layout]:
     """A DeepSpeed engine around the policy, its optimiser in its first state; and how segments are packed for it."""
     import deepspeed
     import transformers
 
     model = new_model(policy, plan, config, in_4bit=config.load_in_4bit).to(dist.device())
-    layout = arrange(model, config)
+    layout = arrange(model, config, segments)
     if config.use_peft:
         model = add_lora(model, config)
     if config.gradient_checkpointing:

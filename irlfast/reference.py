@@ -74,7 +74,7 @@ def score_share(
 ) -> dict[int, tuple[Tensor, ...]]:
     """This process's share of the scores, by the numbers of the segments."""
     model = load_model(name, config, heads, in_4bit).to(dist.device()).eval()
-    layout, head = arrange(model, config), head_of(model)
+    layout, head = arrange(model, config, segments), head_of(model)
     limit = token_limit(config, segments, layout, config.per_device_eval_batch_size)
     batches = micro_batches(range(len(segments)), segments, layout, limit, dist.rank(), dist.world_size())
     scores: dict[int, tuple[Tensor, ...]] = {}

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from irlfast import dist
+from irlfast.attention import operations, work
 from irlfast.losses import Figures, Share
-from irlfast.model import head_of
-from irlfast.pack import Batch, Layout, Segment, micro_batches, pack, parts, tokens
+from irlfast.pack import Batch, Layout, Segment, micro_batches, pack
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, from the data sheets
 
@@ -120,40 +119,6 @@ class Stopwatch:
             seconds["all"] += span
         self.marks = self.marks[-1:]
         return dict(seconds)
-
-
-def work(segments: Sequence[Segment], layout: Layout) -> Counter[str]:
-    """Tokens, answer tokens, and how many tokens each token sees, summed."""
-    found: Counter[str] = Counter()
-    for part in (part for segment in segments for part in parts(segment, layout)):
-        prompt, lengths = len(part.prompt), [max(len(answer) - 1, 0) for answer in part.answers]
-        found["tokens"] += tokens(part)
-        found["answer_tokens"] += sum(len(answer) - layout.whole for answer in part.answers)
-        found["seen"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
-    return found
-
-
-def operations(model: Any, found: Counter[str]) -> float:
-    """Of forward and backward passes: products with the body's weights, the LM head's, and attention's.
-
-    Two a weight and token forward, two for the gradient by the input, two by the weight where it is trained. The LM
-    head meets answer tokens only. No recomputation is counted.
-    """
-    head, embeddings = head_of(model).weight, model.get_input_embeddings().weight
-    both = {id(head), id(embeddings)}
-    body = sum((6 if p.requires_grad else 4) * size_of(p) for p in model.parameters() if id(p) not in both)
-    text = model.config.get_text_config()
-    return (
-        body * found["tokens"]
-        + (6 if head.requires_grad else 4) * size_of(head) * found["answer_tokens"]
-        + 12 * text.num_hidden_layers * text.hidden_size * found["seen"]
-    )
-
-
-def size_of(parameter: Tensor) -> int:
-    if hasattr(parameter, "quant_state"):  # 4-bit weights, two or more in an element
-        return math.prod(parameter.quant_state.shape)
-    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor
 
 
 def meters(model: Any, found: Counter[str], seconds: dict[str, float]) -> dict[str, float]:

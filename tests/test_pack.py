@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from irlfast import ops
-from irlfast.attention import arrange, check_model, hidden_states, token_limit
+from irlfast.attention import arrange, check_model, choose, hidden_states, sharing, token_limit
 from irlfast.config import make_config
 from irlfast.files import InputError
 from irlfast.losses import arguments
@@ -124,8 +124,49 @@ def test_a_model_that_cannot_share_is_found_and_warned_of_once(capsys):
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = Recurrent(copy.deepcopy(FAMILIES["Llama"])).eval()
     assert check_model(model_of("Llama"))
-    assert [arrange(model, config).shared for _ in range(2)] == [False, False]
+    assert [arrange(model, config, ragged()).shared for _ in range(2)] == [False, False]
     assert capsys.readouterr().err.count("cannot share a prompt between answers; each gets its own") == 1
+
+
+def of_lengths(prompt: int, *answers: int) -> list[Segment]:
+    return [Segment([1] * prompt, tuple([2] * answer for answer in answers))] * 3
+
+
+def test_what_sharing_saves_follows_from_the_lengths():
+    model = model_of("Llama")
+    several = ((80, 20), (20, 80, 80), (80, 20, 20), (80, *[20] * 4))
+    gains = [sharing(model, of_lengths(*lengths))[0] for lengths in several]
+    assert gains[0] == 0  # an answer alone shares with none
+    assert gains == sorted(gains)
+    assert sharing(model, of_lengths(400, 1, 1))[0] == pytest.approx(0.5, abs=0.01)  # of two prompts one
+    assert sharing(model, of_lengths(80, 20, 40))[1] == "on average prompts of 80 tokens with 2 answers of 30"
+    assert sharing(model, of_lengths(80, 20))[1] == "on average prompts of 80 tokens with 1 answer of 20"
+
+
+def test_the_choice_of_an_attention_is_said_with_the_lengths_behind_it(capsys):
+    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+    model = model_of("Llama")
+    layouts = [arrange(model, config, of_lengths(80, 20, 20)) for _ in range(2)]
+    assert layouts == [Layout()] * 2
+    gain = sharing(model, of_lengths(80, 20, 20))[0]
+    said = (
+        f"attention: sdpa; sharing prompts saves {gain:.0%} of the operations: on average prompts of 80 tokens with 2"
+    )
+    assert capsys.readouterr().err.count(said) == 1
+
+
+CHOICES = [
+    (True, 0.4, True, "flex_attention"),
+    (True, 0.0, True, "flash_attention_2"),
+    (True, 0.0, False, "flex_attention"),
+    (False, 0.4, True, "flash_attention_2"),
+    (False, 0.4, False, "sdpa"),
+]
+
+
+@pytest.mark.parametrize("shared, gain, varlen, expected", CHOICES)
+def test_a_gpus_attention_follows_from_what_sharing_saves(shared, gain, varlen, expected):
+    assert choose(shared, gain, varlen) == expected
 
 
 def test_a_model_without_a_linear_head_is_one_sentence():

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from irlfast.attention import hidden_states
+from irlfast.attention import hidden_states, operations, work
 from irlfast.pack import Layout, Segment, pack
-from irlfast.step import operations, work
 from tests.runs import command, run, start
 from tests.test_pack import ragged
 

@@ -62,7 +62,7 @@ def count(folder: Path, segments: list[Segment], own: str | None) -> dict[str, A
     config = make_config(keys | ({"deepspeed": str(folder / own)} if own else {}))
     steps = [np.arange(BATCH)] * STEPS
     loss = functools.partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1)
-    engine, layout = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config)
+    engine, layout = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config, segments)
     watch, places = Stopwatch(), Counter[str]()
     *_, prepared = prepare(steps, segments, layout, config.max_tokens_per_batch)
     train_step(engine, prepared, config.max_grad_norm, watch)

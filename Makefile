@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
-test: $(VENV)/installed lint gates
+test: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 lint gates
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/bitsandbytes-0.50.2 $(BIN)/python -m pytest -n 2 tests/test_qlora.py
 
 # The kernels compile for sm_80 and sm_90 by Triton 3.6 too (torch 2.11 comes with it), not only by the one installed.
 gates: $(VENV)/triton-3.6.0
@@ -38,8 +39,8 @@ $(VENV)/installed: requirements.txt setup.py
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/triton-%: | $(VENV)/installed
-	$(BIN)/pip install --quiet --no-deps --target $@ triton==$*
+$(VENV)/triton-% $(VENV)/bitsandbytes-%: | $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ $(subst -,==,$(@F))
 
 clean:
 	rm -rf $(VENV) .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,15 +5,11 @@ import re
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from irlfast.config import make_config
-from irlfast.data import load_examples
-from irlfast.model import load_model
-from tests.runs import command, contents, run, run_killed_at, start
+from tests.runs import command, run, start
 
 
 def weights(folder):
@@ -75,39 +71,6 @@ def test_a_stages_reference_is_its_policy_without_the_new_adapter_and_no_second_
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     begins = [row["rewards/chosen"] for row in rows if row["step"] == 1 and row["phase"] != "sft"]
     assert begins == pytest.approx([0, 0], abs=1e-5)  # the reference's log-probabilities are the policy's own
-
-
-QLORA = LORA | {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "stages": 1, "sft_steps": 20}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_qlora_learns_resumes_and_leaves_a_whole_model_close_to_what_it_trained(tmp_path, dtype):
-    output, killed = tmp_path / "run", tmp_path / "killed"
-    run(output, dtype=dtype, **QLORA)
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if row["phase"] == "sft"]
-    assert losses[-1] < 0.8 * losses[0]
-    begin = next(row for row in rows if row["phase"] == "stage-00")
-    rounding = 1e-5 if dtype == "float32" else 1e-3
-    assert begin["rewards/chosen"] == pytest.approx(0, abs=rounding)  # the reference is the base in 4 bits
-    merged = AutoModelForCausalLM.from_pretrained(output / "final")
-    assert not hasattr(merged.config, "quantization_config")
-    assert merged.dtype == getattr(torch, dtype)
-    config = make_config(yaml.safe_load((output / "config.yaml").read_text()))
-    base, adapter = output / "sft" / "policy", output / "stage-00" / "adapter"
-    trained = PeftModel.from_pretrained(load_model(base, config, in_4bit=True), adapter).eval()
-    assert "Linear4bit" in {type(module).__name__ for module in load_model(base, config, in_4bit=True).modules()}
-    example = load_examples(output / "data" / "eval.safetensors")[0]
-    ids = torch.tensor([[*example.prompt_ids, *example.answer_ids]])
-    with torch.no_grad():
-        ours, theirs, before = (
-            model(ids).logits.float().log_softmax(-1).gather(2, ids.roll(-1)[..., None])[:, :-1]
-            for model in (merged, trained, AutoModelForCausalLM.from_pretrained(output / "initial" / "policy"))
-        )
-    assert (ours - theirs).abs().mean() < 0.05 * (ours - before).abs().mean()
-    run_killed_at(killed, "stage-00/checkpoint/progress.json", dtype=dtype, **QLORA)
-    run(killed, dtype=dtype, **QLORA)
-    assert contents(killed / "final") == contents(output / "final")
 
 
 def test_spin_with_adamw_zero_0_tensorboard_own_deepspeed_json_and_the_best_policy(tmp_path):

@@ -1,6 +1,7 @@
 """RFT, AfD, reward models and best-of-N as a user runs them: files, figures, a kill anywhere, every option once."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,8 +33,10 @@ def rft(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory):
+    """One row of them is a demonstration alone, as a few of every real set."""
     path = tmp_path_factory.mktemp("data") / "preferences.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PREFERENCES))
+    rows = [*PREFERENCES, {"prompt": "say so", "chosen": "so it is"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -150,7 +153,8 @@ def test_a_reward_model_loads_with_plain_transformers_and_scores_as_it_was_train
 
 def test_dpo_learns_from_chosen_and_rejected(tmp_path, preferences):
     keys = {"dataset_name": preferences, "eval_dataset_name": "null", "learning_rate": 1e-3, "sft_steps": 2}
-    run(tmp_path / "run", method="dpo", stages=1, inner_steps=12, **keys)
+    _, err = run(tmp_path / "run", method="dpo", stages=1, inner_steps=12, **keys)
+    assert re.search(r"1 of \d+ rows have no rejected answer to the prompt: left out", err)
     sft, dpo = (json.loads((tmp_path / "run" / phase / "eval.json").read_text()) for phase in ("sft", "stage-00"))
     assert dpo["preference_accuracy"] == 1.0
     assert dpo["preference_gap"] > sft["preference_gap"] + 1
@@ -159,7 +163,7 @@ def test_dpo_learns_from_chosen_and_rejected(tmp_path, preferences):
 
 def test_methods_that_need_rejected_answers_say_so(tmp_path):
     _, err = run(tmp_path / "run", code=2, method="dpo", stages=1)
-    assert "no rejected answer to the prompt" in err
+    assert "no demonstration has a rejected answer to the prompt" in err
     assert "Traceback" not in err
 
 

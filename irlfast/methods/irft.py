@@ -13,6 +13,7 @@ from irlfast.data import Example, Ids
 from irlfast.engine import Plan, fit, plan_phase
 from irlfast.files import InputError, write_json
 from irlfast.losses import irft_loss
+from irlfast.metrics import say
 from irlfast.pack import Segment
 from irlfast.reference import score
 from irlfast.run import Run
@@ -31,7 +32,7 @@ def irft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) 
     begun = time.perf_counter()
     examples = stage_examples(run.train, config, stage)
     if config.method == "dpo":
-        answers = [rejected(example) for example in examples]
+        examples, answers = preferences(examples)
     else:
         answers = sample(run, policy, examples, folder / "samples", sampling(config, stage))
     sampled = time.perf_counter()
@@ -56,10 +57,15 @@ def stage_examples(examples: list[Example], config: Config, stage: int) -> list[
     return [examples[i] for i in np.array_split(order, config.stages)[stage]]
 
 
-def rejected(example: Example) -> Ids:
-    if example.rejected_ids is None:
-        raise InputError("a demonstration has no rejected answer to the prompt; expected chosen and rejected")
-    return example.rejected_ids
+def preferences(examples: list[Example]) -> tuple[list[Example], list[Ids]]:
+    """The examples that have a rejected answer to the same prompt, and those answers."""
+    found = [(example, example.rejected_ids) for example in examples if example.rejected_ids is not None]
+    if not found:
+        raise InputError("no demonstration has a rejected answer to the prompt; expected rows of chosen and rejected")
+    if len(found) < len(examples):
+        say(f"{len(examples) - len(found):,} of {len(examples):,} rows have no rejected answer to the prompt: left out")
+    kept, answers = zip(*found, strict=True)
+    return list(kept), list(answers)
 
 
 def sampling(config: Config, stage: int) -> Sampling:

@@ -3,9 +3,8 @@
     python -m benchmarks.stability --seeds 0 1 2
 
 From one SFT policy a seed, with a KL weight so low that the discriminator's reward can be exploited: no switch, replay
-of the earlier stage's answers (``history``), smoothed labels, or a discriminator that stops learning once it is too
-strong (``max_reward_accuracy``). Prints exact match after the last stage, the least after any stage, and the
-discriminator's held-out accuracy, mean ± standard deviation over seeds. Writes
+of the earlier stage's answers (``history``), or smoothed labels. Prints exact match after the last stage and the least
+after any, NLL, and the discriminator's held-out accuracy, mean ± standard deviation over seeds. Writes
 ``benchmarks/results/DATE-stability.json``. Runs resume.
 """
 
@@ -20,7 +19,6 @@ SWITCHES = {
     "none": {},
     "replay": {"history": 1},
     "label smoothing": {"label_smoothing": 0.1},
-    "one-sided": {"max_reward_accuracy": 0.7},
 }
 COLUMNS = {
     "last": "exact match, last stage",

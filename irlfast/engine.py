@@ -141,8 +141,8 @@ def train_phase(
             if drop > NOTABLE_DROP and not warned:
                 warned = True
                 say(f"warning: {phase}, step {step}: {FALLEN.format(drop)}")
-            if reason := why_end(drop, row["rewards/accuracies"] if plan.reward else 0.0, config):
-                say(f"{phase} ends at step {step}: {reason}")
+            if config.max_expert_drop and drop > config.max_expert_drop:
+                say(f"{phase} ends at step {step}: {drop:.2f} nats are more than max_expert_drop")
                 break
             if config.save_steps and step % config.save_steps == 0 and step < steps:
                 save_checkpoint(engine, folder / "checkpoint", step, config)
@@ -161,15 +161,6 @@ def summarise(window: Figures) -> dict[str, float]:
     sums = dict(zip(names, values, strict=True))
     count = sums.pop("count")
     return {name: value / count for name, value in sums.items()}
-
-
-def why_end(expert_drop: float, reward_accuracy: float, config: Config) -> str:
-    """Why a phase should end before its last step; empty where it should not."""
-    if config.max_expert_drop and expert_drop > config.max_expert_drop:
-        return f"{expert_drop:.2f} nats are more than max_expert_drop"
-    if config.max_reward_accuracy and reward_accuracy > config.max_reward_accuracy:
-        return f"an accuracy of {reward_accuracy:.3f} is more than max_reward_accuracy"
-    return ""
 
 
 def postfix(row: dict[str, Any]) -> str:

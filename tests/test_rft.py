@@ -117,18 +117,6 @@ def test_every_option_runs_and_moves_the_policy(tmp_path, name):
     assert all(after[key].isfinite().all() for key in after)
 
 
-def test_a_discriminator_that_is_too_strong_stops_learning(tmp_path):
-    keys = {**RFT, "reward_steps": 12, "reward_learning_rate": 1e-2, "stages": 2}
-    _, err = run(tmp_path / "run", **keys, max_reward_accuracy=0.6)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    for stage in ("stage-00", "stage-01"):
-        *before, last = (row for row in rows if row["phase"] == f"{stage}/reward")
-        assert last["rewards/accuracies"] > 0.6
-        assert all(row["rewards/accuracies"] <= 0.6 for row in before)
-        assert f"{stage}/reward ends at step {last['step']}: an accuracy of" in err
-    assert (tmp_path / "run" / "final").exists()
-
-
 def test_a_reward_model_loads_with_plain_transformers_and_scores_as_it_was_trained(tmp_path, preferences):
     """Batch of padded texts, end token included, through ``AutoModelForSequenceClassification``."""
     output = tmp_path / "run"

@@ -49,6 +49,18 @@ def test_softmax_is_that_of_fp64(vocabulary, biased, scale, softcap, largest):
 
 
 @needs_module
+def test_what_many_small_values_add_is_not_lost():
+    """Each is less than a float's last digit of the sum of a whole row; errors of one sign would add up over tokens."""
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(512, 32000, generator=random) * 4
+    targets = torch.randint(32000, (512,), generator=random)
+    (logps, *_), (exact, *_) = both(z, targets, None)
+    assert (logps.double() - exact).mean().abs() < 2e-7
+    found = ops.token_logps(z, targets, backend="cpu")
+    assert (found.double() - exact).mean().abs() < 2e-7
+
+
+@needs_module
 def test_a_row_that_is_no_number_leaves_others_alone():
     z = torch.randn(4, 100)
     targets = torch.tensor([1, 2, 3, 4])

@@ -162,6 +162,19 @@ def test_gradient_scales_with_what_comes_from_above_and_can_be_taken_twice(backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_what_becomes_of_a_gradient_changes_none_that_is_taken_after_it(backend):
+    case = make([2, 3])
+    loss = ops.pair_loss(**case, beta=0.4, backend=backend).loss
+    loss.backward(retain_graph=True)
+    first = [case[name].grad.clone() for name in ("hidden", "weight")]
+    for name in ("hidden", "weight"):
+        case[name].grad.fill_(7)
+        case[name].grad = None
+    loss.backward()
+    assert all(torch.equal(case[name].grad, old) for name, old in zip(("hidden", "weight"), first, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_normalised_over_a_global_batch_the_parts_add_up_to_the_whole(backend):
     case = make([2, 3, 4, 1], ignored=True)
     loss = {"beta": 0.4, "nll_weight": 0.5, "backend": backend}

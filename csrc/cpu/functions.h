@@ -89,11 +89,19 @@ IRLFAST_INLINE float highest(std::int64_t count, const Value &value) {  // of va
   return peaks[0];
 }
 
+// Of value(0 .. count - 1), in blocks: a lane that had summed a whole row would lose what many small values add to it.
 template <class T, class Value>
-IRLFAST_INLINE float sum(std::int64_t count, const T *next, const Value &value) {  // of value(0 .. count - 1)
-  float sums[kLanes] = {}, total = 0;
-  in_lanes(count, next, [&](std::int64_t i, int lane) { sums[lane] += value(i); });
-  for (float sum : sums) total += sum;
+IRLFAST_INLINE float sum(std::int64_t count, const T *next, const Value &value) {
+  constexpr std::int64_t block = 64 * kLanes;
+  float totals[kLanes] = {};
+  for (std::int64_t first = 0; first < count; first += block) {
+    float sums[kLanes] = {};
+    const std::int64_t size = count - first < block ? count - first : block;
+    in_lanes(size, next ? next + first : next, [&](std::int64_t i, int lane) { sums[lane] += value(first + i); });
+    for (int k = 0; k < kLanes; ++k) totals[k] += sums[k];
+  }
+  float total = 0;
+  for (float part : totals) total += part;
   return total;
 }
 

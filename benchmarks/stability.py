@@ -1,11 +1,10 @@
-"""Do AfD's stability switches matter? Four adversarial stages on the shipped task, with each switch and without.
+"""Does replay steady AfD? Four adversarial stages on the shipped task, with replay of earlier answers and without.
 
     python -m benchmarks.stability --seeds 0 1 2
 
-From one SFT policy a seed, with a KL weight so low that the discriminator's reward can be exploited: no switch, replay
-of the earlier stage's answers (``history``), or smoothed labels. Prints exact match after the last stage and the least
-after any, NLL, and the discriminator's held-out accuracy, mean ± standard deviation over seeds. Writes
-``benchmarks/results/DATE-stability.json``. Runs resume.
+From one SFT policy a seed, with a KL weight so low that the discriminator's reward can be exploited. Prints exact match
+after the last stage and the least after any, NLL, and the discriminator's held-out accuracy, mean ± standard deviation
+over seeds. Writes ``benchmarks/results/DATE-stability.json``. Runs resume.
 """
 
 import argparse
@@ -15,11 +14,7 @@ from benchmarks.conftest import write_result
 from benchmarks.runs import Figures, markdown, share, summarise, train
 
 KEYS = {"stages": 4, "beta": 0.1, "learning_rate": 2e-5, "history": 0, "max_eval_samples": 500}
-SWITCHES = {
-    "none": {},
-    "replay": {"history": 1},
-    "label smoothing": {"label_smoothing": 0.1},
-}
+SWITCHES = {"none": {}, "replay": {"history": 1}}
 COLUMNS = {
     "last": "exact match, last stage",
     "least": "least of any stage",

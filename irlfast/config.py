@@ -137,7 +137,6 @@ class Config:
     divergence_alpha: float = key(0.5, "alpha of the alpha-divergence")
     reward_level: Literal["sequence", "token"] = key("sequence", "read the heads at the last token, or at each, summed")
     reward_regularization: Positive = key(0.1, "weight of the squared rewards where reward_loss is linear")
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = key(0.0, "chance that a label of sigmoid or bce is wrong")
     reward_heads: Count = key(1, "heads of a reward model, an ensemble")
     reward_combine: Literal["mean", "min", "mean_std"] = key("mean", "what of the heads' rewards counts")
     reward_std_weight: NotNegative = key(1.0, "k of mean_std: mean - k std")

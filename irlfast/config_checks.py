@@ -111,8 +111,6 @@ def check_reward(config: Any) -> None:
         raise InputError("reward_level: found 'token' with reward_loss sigmoid, which compares whole answers")
     if config.reward_loss in ("sigmoid", "linear") and config.divergence != "reverse_kl":
         raise InputError(f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}; expected bce")
-    if config.label_smoothing and config.reward_loss not in ("sigmoid", "bce"):
-        raise InputError(f"label_smoothing: expected 0 for reward_loss {config.reward_loss!r}")
     if config.reward_combine == "mean_std" and config.reward_heads < 2:
         raise InputError("reward_combine: found 'mean_std' with one head, expected reward_heads of 2 or more")
     if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):

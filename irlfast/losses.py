@@ -105,7 +105,6 @@ def reward_loss(
     kind: str,
     level: str,
     alpha: float,
-    label_smoothing: float,
     regularization: float,
 ) -> tuple[Tensor, Figures]:
     """Loss of a reward model's M heads on pairs (expert, synthetic), the mean over heads (DESIGN §3, RFT and AfD).
@@ -132,7 +131,6 @@ def reward_loss(
             labels,
             kind=kind,
             alpha=alpha,
-            label_smoothing=label_smoothing,
             **options,
         )
     loss = loss * (pairs / share.pairs)

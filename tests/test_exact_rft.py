@@ -44,7 +44,7 @@ def learned(kind: str, expert: torch.Tensor, policy: torch.Tensor, divergence: s
 
     def pair(i: int, j: int) -> torch.Tensor:
         batch = SimpleNamespace(rows=torch.tensor([i, j]), cu_seqlens=ends)
-        options = {"kind": kind, "level": "sequence", "alpha": alpha, "label_smoothing": 0.0, "regularization": 0.1}
+        options = {"kind": kind, "level": "sequence", "alpha": alpha, "regularization": 0.1}
         return reward_loss(logits, head, batch, Share(1, 1), **options)[0]
 
     def closure():

@@ -105,7 +105,7 @@ OPTIONS = {
     },
     "linear-bon-frozen": {"align": "bon", "reward_loss": "linear", "reward_frozen_layers": 1},
     "init_sft-whitened": {"reward_data": "init_sft", "whiten_rewards": True, "missing_eos_penalty": 1.0},
-    "sft_demo-smoothed": {"reward_data": "sft_demo", "label_smoothing": 0.1, "length_penalty": 0.01, "stages": 2},
+    "sft_demo-shorter": {"reward_data": "sft_demo", "length_penalty": 0.01, "stages": 2},
 }
 
 

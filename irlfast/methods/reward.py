@@ -65,7 +65,6 @@ def loss_of(config: Config) -> functools.partial:
         kind=kinds.get(config.reward_loss, config.reward_loss),
         level=config.reward_level,
         alpha=config.divergence_alpha,
-        label_smoothing=config.label_smoothing,
         regularization=config.reward_regularization,
     )
 

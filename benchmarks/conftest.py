@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # ``benchmarks`` is no installed package
 
+SOURCES = ("irlfast", "kernels", "csrc", "benchmarks", ":!benchmarks/results")
 RESULTS = pytest.StashKey[dict[str, Any]]()
 
 
@@ -43,7 +44,7 @@ def circumstances() -> dict[str, Any]:
         "command": " ".join([program(), *sys.argv[1:]]),
         "quick": "--quick" in sys.argv,
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "irlfast", "kernels", "csrc", "benchmarks")),
+        "uncommitted_changes": bool(git("status", "--porcelain", *SOURCES)),
         "device": torch.cuda.get_device_name() if gpu else cpu_name(),
         "kind": "cuda" if gpu else "cpu",
         "threads": torch.get_num_threads(),

@@ -138,7 +138,9 @@ class Config:
     reward_level: Literal["sequence", "token"] = key("sequence", "read the heads at the last token, or at each, summed")
     reward_regularization: Positive = key(0.1, "weight of the squared rewards where reward_loss is linear")
     reward_heads: Count = key(1, "heads of a reward model, an ensemble")
-    reward_combine: Literal["mean", "min", "mean_std"] = key("mean", "what of the heads' rewards counts")
+    reward_combine: Literal["mean", "min", "mean_std"] = key(
+        "mean", "mean: of a reward's heads, and several rewards add up; min, mean_std: of all heads of all rewards"
+    )
     reward_std_weight: NotNegative = key(1.0, "k of mean_std: mean - k std")
     reward_frozen_layers: Annotated[int, Field(ge=0)] = key(0, "first layers of the backbone that stay as they are")
     reward_epochs: Positive | None = key(None, "passes over a stage's pairs (default 1)")

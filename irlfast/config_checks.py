@@ -111,8 +111,10 @@ def check_reward(config: Any) -> None:
         raise InputError("reward_level: found 'token' with reward_loss sigmoid, which compares whole answers")
     if config.reward_loss in ("sigmoid", "linear") and config.divergence != "reverse_kl":
         raise InputError(f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}; expected bce")
-    if config.reward_combine == "mean_std" and config.reward_heads < 2:
-        raise InputError("reward_combine: found 'mean_std' with one head, expected reward_heads of 2 or more")
+    if config.reward_combine != "mean" and config.reward_heads < 2 and not added:
+        raise InputError(
+            f"reward_combine: found {config.reward_combine!r} with one head, expected reward_heads of 2 or more"
+        )
     if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
         raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
     if config.align == "apa" and config.kl_in == "loss":

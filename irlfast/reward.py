@@ -40,31 +40,37 @@ def recipe(config: Config) -> dict[str, Any]:
 
 
 def rewards_of(run: Run, rewards: Sequence[Path | str], segments: Sequence[Segment], folder: Path) -> Tensor:
-    """Reward ``[S]`` of every answer of every segment, fp64: the weighted sum of ``rewards``, cached in ``folder``."""
+    """Reward ``[S]`` of every answer of every segment, fp64: ``rewards``, weighted and combined, cached in ``folder``.
+
+    Raises:
+        InputError: where ``reward_combine`` asks for an ensemble, and there is one reward of one head.
+    """
     weights = run.config.reward_weights or [1.0] * len(rewards)
     paths = [folder / f"reward-{number}.safetensors" for number in range(len(rewards))]
     each = [reward_of(run, str(reward), segments, path) for reward, path in zip(rewards, paths, strict=True)]
-    return torch.stack([weight * values for weight, values in zip(weights, each, strict=True)]).sum(0)
+    if run.config.reward_combine != "mean" and sum(values.shape[1] for values in each) < 2:
+        raise InputError(f"reward_combine: found {run.config.reward_combine!r}, but one reward of one head")
+    return combine([weight * values for weight, values in zip(weights, each, strict=True)], run.config)
 
 
 def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
-    """One reward ``[S]`` of every answer, fp64, cached in ``path``.
+    """One reward of every answer by each of its heads, ``[S, M]`` fp64, cached in ``path``; others have M = 1.
 
     Raises:
         InputError: where there is no such model, it is of another kind, or it has another tokenizer.
     """
     if "," in reward and not find(reward):  # a folder may have a comma in its name
-        return implicit(run, reward.split(",", 1), segments, path)
+        return implicit(run, reward.split(",", 1), segments, path)[:, None]
     config = reward_config(reward, run.config)
     if not config.architectures[0].endswith("ForSequenceClassification"):
-        return implicit(run, [reward], segments, path)
+        return implicit(run, [reward], segments, path)[:, None]
     how = getattr(config, "irlfast_reward", None)
     if how is None:
-        return external(run, reward, segments, path)
+        return external(run, reward, segments, path)[:, None]
     check_tokenizer(run, reward)
     measure = functools.partial(head_rewards, **how)
     scores = score(run, reward, segments, path, measure, heads=config.num_labels)
-    return combine(torch.stack([answer[0] for answers in scores for answer in answers]).double(), run.config)
+    return torch.stack([answer[0] for answers in scores for answer in answers]).double()
 
 
 def reward_config(reward: str, config: Config) -> Any:
@@ -95,12 +101,17 @@ def head_rewards(
     return [part.sum(0, keepdim=True) for part in rewards.split(lengths)]
 
 
-def combine(rewards: Tensor, config: Config) -> Tensor:
-    """One reward ``[S]`` from those of the heads ``[S, M]``: their mean, least, or mean less k standard deviations."""
+def combine(rewards: Sequence[Tensor], config: Config) -> Tensor:
+    """One reward ``[S]`` of several ``[S, M]``: the sum of their heads' means; or an ensemble of all heads of all.
+
+    Of an ensemble it is the least reward, or the mean less k standard deviations (none where there is one head).
+    """
+    if config.reward_combine == "mean":
+        return torch.stack([values.mean(1) for values in rewards]).sum(0)
+    every = torch.cat(list(rewards), 1)
     if config.reward_combine == "min":
-        return rewards.amin(1)
-    spread = rewards.std(1) if config.reward_combine == "mean_std" else 0.0
-    return rewards.mean(1) - config.reward_std_weight * spread
+        return every.amin(1)
+    return every.mean(1) - config.reward_std_weight * every.std(1, correction=min(1, every.shape[1] - 1))
 
 
 def implicit(run: Run, policies: Sequence[str], segments: Sequence[Segment], path: Path) -> Tensor:

@@ -77,6 +77,7 @@ WRONG = {
     },
     "activation_offloading: found true with torch_compile": {"activation_offloading": True, "torch_compile": True},
     "activation_offloading: found true with zero_stage 3": {"activation_offloading": True, "zero_stage": 3},
+    "reward_combine: found 'min' with one head": {"method": "rft", "reward_combine": "min"},
     "load_in_4bit: found true without use_peft": {"load_in_4bit": True},
     "load_in_4bit: found true for method rft": {"load_in_4bit": True, "use_peft": True, "method": "rft"},
     "load_in_4bit: found true with zero_stage 3": {"load_in_4bit": True, "use_peft": True, "zero_stage": 3},

@@ -222,13 +222,18 @@ def test_two_processes_under_zero_3_end_with_the_parameters_of_one(rft, tmp_path
 def test_an_implicit_reward_is_beta_times_the_difference_of_two_likelihoods(rft, tmp_path):
     final, policy = rft[0] / "final", rft[0] / "sft" / "policy"
     found = {}
-    for name, reward in (("both", f"{final},{policy}"), ("final", final), ("policy", policy)):
+    ensemble = {"reward_combine": "mean_std", "reward_std_weight": 2.0}
+    cases = {"both": f"{final},{policy}", "final": final, "policy": policy, "ensemble": f"[{final}, {policy}]"}
+    for name, reward in cases.items():
         keys = {"model_name_or_path": policy, "reward_model_name_or_path": reward, "max_train_samples": 8, "beta": 0.5}
+        keys |= ensemble if name == "ensemble" else {}
         bon(tmp_path / name, **keys, dataset_name="irlfast/demo/test.jsonl", num_generations=3)
         found[name] = load_file(tmp_path / name / "part-00000" / "scores.safetensors")["rewards"]
     torch.testing.assert_close(found["both"], found["final"] - found["policy"], rtol=1e-4, atol=1e-4)
     assert (found["policy"] < 0).all()
     assert found["both"].abs().max() > 1e-4
+    members = torch.stack([found["final"], found["policy"]])
+    torch.testing.assert_close(found["ensemble"], members.mean(0) - 2 * members.std(0), rtol=1e-4, atol=1e-4)
 
 
 def test_an_implicit_reward_with_another_tokenizer_is_refused(rft, tmp_path):

@@ -14,7 +14,7 @@ from irlfast.losses import reward_loss
 from irlfast.methods.irft import make_pairs, preferences, sampling, stage_examples, stage_name
 from irlfast.metrics import say
 from irlfast.pack import Segment
-from irlfast.reward import KINDS, recipe, reward_of
+from irlfast.reward import KINDS, combine, recipe, reward_of
 from irlfast.run import Run
 from irlfast.sample import DRAWN, sample
 
@@ -100,7 +100,8 @@ def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any
         both = zip(run.held_out, others, strict=True)
         pairs = [Segment(x.prompt_ids, (x.answer_ids, ids)) for x, ids in both if ids and ids != x.answer_ids]
         if pairs:
-            rewards = reward_of(run, str(folder / "model"), pairs, folder / part / "reward.safetensors").view(-1, 2)
+            heads = reward_of(run, str(folder / "model"), pairs, folder / part / "reward.safetensors")
+            rewards = combine([heads], run.config).view(-1, 2)
             figures[f"{name}_accuracy"] = (rewards[:, 0] > rewards[:, 1]).double().mean().item()
             figures[f"{name}_margin"] = (rewards[:, 0] - rewards[:, 1]).mean().item()
             figures[f"{name}_pairs"] = len(pairs)

@@ -21,6 +21,8 @@ from irlfast.ops import Head
 from irlfast.pack import Batch, Segment, micro_batches, pack
 from irlfast.run import Run
 
+ANSWERS = 8  # of a prompt that one segment scores: more gain little, and a row's mask grows with all of them
+
 Scores = list[tuple[Tensor, ...]]  # for every segment, the values of each of its answers
 Measure = Callable[[Tensor, Head, Batch], Sequence[Tensor]]  # (hidden [R, H], head, batch) -> values of each answer
 
@@ -46,11 +48,13 @@ def score(
     its share.
     """
     if not path.exists():
+        starts = ((x, first) for x in segments for first in range(0, len(x.answers), ANSWERS))
+        pieces = [Segment(x.prompt, x.answers[first : first + ANSWERS]) for x, first in starts]
         scores: dict[int, tuple[Tensor, ...]] = {}
-        for part in dist.all_gather(score_share(run.config, model, segments, path, measure, heads, in_4bit)):
+        for part in dist.all_gather(score_share(run.config, model, pieces, path, measure, heads, in_4bit)):
             scores |= part
         if dist.is_main():
-            write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(segments))]))
+            write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(pieces))]))
         dist.barrier()
     flat = load_file(path)
     answers = iter(flat["values"].split(flat["lengths"].tolist()))

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from irlfast.config import make_config
-from irlfast.data import encode, make_format, read_splits
+from irlfast.data import encode, load_examples, make_format, read_splits
 from irlfast.report_files import TIMES, read_metrics, read_phases, split_time
 from tests.runs import ROOT, TORCHRUN, contents, resumed_bytes, run
 
@@ -234,6 +234,23 @@ def test_an_implicit_reward_is_beta_times_the_difference_of_two_likelihoods(rft,
     assert found["both"].abs().max() > 1e-4
     members = torch.stack([found["final"], found["policy"]])
     torch.testing.assert_close(found["ensemble"], members.mean(0) - 2 * members.std(0), rtol=1e-4, atol=1e-4)
+
+
+def test_many_answers_to_a_prompt_are_scored_as_each_alone(rft, tmp_path):
+    policy, output, n = rft[0] / "final", tmp_path / "bon", 19
+    keys = {"model_name_or_path": policy, "reward_model_name_or_path": policy, "max_train_samples": 2, "beta": 1}
+    bon(output, **keys, dataset_name="irlfast/demo/test.jsonl", num_generations=n)
+    found = load_file(output / "part-00000" / "scores.safetensors")["rewards"].flatten()
+    examples = load_examples(output / "data" / "train.safetensors")
+    rows = [json.loads(line) for path in (output / "part-00000" / "rollouts").glob("*") for line in path.open()]
+    assert len(rows) == len(found) == 2 * n
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    for row in rows:
+        prompt, answer = examples[row["index"] // n].prompt_ids.tolist(), row["answer_ids"]
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        picked = logps[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])
+        assert found[row["index"]].item() == pytest.approx(picked.sum().item(), abs=1e-4)
 
 
 def test_an_implicit_reward_with_another_tokenizer_is_refused(rft, tmp_path):

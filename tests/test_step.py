@@ -77,11 +77,12 @@ def test_a_step_waits_for_the_device_at_known_places_only(tmp_path):
     known = {
         "slab.py:plan": batches,  # how long the answers are: the one wait of the loss
         "slab.py:add_gradients": batches,  # does a slab weigh at all? Asked on a CPU only
+        "registered.py:scaled": 2 * batches,  # is a gradient multiplied by 1? Asked on a CPU only
     }
     assert alone["places"] == known
-    assert alone["operations"] == batches  # the latter's: nothing waits unseen
+    assert alone["operations"] == 3 * batches  # the latter two's: nothing waits unseen
     assert zero["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed looks at the norm
-    assert zero["operations"] <= batches + 2 + 1  # and fills one value by another that lies on the CPU
+    assert zero["operations"] <= 3 * batches + 2 + 1  # and fills one value by another that lies on the CPU
 
 
 SHORT_OF_MEMORY = """

@@ -132,7 +132,7 @@ def fail(interpreter: str, code: int, said: str) -> NoReturn:
         raise InputError(f"sampler vllm: {interpreter} has no vLLM; {GET_VLLM}")
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     lines = [line for line in said.splitlines() if line.strip()]
-    causes = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    causes = [i for i, line in enumerate(lines) if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
     cause = " ".join(" ".join(lines[causes[-1] :]).split())[:400] if causes else "it named no error"
     raise RuntimeError(f"vLLM {how} before all answers were there: {cause}. Its last lines:\n" + "\n".join(lines[-20:]))
 

@@ -15,7 +15,7 @@ import pytest
 
 from irlfast import vllm_sampler
 from irlfast.files import InputError
-from irlfast.vllm_sampler import Shard, generate_vllm
+from irlfast.vllm_sampler import Shard, fail, generate_vllm
 
 SETTINGS = {
     "temperature": 0.0,
@@ -164,6 +164,11 @@ def test_a_child_that_dies_is_an_error_that_says_how_after_the_answers_it_gave(s
     assert "in generate" in str(raised.value)  # the traceback's end
     with pytest.raises(RuntimeError, match="vLLM was killed by signal 9"):
         answers(stand_in, Shard(0, [[13]], 0))
+
+
+def test_the_cause_is_found_behind_the_name_of_a_rank():
+    with pytest.raises(RuntimeError, match=r"answers were there: \[rank0\]: RuntimeError: no offset\. Its last lines"):
+        fail("python", 1, "[rank0]: Traceback\n[rank0]: RuntimeError: no offset\n")
 
 
 def test_no_shards_start_nothing(tmp_path):
@@ -319,11 +324,13 @@ def test_sampled_answers_follow_from_prompts_and_seed_and_are_distributed_as_the
         Shard(1, [PROMPTS[spread]] * draws, 6),
         Shard(2, PROMPTS, 5),
         Shard(3, PROMPTS, 7),
+        Shard(4, [[5] * 37] * 400, 8),  # more tokens than vLLM takes at a time, and the limit lies within a prompt
         python=VLLM_PYTHON,
         temperature=1.0,
         max_new_tokens=6,
         end_id=2,
     )
+    assert len(found[4]) == 400
     assert found[2] == found[0]  # whatever was made in between
     assert sum(a != b for a, b in zip(found[0], found[3], strict=True)) > len(PROMPTS) // 2
     assert all(len(answer) == 6 or answer[-1] == 2 for shard in found.values() for answer in shard)

@@ -5,11 +5,11 @@ many that exist already, ``token_logps`` and its backward in place, in fp32 and 
 median of each counts; bytes are those that must be read and written once.
 """
 
-import json
+from unittest import mock
 
 import torch
 
-from benchmarks.conftest import ROOT, circumstances, interleaved
+from benchmarks.conftest import interleaved, write_result
 from irlfast import native
 from irlfast.ops import cpu
 from irlfast.ops import logits as ops
@@ -45,11 +45,8 @@ def softmax(softcap: float | None, n: int = 256, vocabulary: int = 32000) -> dic
     z, copy = logits.clone(), torch.empty_like(logits)
 
     def by_torch() -> None:
-        module, native.cpu = native.cpu, None
-        try:
+        with mock.patch.object(native, "cpu", None):
             cpu.softmax(z, targets, Side(head, head, None), problem)
-        finally:
-            native.cpu = module
 
     steps = {
         "irlfast": lambda: cpu.native_softmax(z, targets, Side(head, head, None), problem),
@@ -72,14 +69,11 @@ def token_logps(dtype: torch.dtype, n: int = 256, vocabulary: int = 32000) -> di
     z, copy = plain.clone(), torch.empty_like(plain)
 
     def ours(module: object) -> None:
-        built, native.cpu = native.cpu, module
-        try:
+        with mock.patch.object(native, "cpu", module):
             logits = z.copy_(plain).requires_grad_()
             logps = ops.token_logps(logits, targets, inplace_backward=True, backend="cpu")
             torch.autograd.grad(logps.sum(), logits)
-        finally:
-            native.cpu = built
-            z.requires_grad_(False)
+        z.requires_grad_(False)
 
     def by_torch() -> None:
         logits = z.copy_(plain).requires_grad_()
@@ -107,10 +101,7 @@ def main() -> None:
         print(f"{name}:")
         for key, value in found.items():
             print(f"  {key.ljust(26)} {value:8.1f}" if "GB/s" in key else f"  {key.ljust(26)} {1000 * value:8.1f} ms")
-    head = circumstances()
-    path = ROOT / f"benchmarks/results/{head['date'][:16].replace(':', '')}-native-cpu.json"
-    path.write_text(json.dumps(head | {"cases": cases}, indent=1) + "\n")
-    print(f"written to {path.relative_to(ROOT)}")
+    print(f"written to {write_result('native-cpu', {'cases': cases})}")
 
 
 if __name__ == "__main__":

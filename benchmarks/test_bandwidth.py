@@ -5,6 +5,7 @@ Bytes are those that must be read and written once; the goal on a GPU is a share
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from irlfast.optim import FusedRMSprop
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 
+# What to time, the bytes that each moves, and checks before it: found, expected, relative and absolute tolerance.
+Steps = tuple[dict[str, Callable[[], object]], dict[str, int], list[tuple[Any, Any, float, float]]]
 
-def logits_steps(n: int, vocabulary: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+
+def logits_steps(n: int, vocabulary: int) -> Steps:
     dtype = torch.bfloat16 if GPU else torch.float32
     logits = torch.randn(n, vocabulary, device=DEVICE, dtype=dtype, requires_grad=True)
     targets = torch.randint(vocabulary, (n,), device=DEVICE)
@@ -34,19 +38,19 @@ def logits_steps(n: int, vocabulary: int) -> tuple[dict[str, Callable[[], object
 
     size = logits.numel() * logits.element_size()
     steps: dict[str, Callable[[], object]] = {"copy": lambda: copy.copy_(source)}
-    moved = {"copy": 2 * size}
+    moved, checks = {"copy": 2 * size}, []
     for backend in ("auto", "cuda") if GPU and native.cuda else ("auto",):
         some = source[:64], targets[:64]
         found, plain = (ops.token_logps(*some, backend=name) for name in (backend, "plain"))
-        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-4)
+        checks.append((found, plain, 1e-5, 1e-4))
         of = "" if backend == "auto" else f", {backend}"
         steps |= {f"token_logps{of}": partial(forward, backend)}
         steps |= {f"token_logps, in-place backward{of}": partial(both, backend)}
         moved |= {f"token_logps{of}": size, f"token_logps, in-place backward{of}": 3 * size}
-    return steps, moved
+    return steps, moved, checks
 
 
-def rmsprop_steps(tensors: int, size: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+def rmsprop_steps(tensors: int, size: int) -> Steps:
     kinds = {"FusedRMSprop": FusedRMSprop, "torch, foreach": partial(torch.optim.RMSprop, foreach=True)}
     lists = [[torch.ones(size, device=DEVICE, requires_grad=True) for _ in range(tensors)] for _ in kinds]
     for parameters in lists:
@@ -55,14 +59,14 @@ def rmsprop_steps(tensors: int, size: int) -> tuple[dict[str, Callable[[], objec
     steps = {name: kind(own, lr=1e-3).step for (name, kind), own in zip(kinds.items(), lists, strict=True)}
     for step in steps.values():
         step()
-    torch.testing.assert_close(lists[0], lists[1], rtol=1e-6, atol=1e-6)
+    checks = [(lists[0], lists[1], 1e-6, 1e-6)]
     source = torch.randn(tensors * size, device=DEVICE)
     copy, moved = torch.empty_like(source), 4 * source.numel()
     # Parameter, gradient and square average are read, the first and the last written.
-    return steps | {"copy": lambda: copy.copy_(source)}, {"copy": 2 * moved} | dict.fromkeys(steps, 5 * moved)
+    return steps | {"copy": lambda: copy.copy_(source)}, {"copy": 2 * moved} | dict.fromkeys(steps, 5 * moved), checks
 
 
-def reward_steps(rows: int, hidden: int, heads: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+def reward_steps(rows: int, hidden: int, heads: int) -> Steps:
     dtype = torch.bfloat16 if GPU else torch.float32
     states = torch.randn(rows, hidden, device=DEVICE, dtype=dtype)
     head = torch.randn(heads, hidden, device=DEVICE, dtype=dtype)
@@ -71,13 +75,13 @@ def reward_steps(rows: int, hidden: int, heads: int) -> tuple[dict[str, Callable
     size = states.numel() * states.element_size()
 
     found, plain = (ops.reward_head(states, head, cu_seqlens, backend=name) for name in ("auto", "plain"))
-    torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-3)
 
     def forward() -> None:
         with torch.no_grad():
             ops.reward_head(states, head, cu_seqlens, pooling="token")
 
-    return {"copy": lambda: copy.copy_(states), "reward_head": forward}, {"copy": 2 * size, "reward_head": size}
+    steps = {"copy": lambda: copy.copy_(states), "reward_head": forward}
+    return steps, {"copy": 2 * size, "reward_head": size}, [(found, plain, 1e-3, 1e-3)]
 
 
 GOALS = {"token_logps": 0.9, "token_logps, in-place backward": 0.9, "reward_head": 0.85}  # of a copy's bandwidth
@@ -94,13 +98,15 @@ SHAPES = {
 def test_bandwidth(what, pytestconfig):
     quick = pytestconfig.getoption("quick")
     shape = SHAPES[what]["quick" if quick else DEVICE.type]
-    steps, moved = STEPS[what](*shape)
-    found = interleaved(steps)
-    gigabytes = {name: 1e-9 * moved[name] / found[name] for name in found}
+    steps, moved, checks = STEPS[what](*shape)
+    for found, expected, rtol, atol in checks:
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    seconds = interleaved(steps)
+    gigabytes = {name: 1e-9 * moved[name] / seconds[name] for name in seconds}
     for name, rate in gigabytes.items():
         goal = f", goal {GOALS[name]:.0%}" if GPU and name in GOALS else ""
-        print(f"{name}: {1000 * found[name]:.3g} ms, {rate:.3g} GB/s, {rate / gigabytes['copy']:.0%} of a copy{goal}")
+        print(f"{name}: {1000 * seconds[name]:.3g} ms, {rate:.3g} GB/s, {rate / gigabytes['copy']:.0%} of a copy{goal}")
     if quick:
         return
-    result = {"shape": shape, "seconds": found, "gigabytes_per_second": gigabytes, "goals": GOALS}
+    result = {"shape": shape, "seconds": seconds, "gigabytes_per_second": gigabytes, "goals": GOALS}
     write_result(f"bandwidth-{what}-{DEVICE.type}", result)

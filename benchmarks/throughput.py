@@ -136,7 +136,9 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     score = [now()]
     scores: dict[int, Any] = {}
     cache = folder / "reference.safetensors"
-    for part in dist.all_gather(score_share(config, folder / "reference", segments, cache, token_logps, 0)):
+    for part in dist.all_gather(
+        score_share(config, folder / "reference", segments, cache, token_logps, 0, in_4bit=False)
+    ):
         scores |= part
     score.append(now())
     segments = [segment._replace(ref_logps=scores[i]) for i, segment in enumerate(segments)]

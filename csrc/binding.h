@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "logits.h"
@@ -50,19 +51,24 @@ inline std::vector<Parameter> parameters_of(const std::vector<Row> &rows) {
 using RowsOf = std::tuple<Address, std::string, std::int64_t>;  // address, dtype, elements from row to row
 using ScoringOf = std::tuple<std::int64_t, std::int64_t, Address, float, float>;  // n, V, targets, scale, soft-cap or 0
 
-inline Dtype dtype_of(const std::string &name, const char *of, bool double_too) {
+// What a function takes: as many of float32, bfloat16, float16, float64, in this order.
+enum Kinds { kUpToBf16 = 2, kUpToFp16 = 3, kUpToFp64 = 4 };
+
+inline Dtype dtype_of(const std::string &name, const char *of, Kinds kinds) {
   const char *names[] = {"float32", "bfloat16", "float16", "float64"};
   const Dtype dtypes[] = {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::fp64};
-  for (int k = 0; k < (double_too ? 4 : 3); ++k)
+  std::string expected = names[0];
+  for (int k = 0; k < kinds; ++k) {
     if (name == names[k]) return dtypes[k];
-  throw std::invalid_argument(std::string(of) + ": found dtype " + name + ", expected float32, bfloat16 or float16" +
-                              (double_too ? " or float64" : ""));
+    if (k) expected += (k + 1 == kinds ? " or " : ", ") + std::string(names[k]);
+  }
+  throw std::invalid_argument(std::string(of) + ": found dtype " + name + ", expected " + expected);
 }
 
-inline Rows rows_of(const RowsOf &rows, const char *name, bool needed, bool double_too = false) {
+inline Rows rows_of(const RowsOf &rows, const char *name, bool needed, Kinds kinds) {
   const auto &[address, dtype, stride] = rows;
   require(stride >= 0, std::string(name) + ": found rows " + std::to_string(stride) + " apart");
-  const Dtype kind = dtype_of(dtype, name, double_too);
+  const Dtype kind = dtype_of(dtype, name, kinds);
   if (kind == Dtype::fp64) return {pointer<double>(address, name, needed), kind, stride};
   if (kind == Dtype::fp32) return {pointer<float>(address, name, needed), kind, stride};
   return {pointer<std::uint16_t>(address, name, needed), kind, stride};
@@ -78,6 +84,15 @@ inline Scoring scoring_of(const ScoringOf &scoring) {
 inline void require_apart(const Rows &rows, const Scoring &scoring, const char *name) {
   require(rows.stride >= scoring.vocabulary || scoring.n < 2,
           std::string(name) + ": found rows " + std::to_string(rows.stride) + " apart, expected at least V");
+}
+
+// Rows of a gradient to write, and of the logits that it is read from.
+inline std::pair<Rows, Rows> gradient_of(const RowsOf &grad, const RowsOf &logits, const Scoring &scoring, Kinds kinds) {
+  const bool some = scoring.n > 0;
+  const auto written = rows_of(grad, "grad", some, kinds), read = rows_of(logits, "logits", some, kinds);
+  require(written.dtype == read.dtype, "grad: found another dtype than that of logits");
+  require_apart(written, scoring, "grad");
+  return {written, read};
 }
 
 }  // namespace irlfast

@@ -142,9 +142,10 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
         say_once(f"warning: {type(model).__name__} cannot share a prompt between answers; each gets its own")
     on_cpu = model.device.type == "cpu"
     auto = config.attn_implementation == "auto"
-    gain, lengths = sharing(model, segments)
-    if auto and not on_cpu:
-        model.set_attn_implementation(choose(shared, gain, importlib.util.find_spec("flash_attn") is not None))
+    if auto:
+        gain, lengths = sharing(model, segments)
+        if not on_cpu:
+            model.set_attn_implementation(choose(shared, gain, importlib.util.find_spec("flash_attn") is not None))
     chosen = model.config.get_text_config()._attn_implementation
     shared = shared and not chosen.startswith("flash")  # which finds sequences by their positions, and lets none share
     if auto:

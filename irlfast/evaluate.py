@@ -11,7 +11,7 @@ from irlfast import dist
 from irlfast.data import Ids
 from irlfast.files import read_json, write_json, write_jsonl
 from irlfast.pack import Segment
-from irlfast.reference import score
+from irlfast.reference import log_ratios, score
 from irlfast.run import Run
 from irlfast.sample import DRAWN, GREEDY, prompt_of, sample
 
@@ -81,8 +81,8 @@ def text(run: Run, ids: Ids) -> str:
 
 
 def margin(logps: tuple[Tensor, ...], ref_logps: tuple[Tensor, ...]) -> float:
-    """ρ(expert) − ρ(synthetic): per-token differences first, then their sum."""
-    expert, synthetic = ((new - old).sum().item() for new, old in zip(logps, ref_logps, strict=True))
+    """ρ(expert) − ρ(synthetic)."""
+    expert, synthetic = log_ratios(logps, ref_logps).tolist()
     return expert - synthetic
 
 

@@ -74,7 +74,7 @@ def score_share(
     path: Path,
     measure: Measure,
     heads: int,
-    in_4bit: bool = False,
+    in_4bit: bool,
 ) -> dict[int, tuple[Tensor, ...]]:
     """This process's share of the scores, by the numbers of the segments."""
     model = load_model(name, config, heads, in_4bit).to(dist.device()).eval()

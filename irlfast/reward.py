@@ -60,13 +60,13 @@ def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) ->
         InputError: where there is no such model, it is of another kind, or it has another tokenizer.
     """
     if "," in reward and not find(reward):  # a folder may have a comma in its name
-        return implicit(run, reward.split(",", 1), segments, path)[:, None]
+        return implicit(run, reward.split(",", 1), segments, path)
     config = reward_config(reward, run.config)
     if not config.architectures[0].endswith("ForSequenceClassification"):
-        return implicit(run, [reward], segments, path)[:, None]
+        return implicit(run, [reward], segments, path)
     how = getattr(config, "irlfast_reward", None)
     if how is None:
-        return external(run, reward, segments, path)[:, None]
+        return external(run, reward, segments, path)
     check_tokenizer(run, reward)
     measure = functools.partial(head_rewards, **how)
     scores = score(run, reward, segments, path, measure, heads=config.num_labels)
@@ -115,7 +115,7 @@ def combine(rewards: Sequence[Tensor], config: Config) -> Tensor:
 
 
 def implicit(run: Run, policies: Sequence[str], segments: Sequence[Segment], path: Path) -> Tensor:
-    """β·ρ of each answer, of a policy to its reference if there is one: the per-token differences, summed.
+    """β·ρ of each answer ``[S, 1]``, of a policy to its reference if there is one: the per-token differences, summed.
 
     Raises:
         InputError: where a policy reads other token ids than the run's.
@@ -125,7 +125,7 @@ def implicit(run: Run, policies: Sequence[str], segments: Sequence[Segment], pat
     paths = [path, path.with_name(f"{path.stem}-reference.safetensors")]
     new, *references = (score(run, policy, segments, each) for policy, each in zip(policies, paths, strict=False))
     old = references[0] if references else [[torch.zeros_like(logps) for logps in found] for found in new]
-    return run.config.at("beta", 0) * torch.cat([log_ratios(*both) for both in zip(new, old, strict=True)])
+    return run.config.at("beta", 0) * torch.cat([log_ratios(*both) for both in zip(new, old, strict=True)])[:, None]
 
 
 def check_tokenizer(run: Run, policy: str) -> None:
@@ -141,13 +141,13 @@ def check_tokenizer(run: Run, policy: str) -> None:
 
 
 def external(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
-    """The logit of any other reward model, of prompt and answer as the policy reads and writes them, as text.
+    """The logit ``[S, 1]`` of any other reward model, of prompt and answer as texts that the policy reads and writes.
 
     Each process scores its share.
     """
     if not path.exists():
         decode = functools.partial(run.form.tokenizer.decode, skip_special_tokens=True)
-        texts = [(decode(x.prompt), decode(answer)) for x in segments for answer in x.answers]
+        texts = [(decode(list(x.prompt)), decode(list(answer))) for x in segments for answer in x.answers]
         score_texts = load_external(reward, run.config.per_device_eval_batch_size, run.config.trust_remote_code)
         found = torch.empty(len(texts))
         for rank, part in enumerate(dist.all_gather(score_texts(texts[dist.rank() :: dist.world_size()]))):
@@ -155,7 +155,7 @@ def external(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> 
         if dist.is_main():
             write(path, lambda temporary: save_file({"values": found}, temporary))
         dist.barrier()
-    return load_file(path)["values"].double()
+    return load_file(path)["values"].double()[:, None]
 
 
 def load_external(reward: str, batch_size: int, trust_remote_code: bool = False) -> Callable[[Sequence[Text]], Tensor]:

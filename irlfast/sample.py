@@ -67,8 +67,7 @@ def sample_groups(
 ) -> list[Segment]:
     """``n`` answers to each example's prompt, as segments of the prompt with its answers."""
     answers = sample(run, policy, [x for x in examples for _ in range(n)], folder, sampling)
-    prompts = (array("i", x.prompt_ids) for x in examples)  # which tokenizers decode, as they do no memoryview
-    return [Segment(prompt, tuple(answers[i * n : i * n + n])) for i, prompt in enumerate(prompts)]
+    return [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n])) for i, x in enumerate(examples)]
 
 
 def prompt_of(run: Run, example: Example) -> str:

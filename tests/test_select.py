@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from irlfast.model import train_tokenizer
-from tests.runs import ROOT
+from tests.runs import ROOT, TORCHRUN
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i * 7 % 31}", "id": i} for i in range(2500)]
 
@@ -88,7 +88,6 @@ def test_scores_of_another_dataset_and_a_model_of_another_kind_are_refused(datas
 def test_an_external_reward_scores_the_policys_texts(reward, finished, tmp_path):
     from safetensors.torch import load_file
 
-    from tests.runs import TORCHRUN
     from tests.test_rft import bon
 
     keys = {"model_name_or_path": finished[0] / "final", "reward_model_name_or_path": reward[0]}

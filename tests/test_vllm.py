@@ -114,6 +114,7 @@ def test_vllm_is_told_that_the_end_token_alone_ends_an_answer(stand_in):
         "generation_config": "vllm",
         "seed": 0,
         "enforce_eager": True,
+        "enable_chunked_prefill": False,
     }
 
 

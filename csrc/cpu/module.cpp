@@ -4,8 +4,8 @@
 
 namespace {
 
-using irlfast::Address, irlfast::Dtype, irlfast::RowsOf, irlfast::ScoringOf, irlfast::pointer, irlfast::require,
-    irlfast::require_apart, irlfast::scoring_of;
+using irlfast::Address, irlfast::RowsOf, irlfast::ScoringOf, irlfast::kUpToBf16, irlfast::pointer, irlfast::require,
+    irlfast::scoring_of;
 
 void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float eps, float weight_decay,
              float momentum, float grad_scale, int threads) {
@@ -31,16 +31,10 @@ void softmax_slopes(Address z, std::int64_t n, std::int64_t vocabulary, std::int
   irlfast::softmax_slopes(logits, found, norms, threads);
 }
 
-irlfast::Rows rows_of(const RowsOf &rows, const char *name, bool needed) {
-  const auto found = irlfast::rows_of(rows, name, needed);
-  require(found.dtype != Dtype::fp16, std::string(name) + ": found dtype float16, expected float32 or bfloat16");
-  return found;
-}
-
 void token_logps(const RowsOf &logits, const ScoringOf &of, Address logps, Address lse, int threads) {
   const auto scoring = scoring_of(of);
   const bool some = scoring.n > 0;
-  const auto rows = rows_of(logits, "logits", some);
+  const auto rows = irlfast::rows_of(logits, "logits", some, kUpToBf16);
   auto *found = pointer<float>(logps, "logps", some), *norms = pointer<float>(lse, "lse", some);
   pybind11::gil_scoped_release release;
   irlfast::token_logps(rows, scoring, found, norms, threads);
@@ -50,9 +44,7 @@ void write_gradient(const RowsOf &grad, const RowsOf &logits, const ScoringOf &o
                     int threads) {
   const auto scoring = scoring_of(of);
   const bool some = scoring.n > 0;
-  const auto written = rows_of(grad, "grad", some), read = rows_of(logits, "logits", some);
-  require(written.dtype == read.dtype, "grad: found another dtype than that of logits");
-  require_apart(written, scoring, "grad");
+  const auto [written, read] = irlfast::gradient_of(grad, logits, scoring, kUpToBf16);
   const auto *norms = pointer<const float>(lse, "lse", some), *above = pointer<const float>(upstream, "upstream", some);
   pybind11::gil_scoped_release release;
   irlfast::write_gradient(written, read, scoring, norms, above, threads);

@@ -10,8 +10,8 @@
 
 namespace {
 
-using irlfast::Address, irlfast::Dtype, irlfast::RowsOf, irlfast::ScoringOf, irlfast::dtype_of, irlfast::pointer,
-    irlfast::require, irlfast::require_apart, irlfast::rows_of, irlfast::scoring_of;
+using irlfast::Address, irlfast::Dtype, irlfast::RowsOf, irlfast::ScoringOf, irlfast::dtype_of, irlfast::kUpToFp64,
+    irlfast::kUpToFp16, irlfast::pointer, irlfast::require, irlfast::require_apart, irlfast::rows_of, irlfast::scoring_of;
 
 void *stream_of(Address stream) { return reinterpret_cast<void *>(stream); }
 
@@ -19,8 +19,8 @@ void token_logps(const RowsOf &logits, const RowsOf &ref_logits, const ScoringOf
                  Address ref_logps, Address stream) {
   const auto scoring = scoring_of(of);
   const bool some = scoring.n > 0;
-  const auto policy = rows_of(logits, "logits", some);
-  const auto reference = rows_of(ref_logits, "ref_logits", false, true);
+  const auto policy = rows_of(logits, "logits", some, kUpToFp16);
+  const auto reference = rows_of(ref_logits, "ref_logits", false, kUpToFp64);
   irlfast::token_logps(policy, reference, scoring, pointer<float>(logps, "logps", some),
                        pointer<float>(lse, "lse", some),
                        pointer<float>(ref_logps, "ref_logps", some && reference.z), stream_of(stream));
@@ -30,9 +30,7 @@ void write_gradient(const RowsOf &grad, const RowsOf &logits, const ScoringOf &o
                     Address stream) {
   const auto scoring = scoring_of(of);
   const bool some = scoring.n > 0;
-  const auto written = rows_of(grad, "grad", some), read = rows_of(logits, "logits", some);
-  require(written.dtype == read.dtype, "grad: found another dtype than that of logits");
-  require_apart(written, scoring, "grad");
+  const auto [written, read] = irlfast::gradient_of(grad, logits, scoring, kUpToFp16);
   irlfast::write_gradient(written, read, scoring, pointer<const float>(lse, "lse", some),
                           pointer<const float>(upstream, "upstream", some), stream_of(stream));
 }
@@ -40,10 +38,10 @@ void write_gradient(const RowsOf &grad, const RowsOf &logits, const ScoringOf &o
 void softmax_slopes(const RowsOf &z, const std::string &dtype, Address bias, const ScoringOf &of, Address logps,
                     Address stream) {
   const auto scoring = scoring_of(of);
-  const auto rows = rows_of(z, "z", scoring.n > 0);
+  const auto rows = rows_of(z, "z", scoring.n > 0, kUpToFp16);
   require(rows.dtype == Dtype::fp32, "z: found dtype " + std::get<1>(z) + ", expected float32");
   require_apart(rows, scoring, "z");
-  irlfast::softmax_slopes(static_cast<float *>(rows.z), rows.stride, dtype_of(dtype, "slope", false),
+  irlfast::softmax_slopes(static_cast<float *>(rows.z), rows.stride, dtype_of(dtype, "slope", kUpToFp16),
                           pointer<const float>(bias, "bias", false), scoring,
                           pointer<float>(logps, "logps", scoring.n > 0), stream_of(stream));
 }

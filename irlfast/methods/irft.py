@@ -32,7 +32,7 @@ def irft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) 
     begun = time.perf_counter()
     examples = stage_examples(run.train, config, stage)
     if config.method == "dpo":
-        examples, answers = preferences(examples)
+        examples, answers = with_rejected(examples)
     else:
         answers = sample(run, policy, examples, folder / "samples", sampling(config, stage))
     sampled = time.perf_counter()
@@ -57,7 +57,7 @@ def stage_examples(examples: list[Example], config: Config, stage: int) -> list[
     return [examples[i] for i in np.array_split(order, config.stages)[stage]]
 
 
-def preferences(examples: list[Example]) -> tuple[list[Example], list[Ids]]:
+def with_rejected(examples: list[Example]) -> tuple[list[Example], list[Ids]]:
     """The examples that have a rejected answer to the same prompt, and those answers."""
     found = [(example, example.rejected_ids) for example in examples if example.rejected_ids is not None]
     if not found:

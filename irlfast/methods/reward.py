@@ -11,7 +11,7 @@ from irlfast.engine import Plan, fit, plan_phase
 from irlfast.files import read_json, write_json
 from irlfast.leaks import find_leaks, say_leaks
 from irlfast.losses import reward_loss
-from irlfast.methods.irft import make_pairs, preferences, sampling, stage_examples, stage_name
+from irlfast.methods.irft import make_pairs, sampling, stage_examples, stage_name, with_rejected
 from irlfast.metrics import say
 from irlfast.pack import Segment
 from irlfast.reward import KINDS, combine, recipe, reward_of
@@ -44,7 +44,7 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[Segment]:
     begun = time.perf_counter()
     examples = stage_examples(run.train, config, stage)
     if config.reward_data == "preference":
-        examples, answers = preferences(examples)
+        examples, answers = with_rejected(examples)
     else:
         source = run.initial if config.reward_data.startswith("init") else policy
         answers = sample(run, source, examples, folder / "samples", sampling(config, stage))

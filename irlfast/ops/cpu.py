@@ -61,10 +61,8 @@ def token_logps(logits: Tensor, targets: Tensor, scale: float, softcap: float | 
     """Natively: log-probabilities and log-sum-exps ``[N]`` fp32, 0 where skipped, of logits ``[N, V]`` fp32 or bf16."""
     targets = targets.long().contiguous()
     logps, lse = torch.empty(len(targets)), torch.empty(len(targets))
-    native.cpu.token_logps(
-        *(native.rows(logits), native.scoring(logits, targets, scale, softcap)),
-        *(logps.data_ptr(), lse.data_ptr(), torch.get_num_threads()),
-    )
+    scoring = native.scoring(logits, targets, scale, softcap)
+    native.cpu.token_logps(native.rows(logits), scoring, logps.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     return logps, lse
 
 
@@ -79,8 +77,12 @@ def write_gradient(
 ) -> None:
     targets, upstream = targets.long().contiguous(), upstream.contiguous()
     native.cpu.write_gradient(
-        *(native.rows(grad), native.rows(logits), native.scoring(logits, targets, scale, softcap)),
-        *(lse.data_ptr(), upstream.data_ptr(), torch.get_num_threads()),
+        native.rows(grad),
+        native.rows(logits),
+        native.scoring(logits, targets, scale, softcap),
+        lse.data_ptr(),
+        upstream.data_ptr(),
+        torch.get_num_threads(),
     )
 
 

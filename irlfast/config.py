@@ -76,7 +76,8 @@ class Config:
     lora_r: Count = key(16, "LoRA rank")
     lora_alpha: Count = key(32, "LoRA alpha; the update is scaled by alpha / rank")
     load_in_4bit: bool = key(
-        False, "QLoRA: train, and score the reference, on a base in 4 bits; adapters are merged into the whole one"
+        False,
+        "QLoRA: train policy and reward, and score the reference, on a base in 4 bits; adapters go into the whole one",
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "its 4-bit numbers")
     use_bnb_nested_quant: bool = key(False, "quantise its scales too")

@@ -86,8 +86,6 @@ def check_4bit(config: Any) -> None:
     """What QLoRA takes."""
     if not config.use_peft:
         raise InputError("load_in_4bit: found true without use_peft, but 4-bit weights stay; expected use_peft: true")
-    if config.method in ("rft", "afd", "reward"):
-        raise InputError(f"load_in_4bit: found true for method {config.method}, expected irft, spin, dpo or sft")
     if config.zero_stage == 3:
         raise InputError(
             "load_in_4bit: found true with zero_stage 3, which cannot split 4-bit weights; expected 0 to 2"

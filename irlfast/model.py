@@ -114,7 +114,7 @@ def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool =
         kind = transformers.AutoModelForSequenceClassification
         own = {"num_labels": heads}
     if in_4bit:
-        own["quantization_config"] = quantisation(config)
+        own["quantization_config"] = quantisation(config, skip=["score"] if heads else None)
     try:
         model = kind.from_pretrained(
             str(find(str(name)) or name),
@@ -141,8 +141,8 @@ def keep_4bit_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def quantisation(config: Config) -> Any:
-    """QLoRA's (arXiv 2305.14314), as TRL's keys say."""
+def quantisation(config: Config, skip: list[str] | None) -> Any:
+    """QLoRA's (arXiv 2305.14314), as TRL's keys say; modules to ``skip`` stay whole (by default the LM head)."""
     import transformers
 
     return transformers.BitsAndBytesConfig(
@@ -150,6 +150,7 @@ def quantisation(config: Config) -> Any:
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=skip,
     )
 
 

@@ -79,7 +79,6 @@ WRONG = {
     "activation_offloading: found true with zero_stage 3": {"activation_offloading": True, "zero_stage": 3},
     "reward_combine: found 'min' with one head": {"method": "rft", "reward_combine": "min"},
     "load_in_4bit: found true without use_peft": {"load_in_4bit": True},
-    "load_in_4bit: found true for method rft": {"load_in_4bit": True, "use_peft": True, "method": "rft"},
     "load_in_4bit: found true with zero_stage 3": {"load_in_4bit": True, "use_peft": True, "zero_stage": 3},
     "bnb_4bit_quant_type: found 'int4', expected 'nf4' or 'fp4'": {"bnb_4bit_quant_type": "int4"},
     "needs tokenizer_name_or_path or train_tokenizer": {"train_tokenizer": None},

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from irlfast.attention import check_model, hidden_states
 from irlfast.config import make_config
@@ -53,17 +53,34 @@ def test_qlora_learns_resumes_and_leaves_a_whole_model_close_to_what_it_trained(
     assert contents(killed / "final") == contents(output / "final")
 
 
+def test_a_reward_and_the_policy_aligned_to_it_learn_in_4_bits(tmp_path):
+    output = tmp_path / "run"
+    keys = {"method": "rft", "num_generations": 3, "kl_in": "loss", "align": "ppo", "reward_steps": 20}
+    run(output, **QLORA | keys)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rewards, policy = ([row for row in rows if row["phase"] == name] for name in ("stage-00/reward", "stage-00"))
+    assert rewards[-1]["loss"] < 0.8 * rewards[0]["loss"]
+    assert policy[0]["kl"] == pytest.approx(0, abs=1e-5)  # old and reference are the base in 4 bits, too
+    assert policy[0]["grad_norm"] > 0
+    assert policy[-1]["kl"] != pytest.approx(0, abs=1e-5)
+    reward = AutoModelForSequenceClassification.from_pretrained(output / "stage-00" / "reward" / "model")
+    for model in (reward, AutoModelForCausalLM.from_pretrained(output / "final")):
+        assert not hasattr(model.config, "quantization_config")
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("nested", [False, True])
-def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tmp_path, dtype, nested):
-    """Scored without a gradient before, which must not change how layers train."""
+@pytest.mark.parametrize("nested, heads", [(False, 0), (True, 0), (True, 2)])
+def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tmp_path, dtype, nested, heads):
+    """Scored without a gradient before, which must not change how layers train. Reward heads stay whole."""
     keys = {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": nested, "lora_r": 4}
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": name} | keys)
     model_of("Llama").save_pretrained(tmp_path)
-    quantised = load_model(tmp_path, config, in_4bit=True)
+    quantised = load_model(tmp_path, config, heads, in_4bit=True)
     assert check_model(quantised)
-    written_out = load_model(tmp_path, config, in_4bit=True).dequantize()
+    assert type(quantised.score if heads else quantised.lm_head) is torch.nn.Linear
+    written_out = load_model(tmp_path, config, heads, in_4bit=True).dequantize()
     found = []
     for model in (quantised, written_out):
         adapted = add_lora(model, config)
@@ -72,7 +89,7 @@ def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tmp_
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
         hidden = hidden_states(adapted, pack(ragged())).float()
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
-        found.append({n: p.grad.float() for n, p in adapted.named_parameters() if p.requires_grad})
+        found.append({n: p.grad.float() for n, p in adapted.named_parameters() if "lora" in n})
     assert found[0].keys() == found[1].keys()
     for parameter, gradient in found[0].items():
         expected = found[1][parameter]

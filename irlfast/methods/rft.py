@@ -71,8 +71,11 @@ def align(
     groups = sample_groups(run, policy, examples, n, folder / "rollouts", drawn)
     sampled = time.perf_counter()
     found = rewards_of(run, rewards, groups, folder).view(-1, n)
-    old = score(run, policy, groups, folder / "old.safetensors")
-    ref = old if reference == policy else score(run, reference, groups, folder / "reference.safetensors")
+    in_4bit = config.load_in_4bit
+    old = score(run, policy, groups, folder / "old.safetensors", in_4bit=in_4bit)
+    ref = (
+        old if reference == policy else score(run, reference, groups, folder / "reference.safetensors", in_4bit=in_4bit)
+    )
     values = found - penalties(groups, config, run.form.end_id)
     kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])
     if dist.is_main() and not (folder / "round.json").exists():

@@ -120,10 +120,10 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
 
     from irlfast import dist
-    from irlfast.attention import token_limit
     from irlfast.config import make_config
     from irlfast.engine import Plan, make_engine, summarise
     from irlfast.losses import irft_loss
+    from irlfast.memory import refit, token_limit
     from irlfast.pack import Segment
     from irlfast.reference import score_share, token_logps
     from irlfast.step import Stopwatch, prepare, train_step
@@ -148,7 +148,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     engine, layout = make_engine(folder / "policy", loss, plan, config, segments)
     limit = token_limit(config, segments, layout, workload["batch"])
     moments, losses, watch = [now()], [], Stopwatch()
-    for prepared in prepare(steps, segments, layout, limit):
+    for prepared in prepare(steps, segments, layout, limit, functools.partial(refit, config, 0)):
         figures, _ = train_step(engine, prepared, config.max_grad_norm, watch)
         losses.append(summarise(figures)["loss"])
         moments.append(now())

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irlfast import dist
 from irlfast.config import Config
 from irlfast.files import InputError
 from irlfast.metrics import say
@@ -23,7 +22,6 @@ from irlfast.pack import Batch, Layout, Segment, pack, parts, tokens
 
 LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of an installed flash-attn, a faster kernel
 SAMPLED = 1000  # segments that lengths are taken of
-CPU_TOKENS = 1024  # of a micro-batch: more is no faster there, and takes memory
 
 
 # ---------------------------------------------------------------- hidden states
@@ -177,31 +175,6 @@ def sharing(model: Any, segments: Sequence[Segment]) -> tuple[float, str]:
 @functools.cache
 def say_once(message: str) -> None:
     say(message)
-
-
-def token_limit(config: Config, segments: Sequence[Segment], layout: Layout, count: int, halvings: int = 0) -> int:
-    """Tokens of a micro-batch: as configured, else what ``count`` of the longest segments are, on a CPU few.
-
-    ``halvings`` of the latter leave at least a segment.
-
-    Raises:
-        InputError: where a segment is longer than configured, or nothing is left to halve.
-    """
-    longest = max(sum(map(tokens, parts(segment, layout))) for segment in segments)
-    if config.max_tokens_per_batch == "auto":
-        few = CPU_TOKENS * min(dist.world_size(), 2)  # several processes reduce gradients after each, from ZeRO-2 on
-        most = max(longest, few) if dist.device().type == "cpu" else longest * count
-        if halvings and most >> (halvings - 1) <= longest:
-            raise InputError(
-                f"out of memory with one prompt and its answers, {longest} tokens; expected a lower max_length"
-            )
-        return max(longest, most >> halvings)
-    if longest > config.max_tokens_per_batch:
-        raise InputError(
-            f"max_tokens_per_batch: found {config.max_tokens_per_batch}, but the longest prompt has {longest} tokens "
-            "with its answers; expected more, or a lower max_length"
-        )
-    return config.max_tokens_per_batch
 
 
 def check_model(model: Any) -> bool:

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-from irlfast.files import InputError
+from irlfast.files import InputError, LocalError
 
 # safetensors and torch report a full disk by errors of their own, not as OSError
 UNWRITABLE = ("No space left", "Disk quota exceeded", "Read-only file system", "StreamWriter", "unexpected pos")
@@ -16,7 +16,7 @@ def exit_code(job: Callable[[], None]) -> int:
     try:
         job()
     except InputError as error:
-        return fail(str(error), 2)
+        return fail(str(error), 2, local=isinstance(error, LocalError))
     except KeyboardInterrupt:
         return fail("interrupted; the same command resumes", 130)
     return 0
@@ -32,10 +32,11 @@ def writing_to(place: str) -> Iterator[None]:
     except Exception as error:
         if not any(sign in str(error) for sign in UNWRITABLE):
             raise
-        raise InputError(f"{place}: its disk is full or read-only; the same command resumes") from error
+        raise LocalError(f"{place}: its disk is full or read-only; the same command resumes") from error
 
 
-def fail(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"irlfast: {message}", file=sys.stderr)
+def fail(message: str, code: int, local: bool = False) -> int:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or local:
+        print(f"irlfast{', process ' + rank if rank != '0' else ''}: {message}", file=sys.stderr)
     return code

@@ -175,7 +175,9 @@ class Config:
     per_device_train_batch_size: Count = key(8, "pairs a device and micro-step")
     gradient_accumulation_steps: Count = key(1, "times as many pairs an optimiser step")
     max_tokens_per_batch: Count | Literal["auto"] = key(
-        "auto", "tokens of a forward pass; auto: what per_device_train_batch_size of the longest have, on a CPU fewer"
+        "auto",
+        "tokens of a forward pass; auto: on a GPU as its memory holds, measured at each phase's second step (half of that "
+        "once it ran out), on a CPU about a thousand",
     )
 
     # What may go wrong: the demonstrations' own likelihood falls

@@ -15,11 +15,12 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from irlfast import dist
-from irlfast.attention import arrange, token_limit
+from irlfast.attention import arrange
 from irlfast.config import Config
 from irlfast.data import Format
 from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
 from irlfast.losses import Figures, Loss
+from irlfast.memory import back_off, halved, refit, token_limit
 from irlfast.metrics import say
 from irlfast.model import freeze, is_reward, load_model, padded_apart, save_pretrained
 from irlfast.optim import FusedRMSprop
@@ -70,20 +71,17 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
     """Train ``policy`` as planned; the result is ``folder/policy``, or a reward model in ``folder/model``.
 
     A kill loses at most ``save_steps`` steps: the same call goes on from the last checkpoint in ``folder``. So does one
-    process that ran out of memory, with half the tokens a batch, where ``max_tokens_per_batch`` is ``auto``.
+    process that ran out of memory, by itself, with half the tokens a batch, where ``max_tokens_per_batch`` is ``auto``.
 
     Raises:
         InputError: where the loss or its gradient is no number any more; no policy is written then.
     """
-    halvings = 0
     while not (folder / "DONE").exists():
+        halvings = halved(folder / "checkpoint")
         try:
             train_phase(run, folder, policy, segments, loss, plan, halvings)
         except torch.OutOfMemoryError as error:
-            if run.config.max_tokens_per_batch != "auto" or dist.world_size() > 1:
-                raise InputError(f"{folder.name}: out of memory; expected a lower max_tokens_per_batch") from error
-            halvings += 1
-            say(f"{folder.name}: out of memory; goes on from its last checkpoint with half the tokens a batch")
+            back_off(folder / "checkpoint", halvings, run.config, error)
         gc.collect()  # an engine and its model hold each other, and would live on beside the next stage's
         torch.cuda.empty_cache()
     return folder / result_name(plan)
@@ -113,7 +111,7 @@ def train_phase(
     steps = len(plan.steps)
     warned = False
     watch = Stopwatch()
-    batches = prepare(plan.steps[first:], segments, layout, limit)
+    batches = prepare(plan.steps[first:], segments, layout, limit, functools.partial(refit, config, halvings))
     with (
         tqdm(total=steps, initial=first, desc=phase, unit="step", disable=not dist.is_main()) as bar,
         profiled(config.profile and dist.is_main(), folder / "trace.json") as profile_step,

@@ -16,6 +16,10 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message is one sentence naming what was found and what was expected."""
 
 
+class LocalError(InputError):
+    """One that a process may meet alone, while the others wait for it: each says its own."""
+
+
 def find(name: str) -> Path | None:
     """The existing path that ``name`` means: from the working directory, else beside the irlfast package (its demo)."""
     for path in (Path(name).expanduser(), PACKAGE_PARENT / name):

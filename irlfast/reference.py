@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from irlfast import dist, ops
-from irlfast.attention import arrange, hidden_states, token_limit
+from irlfast.attention import arrange, hidden_states
 from irlfast.config import Config
-from irlfast.files import write
+from irlfast.files import LocalError, write
 from irlfast.losses import arguments
+from irlfast.memory import token_limit
 from irlfast.model import head_of, load_model
 from irlfast.ops import Head
 from irlfast.pack import Batch, Segment, micro_batches, pack
@@ -83,10 +84,19 @@ def score_share(
     batches = micro_batches(range(len(segments)), segments, layout, limit, dist.rank(), dist.world_size())
     scores: dict[int, tuple[Tensor, ...]] = {}
     label = f"{path.parent.name}/{path.stem}"
+    todo = [chosen for chosen in reversed(batches) if chosen]
     with tqdm(total=sum(map(len, batches)), desc=label, unit="segment", disable=not dist.is_main()) as bar:
-        for chosen in filter(None, batches):
+        while todo:
+            chosen = todo.pop()
             batch = pack([segments[i] for i in chosen], layout).to(dist.device())
-            answers = iter(measure(hidden_states(model, batch), head, batch))
+            try:
+                answers = iter(measure(hidden_states(model, batch), head, batch))
+            except torch.OutOfMemoryError as error:
+                half = len(chosen) // 2
+                if not half:
+                    raise LocalError(f"{label}: out of memory with one prompt; expected a lower max_length") from error
+                todo += [chosen[half:], chosen[:half]]
+                continue
             for i in chosen:
                 scores[i] = tuple(next(answers) for _ in segments[i].answers)
             bar.update(len(chosen))

@@ -31,10 +31,19 @@ class Prepared(NamedTuple):
     work: Counter[str]  # tokens, answer_tokens, and seen: tokens that a token sees, summed
 
 
-def prepare(steps: Sequence[np.ndarray], segments: Sequence[Segment], layout: Layout, limit: int) -> Iterator[Prepared]:
-    """Every step with its batches, made by a thread one step ahead."""
+def prepare(
+    steps: Sequence[np.ndarray],
+    segments: Sequence[Segment],
+    layout: Layout,
+    limit: int,
+    refit: Callable[[int, int, int], int],
+) -> Iterator[Prepared]:
+    """Every step with its batches, made by a thread one step ahead, of at most ``limit`` tokens each.
 
-    def make(step: np.ndarray) -> Prepared:
+    ``refit`` changes it: called when a step is done with its number, the limit, and the tokens of its largest batch.
+    """
+
+    def make(step: np.ndarray, limit: int) -> Prepared:
         chosen = [segments[i] for i in step]
         micro = micro_batches(step.tolist(), segments, layout, limit, dist.rank(), dist.world_size())
         experts = sum(len(segment.answers[0]) for segment in chosen)
@@ -43,12 +52,13 @@ def prepare(steps: Sequence[np.ndarray], segments: Sequence[Segment], layout: La
         return Prepared(batches, share, work(chosen, layout))
 
     with ThreadPoolExecutor(1) as worker:
-        ahead = worker.submit(make, steps[0])
-        for following in [*steps[1:], None]:
+        ahead = worker.submit(make, steps[0], limit)
+        for number, following in enumerate([*steps[1:], None], 1):
             prepared = ahead.result()
             if following is not None:
-                ahead = worker.submit(make, following)
+                ahead = worker.submit(make, following, limit)
             yield prepared
+            limit = refit(number, limit, max(batch.input_ids.numel() for batch in prepared.batches))
 
 
 def train_step(engine: Any, prepared: Prepared, max_grad_norm: float, watch: "Stopwatch") -> tuple[Figures, Any]:

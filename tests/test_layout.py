@@ -32,6 +32,7 @@ ORDER = [
     "metrics",
     "run",
     "pack",
+    "memory",
     "attention",
     "losses",
     "policy",

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from irlfast import ops
-from irlfast.attention import arrange, check_model, choose, hidden_states, sharing, token_limit
+from irlfast.attention import arrange, check_model, choose, hidden_states, sharing
 from irlfast.config import make_config
 from irlfast.files import InputError
 from irlfast.losses import arguments
@@ -210,12 +210,6 @@ def test_rows_of_like_length_leave_few_pads_and_one_row_next_to_none():
 
 def test_fewer_segments_than_ranks_leave_empty_batches():
     assert sorted(micro_batches([0], drawn(1), Layout(), 400, rank, 2) for rank in (0, 1)) == [[[]], [[0]]]
-
-
-def test_a_segment_beyond_the_limit_is_one_sentence():
-    config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 16})
-    with pytest.raises(InputError, match="max_tokens_per_batch: found 16, but the longest prompt has 18 tokens"):
-        token_limit(config, [Segment([1] * 10, ([2] * 4, [3] * 6))], Layout(), 1)
 
 
 def test_a_reward_models_rows_are_the_answers_own_tokens():

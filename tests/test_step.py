@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from irlfast.attention import hidden_states, operations, work
 from irlfast.pack import Layout, Segment, pack
-from tests.runs import command, run, start
+from tests.runs import run, start
 from tests.test_pack import ragged
 
 
@@ -83,31 +83,3 @@ def test_a_step_waits_for_the_device_at_known_places_only(tmp_path):
     assert alone["operations"] == 3 * batches  # the latter two's: nothing waits unseen
     assert zero["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed looks at the norm
     assert zero["operations"] <= 3 * batches + 2 + 1  # and fills one value by another that lies on the CPU
-
-
-SHORT_OF_MEMORY = """
-import sys, torch
-import irlfast.engine as engine
-from irlfast.train import main
-whole = engine.train_step
-def train_step(model, prepared, *rest):
-    if max(batch.input_ids.numel() for batch in prepared.batches) > {most}:
-        raise torch.OutOfMemoryError("too much")
-    return whole(model, prepared, *rest)
-engine.train_step = train_step
-sys.exit(main())
-"""
-
-
-@pytest.mark.parametrize("most, code", [(300, 0), (10, 2)])
-def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, most, code):
-    script = tmp_path / "short.py"
-    script.write_text(SHORT_OF_MEMORY.format(most=most))
-    arguments = command(tmp_path / "run", method="sft", inner_steps="null", per_device_train_batch_size=32)[2:]
-    process = start([str(script), *arguments])
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == code, err
-    assert "goes on from its last checkpoint with half the tokens a batch" in err
-    if code:
-        assert "out of memory with one prompt and its answers" in err.splitlines()[-1]
-        assert not (tmp_path / "run" / "sft" / "policy").exists()

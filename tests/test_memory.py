@@ -1,0 +1,154 @@
+"""How many tokens a batch may have: as configured, as a step's memory tells, and fewer after memory ran out."""
+
+import numpy as np
+import pytest
+import torch
+
+from irlfast import memory, reference
+from irlfast.config import make_config
+from irlfast.files import InputError
+from irlfast.memory import fitting, refit, token_limit
+from irlfast.pack import Layout, Segment
+from irlfast.step import prepare
+from tests.runs import TORCHRUN, command, start
+from tests.test_pack import model_of, ragged
+
+AUTO = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+
+
+def test_a_segment_beyond_the_limit_is_one_sentence():
+    config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 16})
+    with pytest.raises(InputError, match="max_tokens_per_batch: found 16, but the longest prompt has 18 tokens"):
+        token_limit(config, [Segment([1] * 10, ([2] * 4, [3] * 6))], Layout(), 1)
+
+
+# ---------------------------------------------------------------- measured
+
+
+def test_what_fits_takes_nine_tenths_of_the_memory_if_it_grows_with_the_tokens():
+    base, each, fixed, total = 10_000, 30, 5_000, 200_000
+    count = 1000
+    fits = fitting(count, base, base + fixed + each * count, total)
+    assert 0.8 * total < base + fixed + each * fits <= 0.9 * total  # what does not grow is on the safe side
+    assert fitting(count, base, base + each * count, total) == (0.9 * total - base) // each
+    assert fitting(count, int(0.95 * total), total, total) < 0  # no room at all: the caller keeps what it had
+    assert fitting(count, base, base, total) > count  # nothing was seen to grow
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU's memory of 10,000 bytes, of which 1,000 are always taken, and 2 a token."""
+    largest = [0]
+    monkeypatch.setattr(memory, "gpu_memory", lambda: (1000, 1000 + 2 * largest[0], 10_000))
+    return largest
+
+
+@pytest.mark.parametrize("halvings", [0, 1])
+def test_batches_grow_to_what_fits_once_the_second_step_has_told(gpu, halvings, capsys):
+    segments = [Segment([1] * 30, ([2] * 20, [3] * 20))] * 64  # 68 tokens each
+    steps, tokens = [np.arange(64)] * 5, []
+    for prepared in prepare(steps, segments, Layout(), 140, lambda *of: refit(AUTO, halvings, *of)):
+        tokens.append([batch.input_ids.numel() for batch in prepared.batches])
+        gpu[0] = max(tokens[-1])
+    assert tokens[:3] == [[136] * 32] * 3  # the third is made while the second runs
+    fits = 4000 >> halvings
+    assert tokens[3] == tokens[4]
+    assert fits - 68 < max(tokens[3]) <= fits
+    assert sum(tokens[3]) == sum(tokens[0])
+    assert "140 tokens to start with" in capsys.readouterr().err
+
+
+def test_batches_never_shrink_by_measuring_nor_change_where_they_are_given(gpu):
+    given = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 500})
+    gpu[0] = 100
+    assert [refit(AUTO, 0, step, 9000, 100) for step in (1, 2, 3)] == [9000] * 3
+    assert [refit(AUTO, 0, step, 200, 100) for step in (1, 2, 3)] == [200, 4000, 200]
+    assert [refit(given, 0, step, 500, 100) for step in (1, 2, 3)] == [500] * 3
+
+
+def test_a_cpu_measures_nothing():
+    assert memory.gpu_memory() is None
+    assert refit(AUTO, 0, 2, 1024, 1000) == 1024
+
+
+# ---------------------------------------------------------------- out of memory
+
+SHORT_OF_MEMORY = """
+import sys, torch
+import irlfast.engine as engine
+from irlfast import dist
+from irlfast.train import main
+whole = engine.train_step
+def train_step(model, prepared, *rest):
+    if dist.rank() == dist.world_size() - 1 and max(batch.input_ids.numel() for batch in prepared.batches) > {most}:
+        raise torch.OutOfMemoryError("too much")
+    return whole(model, prepared, *rest)
+engine.train_step = train_step
+sys.exit(main())
+"""
+SFT = {"method": "sft", "inner_steps": "null", "per_device_train_batch_size": 32}
+
+
+def short_of_memory(folder, most, **keys):
+    script = folder / "short.py"
+    script.write_text(SHORT_OF_MEMORY.format(most=most))
+    return [str(script), *command(folder / "run", **SFT | keys)[2:]]
+
+
+@pytest.mark.parametrize("most, code", [(300, 0), (10, 2)])
+def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, most, code):
+    process = start(short_of_memory(tmp_path, most))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    assert "goes on from its last checkpoint with half the tokens a batch" in err
+    if code:
+        assert "out of memory with one prompt and its answers" in err.splitlines()[-1]
+        assert not (tmp_path / "run" / "sft" / "policy").exists()
+
+
+def test_of_several_processes_the_one_out_of_memory_says_so_and_all_start_again_with_half(tmp_path):
+    """The same command, until what is left fits."""
+    said = "irlfast, process 1: sft: out of memory; the same command goes on from its last checkpoint with half"
+    for _ in range(4):
+        process = start(short_of_memory(tmp_path, 700), TORCHRUN)
+        _, err = process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert said in err, err
+    assert process.returncode == 0
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "sft" / "checkpoint").exists()
+
+
+def test_given_tokens_a_batch_are_not_halved(tmp_path):
+    process = start(short_of_memory(tmp_path, 300, max_tokens_per_batch=400))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2, err
+    assert "sft: out of memory with 400 tokens a batch; expected a lower max_tokens_per_batch" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("most", [40, 10])
+def test_scores_are_made_in_halves_of_a_batch_that_is_too_large(tmp_path, monkeypatch, most):
+    model_of("Llama").save_pretrained(tmp_path)
+    segments = [segment for segment in ragged() if all(segment.answers)]
+    share = tmp_path, segments, tmp_path / "stage" / "scores", reference.token_logps, 0, False
+    whole = reference.score_share(AUTO, *share)
+    hidden_states, sizes = reference.hidden_states, []
+
+    def short(model, batch):
+        sizes.append(batch.input_ids.numel())
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("too much")
+        return hidden_states(model, batch)
+
+    monkeypatch.setattr(reference, "hidden_states", short)
+    if most == 10:
+        with pytest.raises(InputError, match="stage/scores: out of memory with one prompt; expected a lower max_len"):
+            reference.score_share(AUTO, *share)
+        return
+    found = reference.score_share(AUTO, *share)
+    assert max(sizes) > most
+    assert found.keys() == whole.keys()
+    for i in whole:
+        for one, other in zip(found[i], whole[i], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -176,8 +176,8 @@ class Config:
     gradient_accumulation_steps: Count = key(1, "times as many pairs an optimiser step")
     max_tokens_per_batch: Count | Literal["auto"] = key(
         "auto",
-        "tokens of a forward pass; auto: on a GPU as its memory holds, measured at each phase's second step (half of that "
-        "once it ran out), on a CPU about a thousand",
+        "tokens of a forward pass; auto: on a GPU what its memory holds, measured at each phase's second step (half "
+        "of it after it ran out), on a CPU about a thousand",
     )
 
     # What may go wrong: the demonstrations' own likelihood falls

@@ -131,10 +131,17 @@ def looped_pair_loss(case: dict[str, Any], pairs: torch.Tensor, beta: float, los
 
 
 class Recorder(TorchDispatchMode):
-    """Largest tensor made, and floating-point operations of matrix products, in the block."""
+    """Largest tensor made, and floating-point operations of matrix products, in the block.
+
+    What lies in the memory of tensors that are ``there`` is not made.
+    """
 
     largest = 0
     operations = 0
+
+    def __init__(self, *there: torch.Tensor) -> None:
+        super().__init__()
+        self.there = {tensor.data_ptr() for tensor in there}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "irlfast":  # what it does inside counts as well
@@ -142,7 +149,7 @@ class Recorder(TorchDispatchMode):
                 return OPDEFS[function.name().removesuffix(".default")]._init_fn(*args, **(kwargs or {}))
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in self.there:
                 self.largest = max(self.largest, tensor.numel())
         name = function.overloadpacket.__name__
         if name in ("mm", "addmm", "addmm_"):

@@ -123,6 +123,7 @@ def pair_loss(
     backend: str = "auto",
     buffer_mb: float = 1024,
     skip_mass: float = 0.0,
+    weight_grad: Tensor | None = None,  # [V, H]
 ) -> PairLoss:
     """Loss on pairs (expert y, synthetic ỹ) with u = β · (ρ(y) − ρ(ỹ)): ``sigmoid`` −log σ(u), ``hinge`` max(0, 1 − u),
     ``linear`` −u (SPIN, arXiv 2401.01335, eq. 4.7; IRFT, arXiv 2405.17888, whose own gradient is that of ``linear``).
@@ -134,6 +135,11 @@ def pair_loss(
     ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic); a sequence may be in several pairs or in none.
     Default: sequences 2i and 2i + 1. Other arguments as the module says. Passes over ``weight``: three,
     or two with a frozen head; groups of connected sequences that exceed ``buffer_mb`` are computed twice (four).
+
+    ``weight_grad`` fp32 (fp64): the gradient of ``loss`` by ``weight`` is added to it during the call, and autograd
+    leaves ``weight`` alone: micro-batches add up in fp32 whatever its dtype, and no other tensor of its size is made.
+    ``weight.grad`` will do where it is fp32. What multiplies ``loss`` later does not reach it (``num_pairs`` does), and
+    activation checkpointing would add it twice. Under ``torch.no_grad`` it stays as it is.
 
     Returns:
         PairLoss: ``loss`` ``[]``, differentiable in ``hidden``, ``weight``, ``bias``; and, without gradient,
@@ -151,12 +157,15 @@ def pair_loss(
     pairs = default_pairs(problem.sequences, hidden.device) if pairs is None else pairs.long()
     checks.check_loss(beta, loss_type, nll_weight, num_pairs, num_tokens)
     coupling = Coupling(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens)
+    if weight_grad is not None:
+        checks.check_weight_grad(weight_grad, policy, problem)
+        weight_grad = weight_grad if torch.is_grad_enabled() else None
     backend = checks.choose_backend(backend, hidden, "hidden")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":
-            loss, logps, computed = plain.pair_loss(policy, reference, problem, coupling)
+            loss, logps, computed = plain.pair_loss(policy, reference, problem, coupling, weight_grad)
         else:
-            loss, logps, computed = registered.pair_loss(policy, reference, problem, coupling, backend)
+            loss, logps, computed = registered.pair_loss(policy, reference, problem, coupling, backend, weight_grad)
         statistics = summarise(logps, computed, problem)
         nll = expert_nll(statistics.policy_logps, problem, coupling)
     return PairLoss(loss, *statistics[:3], nll)

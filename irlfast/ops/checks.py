@@ -233,6 +233,14 @@ def check_pairs(pairs: Tensor | None, cu_seqlens: Tensor) -> None:
         check_range(pairs, "pairs", 0, sequences, ", the sequences of cu_seqlens")
 
 
+def check_weight_grad(weight_grad: Tensor, policy: Side, problem: Problem) -> None:
+    check_tensor(weight_grad, "weight_grad", "[V, H]", (problem.dtype,), policy.hidden.device)
+    fits = weight_grad.shape == policy.weight.shape and weight_grad.is_contiguous() and not weight_grad.requires_grad
+    height, width = policy.weight.shape
+    require(fits, "weight_grad", weight_grad, "[{}, {}], as weight has, contiguous, without a gradient", height, width)
+    require(problem.skip_mass == 0, "skip_mass", problem.skip_mass, "0 where weight_grad is given")
+
+
 def check_loss(
     beta: float, loss_type: str, nll_weight: float, num_pairs: float | None, num_tokens: float | None
 ) -> None:

@@ -16,11 +16,16 @@ def token_logps(policy: Side, reference: Side | None, problem: Problem) -> tuple
 
 
 def pair_loss(
-    policy: Side, reference: Side | None, problem: Problem, coupling: Coupling
+    policy: Side, reference: Side | None, problem: Problem, coupling: Coupling, weight_grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loss ``[]``, differentiable, and the log-probabilities ``[N]`` of policy and reference, detached."""
+    if weight_grad is not None:
+        policy = policy._replace(weight=policy.weight.detach().to(problem.dtype).requires_grad_())
     logps, ref_logps = token_logps(policy, reference, problem)
-    return objective(logps, ref_logps, problem, coupling), logps.detach(), ref_logps
+    loss = objective(logps, ref_logps, problem, coupling)
+    if weight_grad is not None:
+        weight_grad += torch.autograd.grad(loss, policy.weight, retain_graph=True)[0]
+    return loss, logps.detach(), ref_logps
 
 
 def score(side: Side, problem: Problem) -> Tensor:

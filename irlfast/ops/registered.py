@@ -35,14 +35,25 @@ def token_logps(policy: Side, reference: Side | None, problem: Problem, backend:
 
 
 def pair_loss(
-    policy: Side, reference: Side | None, problem: Problem, coupling: Coupling, backend: str
+    policy: Side,
+    reference: Side | None,
+    problem: Problem,
+    coupling: Coupling,
+    backend: str,
+    weight_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`irlfast.ops.plain.pair_loss`."""
-    if not any(wanted(policy)[1:]) or sparse(policy, problem, backend):
+    arguments = *policy, *(reference or NOTHING), *problem, *coupling, backend
+    if weight_grad is not None:
+        hidden, _, bias = wanted(policy)
+        with torch.no_grad():
+            loss, logps, ref_logps, *grads = pair_slabs_into(weight_grad, *arguments, [hidden, False, bias])
+        loss = Known.apply(loss, policy.hidden, policy.bias, *grads)
+    elif not any(wanted(policy)[1:]) or sparse(policy, problem, backend):
         logps, ref_logps = token_logps(policy, reference, problem, backend)
         return objective(logps, ref_logps, problem, coupling), logps.detach(), ref_logps
-    sides = *policy, *(reference or NOTHING)
-    loss, logps, ref_logps, *_ = pair_slabs(*sides, *problem, *coupling, backend, wanted(policy))
+    else:
+        loss, logps, ref_logps, *_ = pair_slabs(*arguments, wanted(policy))
     return loss, logps, None if reference is None else ref_logps
 
 
@@ -152,29 +163,56 @@ forward.register_autograd(token_logps_backward, setup_context=keep_policy)
 
 # ---------------------------------------------------------------- the pair slab
 
+PAIR_LOSS = f"{SIDE}, {REFERENCE}, {PROBLEM}, {COUPLING}, str backend, bool[] wanted"
+
 
 @torch.library.custom_op(
     "irlfast::pair_slabs",
     mutates_args=(),
-    schema=f"({SIDE}, {REFERENCE}, {PROBLEM}, {COUPLING}, str backend, bool[] wanted) -> ({', '.join(['Tensor'] * 6)})",
+    schema=f"({PAIR_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.slab.pair_loss`."""
-    policy, reference, problem, (*coupling, backend, wanted) = unpack(arguments)
+    policy, _, problem, (*_, wanted) = unpack(arguments)
+    sums = slab.new_gradients(policy, problem, wanted)
+    return *compute_pair_loss(arguments, sums), *filled(policy, *sums)
+
+
+@torch.library.custom_op(
+    "irlfast::pair_slabs_into",
+    mutates_args=("weight_grad",),
+    schema=f"(Tensor(a!) weight_grad, {PAIR_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=WAITS,
+)
+def pair_slabs_into(weight_grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The same, the gradient by the weight added to ``weight_grad``."""
+    policy, _, problem, (*_, wanted) = unpack(arguments)
+    sums = slab.new_gradients(policy, problem, wanted)
+    scores = compute_pair_loss(arguments, sums._replace(weight=weight_grad))
+    return *scores, *filled(policy, sums.hidden, sums.bias)
+
+
+def compute_pair_loss(arguments: Sequence[Any], sums: slab.Gradients) -> tuple[Tensor, ...]:
+    policy, reference, problem, (*coupling, backend, _) = unpack(arguments)
     with arithmetic_of(backend, policy) as arithmetic:
-        loss, logps, ref_logps, sums = slab.pair_loss(
-            arithmetic, policy, reference, problem, Coupling(*coupling), wanted
-        )
-    return filled(policy, loss, logps, ref_logps, *sums)
+        return filled(policy, *slab.pair_loss(arithmetic, policy, reference, problem, Coupling(*coupling), sums))
 
 
 @pair_slabs.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     policy, reference, problem, (*_, wanted) = unpack(arguments)
-    sums = slab.new_gradients(policy, problem, wanted)
     logps, ref_logps = problem.zeros(), None if reference is None else problem.zeros()
+    sums = slab.new_gradients(policy, problem, wanted)
     return filled(policy, logps.new_empty(()), logps, ref_logps, *sums)
+
+
+@pair_slabs_into.register_fake
+def _(weight_grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    policy, reference, problem, (*_, wanted) = unpack(arguments)
+    logps, ref_logps = problem.zeros(), None if reference is None else problem.zeros()
+    sums = slab.new_gradients(policy, problem, wanted)
+    return filled(policy, logps.new_empty(()), logps, ref_logps, sums.hidden, sums.bias)
 
 
 def keep_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -193,10 +231,26 @@ def pair_slabs_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor 
 
 def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Their product, rounded once to ``dtype`` without a tensor in between; on a CPU, a factor of 1 takes none."""
-    known = type(factor) is Tensor and factor.device.type == "cpu"  # no tracer's, and no GPU to wait for
-    if known and sums.dtype == dtype and factor == 1:
+    known = type(factor) is Tensor and not torch.compiler.is_compiling()  # no tracer's
+    if known and factor.device.type == "cpu" and sums.dtype == dtype and factor == 1:  # to ask a GPU is to wait for it
         return sums
     return torch.mul(sums, factor, out=torch.empty_like(sums, dtype=dtype))
 
 
 pair_slabs.register_autograd(pair_slabs_backward, setup_context=keep_sums)
+
+
+class Known(torch.autograd.Function):
+    """A loss whose gradients by ``hidden`` and ``bias`` are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, hidden: Tensor, bias: Tensor | None, *grads: Tensor) -> Tensor:
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*grads)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:3], strict=True)
+        return None, *(scaled(sums, upstream, ctx.dtype) if wants else None for sums, wants in pairs), None, None

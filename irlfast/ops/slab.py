@@ -102,16 +102,15 @@ def pair_loss(
     reference: Side | None,
     problem: Problem,
     coupling: Coupling,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor | None, Gradients]:
-    """Loss ``[]``, log-probabilities ``[N]`` of policy and reference, and, taken while each slab is in the buffer, the
-    gradients of the loss."""
+    sums: Gradients,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss ``[]`` and log-probabilities ``[N]`` of policy and reference; the loss's gradients, taken while each slab is
+    in the buffer, are added to ``sums``."""
     slabs = plan(arithmetic, policy, problem, coupling.pairs)
     chunks = [tokens for slab in slabs for tokens in slab]
     ref_logps = None if reference is None else score(arithmetic, reference, problem, chunks)
     buffer = new_buffer(policy, problem, chunks)
     logps = problem.zeros()
-    sums = new_gradients(policy, problem, wanted)
     for slab in slabs:
         for tokens in slab:
             chunk = compute(arithmetic, policy, problem, tokens, buffer)
@@ -121,7 +120,7 @@ def pair_loss(
         for tokens in slab[:-1]:
             chunk = compute(arithmetic, policy, problem, tokens, buffer)
             add_gradients(arithmetic, sums, policy, problem, chunk, upstream)
-    return objective(logps, ref_logps, problem, coupling), logps, ref_logps, sums
+    return objective(logps, ref_logps, problem, coupling), logps, ref_logps
 
 
 def score(arithmetic: Arithmetic, side: Side, problem: Problem, chunks: Sequence[Tensor]) -> Tensor:

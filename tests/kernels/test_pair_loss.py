@@ -179,6 +179,18 @@ def test_tuned_it_gives_the_same(dtype, monkeypatch):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_gradient_is_added_where_it_is_to_go(dtype, backend):
+    case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=dtype, rows=True, bias=True))
+    exact = gradients(ops.pair_loss(**case, beta=0.3, backend=backend).loss, case)
+    found = torch.ones(1000, 64, device=DEVICE)
+    loss = ops.pair_loss(**case, beta=0.3, backend=backend, weight_grad=found).loss
+    hidden, bias = torch.autograd.grad(loss, (case["hidden"], case["bias"]))
+    assert torch.equal(hidden, exact["hidden"])
+    assert torch.equal(bias, exact["bias"])
+    torch.testing.assert_close(found - 1, exact["weight"].float(), rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_and_deterministic_it_gives_the_same(frozen, backend):
     case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=torch.bfloat16, rows=True, frozen=frozen))

@@ -115,6 +115,7 @@ def train_phase(
     with (
         tqdm(total=steps, initial=first, desc=phase, unit="step", disable=not dist.is_main()) as bar,
         profiled(config.profile and dist.is_main(), folder / "trace.json") as profile_step,
+        watch.telling_communication(),
     ):
         for step, prepared in enumerate(batches, first + 1):
             figures, grad_norm = train_step(engine, prepared, config.max_grad_norm, watch)

@@ -12,7 +12,7 @@ import yaml
 
 from irlfast.files import InputError
 
-TIMES = ["seconds", *(f"time/{part}" for part in ("data", "forward", "backward", "optimizer"))]
+TIMES = ["seconds", *(f"time/{part}" for part in ("data", "forward", "backward", "optimizer", "communication"))]
 # A closed set, because phase names become text of the plots.
 PHASE = re.compile(r"initial|sft|stage-(\d{1,6})(?:/(reward|round-\d{1,6}))?")
 

@@ -4,9 +4,10 @@ Nothing here waits for a GPU: figures stay on it, and its clock is read when the
 """
 
 import contextlib
+import itertools
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,10 @@ from irlfast.losses import Figures, Share
 from irlfast.pack import Batch, Layout, Segment, micro_batches, pack
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, from the data sheets
+COLLECTIVES = (
+    *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
+    *("all_gather", "all_gather_coalesced", "all_gather_into_tensor"),
+)
 
 
 class Prepared(NamedTuple):
@@ -105,7 +110,8 @@ class Stopwatch:
     """Seconds by part of a step. On a GPU the marks are events, so that only ``read`` waits."""
 
     def __init__(self) -> None:
-        self.marks = [("", self.now())]
+        self.marks: list[tuple[str, Any, list[tuple[Any, Any]]]] = [("", self.now(), [])]
+        self.inside: list[tuple[Any, Any]] = []  # when communication began and ended, within the part that is running
 
     def now(self) -> Any:
         if dist.device().type != "cuda":
@@ -115,26 +121,59 @@ class Stopwatch:
         return event
 
     def lap(self, part: str) -> None:
-        self.marks.append((part, self.now()))
+        self.marks.append((part, self.now(), self.inside))
+        self.inside = []
 
     def read(self) -> dict[str, float]:
         """Seconds of every part since the last reading, and of all."""
         self.lap("data")
         if dist.device().type == "cuda":
             torch.cuda.synchronize()
-        seconds: Counter[str] = Counter()
-        for (_, sooner), (part, later) in zip(self.marks, self.marks[1:], strict=False):
-            span = later - sooner if isinstance(later, float) else sooner.elapsed_time(later) / 1000
-            seconds[part] += span
-            seconds["all"] += span
+        seconds: dict[str, float] = defaultdict(float)
+        for (_, sooner, _), (part, later, inside) in itertools.pairwise(self.marks):
+            span, apart = span_of(sooner, later), sum(span_of(*each) for each in inside)
+            for name, value in ((part, span - apart), ("communication", apart), ("all", span)):
+                seconds[name] += value
         self.marks = self.marks[-1:]
         return dict(seconds)
+
+    @contextlib.contextmanager
+    def telling_communication(self) -> Iterator[None]:
+        """Within it, the time in DeepSpeed's collectives is taken from the part of the step that calls them.
+
+        That is what the step waits for: collectives on another stream of a GPU, beside the backward pass, and those
+        that are waited for later, which are ZeRO-3's, lie where they did.
+        """
+        from deepspeed.comm import comm
+
+        def timed(collective: Callable) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if dist.device().type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
+                    return collective(*args, **kwargs)
+                begun = self.now()
+                result = collective(*args, **kwargs)
+                self.inside.append((begun, self.now()))
+                return result
+
+            return call
+
+        clocked = {name: timed(getattr(comm.cdb, name)) for name in COLLECTIVES}
+        vars(comm.cdb).update(clocked)  # before the class's own
+        try:
+            yield
+        finally:
+            for name in clocked:
+                delattr(comm.cdb, name)
+
+
+def span_of(sooner: Any, later: Any) -> float:
+    return later - sooner if isinstance(later, float) else sooner.elapsed_time(later) / 1000
 
 
 def meters(model: Any, found: Counter[str], seconds: dict[str, float]) -> dict[str, float]:
     """Seconds and their split, tokens a second over all processes, operations a second and device, MFU on known GPUs.
 
-    Communication lies within backward and optimizer, and ZeRO-3's within forward too.
+    The split's parts add up to 1; see :meth:`Stopwatch.telling_communication`.
     """
     spent = seconds.pop("all")
     rate = operations(model, found) / spent / dist.world_size()

@@ -5,10 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from deepspeed.comm import comm
 from torch.utils.flop_counter import FlopCounterMode
 
 from irlfast.attention import hidden_states, operations, work
 from irlfast.pack import Layout, Segment, pack
+from irlfast.step import Stopwatch
 from tests.runs import run, start
 from tests.test_pack import ragged
 
@@ -47,13 +49,33 @@ def test_meters_split_the_time_and_a_profile_is_written(tmp_path):
     run(tmp_path / "run", profile="true", stages=1)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        parts = [row[f"time/{part}"] for part in ("data", "forward", "backward", "optimizer")]
+        parts = [row[f"time/{part}"] for part in ("data", "forward", "backward", "optimizer", "communication")]
         assert sum(parts) == pytest.approx(1)
         assert min(parts) >= 0
         assert 0 < row["answer_tokens_per_second"] < row["tokens_per_second"]
         assert row["tflops"] > 0
     trace = json.loads((tmp_path / "run" / "sft" / "trace.json").read_text())
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_time_in_collectives_is_taken_from_the_part_that_calls_them(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 5.0, 7.0, 8.0, 10.0, 20.0, 21.0])
+    monkeypatch.setattr(Stopwatch, "now", lambda _: next(clock))
+
+    class Backend:
+        def __getattr__(self, name):
+            return lambda *arguments: (name, *arguments)
+
+    monkeypatch.setattr(comm, "cdb", Backend())
+    watch = Stopwatch()
+    with watch.telling_communication():
+        watch.lap("data")  # at 1
+        assert comm.cdb.all_reduce(3) == ("all_reduce", 3)  # from 2 to 5
+        assert comm.cdb.broadcast(4) == ("broadcast", 4)  # from 7 to 8
+        watch.lap("backward")  # at 10
+        watch.lap("optimizer")  # at 20
+    assert not vars(comm.cdb)
+    assert watch.read() == {"data": 2.0, "backward": 5.0, "optimizer": 10.0, "communication": 4.0, "all": 21.0}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")

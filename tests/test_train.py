@@ -84,6 +84,14 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path, zero_stage):
     """The same global batch; samples come from greedy answers' seeds by shard, so both see the same pairs."""
     run(tmp_path / "one", zero_stage=zero_stage, gradient_accumulation_steps=2, per_device_train_batch_size=4)
     run(tmp_path / "two", TORCHRUN, zero_stage=zero_stage, per_device_train_batch_size=4)
+    waited = [
+        [
+            json.loads(line)["time/communication"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("one", "two")
+    ]
+    assert max(waited[0]) < min(waited[1])
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     start_ = load_file(tmp_path / "one" / "initial" / "policy" / "model.safetensors")
     assert one.keys() == two.keys()

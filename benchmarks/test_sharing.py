@@ -16,11 +16,10 @@ import torch
 from benchmarks.conftest import write_result
 from benchmarks.test_throughput import QUICK, SHAPE, VOCABULARY
 from irlfast import ops
-from irlfast.attention import hidden_states
+from irlfast.attention import hidden_states, operations
 from irlfast.losses import arguments
 from irlfast.ops import lm_head
-from irlfast.pack import Layout, Segment, micro_batches, pack
-from irlfast.step import operations, work
+from irlfast.pack import Layout, Segment, micro_batches, pack, work
 
 PROMPTS, SYNTHETIC = (0.25, 0.5, 1, 2, 4), (1, 2, 4)  # of the answers' length, and their number
 GPU_SHAPE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16}

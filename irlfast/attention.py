@@ -18,7 +18,7 @@ from irlfast.config import Config
 from irlfast.files import InputError
 from irlfast.metrics import say
 from irlfast.model import base_of, head_of, is_reward
-from irlfast.pack import Batch, Layout, Segment, pack, parts, tokens
+from irlfast.pack import Batch, Layout, Segment, pack, work
 
 LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of an installed flash-attn, a faster kernel
 SAMPLED = 1000  # segments that lengths are taken of
@@ -92,17 +92,6 @@ def block_mask(batch: Batch, window: int | None) -> Any:
 # ---------------------------------------------------------------- what it costs
 
 
-def work(segments: Sequence[Segment], layout: Layout) -> Counter[str]:
-    """Tokens, answer tokens, and how many tokens each token sees, summed."""
-    found: Counter[str] = Counter()
-    for part in (part for segment in segments for part in parts(segment, layout)):
-        prompt, lengths = len(part.prompt), [max(len(answer) - 1, 0) for answer in part.answers]
-        found["tokens"] += tokens(part)
-        found["answer_tokens"] += sum(len(answer) - layout.whole for answer in part.answers)
-        found["seen"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
-    return found
-
-
 def operations(model: Any, found: Counter[str]) -> float:
     """Of forward and backward passes: products with the body's weights, the LM head's, and attention's.
 
@@ -149,7 +138,9 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
     if auto:
         saves = f"sharing prompts {'saves' if shared else 'would save'} {gain:.0%} of the operations"
         say_once(f"attention: {chosen}; {saves}: {lengths}")
-    return Layout(shared, one_row=not on_cpu and chosen.startswith(("flex", "flash")), whole=is_reward(model))
+    one_row = not on_cpu and chosen.startswith(("flex", "flash"))
+    token, answer, seen = (operations(model, Counter({what: 1})) for what in ("tokens", "answer_tokens", "seen"))
+    return Layout(shared, one_row, is_reward(model), answer / token, seen / token)
 
 
 def choose(shared: bool, gain: float, varlen: bool) -> str:

@@ -5,6 +5,7 @@ each other, and their positions go on from the prompt's end, so that each is wha
 An answer's last token predicts nothing and is left out, but for reward models, which read it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ class Layout(NamedTuple):
     shared: bool = True  # answers share their prompt; else each is a segment of its own
     one_row: bool = False  # all in one row; else a row a segment, padded to the longest
     whole: bool = False  # with each answer's last token, and its tokens' own rows: what a reward model reads
+    answer_cost: float = 0.0  # operations of an answer token at the head, relative to a token's in the layers
+    seen_cost: float = 0.0  # of attention, for each token that a token sees
 
 
 SHARED = Layout()
@@ -130,6 +133,17 @@ def tokens(segment: Segment) -> int:
     return len(segment.prompt) + sum(max(len(answer) - 1, 0) for answer in segment.answers)
 
 
+def work(segments: Sequence[Segment], layout: Layout) -> Counter[str]:
+    """Tokens, answer tokens, and how many tokens each token sees, summed."""
+    found: Counter[str] = Counter()
+    for part in (part for segment in segments for part in parts(segment, layout)):
+        prompt, lengths = len(part.prompt), [max(len(answer) - 1, 0) for answer in part.answers]
+        found["tokens"] += tokens(part)
+        found["answer_tokens"] += sum(len(answer) - layout.whole for answer in part.answers)
+        found["seen"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
+    return found
+
+
 # ---------------------------------------------------------------- which segments go together
 
 
@@ -151,32 +165,30 @@ def micro_batches(
 ) -> list[list[int]]:
     """This rank's micro-batches of a step, at most ``limit`` tokens each, padding counted; a longer segment goes alone.
 
-    Every rank gets as many, and its k-th costs about what the others' k-th do; some are empty where segments are few.
+    All ranks' segments cost about the same together, and every rank has as many micro-batches, its k-th much like the
+    others' k-th; some are empty where segments are few.
     """
-    if layout.one_row:
-        sizes = {i: sum(map(tokens, parts(segments[i], layout))) for i in step}
-        bins = first_fit(step, sizes, limit)
-    else:
-        bins = like_lengths(step, segments, layout, limit)
-
-    def cost(chosen: list[int]) -> float:
-        return sum(cost_of(segments[i], layout) for i in chosen)
-
-    while len(bins) % ranks:
-        bins.sort(key=lambda chosen: (len(chosen) < 2, -cost(chosen)))
-        bins[:1] = halves(bins[0], lambda i: cost_of(segments[i], layout))
-    bins.sort(key=lambda chosen: (-cost(chosen), chosen))
-    rounds = [bins[start : start + ranks] for start in range(0, len(bins), ranks)]
-    return [dealt[rank if turn % 2 == 0 else -1 - rank] for turn, dealt in enumerate(rounds)]
+    cost = {i: cost_of(segments[i], layout) for i in step}
+    fill = first_fit if layout.one_row else like_lengths
+    bins: list[list[list[int]]] = [
+        fill(share, segments, layout, limit) if share else [[]] for share in dealt(step, cost, ranks)
+    ]
+    own, most = bins[rank], max(map(len, bins))
+    while len(own) < most:
+        own.sort(key=lambda chosen: (len(chosen) < 2, -sum(cost[i] for i in chosen)))
+        own[:1] = dealt(own[0], cost, 2)
+    return sorted(own, key=lambda chosen: (-sum(cost[i] for i in chosen), chosen))
 
 
 def cost_of(segment: Segment, layout: Layout) -> float:
-    """Work relative to a token's: attention adds a token's own work for about each 4,096 tokens that it sees."""
-    return sum(tokens(part) * (1 + tokens(part) / 4096) for part in parts(segment, layout))
+    """Operations relative to a token's in the layers."""
+    found = work([segment], layout)
+    return found["tokens"] + layout.answer_cost * found["answer_tokens"] + layout.seen_cost * found["seen"]
 
 
-def first_fit(step: Sequence[int], sizes: dict[int, int], limit: int) -> list[list[int]]:
+def first_fit(step: Sequence[int], segments: Sequence[Segment], layout: Layout, limit: int) -> list[list[int]]:
     """First-fit decreasing: each, from the largest, goes into the first bin that has room."""
+    sizes = {i: sum(map(tokens, parts(segments[i], layout))) for i in step}
     bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(step, key=lambda i: (-sizes[i], i)):
@@ -203,12 +215,12 @@ def like_lengths(step: Sequence[int], segments: Sequence[Segment], layout: Layou
     return bins
 
 
-def halves(chosen: list[int], cost: Callable[[int], float]) -> list[list[int]]:
-    """Two parts of about the same cost."""
-    both: list[list[int]] = [[], []]
-    loads = [0.0, 0.0]
-    for i in sorted(chosen, key=lambda i: (-cost(i), i)):
+def dealt(chosen: Sequence[int], cost: dict[int, float], parts: int) -> list[list[int]]:
+    """Parts of about the same cost: each, from the costliest, goes to the part that has the least."""
+    each: list[list[int]] = [[] for _ in range(parts)]
+    loads = [0.0] * parts
+    for i in sorted(chosen, key=lambda i: (-cost[i], i)):
         least = loads.index(min(loads))
-        both[least].append(i)
-        loads[least] += cost(i)
-    return both
+        each[least].append(i)
+        loads[least] += cost[i]
+    return each

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from irlfast import dist
-from irlfast.attention import operations, work
+from irlfast.attention import operations
 from irlfast.losses import Figures, Share
-from irlfast.pack import Batch, Layout, Segment, micro_batches, pack
+from irlfast.pack import Batch, Layout, Segment, micro_batches, pack, work
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, from the data sheets
 COLLECTIVES = (

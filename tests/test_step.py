@@ -8,8 +8,8 @@ import torch
 from deepspeed.comm import comm
 from torch.utils.flop_counter import FlopCounterMode
 
-from irlfast.attention import hidden_states, operations, work
-from irlfast.pack import Layout, Segment, pack
+from irlfast.attention import hidden_states, operations
+from irlfast.pack import Layout, Segment, pack, work
 from irlfast.step import Stopwatch
 from tests.runs import run, start
 from tests.test_pack import ragged

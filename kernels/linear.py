@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from irlfast.kernels.softmax import base_of, rebased, softcap
+
 PROGRAMS = 1024  # several waves on any GPU, so that the last one costs little
 
 
@@ -33,9 +35,7 @@ def tile_logits(
     if bias is not None:
         total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     total *= scale
-    if CAP is not None:
-        total = CAP * (2 * tl.sigmoid(2 * total / CAP) - 1)  # tanh
-    return tl.where(inside[None, :], total, float("-inf"))
+    return tl.where(inside[None, :], softcap(total, CAP), float("-inf"))
 
 
 @triton.jit
@@ -54,9 +54,9 @@ def score_part(
         column = start + tl.arange(0, N)
         z = tile_logits(hidden, weight, bias, row, column, V, H, scale, CAP, PRECISION, K)
         new = tl.maximum(peak, tl.max(z, axis=1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # −inf − −inf would be NaN
+        base = base_of(new)
         mass = tl.sum(tl.exp(z - base[:, None]), axis=1)
-        norm = norm * tl.exp(peak - base) + mass
+        norm = rebased(norm, peak, base) + mass
         peak = new
         if tiles is not None:
             tl.store(tiles + start // N * n + at, base + tl.log(mass), mask=at < n)
@@ -122,8 +122,9 @@ def fold_kernel(peaks, sums, picked, logps, lse, n, PARTS: tl.constexpr, M: tl.c
         where = (side * PARTS + part) * n + at
         theirs = tl.load(peaks + where, mask=inside, other=0.0)
         new = tl.maximum(peak, theirs)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        norm = norm * tl.exp(peak - base) + tl.load(sums + where, mask=inside, other=0.0) * tl.exp(theirs - base)
+        base = base_of(new)
+        mass = tl.load(sums + where, mask=inside, other=0.0)
+        norm = rebased(norm, peak, base) + rebased(mass, theirs, base)
         peak = new
         found = tl.maximum(found, tl.load(picked + where, mask=inside, other=0.0))
     tl.store(logps + side * n + at, found - peak - tl.log(norm), mask=inside)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from irlfast.kernels.softmax import base_of
+
 IGNORE = tl.constexpr(-100)  # a target that is skipped
 LOG2_E = tl.constexpr(1.4426950408889634)
 VECTORS = 2048  # bytes: 16 for each of the 128 threads that score a row
@@ -45,8 +47,7 @@ def score_row(z, target, logp, lse, V, scale, cap, ROUNDS: tl.constexpr, LANES: 
         at = start + offsets
         value = tl.where(at < V, final_logits(z, at, at < V, scale, cap), float("-inf"))
         peak = tl.maximum(peaks, tl.max(value, axis=0))
-        # A lane that has seen nothing but −inf keeps its sum of 0: −inf − −inf would be NaN.
-        base = tl.where(peak == float("-inf"), 0.0, peak)
+        base = base_of(peak)
         sums = sums * exp(peaks - base) + tl.sum(exp(value - base[None, :]), axis=0)
         peaks = peak
     peak = tl.max(peaks, axis=0)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from irlfast.kernels.softmax import base_of, rebased, softcap
+
 
 @triton.jit
 def logit(z, bias, at, inside, scale, CAP: tl.constexpr):
@@ -16,10 +18,7 @@ def logit(z, bias, at, inside, scale, CAP: tl.constexpr):
     value = tl.load(z + at, mask=inside, other=0.0)
     if bias is not None:
         value += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-    value *= scale
-    if CAP is not None:
-        value = CAP * (2 * tl.sigmoid(2 * value / CAP) - 1)  # tanh
-    return tl.where(inside, value, float("-inf"))
+    return tl.where(inside, softcap(value * scale, CAP), float("-inf"))
 
 
 @triton.jit
@@ -38,11 +37,11 @@ def softmax_kernel(
         at = start + offsets
         value = logit(z, bias, at, at < V, scale, CAP)
         peak = tl.maximum(peaks, value)
-        base = tl.where(peak == float("-inf"), 0.0, peak)  # −inf − −inf would be NaN
-        sums = sums * tl.exp(peaks - base) + tl.exp(value - base)
+        base = base_of(peak)
+        sums = rebased(sums, peaks, base) + tl.exp(value - base)
         peaks = peak
     peak = tl.max(peaks, axis=0)
-    norm = tl.sum(sums * tl.exp(peaks - peak), axis=0)
+    norm = tl.sum(rebased(sums, peaks, peak), axis=0)
 
     target = tl.load(targets + row)
     picked = logit(z, bias, target, target >= 0, scale, CAP)

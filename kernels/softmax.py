@@ -1,0 +1,22 @@
+"""What the softmaxes of the kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softcap(z, CAP: tl.constexpr):
+    """``CAP · tanh(z / CAP)``, or z where there is no CAP."""
+    return z if CAP is None else CAP * (2 * tl.sigmoid(2 * z / CAP) - 1)
+
+
+@triton.jit
+def base_of(peak):
+    """What to subtract of logits whose maximum is ``peak``; of −inf alone nothing, as −inf − −inf would be NaN."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def rebased(total, peak, base):
+    """A sum of exponentials over ``peak`` as one over ``base``."""
+    return total * tl.exp(peak - base)

@@ -52,7 +52,7 @@ using RowsOf = std::tuple<Address, std::string, std::int64_t>;  // address, dtyp
 using ScoringOf = std::tuple<std::int64_t, std::int64_t, Address, float, float>;  // n, V, targets, scale, soft-cap or 0
 
 // What a function takes: as many of float32, bfloat16, float16, float64, in this order.
-enum Kinds { kUpToBf16 = 2, kUpToFp16 = 3, kUpToFp64 = 4 };
+enum Kinds { kFp32 = 1, kUpToBf16 = 2, kUpToFp16 = 3, kUpToFp64 = 4 };
 
 inline Dtype dtype_of(const std::string &name, const char *of, Kinds kinds) {
   const char *names[] = {"float32", "bfloat16", "float16", "float64"};

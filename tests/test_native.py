@@ -144,17 +144,17 @@ def test_without_the_module_pytorch_does_its_work(dtype, monkeypatch):
 @needs_module
 def test_the_binding_checks_what_it_is_given():
     z, targets, out = torch.zeros(2, 4), torch.tensor([0, 4]), torch.zeros(2)
-    call = native.cpu.softmax_slopes
-    rest = (0, 1.0, 0.0, out.data_ptr(), out.data_ptr(), 1)
-    for arguments, message in (
-        ((z.data_ptr(), 2, 4, 4, targets.data_ptr()), "targets: found 4"),
-        ((z.data_ptr(), 2, 4, 3, targets.data_ptr()), "z: found rows 3 apart, expected at least V"),
-        ((0, 2, 4, 4, targets.data_ptr()), "z: found a null pointer"),
-        ((z.data_ptr() + 2, 2, 4, 4, targets.data_ptr()), "z: found an address that is not aligned"),
-        ((z.data_ptr(), 2, 0, 4, targets.data_ptr()), r"z: found \[2, 0\]"),
+    address, rest = z.data_ptr(), (targets.data_ptr(), 1.0, 0.0)
+    for rows, of, message in (
+        ((address, "float32", 4), (2, 4, *rest), "targets: found 4"),
+        ((address, "float32", 3), (2, 4, *rest), "z: found rows 3 apart, expected at least V"),
+        ((0, "float32", 4), (2, 4, *rest), "z: found a null pointer"),
+        ((address + 2, "float32", 4), (2, 4, *rest), "z: found an address that is not aligned"),
+        ((address, "bfloat16", 4), (2, 4, *rest), "z: found dtype bfloat16, expected float32"),
+        ((address, "float32", 4), (2, 0, *rest), r"logits: found \[2, 0\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            call(*arguments, *rest)
+            native.cpu.softmax_slopes(rows, 0, of, out.data_ptr(), out.data_ptr(), 1)
 
 
 @needs_module

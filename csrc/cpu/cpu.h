@@ -11,21 +11,14 @@ namespace irlfast {
 
 void rmsprop(const Parameter *parameters, std::size_t count, const RMSprop &options, int threads);
 
-// Rows of logits: z [n, V] fp32, rows `stride` apart, overwritten; `targets` [n]; `bias` [V] or null.
-struct Logits {
-  float *z;
-  std::int64_t n, vocabulary, stride;
-  const std::int64_t *targets;
-  const float *bias;
-  float scale, softcap;  // no soft-cap: 0
-};
-
-// With logits y = softcap(scale * (z + bias)) and E = exp(y - max y), write into
+// Of z [n, V], rows `stride` apart, and `bias` [V] or null, with y = softcap(scale * (z + bias)) and E = exp(y - max y),
+// and no target skipped, write into
 //   logps [n]  the log-probability of each target,
 //   sums [n]   the sum of E,
 //   z          (E, at the target E - sum E) times the soft-cap's derivative, so that d logp / d (scale * (z + bias)) is
 //              -z / sum.
-void softmax_slopes(const Logits &logits, float *logps, float *sums, int threads);
+void softmax_slopes(float *z, std::int64_t stride, const float *bias, const Scoring &scoring, float *logps,
+                    float *sums, int threads);
 
 // Of logits in fp32 or bf16: log-probabilities logps [n], 0 where skipped, and log-sum-exps lse [n].
 void token_logps(const Rows &logits, const Scoring &scoring, float *logps, float *lse, int threads);

@@ -4,8 +4,8 @@
 
 namespace {
 
-using irlfast::Address, irlfast::RowsOf, irlfast::ScoringOf, irlfast::kUpToBf16, irlfast::pointer, irlfast::require,
-    irlfast::scoring_of;
+using irlfast::Address, irlfast::RowsOf, irlfast::ScoringOf, irlfast::kFp32, irlfast::kUpToBf16, irlfast::pointer,
+    irlfast::require, irlfast::scoring_of;
 
 void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float eps, float weight_decay,
              float momentum, float grad_scale, int threads) {
@@ -15,20 +15,19 @@ void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float
   irlfast::rmsprop(parameters.data(), parameters.size(), options, threads);
 }
 
-void softmax_slopes(Address z, std::int64_t n, std::int64_t vocabulary, std::int64_t stride, Address targets,
-                    Address bias, float scale, float softcap, Address logps, Address sums, int threads) {
-  require(n >= 0 && vocabulary > 0, "z: found [" + std::to_string(n) + ", " + std::to_string(vocabulary) + "]");
-  require(stride >= vocabulary || n < 2, "z: found rows " + std::to_string(stride) + " apart, expected at least V");
-  const irlfast::Logits logits{pointer<float>(z, "z", n > 0), n, vocabulary, stride,
-                               pointer<const std::int64_t>(targets, "targets", n > 0),
-                               pointer<const float>(bias, "bias", false), scale, softcap};
-  for (std::int64_t row = 0; row < n; ++row) {
-    const std::int64_t target = logits.targets[row];
-    require(target >= 0 && target < vocabulary, "targets: found " + std::to_string(target));
+void softmax_slopes(const RowsOf &z, Address bias, const ScoringOf &of, Address logps, Address sums, int threads) {
+  const auto scoring = scoring_of(of);
+  const bool some = scoring.n > 0;
+  const auto rows = irlfast::rows_of(z, "z", some, kFp32);
+  irlfast::require_apart(rows, scoring, "z");
+  for (std::int64_t row = 0; row < scoring.n; ++row) {
+    const std::int64_t target = scoring.targets[row];
+    require(target >= 0 && target < scoring.vocabulary, "targets: found " + std::to_string(target));
   }
-  auto *found = pointer<float>(logps, "logps", n > 0), *norms = pointer<float>(sums, "sums", n > 0);
+  const auto *added = pointer<const float>(bias, "bias", false);
+  auto *found = pointer<float>(logps, "logps", some), *norms = pointer<float>(sums, "sums", some);
   pybind11::gil_scoped_release release;
-  irlfast::softmax_slopes(logits, found, norms, threads);
+  irlfast::softmax_slopes(static_cast<float *>(rows.z), rows.stride, added, scoring, found, norms, threads);
 }
 
 void token_logps(const RowsOf &logits, const ScoringOf &of, Address logps, Address lse, int threads) {

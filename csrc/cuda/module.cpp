@@ -10,8 +10,9 @@
 
 namespace {
 
-using irlfast::Address, irlfast::Dtype, irlfast::RowsOf, irlfast::ScoringOf, irlfast::dtype_of, irlfast::kUpToFp64,
-    irlfast::kUpToFp16, irlfast::pointer, irlfast::require, irlfast::require_apart, irlfast::rows_of, irlfast::scoring_of;
+using irlfast::Address, irlfast::Dtype, irlfast::RowsOf, irlfast::ScoringOf, irlfast::dtype_of, irlfast::kFp32,
+    irlfast::kUpToFp16, irlfast::kUpToFp64, irlfast::pointer, irlfast::require, irlfast::require_apart, irlfast::rows_of,
+    irlfast::scoring_of;
 
 void *stream_of(Address stream) { return reinterpret_cast<void *>(stream); }
 
@@ -38,8 +39,7 @@ void write_gradient(const RowsOf &grad, const RowsOf &logits, const ScoringOf &o
 void softmax_slopes(const RowsOf &z, const std::string &dtype, Address bias, const ScoringOf &of, Address logps,
                     Address stream) {
   const auto scoring = scoring_of(of);
-  const auto rows = rows_of(z, "z", scoring.n > 0, kUpToFp16);
-  require(rows.dtype == Dtype::fp32, "z: found dtype " + std::get<1>(z) + ", expected float32");
+  const auto rows = rows_of(z, "z", scoring.n > 0, kFp32);
   require_apart(rows, scoring, "z");
   irlfast::softmax_slopes(static_cast<float *>(rows.z), rows.stride, dtype_of(dtype, "slope", kUpToFp16),
                           pointer<const float>(bias, "bias", false), scoring,

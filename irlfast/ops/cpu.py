@@ -46,12 +46,14 @@ def softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[T
 
 def native_softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """The same in one pass over memory."""
-    n, vocabulary = z.shape
-    logps, sums = torch.empty(2, n)
+    logps, sums = torch.empty(2, len(z))
     bias = None if side.bias is None else side.bias.float().contiguous()
     native.cpu.softmax_slopes(
-        *(z.data_ptr(), n, vocabulary, z.stride(0), targets.data_ptr(), 0 if bias is None else bias.data_ptr()),
-        *(problem.logit_scale, problem.logit_softcap or 0.0, logps.data_ptr(), sums.data_ptr()),
+        native.rows(z),
+        0 if bias is None else bias.data_ptr(),
+        native.scoring(z, targets, problem.logit_scale, problem.logit_softcap),
+        logps.data_ptr(),
+        sums.data_ptr(),
         torch.get_num_threads(),
     )
     return logps, -1 / sums, z

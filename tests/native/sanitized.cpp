@@ -34,8 +34,8 @@ bool softmax(std::int64_t n, std::int64_t vocabulary, std::int64_t stride, bool 
   auto z = filled<float>(n ? (n - 1) * stride + vocabulary : 0, 1.5f), bias = filled<float>(vocabulary, 0.5f);
   auto logps = filled<float>(n, 0), sums = filled<float>(n, 0);
   auto targets = filled<std::int64_t>(n, vocabulary - 1);
-  irlfast::softmax_slopes({z.get(), n, vocabulary, stride, targets.get(), biased ? bias.get() : nullptr, 1, cap},
-                          logps.get(), sums.get(), threads);
+  const irlfast::Scoring scoring{n, static_cast<int>(vocabulary), targets.get(), 1, cap};
+  irlfast::softmax_slopes(z.get(), stride, biased ? bias.get() : nullptr, scoring, logps.get(), sums.get(), threads);
   for (std::int64_t i = 0; i < n; ++i)
     if (std::fabs(logps[static_cast<std::size_t>(i)] + std::log(static_cast<float>(vocabulary))) > 1e-4f) return false;
   return true;

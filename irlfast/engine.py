@@ -1,5 +1,6 @@
 """The inner loop: optimiser steps of a DeepSpeed engine over planned batches, checkpointed and resumed exactly."""
 
+import contextlib
 import functools
 import gc
 import math
@@ -20,7 +21,7 @@ from irlfast.config import Config
 from irlfast.data import Format
 from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
 from irlfast.losses import Figures, Loss
-from irlfast.memory import back_off, halved, refit, token_limit
+from irlfast.memory import Limit, RanOut, allowed, token_limit
 from irlfast.metrics import say
 from irlfast.model import freeze, is_reward, load_model, padded_apart, save_pretrained
 from irlfast.optim import FusedRMSprop
@@ -77,11 +78,8 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
         InputError: where the loss or its gradient is no number any more; no policy is written then.
     """
     while not (folder / "DONE").exists():
-        halvings = halved(folder / "checkpoint")
-        try:
-            train_phase(run, folder, policy, segments, loss, plan, halvings)
-        except torch.OutOfMemoryError as error:
-            back_off(folder / "checkpoint", halvings, run.config, error)
+        with contextlib.suppress(RanOut):
+            train_phase(run, folder, policy, segments, loss, plan)
         gc.collect()  # an engine and its model hold each other, and would live on beside the next stage's
         torch.cuda.empty_cache()
     return folder / result_name(plan)
@@ -98,11 +96,11 @@ def train_phase(
     segments: Sequence[Segment],
     loss: Loss,
     plan: Plan,
-    halvings: int,
 ) -> None:
     config = run.config
     engine, layout = make_engine(policy, loss, plan, config, segments)
-    limit = token_limit(config, segments, layout, plan.micro_batch, halvings)
+    most = allowed(folder / "checkpoint")
+    limit = Limit(config, token_limit(config, segments, layout, plan.micro_batch, most), most)
     first = resume(engine, folder / "checkpoint", config)
     phase = folder.relative_to(run.output).as_posix()
     run.log.begin(phase, first)
@@ -111,11 +109,12 @@ def train_phase(
     steps = len(plan.steps)
     warned = False
     watch = Stopwatch()
-    batches = prepare(plan.steps[first:], segments, layout, limit, functools.partial(refit, config, halvings))
+    batches = prepare(plan.steps[first:], segments, layout, limit)
     with (
         tqdm(total=steps, initial=first, desc=phase, unit="step", disable=not dist.is_main()) as bar,
         profiled(config.profile and dist.is_main(), folder / "trace.json") as profile_step,
         watch.telling_communication(),
+        limit.backing_off(folder / "checkpoint"),
     ):
         for step, prepared in enumerate(batches, first + 1):
             figures, grad_norm = train_step(engine, prepared, config.max_grad_norm, watch)

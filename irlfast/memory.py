@@ -1,6 +1,8 @@
 """Tokens of a forward pass: as ``max_tokens_per_batch`` says, or as many as memory holds, measured and backed off."""
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,23 +18,28 @@ GPU_TOKENS = 32768  # at the most: more is no faster there, and a mask grows wit
 SAFE = 0.9  # of a GPU's memory; what lies between its blocks is lost
 
 
-def token_limit(config: Config, segments: Sequence[Segment], layout: Layout, count: int, halvings: int = 0) -> int:
+class RanOut(Exception):
+    """Memory did, in a phase that is to go on from its last checkpoint with smaller batches."""
+
+
+def token_limit(
+    config: Config, segments: Sequence[Segment], layout: Layout, count: int, most: int = sys.maxsize
+) -> int:
     """Tokens of a micro-batch: as configured, else what ``count`` of the longest segments are, on a CPU few.
 
-    ``halvings`` of the latter leave at least a segment.
+    The latter are at most ``most``, but a segment at least.
 
     Raises:
-        InputError: where a segment is longer than configured, or nothing is left to halve.
+        InputError: where a segment is longer than configured, or twice ``most`` were a segment already.
     """
     longest = max(sum(map(tokens, parts(segment, layout))) for segment in segments)
     if config.max_tokens_per_batch == "auto":
-        few = CPU_TOKENS * min(dist.world_size(), 2)  # several processes reduce gradients after each, from ZeRO-2 on
-        most = max(longest, few) if dist.device().type == "cpu" else longest * count
-        if halvings and most >> (halvings - 1) <= longest:
+        if 2 * most <= longest:
             raise InputError(
                 f"out of memory with one prompt and its answers, {longest} tokens; expected a lower max_length"
             )
-        return max(longest, most >> halvings)
+        few = CPU_TOKENS * min(dist.world_size(), 2)  # several processes reduce gradients after each, from ZeRO-2 on
+        return max(longest, min(few if dist.device().type == "cpu" else longest * count, most))
     if longest > config.max_tokens_per_batch:
         raise InputError(
             f"max_tokens_per_batch: found {config.max_tokens_per_batch}, but the longest prompt has {longest} tokens "
@@ -41,22 +48,54 @@ def token_limit(config: Config, segments: Sequence[Segment], layout: Layout, cou
     return config.max_tokens_per_batch
 
 
-# ---------------------------------------------------------------- a GPU's memory, measured
+class Limit:
+    """Tokens of the micro-batches: ``tokens`` at first; where they are ``auto``, as memory tells, up to ``most``."""
+
+    def __init__(self, config: Config, tokens: int, most: int = sys.maxsize) -> None:
+        self.auto = config.max_tokens_per_batch == "auto"
+        self.tokens, self.most = tokens, most
+
+    def refit(self, step: int, largest: int) -> None:
+        """After ``step`` of this start, whose largest micro-batch had ``largest`` tokens, raise the limit.
+
+        The second step is the first with all of the optimiser's state; what it took at its peak, for its tokens, says
+        how many fit on the fullest GPU of all processes.
+        """
+        memory = gpu_memory() if self.auto and step <= 2 else None
+        if memory is None or step < 2:  # the first call makes the second tell of the second step
+            return
+        found = min(dist.all_gather(fitting(largest, *memory)))
+        fits = max(self.tokens, min(found, GPU_TOKENS, self.most))
+        say(f"max_tokens_per_batch: {self.tokens:,} tokens to start with, {fits:,} after measuring a step")
+        self.tokens = fits
+
+    @contextlib.contextmanager
+    def backing_off(self, checkpoint: Path) -> Iterator[None]:
+        """Note in ``checkpoint`` with how many tokens memory ran out, for ``allowed`` to halve.
+
+        Raises:
+            RanOut: the phase can start again.
+            LocalError: not at once, as other processes wait for this one; or never, as the limit was given.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            ran_out = f"{checkpoint.parent.name}: out of memory with {self.tokens:,} tokens a batch"
+            if not self.auto:
+                raise LocalError(f"{ran_out}; expected a lower max_tokens_per_batch, or auto") from error
+            write_json(checkpoint / f"out-of-memory-{dist.rank()}.json", {"tokens": self.tokens})
+            if dist.world_size() > 1:
+                raise LocalError(
+                    f"{ran_out}; the same command goes on from the last checkpoint with half of them"
+                ) from error
+            say(f"{ran_out}; goes on from the last checkpoint with half of them")
+            raise RanOut from error
 
 
-def refit(config: Config, halvings: int, step: int, limit: int, largest: int) -> int:
-    """``limit`` after ``step`` of this start, whose largest micro-batch had ``largest`` tokens, where that is ``auto``.
-
-    The second step is the first with all of the optimiser's state; what it took at its peak, for its tokens, says how
-    many fit on the fullest GPU of all processes. Batches are never made smaller here.
-    """
-    memory = gpu_memory() if config.max_tokens_per_batch == "auto" and step <= 2 else None
-    if memory is None or step < 2:  # the first call makes the second tell of the second step
-        return limit
-    found = min(dist.all_gather(fitting(largest, *memory)))
-    fits = max(limit, min(found, GPU_TOKENS) >> halvings)
-    say(f"max_tokens_per_batch: {limit:,} tokens to start with, {fits:,} after measuring a step")
-    return fits
+def allowed(checkpoint: Path) -> int:
+    """Half of the tokens with which any process ran out of memory in the phase whose checkpoints are in this folder."""
+    found = [read_json(path)["tokens"] // 2 for path in checkpoint.glob("out-of-memory-*.json")]
+    return min(dist.all_gather(min(found, default=sys.maxsize)))
 
 
 def fitting(count: int, base: int, peak: int, total: int) -> int:
@@ -74,32 +113,3 @@ def gpu_memory() -> tuple[int, int, int] | None:
     taken, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return taken, peak, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-
-
-# ---------------------------------------------------------------- out of memory
-
-
-def halved(checkpoint: Path) -> int:
-    """How often a phase, whose checkpoints are in this folder, has run out of memory, on any process."""
-    found = [read_json(path)["halvings"] for path in checkpoint.glob("out-of-memory-*.json")]
-    return max(dist.all_gather(max(found, default=0)))
-
-
-def back_off(checkpoint: Path, halvings: int, config: Config, error: torch.OutOfMemoryError) -> None:
-    """Let this phase go on with half the tokens a batch; where others wait for this process, once it is started again.
-
-    Raises:
-        LocalError: the latter, or ``max_tokens_per_batch`` is given.
-    """
-    phase = checkpoint.parent.name
-    if config.max_tokens_per_batch != "auto":
-        raise LocalError(
-            f"{phase}: out of memory with {config.max_tokens_per_batch} tokens a batch; "
-            "expected a lower max_tokens_per_batch, or auto"
-        ) from error
-    write_json(checkpoint / f"out-of-memory-{dist.rank()}.json", {"halvings": halvings + 1})
-    if dist.world_size() > 1:
-        raise LocalError(
-            f"{phase}: out of memory; the same command goes on from its last checkpoint with half the tokens a batch"
-        ) from error
-    say(f"{phase}: out of memory; goes on from its last checkpoint with half the tokens a batch")

@@ -19,6 +19,7 @@ import torch
 from irlfast import dist
 from irlfast.attention import operations
 from irlfast.losses import Figures, Share
+from irlfast.memory import Limit
 from irlfast.pack import Batch, Layout, Segment, micro_batches, pack, work
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, from the data sheets
@@ -37,16 +38,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    steps: Sequence[np.ndarray],
-    segments: Sequence[Segment],
-    layout: Layout,
-    limit: int,
-    refit: Callable[[int, int, int], int],
+    steps: Sequence[np.ndarray], segments: Sequence[Segment], layout: Layout, limit: Limit
 ) -> Iterator[Prepared]:
-    """Every step with its batches, made by a thread one step ahead, of at most ``limit`` tokens each.
-
-    ``refit`` changes it: called when a step is done with its number, the limit, and the tokens of its largest batch.
-    """
+    """Every step with its batches, made by a thread one step ahead, of at most ``limit.tokens`` each."""
 
     def make(step: np.ndarray, limit: int) -> Prepared:
         chosen = [segments[i] for i in step]
@@ -57,13 +51,13 @@ def prepare(
         return Prepared(batches, share, work(chosen, layout))
 
     with ThreadPoolExecutor(1) as worker:
-        ahead = worker.submit(make, steps[0], limit)
+        ahead = worker.submit(make, steps[0], limit.tokens)
         for number, following in enumerate([*steps[1:], None], 1):
             prepared = ahead.result()
             if following is not None:
-                ahead = worker.submit(make, following, limit)
+                ahead = worker.submit(make, following, limit.tokens)
             yield prepared
-            limit = refit(number, limit, max(batch.input_ids.numel() for batch in prepared.batches))
+            limit.refit(number, max(batch.input_ids.numel() for batch in prepared.batches))
 
 
 def train_step(engine: Any, prepared: Prepared, max_grad_norm: float, watch: "Stopwatch") -> tuple[Figures, Any]:
@@ -157,7 +151,7 @@ class Stopwatch:
 
             return call
 
-        clocked = {name: timed(getattr(comm.cdb, name)) for name in COLLECTIVES}
+        clocked = {name: timed(getattr(comm.cdb, name)) for name in COLLECTIVES if hasattr(comm.cdb, name)}
         vars(comm.cdb).update(clocked)  # before the class's own
         try:
             yield

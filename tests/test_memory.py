@@ -1,5 +1,7 @@
 """How many tokens a batch may have: as configured, as a step's memory tells, and fewer after memory ran out."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from irlfast import memory, reference
 from irlfast.config import make_config
 from irlfast.files import InputError
-from irlfast.memory import fitting, refit, token_limit
+from irlfast.memory import Limit, fitting, token_limit
 from irlfast.pack import Layout, Segment
 from irlfast.step import prepare
 from tests.runs import TORCHRUN, command, start
@@ -20,6 +22,14 @@ def test_a_segment_beyond_the_limit_is_one_sentence():
     config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 16})
     with pytest.raises(InputError, match="max_tokens_per_batch: found 16, but the longest prompt has 18 tokens"):
         token_limit(config, [Segment([1] * 10, ([2] * 4, [3] * 6))], Layout(), 1)
+
+
+def test_half_of_what_was_too_much_is_the_most_until_that_was_one_segment():
+    segments = [Segment([1] * 10, ([2] * 4, [3] * 6))] * 3  # 18 tokens
+    found = {most: token_limit(AUTO, segments, Layout(), 3, most) for most in (2000, 512, 20, 10)}
+    assert found == {2000: 1024, 512: 512, 20: 20, 10: 18}
+    with pytest.raises(InputError, match="out of memory with one prompt and its answers, 18 tokens"):
+        token_limit(AUTO, segments, Layout(), 3, 9)
 
 
 # ---------------------------------------------------------------- measured
@@ -43,32 +53,40 @@ def gpu(monkeypatch):
     return largest
 
 
-@pytest.mark.parametrize("halvings", [0, 1])
-def test_batches_grow_to_what_fits_once_the_second_step_has_told(gpu, halvings, capsys):
+@pytest.mark.parametrize("most", [10_000, 2000])
+def test_batches_grow_to_what_fits_once_the_second_step_has_told(gpu, most, capsys):
     segments = [Segment([1] * 30, ([2] * 20, [3] * 20))] * 64  # 68 tokens each
     steps, tokens = [np.arange(64)] * 5, []
-    for prepared in prepare(steps, segments, Layout(), 140, lambda *of: refit(AUTO, halvings, *of)):
+    for prepared in prepare(steps, segments, Layout(), Limit(AUTO, 140, most)):
         tokens.append([batch.input_ids.numel() for batch in prepared.batches])
         gpu[0] = max(tokens[-1])
     assert tokens[:3] == [[136] * 32] * 3  # the third is made while the second runs
-    fits = 4000 >> halvings
+    fits = min(4000, most)
     assert tokens[3] == tokens[4]
     assert fits - 68 < max(tokens[3]) <= fits
     assert sum(tokens[3]) == sum(tokens[0])
-    assert "140 tokens to start with" in capsys.readouterr().err
+    assert f"140 tokens to start with, {fits:,} after" in capsys.readouterr().err
+
+
+def after_steps(limit):
+    found = []
+    for step in (1, 2, 3):
+        limit.refit(step, 100)
+        found.append(limit.tokens)
+    return found
 
 
 def test_batches_never_shrink_by_measuring_nor_change_where_they_are_given(gpu):
     given = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 500})
     gpu[0] = 100
-    assert [refit(AUTO, 0, step, 9000, 100) for step in (1, 2, 3)] == [9000] * 3
-    assert [refit(AUTO, 0, step, 200, 100) for step in (1, 2, 3)] == [200, 4000, 200]
-    assert [refit(given, 0, step, 500, 100) for step in (1, 2, 3)] == [500] * 3
+    assert after_steps(Limit(AUTO, 9000)) == [9000] * 3
+    assert after_steps(Limit(AUTO, 200)) == [200, 4000, 4000]
+    assert after_steps(Limit(given, 500)) == [500] * 3
 
 
 def test_a_cpu_measures_nothing():
     assert memory.gpu_memory() is None
-    assert refit(AUTO, 0, 2, 1024, 1000) == 1024
+    assert after_steps(Limit(AUTO, 1024)) == [1024] * 3
 
 
 # ---------------------------------------------------------------- out of memory
@@ -100,7 +118,7 @@ def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, mo
     process = start(short_of_memory(tmp_path, most))
     _, err = process.communicate(timeout=300)
     assert process.returncode == code, err
-    assert "goes on from its last checkpoint with half the tokens a batch" in err
+    assert "sft: out of memory with 1,024 tokens a batch; goes on from the last checkpoint with half of them" in err
     if code:
         assert "out of memory with one prompt and its answers" in err.splitlines()[-1]
         assert not (tmp_path / "run" / "sft" / "policy").exists()
@@ -108,13 +126,13 @@ def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, mo
 
 def test_of_several_processes_the_one_out_of_memory_says_so_and_all_start_again_with_half(tmp_path):
     """The same command, until what is left fits."""
-    said = "irlfast, process 1: sft: out of memory; the same command goes on from its last checkpoint with half"
+    said = r"irlfast, process 1: sft: out of memory with [\d,]+ tokens a batch; the same command goes on from the last"
     for _ in range(4):
         process = start(short_of_memory(tmp_path, 700), TORCHRUN)
         _, err = process.communicate(timeout=300)
         if process.returncode == 0:
             break
-        assert said in err, err
+        assert re.search(said, err), err
     assert process.returncode == 0
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "sft" / "checkpoint").exists()

@@ -21,7 +21,7 @@ from irlfast import dist
 from irlfast.config import make_config
 from irlfast.engine import Plan, make_engine
 from irlfast.losses import irft_loss
-from irlfast.memory import refit
+from irlfast.memory import Limit
 from irlfast.ops import checks
 from irlfast.pack import Segment
 from irlfast.prepare import quiet
@@ -65,7 +65,7 @@ def count(folder: Path, segments: list[Segment], own: str | None) -> dict[str, A
     loss = functools.partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1)
     engine, layout = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config, segments)
     watch, places = Stopwatch(), Counter[str]()
-    *_, prepared = prepare(steps, segments, layout, config.max_tokens_per_batch, functools.partial(refit, config, 0))
+    *_, prepared = prepare(steps, segments, layout, Limit(config, config.max_tokens_per_batch))
     train_step(engine, prepared, config.max_grad_norm, watch)
     methods = {name: getattr(torch.Tensor, name) for name in METHODS}
     try:

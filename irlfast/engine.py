@@ -21,7 +21,7 @@ from irlfast.config import Config
 from irlfast.data import Format
 from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
 from irlfast.losses import Figures, Loss
-from irlfast.memory import Limit, RanOut, allowed, token_limit
+from irlfast.memory import RanOut, phase_limit
 from irlfast.metrics import say
 from irlfast.model import freeze, is_reward, load_model, padded_apart, save_pretrained
 from irlfast.optim import FusedRMSprop
@@ -99,8 +99,7 @@ def train_phase(
 ) -> None:
     config = run.config
     engine, layout = make_engine(policy, loss, plan, config, segments)
-    most = allowed(folder / "checkpoint")
-    limit = Limit(config, token_limit(config, segments, layout, plan.micro_batch, most), most)
+    limit = phase_limit(config, segments, layout, plan.micro_batch, folder / "checkpoint")
     first = resume(engine, folder / "checkpoint", config)
     phase = folder.relative_to(run.output).as_posix()
     run.log.begin(phase, first)

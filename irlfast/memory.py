@@ -30,14 +30,10 @@ def token_limit(
     The latter are at most ``most``, but a segment at least.
 
     Raises:
-        InputError: where a segment is longer than configured, or twice ``most`` were a segment already.
+        InputError: where a segment is longer than configured.
     """
-    longest = max(sum(map(tokens, parts(segment, layout))) for segment in segments)
+    longest = longest_of(segments, layout)
     if config.max_tokens_per_batch == "auto":
-        if 2 * most <= longest:
-            raise InputError(
-                f"out of memory with one prompt and its answers, {longest} tokens; expected a lower max_length"
-            )
         few = CPU_TOKENS * min(dist.world_size(), 2)  # several processes reduce gradients after each, from ZeRO-2 on
         return max(longest, min(few if dist.device().type == "cpu" else longest * count, most))
     if longest > config.max_tokens_per_batch:
@@ -48,12 +44,20 @@ def token_limit(
     return config.max_tokens_per_batch
 
 
-class Limit:
-    """Tokens of the micro-batches: ``tokens`` at first; where they are ``auto``, as memory tells, up to ``most``."""
+def longest_of(segments: Sequence[Segment], layout: Layout) -> int:
+    """Tokens of the longest segment."""
+    return max(sum(map(tokens, parts(segment, layout))) for segment in segments)
 
-    def __init__(self, config: Config, tokens: int, most: int = sys.maxsize) -> None:
+
+class Limit:
+    """Tokens of the micro-batches: ``tokens`` at first; where they are ``auto``, as memory tells, up to ``most``.
+
+    A segment has up to ``least``: no batch can be made smaller.
+    """
+
+    def __init__(self, config: Config, tokens: int, least: int = 1, most: int = sys.maxsize) -> None:
         self.auto = config.max_tokens_per_batch == "auto"
-        self.tokens, self.most = tokens, most
+        self.tokens, self.least, self.most = tokens, least, most
 
     def refit(self, step: int, largest: int) -> None:
         """After ``step`` of this start, whose largest micro-batch had ``largest`` tokens, raise the limit.
@@ -75,7 +79,8 @@ class Limit:
 
         Raises:
             RanOut: the phase can start again.
-            LocalError: not at once, as other processes wait for this one; or never, as the limit was given.
+            LocalError: not at once, as other processes wait for this one; or never, as the limit was given, or the
+                batch was one segment.
         """
         try:
             yield
@@ -83,6 +88,8 @@ class Limit:
             ran_out = f"{checkpoint.parent.name}: out of memory with {self.tokens:,} tokens a batch"
             if not self.auto:
                 raise LocalError(f"{ran_out}; expected a lower max_tokens_per_batch, or auto") from error
+            if self.tokens <= self.least:
+                raise LocalError(f"{ran_out}, one prompt and its answers; expected a lower max_length") from error
             write_json(checkpoint / f"out-of-memory-{dist.rank()}.json", {"tokens": self.tokens})
             if dist.world_size() > 1:
                 raise LocalError(
@@ -96,6 +103,12 @@ def allowed(checkpoint: Path) -> int:
     """Half of the tokens with which any process ran out of memory in the phase whose checkpoints are in this folder."""
     found = [read_json(path)["tokens"] // 2 for path in checkpoint.glob("out-of-memory-*.json")]
     return min(dist.all_gather(min(found, default=sys.maxsize)))
+
+
+def phase_limit(config: Config, segments: Sequence[Segment], layout: Layout, count: int, checkpoint: Path) -> Limit:
+    """Of the phase whose checkpoints are in this folder."""
+    most = allowed(checkpoint)
+    return Limit(config, token_limit(config, segments, layout, count, most), longest_of(segments, layout), most)
 
 
 def fitting(count: int, base: int, peak: int, total: int) -> int:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.stability --seeds 0 1 2
 
-From one SFT policy a seed, with a KL weight so low that the discriminator's reward can be exploited. Prints exact match
+From one SFT policy a seed, at twice the recipe's learning rate and without a KL that counts (a stage's one round has
+its reference's answers, whose KL in the reward is 0): the discriminator's reward can be exploited. Prints exact match
 after the last stage and the least after any, NLL, and the discriminator's held-out accuracy, mean ± standard deviation
 over seeds. Writes ``benchmarks/results/DATE-stability.json``. Runs resume.
 """

@@ -2,10 +2,9 @@
 
     python -m benchmarks.stability --seeds 0 1 2
 
-From one SFT policy a seed, at twice the recipe's learning rate and without a KL that counts (a stage's one round has
-its reference's answers, whose KL in the reward is 0): the discriminator's reward can be exploited. Prints exact match
-after the last stage and the least after any, NLL, and the discriminator's held-out accuracy, mean ± standard deviation
-over seeds. Writes ``benchmarks/results/DATE-stability.json``. Runs resume.
+From one SFT policy a seed, at twice the recipe's learning rate and without a KL, so that the discriminator's reward can
+be exploited. Prints exact match after the last stage and the least after any, NLL, and the discriminator's held-out
+accuracy, mean ± standard deviation over seeds. Writes ``benchmarks/results/DATE-stability.json``. Runs resume.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from pathlib import Path
 from benchmarks.conftest import write_result
 from benchmarks.runs import Figures, markdown, share, summarise, train
 
-KEYS = {"stages": 4, "beta": 0.1, "learning_rate": 2e-5, "history": 0, "max_eval_samples": 500}
+KEYS = {"stages": 4, "kl_in": "none", "learning_rate": 2e-5, "history": 0, "max_eval_samples": 500}
 SWITCHES = {"none": {}, "replay": {"history": 1}}
 COLUMNS = {
     "last": "exact match, last stage",

@@ -157,7 +157,9 @@ class Config:
     align: Literal["rloo", "ppo", "apa", "bon"] = key("rloo", "rloo, ppo, apa, or SFT on the best of n answers")
     num_generations: Annotated[int, Field(ge=2)] = key(4, "n: answers to each prompt")
     align_rounds: Count = key(1, "times a stage samples anew, each for the next share of its prompts")
-    kl_in: Literal["reward", "loss"] = key("reward", "where beta KL(pi || pi_ref) is taken off")
+    kl_in: Literal["loss", "reward", "none"] = key(
+        "loss", "where rloo and ppo take beta KL(pi || pi_ref) off; in the reward it is that of the policy that sampled"
+    )
     whiten_rewards: bool = key(False, "divide the advantages of rloo and ppo by their standard deviation")
     cliprange: Positive = key(0.2, "clip range of ppo")
     missing_eos_penalty: NotNegative = key(0.0, "taken off the reward of an answer that was cut")

@@ -115,8 +115,16 @@ def check_reward(config: Any) -> None:
         )
     if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
         raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
-    if config.align == "apa" and config.kl_in == "loss":
-        raise InputError("kl_in: found 'loss' with align apa, whose loss is the KL-regularised optimum's already")
+    if config.kl_in != "loss" and config.align in ("apa", "bon"):
+        raise InputError(
+            f"kl_in: found {config.kl_in!r} with align {config.align}; expected it left out: apa's own loss has the "
+            "KL, and SFT on the best of n has none"
+        )
+    if config.kl_in == "reward" and config.reference == "stage" and config.align_rounds == 1:
+        raise InputError(
+            "kl_in: found 'reward' with reference 'stage' and align_rounds 1, where the policy that samples is the "
+            "reference and its KL is 0; expected kl_in: loss, more rounds, reference: initial, or kl_in: none"
+        )
 
 
 def check_path(name: str, value: str | None) -> None:

@@ -78,6 +78,8 @@ WRONG = {
     "activation_offloading: found true with torch_compile": {"activation_offloading": True, "torch_compile": True},
     "activation_offloading: found true with zero_stage 3": {"activation_offloading": True, "zero_stage": 3},
     "reward_combine: found 'min' with one head": {"method": "rft", "reward_combine": "min"},
+    "kl_in: found 'reward' with align bon; expected it left out": {"method": "rft", "align": "bon", "kl_in": "reward"},
+    "kl_in: found 'reward' with reference 'stage' and align_rounds 1": {"method": "rft", "kl_in": "reward"},
     "load_in_4bit: found true without use_peft": {"load_in_4bit": True},
     "load_in_4bit: found true with zero_stage 3": {"load_in_4bit": True, "use_peft": True, "zero_stage": 3},
     "bnb_4bit_quant_type: found 'int4', expected 'nf4' or 'fp4'": {"bnb_4bit_quant_type": "int4"},

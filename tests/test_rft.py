@@ -93,7 +93,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(rft, tmp_path, moment):
 
 
 OPTIONS = {
-    "afd-js-token-ppo": {"method": "afd", "divergence": "js", "reward_level": "token", "align": "ppo", "kl_in": "loss"},
+    "afd-js-token-ppo": {"method": "afd", "divergence": "js", "reward_level": "token", "align": "ppo"},
     "afd-bound-apa-lora": {
         "method": "afd",
         "reward_loss": "bound",
@@ -104,8 +104,19 @@ OPTIONS = {
         "reward_combine": "min",
     },
     "linear-bon-frozen": {"align": "bon", "reward_loss": "linear", "reward_frozen_layers": 1},
-    "init_sft-whitened": {"reward_data": "init_sft", "whiten_rewards": True, "missing_eos_penalty": 1.0},
-    "sft_demo-shorter": {"reward_data": "sft_demo", "length_penalty": 0.01, "stages": 2},
+    "init_sft-whitened-no-kl": {
+        "reward_data": "init_sft",
+        "whiten_rewards": True,
+        "missing_eos_penalty": 1.0,
+        "kl_in": "none",
+    },
+    "sft_demo-shorter": {
+        "reward_data": "sft_demo",
+        "length_penalty": 0.01,
+        "stages": 2,
+        "kl_in": "reward",
+        "reference": "initial",
+    },
 }
 
 
@@ -115,6 +126,15 @@ def test_every_option_runs_and_moves_the_policy(tmp_path, name):
     before, after = (load_file(tmp_path / "run" / phase / "model.safetensors") for phase in ("sft/policy", "final"))
     assert any(not torch.equal(before[key], after[key]) for key in before)
     assert all(after[key].isfinite().all() for key in after)
+
+
+def test_the_kl_counts_in_a_stage_of_one_round(tmp_path):
+    """Where the policy that samples is the reference, so that the KL of its answers is 0."""
+    policies = []
+    for beta in (0.1, 10.0):
+        run(tmp_path / str(beta), **{**RFT, "align_rounds": 1}, beta=beta)
+        policies.append((tmp_path / str(beta) / "final" / "model.safetensors").read_bytes())
+    assert policies[0] != policies[1]
 
 
 def test_a_reward_model_loads_with_plain_transformers_and_scores_as_it_was_trained(tmp_path, preferences):

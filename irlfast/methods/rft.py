@@ -90,15 +90,15 @@ def align(
         chosen = [Segment(x.prompt, (x.answers[i],)) for x, i in zip(groups, best, strict=True)]
         fit(run, folder, policy, chosen, sft_loss, plan)
         return
-    in_loss = config.kl_in == "loss"
     beta = config.at("beta", stage)
-    advantages = advantages_of(values if in_loss else values - beta * kl, config)
+    kl_in = "reward" if config.align == "apa" else config.kl_in  # APA's loss holds to the policy that sampled
+    advantages = advantages_of(values - beta * kl if kl_in == "reward" else values, config)
     groups = [
-        x._replace(old_logps=o, ref_logps=r if in_loss else (), advantages=tuple(a))
+        x._replace(old_logps=o, ref_logps=r if kl_in == "loss" else (), advantages=tuple(a))
         for x, o, r, a in zip(groups, old, ref, advantages.tolist(), strict=True)
     ]
     loss = functools.partial(
-        align_loss, align=config.align, answers=n, beta=beta, kl_in_loss=in_loss, clip_range=config.cliprange
+        align_loss, align=config.align, answers=n, beta=beta, kl_in_loss=kl_in == "loss", clip_range=config.cliprange
     )
     fit(run, folder, policy, groups, loss, plan)
 

@@ -32,7 +32,7 @@ COMMON = {
 REWARD = {"reward_epochs": 2, "reward_learning_rate": 3e-4, "reward_optim": "adamw_torch"}
 RUNS = {
     "IRFT": {"method": "irft", "stages": 2, "learning_rate": 5e-5, "beta": 0.1, "nll_weight": 0.2},
-    "RFT": REWARD | {"method": "rft", "stages": 1, "learning_rate": 1e-5, "beta": 0.2, "num_generations": 2},
+    "RFT": REWARD | {"method": "rft", "stages": 1, "learning_rate": 1e-5, "beta": 1.0, "num_generations": 2},
     "preference reward model": REWARD | {"method": "reward", "reward_data": "preference"},
 }
 

@@ -3,10 +3,10 @@
     python -m benchmarks.rewards --data ../shared/data --seeds 0 1 2
 
 For every seed: an early SFT policy (the initial one of AfD), the SFT policy, IRFT, SPIN, RFT by each alignment on one
-learned reward, adversarial AfD, AfD's rewards of each kind of pairs, and best of 16 of the SFT policy's answers by
-every reward and by likelihoods, an ensemble over seeds among them. A reward's true quality is its rank correlation with
-the phoneme error rate among the SFT policy's own answers to a prompt. Prints mean ± standard deviation over seeds and
-writes ``benchmarks/results/DATE-rewards-cmudict.json``. Runs resume.
+learned reward, adversarial AfD, AfD's rewards of each kind of pairs and the policies aligned to them, and best of 16 of
+the SFT policy's answers by every reward and by likelihoods, an ensemble over seeds among them. A reward's true quality
+is its rank correlation with the phoneme error rate among the SFT policy's own answers to a prompt. Prints mean ±
+standard deviation over seeds and writes ``benchmarks/results/DATE-rewards-cmudict.json``. Runs resume.
 """
 
 import argparse
@@ -42,10 +42,11 @@ EARLY, SFT = 100, 400  # steps
 REWARD = {"reward_steps": 200, "reward_learning_rate": 3e-4, "reward_optim": "adamw_torch"}
 IRFT = {"method": "irft", "stages": 3, "learning_rate": 5e-5, "beta": 1.0, "nll_weight": 0.5}
 SPIN = {"method": "spin", "stages": 2, "inner_steps": 60, "learning_rate": 5e-5, "beta": 1.0, "nll_weight": 0.5}
-RFT = REWARD | {"method": "rft", "stages": 1, "num_generations": 4, "learning_rate": 1e-5, "beta": 0.2}
+RFT = REWARD | {"method": "rft", "stages": 1, "num_generations": 4, "learning_rate": 1e-5, "beta": 1.0}
 AFD = RFT | {"method": "afd", "stages": 2, "reward_steps": 100, "prompts_per_stage": "split", "history": 1}
 WORDS = {"max_train_samples": 8000}  # of all but SFT
 PROMPTS = {"max_train_samples": 4000}  # of RFT and adversarial AfD: four answers to each are sampled
+PAIRS = ("init_sft", "init_demo", "sft_demo")
 N, BON_PROMPTS = 16, 500
 
 
@@ -69,7 +70,7 @@ def train_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
     train(folder / "SFT", **early, method="sft")
     policy = folder / "SFT" / "sft" / "policy"
     figures = {"SFT": errors(folder / "SFT" / "sft")}
-    for pairs in ("init_sft", "init_demo", "sft_demo"):
+    for pairs in PAIRS:
         share(folder / "SFT", folder / pairs, "sft")
         found = train(folder / pairs, **early | REWARD | WORDS, method="reward", reward_data=pairs)
         figures[f"reward {pairs}"] = found["stage-00/reward"]
@@ -84,6 +85,11 @@ def train_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
         if align != "rloo":
             share(folder / "rft-rloo", output, "stage-00/reward")
         figures[f"RFT, {align}"] = last(output, train(output, **from_sft | RFT | PROMPTS, align=align))
+    for pairs in PAIRS:
+        output = folder / f"rloo-{pairs}"
+        share(folder / "IRFT", output, "initial")
+        learned = {"reward_data": "none", "reward_model_name_or_path": f"[{folder / pairs / 'final'}]"}
+        figures[f"AfD, RLOO on {pairs}"] = last(output, train(output, **from_sft | RFT | PROMPTS | learned))
     return figures
 
 

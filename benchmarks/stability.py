@@ -1,10 +1,10 @@
-"""Does replay steady AfD? Four adversarial stages on the shipped task, with replay of earlier answers and without.
+"""What steadies AfD? Four adversarial stages on the shipped task, with a replay of earlier answers or a KL, or without.
 
     python -m benchmarks.stability --seeds 0 1 2
 
-From one SFT policy a seed, at twice the recipe's learning rate and without a KL, so that the discriminator's reward can
-be exploited. Prints exact match after the last stage and the least after any, NLL, and the discriminator's held-out
-accuracy, mean ± standard deviation over seeds. Writes ``benchmarks/results/DATE-stability.json``. Runs resume.
+From one SFT policy a seed, at twice the recipe's learning rate, so that the discriminator's reward can be exploited.
+Prints exact match after the last stage and the least after any, NLL, and the discriminator's held-out accuracy, mean ±
+standard deviation over seeds. Writes ``benchmarks/results/DATE-stability.json``. Runs resume.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from benchmarks.conftest import write_result
 from benchmarks.runs import Figures, markdown, share, summarise, train
 
 KEYS = {"stages": 4, "kl_in": "none", "learning_rate": 2e-5, "history": 0, "max_eval_samples": 500}
-SWITCHES = {"none": {}, "replay": {"history": 1}}
+KL = {"kl_in": "loss", "beta": 1.0}
+SWITCHES = {"none": {}, "replay": {"history": 1}, "KL": KL, "replay and KL": KL | {"history": 1}}
 COLUMNS = {
     "last": "exact match, last stage",
     "least": "least of any stage",

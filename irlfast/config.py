@@ -143,7 +143,9 @@ class Config:
         "mean", "mean: of a reward's heads, and several rewards add up; min, mean_std: of all heads of all rewards"
     )
     reward_std_weight: NotNegative = key(1.0, "k of mean_std: mean - k std")
-    reward_frozen_layers: Annotated[int, Field(ge=0)] = key(0, "first layers of the backbone that stay as they are")
+    reward_frozen_layers: Annotated[int, Field(ge=0)] = key(
+        0, "first layers of the backbone that stay as they are; all: heads on the policy's"
+    )
     reward_epochs: Positive | None = key(None, "passes over a stage's pairs (default 1)")
     reward_steps: Count | None = key(None, "or optimiser steps")
     reward_learning_rate: Positive | None = key(None, "its peak learning rate (default: learning_rate)")

@@ -178,7 +178,7 @@ def head_of(model: Any) -> Head:
 
 
 def freeze(model: Any, layers: int) -> None:
-    """Let the embeddings and the first ``layers`` of a model stay as they are; 0 freezes nothing.
+    """Let the embeddings and the first ``layers`` of a model stay as they are, or with all layers its whole backbone.
 
     Raises:
         InputError: where it has fewer layers.
@@ -190,7 +190,8 @@ def freeze(model: Any, layers: int) -> None:
     if layers > count:
         raise InputError(f"reward_frozen_layers: found {layers}, but the model has {count} layers")
     stack = next(m for m in base.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
-    for module in (model.get_input_embeddings(), *stack[:layers]):
+    frozen = [base] if layers == count else [model.get_input_embeddings(), *stack[:layers]]
+    for module in frozen:
         module.requires_grad_(False)
 
 

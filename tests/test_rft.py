@@ -137,6 +137,15 @@ def test_the_kl_counts_in_a_stage_of_one_round(tmp_path):
     assert policies[0] != policies[1]
 
 
+def test_with_every_layer_frozen_the_reward_is_a_head_on_the_policys_backbone(tmp_path):
+    run(tmp_path, **RFT | {"method": "reward", "reward_frozen_layers": 2, "logging_steps": 1})
+    policy, reward = (load_file(tmp_path / name / "model.safetensors") for name in ("sft/policy", "final"))
+    assert {name for name in reward if name not in policy} == {"score.weight"}
+    assert all(torch.equal(reward[name], policy[name]) for name in reward if name in policy)
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").open())
+    assert all(row["grad_norm"] > 0 for row in rows if row["phase"] == "stage-00/reward")
+
+
 def test_a_reward_model_loads_with_plain_transformers_and_scores_as_it_was_trained(tmp_path, preferences):
     """Batch of padded texts, end token included, through ``AutoModelForSequenceClassification``."""
     output = tmp_path / "run"

@@ -56,11 +56,11 @@ def test_opcheck(form):
     wanted = registered.wanted(policy)
     keep = wanted == [True, False, False]
     torch.library.opcheck(registered.forward, (*sides, *problem, "cpu", keep, 0))
-    detached = (None if side is None else side.detach() for side in sides)
+    detached = [None if side is None else side.detach() for side in sides]
     upstream = torch.randn(len(problem.targets))
     torch.library.opcheck(registered.backward, (upstream, None, *detached, *problem, "cpu", wanted))
     coupling = Coupling(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
-    torch.library.opcheck(registered.pair_slabs, (*sides, *problem, *coupling, "cpu", wanted))
+    torch.library.opcheck(registered.pair_slabs, (None, *detached, *problem, *coupling, "cpu", wanted))
 
 
 @forms

@@ -43,18 +43,15 @@ def pair_loss(
     weight_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`irlfast.ops.plain.pair_loss`."""
-    arguments = *policy, *(reference or NOTHING), *problem, *coupling, backend
     if weight_grad is not None:
-        hidden, _, bias = wanted(policy)
-        with torch.no_grad():
-            loss, logps, ref_logps, *grads = pair_slabs_into(weight_grad, *arguments, [hidden, False, bias])
-        loss = Known.apply(loss, policy.hidden, policy.bias, *grads)
+        policy = policy._replace(weight=policy.weight.detach())
     elif not any(wanted(policy)[1:]) or sparse(policy, problem, backend):
         logps, ref_logps = token_logps(policy, reference, problem, backend)
         return objective(logps, ref_logps, problem, coupling), logps.detach(), ref_logps
-    else:
-        loss, logps, ref_logps, *_ = pair_slabs(*arguments, wanted(policy))
-    return loss, logps, None if reference is None else ref_logps
+    arguments = *policy, *(reference or NOTHING), *problem, *coupling, backend, wanted(policy)
+    with torch.no_grad():
+        loss, logps, ref_logps, *sums = pair_slabs(weight_grad, *arguments)
+    return Known.apply(loss, *policy, *sums), logps, None if reference is None else ref_logps
 
 
 def wanted(policy: Side) -> list[bool]:
@@ -163,70 +160,46 @@ forward.register_autograd(token_logps_backward, setup_context=keep_policy)
 
 # ---------------------------------------------------------------- the pair slab
 
-PAIR_LOSS = f"{SIDE}, {REFERENCE}, {PROBLEM}, {COUPLING}, str backend, bool[] wanted"
-
 
 @torch.library.custom_op(
     "irlfast::pair_slabs",
-    mutates_args=(),
-    schema=f"({PAIR_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=WAITS,
-)
-def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
-    """See :func:`irlfast.ops.slab.pair_loss`."""
-    policy, _, problem, (*_, wanted) = unpack(arguments)
-    sums = slab.new_gradients(policy, problem, wanted)
-    return *compute_pair_loss(arguments, sums), *filled(policy, *sums)
-
-
-@torch.library.custom_op(
-    "irlfast::pair_slabs_into",
     mutates_args=("weight_grad",),
-    schema=f"(Tensor(a!) weight_grad, {PAIR_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor(a!)? weight_grad, {SIDE}, {REFERENCE}, {PROBLEM}, {COUPLING}, str backend, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
-def pair_slabs_into(weight_grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The same, the gradient by the weight added to ``weight_grad``."""
-    policy, _, problem, (*_, wanted) = unpack(arguments)
+def pair_slabs(weight_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`irlfast.ops.slab.pair_loss`: what it returns, and the gradients; to a ``weight_grad`` the weight's is
+    added."""
+    policy, reference, problem, (*coupling, backend, wanted) = unpack(arguments)
     sums = slab.new_gradients(policy, problem, wanted)
-    scores = compute_pair_loss(arguments, sums._replace(weight=weight_grad))
-    return *scores, *filled(policy, sums.hidden, sums.bias)
-
-
-def compute_pair_loss(arguments: Sequence[Any], sums: slab.Gradients) -> tuple[Tensor, ...]:
-    policy, reference, problem, (*coupling, backend, _) = unpack(arguments)
+    into = sums if weight_grad is None else sums._replace(weight=weight_grad)
     with arithmetic_of(backend, policy) as arithmetic:
-        return filled(policy, *slab.pair_loss(arithmetic, policy, reference, problem, Coupling(*coupling), sums))
+        scores = slab.pair_loss(arithmetic, policy, reference, problem, Coupling(*coupling), into)
+    return filled(policy, *scores, *sums)
 
 
 @pair_slabs.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _(weight_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     policy, reference, problem, (*_, wanted) = unpack(arguments)
     logps, ref_logps = problem.zeros(), None if reference is None else problem.zeros()
-    sums = slab.new_gradients(policy, problem, wanted)
-    return filled(policy, logps.new_empty(()), logps, ref_logps, *sums)
+    return filled(policy, logps.new_empty(()), logps, ref_logps, *slab.new_gradients(policy, problem, wanted))
 
 
-@pair_slabs_into.register_fake
-def _(weight_grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    policy, reference, problem, (*_, wanted) = unpack(arguments)
-    logps, ref_logps = problem.zeros(), None if reference is None else problem.zeros()
-    sums = slab.new_gradients(policy, problem, wanted)
-    return filled(policy, logps.new_empty(()), logps, ref_logps, sums.hidden, sums.bias)
+class Known(torch.autograd.Function):
+    """A loss whose gradients by hidden, weight and bias are known already."""
 
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *sums: Tensor) -> Tensor:
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*sums)
+        return loss.clone()
 
-def keep_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *others = output
-    ctx.mark_non_differentiable(*others)
-    ctx.dtype, ctx.wanted = inputs[0].dtype, inputs[-1]
-    ctx.save_for_backward(*others[2:])
-
-
-@once_differentiable
-def pair_slabs_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    grads = (scaled(sums, upstream, ctx.dtype) if wants else None for sums, wants in pairs)
-    return *grads, *[None] * 21  # what comes after the policy
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:4], strict=True)
+        return None, *(scaled(sums, upstream, ctx.dtype) if wants else None for sums, wants in pairs), None, None, None
 
 
 def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,22 +208,3 @@ def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if known and factor.device.type == "cpu" and sums.dtype == dtype and factor == 1:  # to ask a GPU is to wait for it
         return sums
     return torch.mul(sums, factor, out=torch.empty_like(sums, dtype=dtype))
-
-
-pair_slabs.register_autograd(pair_slabs_backward, setup_context=keep_sums)
-
-
-class Known(torch.autograd.Function):
-    """A loss whose gradients by ``hidden`` and ``bias`` are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, hidden: Tensor, bias: Tensor | None, *grads: Tensor) -> Tensor:
-        ctx.dtype = hidden.dtype
-        ctx.save_for_backward(*grads)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:3], strict=True)
-        return None, *(scaled(sums, upstream, ctx.dtype) if wants else None for sums, wants in pairs), None, None

@@ -123,7 +123,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     from irlfast.config import make_config
     from irlfast.engine import Plan, make_engine, summarise
     from irlfast.losses import irft_loss
-    from irlfast.memory import Limit, token_limit
+    from irlfast.memory import phase_limit
     from irlfast.pack import Segment
     from irlfast.reference import score_share, token_logps
     from irlfast.step import Stopwatch, prepare, train_step
@@ -146,7 +146,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
     plan = Plan(0, steps, workload["batch"], RATE, "rmsprop")
     engine, layout = make_engine(folder / "policy", loss, plan, config, segments)
-    limit = Limit(config, token_limit(config, segments, layout, workload["batch"]))
+    limit = phase_limit(config, segments, layout, workload["batch"], folder / "checkpoint")
     moments, losses, watch = [now()], [], Stopwatch()
     for prepared in prepare(steps, segments, layout, limit):
         figures, _ = train_step(engine, prepared, config.max_grad_norm, watch)

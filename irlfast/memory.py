@@ -22,17 +22,14 @@ class RanOut(Exception):
     """Memory did, in a phase that is to go on from its last checkpoint with smaller batches."""
 
 
-def token_limit(
-    config: Config, segments: Sequence[Segment], layout: Layout, count: int, most: int = sys.maxsize
-) -> int:
-    """Tokens of a micro-batch: as configured, else what ``count`` of the longest segments are, on a CPU few.
+def token_limit(config: Config, longest: int, count: int, most: int = sys.maxsize) -> int:
+    """Tokens of a micro-batch: as configured, else what ``count`` segments of the ``longest`` are, on a CPU few.
 
     The latter are at most ``most``, but a segment at least.
 
     Raises:
         InputError: where a segment is longer than configured.
     """
-    longest = longest_of(segments, layout)
     if config.max_tokens_per_batch == "auto":
         few = CPU_TOKENS * min(dist.world_size(), 2)  # several processes reduce gradients after each, from ZeRO-2 on
         return max(longest, min(few if dist.device().type == "cpu" else longest * count, most))
@@ -107,8 +104,8 @@ def allowed(checkpoint: Path) -> int:
 
 def phase_limit(config: Config, segments: Sequence[Segment], layout: Layout, count: int, checkpoint: Path) -> Limit:
     """Of the phase whose checkpoints are in this folder."""
-    most = allowed(checkpoint)
-    return Limit(config, token_limit(config, segments, layout, count, most), longest_of(segments, layout), most)
+    longest, most = longest_of(segments, layout), allowed(checkpoint)
+    return Limit(config, token_limit(config, longest, count, most), longest, most)
 
 
 def fitting(count: int, base: int, peak: int, total: int) -> int:

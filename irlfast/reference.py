@@ -16,7 +16,7 @@ from irlfast.attention import arrange, hidden_states
 from irlfast.config import Config
 from irlfast.files import LocalError, write
 from irlfast.losses import arguments
-from irlfast.memory import token_limit
+from irlfast.memory import longest_of, token_limit
 from irlfast.model import head_of, load_model
 from irlfast.ops import Head
 from irlfast.pack import Batch, Segment, micro_batches, pack
@@ -80,7 +80,7 @@ def score_share(
     """This process's share of the scores, by the numbers of the segments."""
     model = load_model(name, config, heads, in_4bit).to(dist.device()).eval()
     layout, head = arrange(model, config, segments), head_of(model)
-    limit = token_limit(config, segments, layout, config.per_device_eval_batch_size)
+    limit = token_limit(config, longest_of(segments, layout), config.per_device_eval_batch_size)
     batches = micro_batches(range(len(segments)), segments, layout, limit, dist.rank(), dist.world_size())
     scores: dict[int, tuple[Tensor, ...]] = {}
     label = f"{path.parent.name}/{path.stem}"

@@ -9,7 +9,7 @@ import torch
 from irlfast import memory, reference
 from irlfast.config import make_config
 from irlfast.files import InputError
-from irlfast.memory import Limit, RanOut, allowed, fitting, token_limit
+from irlfast.memory import Limit, RanOut, allowed, fitting, longest_of, token_limit
 from irlfast.pack import Layout, Segment
 from irlfast.step import prepare
 from tests.runs import TORCHRUN, command, start
@@ -21,12 +21,13 @@ AUTO = make_config({"dataset_name": __file__, "model_name_or_path": "."})
 def test_a_segment_beyond_the_limit_is_one_sentence():
     config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 16})
     with pytest.raises(InputError, match="max_tokens_per_batch: found 16, but the longest prompt has 18 tokens"):
-        token_limit(config, [Segment([1] * 10, ([2] * 4, [3] * 6))], Layout(), 1)
+        token_limit(config, longest_of([Segment([1] * 10, ([2] * 4, [3] * 6))], Layout()), 1)
 
 
 def test_half_of_what_was_too_much_is_the_most_but_a_segment_the_least():
     segments = [Segment([1] * 10, ([2] * 4, [3] * 6))] * 3  # 18 tokens
-    found = {most: token_limit(AUTO, segments, Layout(), 3, most) for most in (2000, 512, 20, 10)}
+    longest = longest_of(segments, Layout())
+    found = {most: token_limit(AUTO, longest, 3, most) for most in (2000, 512, 20, 10)}
     assert found == {2000: 1024, 512: 512, 20: 20, 10: 18}
 
 

@@ -1,7 +1,9 @@
 """The native CPU module: its softmax against fp64, what it refuses; its code and the kernels' under the sanitizers."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,24 @@ def test_threads_change_no_bit_of_logits(dtype, softcap):
         results.append((logps, lse, grad))
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
+
+
+@needs_module
+@pytest.mark.skipif(sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="no OpenMP to be found")
+def test_the_threads_are_those_of_pytorchs_openmp():
+    """Threads beside them would get half of a core; a team's threads, unlike those, stay."""
+    code = """
+import os, torch
+from irlfast.ops import cpu
+logits, targets = torch.zeros(64, 3000), torch.zeros(64, dtype=torch.long)
+torch.set_num_threads(3)
+before = len(os.listdir("/proc/self/task"))
+cpu.token_logps(logits, targets, 1.0, None)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=one)
+    assert done.stdout == "2\n"
 
 
 @needs_module

@@ -1,8 +1,11 @@
-// Threads of our own: a second OpenMP runtime beside torch's would need a library that is not on every machine, and
-// its idle threads would spin against torch's.
+// The threads of the OpenMP that PyTorch brings, as it is loaded before us: after each of its operations they spin for a
+// while, and threads beside them would get half of a core. Where there is none, threads of our own.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -19,17 +22,33 @@
 
 namespace irlfast {
 
+// Calls the function, with the pointer, on so many threads at once, or fewer; GNU's name, which LLVM's and Intel's have too.
+using Team = void (*)(void (*)(void *), void *, unsigned, unsigned flags);
+
+inline Team team() {
+  static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
 // Calls work(begin, end) for contiguous shares of [0, count), none smaller than `least` but the only one.
 template <class Work>
 void parallel(std::int64_t count, std::int64_t least, int threads, const Work &work) {
   const std::int64_t shares = std::clamp<std::int64_t>(count / std::max<std::int64_t>(least, 1), 1, std::max(threads, 1));
   const auto start = [&](std::int64_t share) { return count / shares * share + std::min(share, count % shares); };
-  std::vector<std::thread> others;
-  others.reserve(static_cast<std::size_t>(shares - 1));
-  for (std::int64_t share = 1; share < shares; ++share)
-    others.emplace_back([&work, first = start(share), last = start(share + 1)] { work(first, last); });
-  work(0, start(1));
-  for (auto &thread : others) thread.join();
+  std::atomic<std::int64_t> untaken{0};
+  auto take = [&] {
+    for (std::int64_t share; (share = untaken++) < shares;) work(start(share), start(share + 1));
+  };
+  if (shares == 1) {
+    take();
+  } else if (team()) {
+    team()([](void *all) { (*static_cast<decltype(take) *>(all))(); }, &take, static_cast<unsigned>(shares), 0);
+  } else {
+    std::vector<std::thread> others(static_cast<std::size_t>(shares - 1));
+    for (auto &thread : others) thread = std::thread(take);
+    take();
+    for (auto &thread : others) thread.join();
+  }
 }
 
 // Rows of so many logits.

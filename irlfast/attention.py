@@ -5,7 +5,6 @@ none where rows are single sequences: then causality is all that is needed.
 """
 
 import functools
-import importlib.util
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irlfast import varlen
 from irlfast.config import Config
 from irlfast.files import InputError
 from irlfast.metrics import say
 from irlfast.model import base_of, head_of, is_reward
-from irlfast.pack import Batch, Layout, Segment, pack, work
+from irlfast.pack import SHARED, Batch, Layout, Segment, pack, work
 
-LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of an installed flash-attn, a faster kernel
+LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of a faster kernel whose answers share no prompt
 SAMPLED = 1000  # segments that lengths are taken of
 
 
@@ -30,20 +30,34 @@ SAMPLED = 1000  # segments that lengths are taken of
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """Last hidden states ``[B*L, H]``, after the final norm, of a packed batch."""
     model = base_of(model)
-    positions = {} if batch.causal else {"position_ids": batch.position_ids, "attention_mask": masks(model, batch)}
-    output = model.base_model(input_ids=batch.input_ids, use_cache=False, **positions)
+    output = model.base_model(input_ids=batch.input_ids, use_cache=False, **who_sees_whom(model, batch))
     return output.last_hidden_state.flatten(0, 1)
+
+
+def who_sees_whom(model: Any, batch: Batch) -> dict[str, Any]:
+    """What tells ``model`` the positions of a batch's tokens, and which tokens see which."""
+    if by_sequences(model):
+        sequences = {"cu_seq_lens_q": batch.starts, "cu_seq_lens_k": batch.starts}
+        longest = {"max_length_q": batch.longest, "max_length_k": batch.longest}
+        return {"position_ids": batch.position_ids, **sequences, **longest}
+    return {} if batch.causal else {"position_ids": batch.position_ids, "attention_mask": masks(model, batch)}
+
+
+def attention_of(model: Any) -> str:
+    return model.config.get_text_config()._attn_implementation
+
+
+def by_sequences(model: Any) -> bool:
+    """Whether its attention takes rows of several sequences by where each begins, and so lets none share a prompt."""
+    return "flash" in attention_of(model) or attention_of(model) == varlen.NAME
 
 
 def masks(model: Any, batch: Batch) -> Any:
     """The mask of every layer, or one for each kind of layer where a model has several."""
-    config = model.config.get_text_config()
-    if config._attn_implementation.startswith("flash"):
-        return None  # it finds the sequences of a row by their positions
     # The mask has the model's own dtype: torch's SDPA on a CPU takes fp32 beside fp64, and is wrong.
     dense = functools.partial(dense_mask, model.dtype)
-    build = block_mask if config._attn_implementation == "flex_attention" else dense
-    kinds = layer_kinds(config)
+    build = block_mask if attention_of(model) == "flex_attention" else dense
+    kinds = layer_kinds(model.config.get_text_config())
     built = {kind: build(batch, window) for kind, window in kinds.items()}
     return built if len(built) > 1 else next(iter(built.values()))
 
@@ -122,35 +136,59 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
     """Check ``model``, choose its attention for ``segments``, and say how they are packed for it and why.
 
     Raises:
-        InputError: as :func:`check_model`.
+        InputError: as :func:`check_model` and :func:`check_layout`.
     """
     shared = check_model(model)
-    if not shared:
+    expected = hidden_of(model, Layout(shared=False))
+    if not shared and not by_sequences(model):
         say_once(f"warning: {type(model).__name__} cannot share a prompt between answers; each gets its own")
     on_cpu = model.device.type == "cpu"
     auto = config.attn_implementation == "auto"
     if auto:
         gain, lengths = sharing(model, segments)
         if not on_cpu:
-            model.set_attn_implementation(choose(shared, gain, importlib.util.find_spec("flash_attn") is not None))
-    chosen = model.config.get_text_config()._attn_implementation
-    shared = shared and not chosen.startswith("flash")  # which finds sequences by their positions, and lets none share
+            model.set_attn_implementation(choose(shared, gain, varlen_of(model)))
+    shared = shared and not by_sequences(model)
     if auto:
         saves = f"sharing prompts {'saves' if shared else 'would save'} {gain:.0%} of the operations"
-        say_once(f"attention: {chosen}; {saves}: {lengths}")
-    one_row = not on_cpu and chosen.startswith(("flex", "flash"))
+        say_once(f"attention: {attention_of(model)}; {saves}: {lengths}")
+    layout = Layout(shared, one_row=not on_cpu and (by_sequences(model) or attention_of(model) == "flex_attention"))
+    check_layout(model, layout, expected)
     token, answer, seen = (operations(model, Counter({what: 1})) for what in ("tokens", "answer_tokens", "seen"))
-    return Layout(shared, one_row, is_reward(model), answer / token, seen / token)
+    return layout._replace(whole=is_reward(model), answer_cost=answer / token, seen_cost=seen / token)
 
 
-def choose(shared: bool, gain: float, varlen: bool) -> str:
+def check_layout(model: Any, layout: Layout, expected: Tensor) -> None:
+    """Make sure that the :func:`probe`'s hidden states are as expected when packed like that.
+
+    Raises:
+        InputError: the attention lets sequences of a row see each other.
+    """
+    if not close(hidden_of(model, layout), expected, expected.dtype):
+        name = attention_of(model)
+        raise InputError(f"{type(model).__name__}: {name} mixes the sequences of a row; try attn_implementation=sdpa")
+
+
+def choose(shared: bool, gain: float, unshared: str | None) -> str:
     """A GPU's attention; answers that share their prompt, where the model lets them, save ``gain`` of the operations.
 
-    ``varlen``: flash-attn is installed, whose kernels take rows without padding but no shared prompts.
+    ``unshared``: a faster one, of rows without padding, but without shared prompts; None where there is none.
     """
-    if shared and (gain >= LEAST_GAIN or not varlen):
+    if shared and (gain >= LEAST_GAIN or not unshared):
         return "flex_attention"
-    return "flash_attention_2" if varlen else "sdpa"
+    return unshared or "sdpa"
+
+
+def varlen_of(model: Any) -> str | None:
+    """The attention for rows of several sequences that a GPU can run here: an installed flash-attn, or else torch's."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if model.dtype in (torch.bfloat16, torch.float16):
+        if is_flash_attn_3_available() and torch.cuda.get_device_capability(model.device)[0] == 9:
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return varlen.NAME if varlen.offer(model) else None
 
 
 def sharing(model: Any, segments: Sequence[Segment]) -> tuple[float, str]:
@@ -174,27 +212,36 @@ def check_model(model: Any) -> bool:
     Raises:
         InputError: where they do not; training on them would optimise something else.
     """
-    ids = torch.arange(8).remainder(model.config.get_text_config().vocab_size).tolist()
-    prompt, expert, synthetic = ids[:3], ids[3:6], ids[5:]
-    segment = Segment(prompt, (expert, synthetic))
     try:
         head = head_of(model)
     except ValueError as error:
         raise InputError(str(error)) from error
-    with torch.no_grad():
-        separate = pack([segment], Layout(shared=False)).to(model.device)
-        hidden = hidden_states(model, separate)[separate.rows]
-        if not is_reward(model):
-            check_logits(model, hidden, separate)
-        together = pack([segment]).to(model.device)
-        try:
-            return close(hidden_states(model, together)[together.rows], hidden, head.weight.dtype)
-        except (TypeError, ValueError, RuntimeError, IndexError):  # no such argument, or no such mask
-            return False
+    hidden = hidden_of(model, Layout(shared=False))
+    if not is_reward(model):
+        check_logits(model, hidden)
+    try:
+        return close(hidden_of(model, SHARED), hidden, head.weight.dtype)
+    except (TypeError, ValueError, RuntimeError, IndexError):  # no such argument, or no such mask
+        return False
 
 
-def check_logits(model: Any, hidden: Tensor, batch: Batch) -> None:
-    head = head_of(model)
+def probe(model: Any, layout: Layout) -> Batch:
+    """Two prompts with two answers each, to try a model with."""
+    ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size).tolist()
+    segments = [Segment(ids[:3], (ids[3:6], ids[5:8])), Segment(ids[7:9], (ids[1:3], ids[8:12]))]
+    return pack(segments, layout).to(model.device)
+
+
+@torch.no_grad()
+def hidden_of(model: Any, layout: Layout) -> Tensor:
+    """The :func:`probe`'s hidden states ``[N, H]`` that predict answer tokens."""
+    batch = probe(model, layout)
+    return hidden_states(model, batch)[batch.rows]
+
+
+@torch.no_grad()
+def check_logits(model: Any, hidden: Tensor) -> None:
+    head, batch = head_of(model), probe(model, Layout(shared=False))
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
     if head.logit_softcap:
         logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)

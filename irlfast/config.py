@@ -61,7 +61,7 @@ class Config:
     )
     attn_implementation: str = key(
         "auto",
-        "auto: on a GPU flex_attention where shared prompts save operations, else an installed flash_attention_2; "
+        "auto: on a GPU flex_attention where shared prompts save operations, else flash-attn or torch's varlen; "
         "or Transformers' sdpa, eager, ...",
     )
     trust_remote_code: bool = key(False, "run model code that comes with the model")

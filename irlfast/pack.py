@@ -5,6 +5,7 @@ each other, and their positions go on from the prompt's end, so that each is wha
 An answer's last token predicts nothing and is left out, but for reward models, which read it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -48,6 +49,8 @@ class Batch(NamedTuple):
     segment: Tensor  # [B, L] int32, number of the segment in its row, PAD at a row's end
     answer: Tensor  # [B, L] int32, 0 in a prompt, k in its k-th answer
     causal: bool  # every row is one sequence, so that a causal mask alone is right
+    starts: Tensor  # [Q + 1] int32, where segments begin in the flattened [B * L], and their end; pads are the last's
+    longest: int  # tokens of one of them
     rows: Tensor  # [N] int64, into the flattened [B * L] hidden states
     targets: Tensor  # [N] int64
     cu_seqlens: Tensor  # [S + 1] int32
@@ -77,6 +80,7 @@ def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
         shape, starts = (1, width), lengths.cumsum() - lengths
     else:
         shape, starts = (len(pieces), int(lengths.max())), lengths.max() * np.arange(len(pieces))
+    bounds = np.append(starts, math.prod(shape))
     input_ids, position_ids = np.zeros((2, *shape), dtype=np.int64)
     segment_ids, answer_ids = np.full((2, *shape), PAD, dtype=np.int32)
     flat = [array.reshape(-1) for array in (input_ids, position_ids, segment_ids, answer_ids)]
@@ -98,6 +102,8 @@ def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
         torch.from_numpy(segment_ids),
         torch.from_numpy(answer_ids),
         causal=len(answers) == shape[0],
+        starts=torch.from_numpy(bounds.astype(np.int32)),
+        longest=int(np.diff(bounds).max()),
         rows=torch.from_numpy(np.concatenate(rows)),
         targets=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
         cu_seqlens=torch.tensor([0, *np.cumsum([len(answer) for answer in answers])], dtype=torch.int32),

@@ -33,6 +33,7 @@ ORDER = [
     "run",
     "pack",
     "memory",
+    "varlen",
     "attention",
     "losses",
     "policy",

@@ -157,17 +157,17 @@ def test_the_choice_of_an_attention_is_said_with_the_lengths_behind_it(capsys):
 
 
 CHOICES = [
-    (True, 0.4, True, "flex_attention"),
-    (True, 0.0, True, "flash_attention_2"),
-    (True, 0.0, False, "flex_attention"),
-    (False, 0.4, True, "flash_attention_2"),
-    (False, 0.4, False, "sdpa"),
+    (True, 0.4, "varlen", "flex_attention"),
+    (True, 0.0, "varlen", "varlen"),
+    (True, 0.0, None, "flex_attention"),
+    (False, 0.4, "flash_attention_2", "flash_attention_2"),
+    (False, 0.4, None, "sdpa"),
 ]
 
 
-@pytest.mark.parametrize("shared, gain, varlen, expected", CHOICES)
-def test_a_gpus_attention_follows_from_what_sharing_saves(shared, gain, varlen, expected):
-    assert choose(shared, gain, varlen) == expected
+@pytest.mark.parametrize("shared, gain, unshared, expected", CHOICES)
+def test_a_gpus_attention_follows_from_what_sharing_saves(shared, gain, unshared, expected):
+    assert choose(shared, gain, unshared) == expected
 
 
 def test_a_model_without_a_linear_head_is_one_sentence():

@@ -178,17 +178,11 @@ def head_of(model: Any) -> Head:
 
 
 def freeze(model: Any, layers: int) -> None:
-    """Let the embeddings and the first ``layers`` of a model stay as they are, or with all layers its whole backbone.
-
-    Raises:
-        InputError: where it has fewer layers.
-    """
+    """Let a model's embeddings and first ``layers`` stay as they are, or with all of its layers the whole backbone."""
     if not layers:
         return
     base = base_of(model).base_model
     count = model.config.get_text_config().num_hidden_layers
-    if layers > count:
-        raise InputError(f"reward_frozen_layers: found {layers}, but the model has {count} layers")
     stack = next(m for m in base.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
     frozen = [base] if layers == count else [model.get_input_embeddings(), *stack[:layers]]
     for module in frozen:

@@ -74,7 +74,11 @@ def check_output(output: Path, config: Config) -> None:
 
 def check_model(config: Config) -> None:
     """Whether there will be a model to train, long before it is loaded."""
-    positions = getattr(load_model_config(config).get_text_config(), "max_position_embeddings", None)
+    text = load_model_config(config).get_text_config()
+    frozen, layers = config.reward_frozen_layers, text.num_hidden_layers
+    if frozen > layers:
+        raise InputError(f"reward_frozen_layers: found {frozen}, but the model has {layers} layers")
+    positions = getattr(text, "max_position_embeddings", None)
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
     if positions and longest > positions:
         raise InputError(

@@ -167,6 +167,8 @@ def bad(tmp_path: Path, case: str) -> dict:
         tokenizer.eos_token = None
         tokenizer.save_pretrained(tmp_path / "tokenizer")
         return {"tokenizer_name_or_path": str(tmp_path / "tokenizer"), "train_tokenizer": "null"}
+    if case == "too many frozen layers":
+        return {"method": "rft", "reward_frozen_layers": 3}
     return {"dataset_name": str(rows)}
 
 
@@ -181,6 +183,7 @@ CASES = {
     "unwritable output_dir": "cannot be written",
     "not a model config": "not a Transformers config",
     "no end token": "no end token",
+    "too many frozen layers": "reward_frozen_layers: found 3, but the model has 2 layers",
     "too few positions": "found up to 96 tokens, but the model has 95 positions",
 }
 

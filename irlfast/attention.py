@@ -1,8 +1,4 @@
-"""Hidden states of packed batches: masks that let answers share a prompt, and the choice of an attention for them.
-
-A mask is additive and 4-D where the model runs SDPA or eager attention, a ``BlockMask`` for ``flex_attention``, and
-none where rows are single sequences: then causality is all that is needed.
-"""
+"""Hidden states of packed batches, and the choice of an attention for them."""
 
 import functools
 import math
@@ -16,6 +12,7 @@ from torch import Tensor
 from irlfast import varlen
 from irlfast.config import Config
 from irlfast.files import InputError
+from irlfast.masks import masks
 from irlfast.metrics import say
 from irlfast.model import base_of, head_of, is_reward
 from irlfast.pack import SHARED, Batch, Layout, Segment, pack, work
@@ -50,57 +47,6 @@ def attention_of(model: Any) -> str:
 def by_sequences(model: Any) -> bool:
     """Whether its attention takes rows of several sequences by where each begins, and so lets none share a prompt."""
     return "flash" in attention_of(model) or attention_of(model) == varlen.NAME
-
-
-def masks(model: Any, batch: Batch) -> Any:
-    """The mask of every layer, or one for each kind of layer where a model has several."""
-    # The mask has the model's own dtype: torch's SDPA on a CPU takes fp32 beside fp64, and is wrong.
-    dense = functools.partial(dense_mask, model.dtype)
-    build = block_mask if attention_of(model) == "flex_attention" else dense
-    kinds = layer_kinds(model.config.get_text_config())
-    built = {kind: build(batch, window) for kind, window in kinds.items()}
-    return built if len(built) > 1 else next(iter(built.values()))
-
-
-def layer_kinds(config: Any) -> dict[str, int | None]:
-    """The sliding window, in tokens, of each kind of layer; None where layers see everything before them.
-
-    Raises:
-        ValueError: a kind of layer that needs another mask.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layers of kind {', '.join(sorted(kinds))}")
-    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
-
-
-def dense_mask(dtype: torch.dtype, batch: Batch, window: int | None) -> Tensor:
-    """``[B, 1, L, L]``: 0 where a token sees another, else ``dtype``'s least value. A pad sees the pads before it."""
-    length = batch.input_ids.shape[1]
-    segment, answer, position = batch.segment, batch.answer, batch.position_ids
-    seen = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-    seen = seen & (segment[:, :, None] == segment[:, None, :])
-    seen &= (answer[:, None, :] == 0) | (answer[:, :, None] == answer[:, None, :])
-    if window:
-        seen &= position[:, :, None] - position[:, None, :] < window
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-
-
-def block_mask(batch: Batch, window: int | None) -> Any:
-    """The same for ``flex_attention`` (torch.nn.attention.flex_attention), which skips blocks that nothing sees."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    segment, answer, position = batch.segment, batch.answer, batch.position_ids
-
-    def seen(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = (segment[b, query] == segment[b, key]) & (query >= key)
-        own = (answer[b, key] == 0) | (answer[b, query] == answer[b, key])
-        near = position[b, query] - position[b, key] < window if window else True
-        return same & own & near
-
-    rows, length = batch.input_ids.shape
-    return create_block_mask(seen, rows, None, length, length, device=str(segment.device))
 
 
 # ---------------------------------------------------------------- what it costs

@@ -34,6 +34,7 @@ ORDER = [
     "pack",
     "memory",
     "varlen",
+    "masks",
     "attention",
     "losses",
     "policy",

@@ -1,0 +1,65 @@
+"""On a GPU: rows of several segments, by each attention for them, against separate sequences in fp32."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from irlfast import varlen
+from irlfast.attention import arrange, varlen_of
+from irlfast.config import make_config
+from irlfast.pack import Layout, Segment, pack
+from tests.test_pack import separate, with_gradients
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+SHAPE = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+LLAMA = transformers.LlamaConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+MISTRAL = transformers.MistralConfig(
+    **SHAPE, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, sliding_window=100
+)
+
+
+def model_of(config: transformers.PretrainedConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).cuda().eval()
+
+
+def segments() -> list[Segment]:
+    draw = np.random.default_rng(0)
+    lengths = [(200, (300, 90)), (1, (70, 1)), (350, (5, 128)), (40, (130, 260))]
+    return [
+        Segment(draw.integers(1, 1000, prompt).tolist(), tuple(draw.integers(1, 1000, n).tolist() for n in answers))
+        for prompt, answers in lengths
+    ]
+
+
+def errors(found: tuple, exact: tuple) -> list[float]:
+    """Of the log-probabilities (largest), and of each gradient (relative)."""
+    apart = [(ours.float() - theirs).norm() / theirs.norm() for ours, theirs in zip(found[1], exact[1], strict=True)]
+    return [(found[0].float() - exact[0]).abs().max().item(), *map(float, apart)]
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL], ids=["Llama", "Mistral, window 100"])
+@pytest.mark.parametrize("kind", ["flex_attention", "flash-attn, if installed", varlen.NAME])
+def test_packed_segments_are_no_worse_than_separate_ones(config, kind):
+    model = model_of(config).to(torch.bfloat16).float()
+    apart = [batch.to(model.device) for batch in separate(segments())]
+    exact = with_gradients(model, apart)
+    plain = errors(with_gradients(model.to(torch.bfloat16), apart), exact)
+    varlen.offer(model)
+    model.set_attn_implementation(varlen_of(model) if "if installed" in kind else kind)
+    layout = Layout(shared=kind == "flex_attention", one_row=True)
+    found = errors(with_gradients(model, [pack(segments(), layout).to(model.device)]), exact)
+    assert all(ours <= 2 * theirs + 1e-3 for ours, theirs in zip(found, plain, strict=True)), (found, plain)
+
+
+def test_a_phase_takes_what_the_lengths_ask_for_and_tries_it():
+    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+    model = model_of(LLAMA).to(torch.bfloat16)
+    shared = arrange(model, config, segments())
+    assert shared.shared and shared.one_row and model.config._attn_implementation == "flex_attention"
+    short = [Segment([1], ([2] * 200, [3] * 200))] * 4
+    model = model_of(LLAMA).to(torch.bfloat16)
+    assert not arrange(model, config, short).shared and model.config._attn_implementation == varlen_of(model)

@@ -1,15 +1,27 @@
 """Runs of the real command, small enough for a test."""
 
 import json
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from irlfast import train
+
 ROOT = Path(__file__).parent.parent
+# A process that has imported what every run does, and is forked for each: half of a small run's time is imports.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [f"irlfast.{name}" for name in ("engine", "final", "leaks", "methods.irft", "methods.rft", "prepare", "report")]
+    + ["deepspeed", "matplotlib.pyplot", "sklearn.linear_model", "transformers.models.llama.modeling_llama"]
+)
 PORT = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # any that is free
+PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *PORT)
 SMALL = {
     "config_name": "irlfast/demo/config.json",
@@ -35,29 +47,58 @@ SMALL = {
 
 
 def command(output: Path, **keys) -> list[str]:
+    return ["-m", "irlfast.train", *arguments(output, **keys)]
+
+
+def arguments(output: Path, **keys) -> list[str]:
     pairs = {**SMALL, "output_dir": str(output), **keys}
-    return [
-        "-m",
-        "irlfast.train",
-        *(f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in pairs.items()),
-    ]
+    return [f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in pairs.items()]
 
 
-def start(arguments: list[str], launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+def start(arguments: list[str], launcher: tuple[str, ...] = PYTHON) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
+class Forked:
+    """``python -m irlfast.train`` with these arguments, in a fork of a process that has imported what it imports."""
+
+    def __init__(self, given: list[str]):
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = SERVER.Process(target=forked, args=(given, dict(os.environ), self.folder.name))
+        self.process.start()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s"
+        return tuple(Path(self.folder.name, name).read_text() for name in ("out", "err"))
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+
+def forked(given: list[str], environment: dict[str, str], folder: str) -> None:
+    for descriptor, name in enumerate(("out", "err"), 1):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["irlfast/train.py", *given]
+    sys.exit(train.main())
+
+
 def run_killed_at(output: Path, moment: str, **keys) -> None:
     """Start a run and kill it as soon as the file or folder ``moment`` of its output exists."""
-    process = start(command(output, **keys))
+    run = Forked(arguments(output, **keys))
     while not (output / moment).exists():
-        assert process.poll() is None, process.communicate()
+        assert run.process.is_alive(), run.communicate()
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    run.process.kill()
+    run.communicate()
     assert not (output / "final").exists()
 
 
@@ -72,8 +113,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def run(output: Path, launcher: tuple[str, ...] = (sys.executable,), code: int = 0, **keys) -> tuple[str, str]:
-    process = start(command(output, **keys), launcher)
+def run(output: Path, launcher: tuple[str, ...] = (), code: int = 0, **keys) -> tuple[str, str]:
+    """What it printed: forked, or as ``launcher`` starts it."""
+    process = start(command(output, **keys), launcher) if launcher else Forked(arguments(output, **keys))
     out, err = process.communicate(timeout=600)
     assert process.returncode == code, out + err
     return out, err

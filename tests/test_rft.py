@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from irlfast.config import make_config
 from irlfast.data import encode, load_examples, make_format, read_splits
 from irlfast.report_files import TIMES, read_metrics, read_phases, split_time
-from tests.runs import ROOT, TORCHRUN, contents, resumed_bytes, run
+from tests.runs import PYTHON, ROOT, TORCHRUN, contents, resumed_bytes, run
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
 PREFERENCES = [
@@ -28,7 +28,7 @@ PREFERENCES = [
 @pytest.fixture(scope="module")
 def rft(tmp_path_factory):
     output = tmp_path_factory.mktemp("rft") / "run"
-    return output, *run(output, **RFT)
+    return output, *run(output, PYTHON, **RFT)
 
 
 @pytest.fixture(scope="module")

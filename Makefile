@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test gates gpu lint clean
+.PHONY: train test gates gpu sanitized lint clean
 train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
@@ -19,6 +19,14 @@ gates: $(VENV)/triton-3.6.0
 # On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
 gpu:
 	$(PYTHON) -m pytest tests/kernels benchmarks
+	$(MAKE) sanitized
+
+# There, the kernels in CUDA C++ under the compute-sanitizer of CUDA's toolkit; torch's allocator would hide what lies beyond.
+sanitized:
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
+			$(PYTHON) -m pytest tests/kernels/test_cuda.py tests/kernels/test_optim.py || exit 1; \
+	done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

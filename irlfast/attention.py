@@ -18,6 +18,7 @@ from irlfast.model import base_of, head_of, is_reward
 from irlfast.pack import SHARED, Batch, Layout, Segment, pack, work
 
 LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of a faster kernel whose answers share no prompt
+APART = Layout(shared=False)
 SAMPLED = 1000  # segments that lengths are taken of
 
 
@@ -34,9 +35,13 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 def who_sees_whom(model: Any, batch: Batch) -> dict[str, Any]:
     """What tells ``model`` the positions of a batch's tokens, and which tokens see which."""
     if by_sequences(model):
-        sequences = {"cu_seq_lens_q": batch.starts, "cu_seq_lens_k": batch.starts}
-        longest = {"max_length_q": batch.longest, "max_length_k": batch.longest}
-        return {"position_ids": batch.position_ids, **sequences, **longest}
+        return {
+            "position_ids": batch.position_ids,
+            "cu_seq_lens_q": batch.starts,
+            "cu_seq_lens_k": batch.starts,
+            "max_length_q": batch.longest,
+            "max_length_k": batch.longest,
+        }
     return {} if batch.causal else {"position_ids": batch.position_ids, "attention_mask": masks(model, batch)}
 
 
@@ -84,8 +89,8 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
     Raises:
         InputError: as :func:`check_model` and :func:`check_layout`.
     """
-    shared = check_model(model)
-    expected = hidden_of(model, Layout(shared=False))
+    apart = hidden_of(model, APART)
+    shared = check_model(model, apart)
     if not shared and not by_sequences(model):
         say_once(f"warning: {type(model).__name__} cannot share a prompt between answers; each gets its own")
     on_cpu = model.device.type == "cpu"
@@ -99,18 +104,19 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
         saves = f"sharing prompts {'saves' if shared else 'would save'} {gain:.0%} of the operations"
         say_once(f"attention: {attention_of(model)}; {saves}: {lengths}")
     layout = Layout(shared, one_row=not on_cpu and (by_sequences(model) or attention_of(model) == "flex_attention"))
-    check_layout(model, layout, expected)
+    if layout.one_row:
+        check_layout(model, layout, apart)
     token, answer, seen = (operations(model, Counter({what: 1})) for what in ("tokens", "answer_tokens", "seen"))
     return layout._replace(whole=is_reward(model), answer_cost=answer / token, seen_cost=seen / token)
 
 
-def check_layout(model: Any, layout: Layout, expected: Tensor) -> None:
-    """Make sure that the :func:`probe`'s hidden states are as expected when packed like that.
+def check_layout(model: Any, layout: Layout, apart: Tensor) -> None:
+    """Make sure that the :func:`probe`'s hidden states, packed like that, are those of its sequences apart.
 
     Raises:
         InputError: the attention lets sequences of a row see each other.
     """
-    if not close(hidden_of(model, layout), expected, expected.dtype):
+    if not close(hidden_of(model, layout), apart, apart.dtype):
         name = attention_of(model)
         raise InputError(f"{type(model).__name__}: {name} mixes the sequences of a row; try attn_implementation=sdpa")
 
@@ -152,8 +158,10 @@ def say_once(message: str) -> None:
     say(message)
 
 
-def check_model(model: Any) -> bool:
+def check_model(model: Any, apart: Tensor) -> bool:
     """Make sure that hidden states and head give this model's own logits; returns whether answers can share a prompt.
+
+    ``apart``: the hidden states of the :func:`probe`'s sequences in rows of their own.
 
     Raises:
         InputError: where they do not; training on them would optimise something else.
@@ -162,11 +170,10 @@ def check_model(model: Any) -> bool:
         head = head_of(model)
     except ValueError as error:
         raise InputError(str(error)) from error
-    hidden = hidden_of(model, Layout(shared=False))
     if not is_reward(model):
-        check_logits(model, hidden)
+        check_logits(model, apart)
     try:
-        return close(hidden_of(model, SHARED), hidden, head.weight.dtype)
+        return close(hidden_of(model, SHARED), apart, head.weight.dtype)
     except (TypeError, ValueError, RuntimeError, IndexError):  # no such argument, or no such mask
         return False
 
@@ -187,7 +194,7 @@ def hidden_of(model: Any, layout: Layout) -> Tensor:
 
 @torch.no_grad()
 def check_logits(model: Any, hidden: Tensor) -> None:
-    head, batch = head_of(model), probe(model, Layout(shared=False))
+    head, batch = head_of(model), probe(model, APART)
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
     if head.logit_softcap:
         logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)

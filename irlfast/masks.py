@@ -84,7 +84,7 @@ def seen_blocks(segment: Tensor, answer: Tensor, position: Tensor, window: int |
     segments, answers, positions = (x.unflatten(1, (-1, BLOCK)) for x in (segment, answer, position))
     # Below, unsqueeze(2) makes of a block its queries, unsqueeze(1) its keys.
     diagonal = torch.eye(segments.shape[1], dtype=torch.bool, device=segment.device)
-    earlier = diagonal.cumsum(0).bool() & ~diagonal
+    earlier = torch.ones_like(diagonal).tril(-1)
     with_prompt = answers.amin(2) <= 0
     some = earlier & (segments[..., 0].unsqueeze(2) == segments[..., -1].unsqueeze(1))
     some &= with_prompt.unsqueeze(1) | (answers[..., 0].unsqueeze(2) == answers[..., -1].unsqueeze(1))

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from irlfast import ops
-from irlfast.attention import arrange, check_model, choose, hidden_states, operations, sharing
+from irlfast.attention import APART, arrange, check_model, choose, hidden_of, hidden_states, operations, sharing
 from irlfast.config import make_config
 from irlfast.files import InputError
 from irlfast.losses import arguments
@@ -123,7 +123,8 @@ class Recurrent(transformers.LlamaForCausalLM):
 def test_a_model_that_cannot_share_is_found_and_warned_of_once(capsys):
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = Recurrent(copy.deepcopy(FAMILIES["Llama"])).eval()
-    assert check_model(model_of("Llama"))
+    sharing_model = model_of("Llama")
+    assert check_model(sharing_model, hidden_of(sharing_model, APART))
     assert [arrange(model, config, ragged()).shared for _ in range(2)] == [False, False]
     assert capsys.readouterr().err.count("cannot share a prompt between answers; each gets its own") == 1
 
@@ -174,7 +175,7 @@ def test_a_model_without_a_linear_head_is_one_sentence():
     model = model_of("Llama")
     model.set_output_embeddings(torch.nn.Identity())
     with pytest.raises(InputError, match=r"found LM head Identity, expected torch\.nn\.Linear"):
-        check_model(model)
+        check_model(model, hidden_of(model, APART))
 
 
 def drawn(count: int) -> list[Segment]:

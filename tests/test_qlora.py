@@ -8,7 +8,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from irlfast.attention import check_model, hidden_states
+from irlfast.attention import APART, check_model, hidden_of, hidden_states
 from irlfast.config import make_config
 from irlfast.data import load_examples
 from irlfast.engine import add_lora
@@ -78,7 +78,7 @@ def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tmp_
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": name} | keys)
     model_of("Llama").save_pretrained(tmp_path)
     quantised = load_model(tmp_path, config, heads, in_4bit=True)
-    assert check_model(quantised)
+    assert check_model(quantised, hidden_of(quantised, APART))
     assert type(quantised.score if heads else quantised.lm_head) is torch.nn.Linear
     written_out = load_model(tmp_path, config, heads, in_4bit=True).dequantize()
     found = []

@@ -9,7 +9,7 @@ from torch.nn.attention import varlen as torchs
 from torch.nn.functional import scaled_dot_product_attention
 
 from irlfast import varlen
-from irlfast.attention import check_layout, hidden_of, hidden_states, varlen_of
+from irlfast.attention import APART, check_layout, hidden_of, hidden_states, varlen_of
 from irlfast.files import InputError
 from irlfast.pack import Layout, pack
 from tests.test_pack import FAMILIES, model_of, ragged, separate, with_gradients
@@ -50,7 +50,7 @@ def with_varlen(model):
     return model.float()
 
 
-@pytest.mark.parametrize("layout", [Layout(shared=False), ROW], ids=str)
+@pytest.mark.parametrize("layout", [APART, ROW], ids=str)
 @pytest.mark.parametrize("name", UNCAPPED)
 def test_answers_have_the_log_probabilities_and_gradients_of_separate_ones(name, layout, kernel):
     kernel(plain)
@@ -95,7 +95,7 @@ def test_a_layer_that_wants_more_is_refused(kernel):
 
 def test_an_attention_that_mixes_the_sequences_of_a_row_is_refused(kernel):
     model = model_of("Llama").to(torch.bfloat16).float()
-    expected = hidden_of(model, Layout(shared=False))
+    expected = hidden_of(model, APART)
     with_varlen(model)
     kernel(plain)
     check_layout(model, ROW, expected)

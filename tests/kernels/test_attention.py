@@ -14,11 +14,17 @@ from irlfast.pack import Layout, Segment, pack
 from tests.test_pack import separate, with_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-SHAPE = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-LLAMA = transformers.LlamaConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
-MISTRAL = transformers.MistralConfig(
-    **SHAPE, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, sliding_window=100
-)
+SHAPE = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+}
+LLAMA = transformers.LlamaConfig(**SHAPE)
+MISTRAL = transformers.MistralConfig(**SHAPE, sliding_window=100)
 
 
 def model_of(config: transformers.PretrainedConfig) -> torch.nn.Module:

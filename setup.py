@@ -92,7 +92,7 @@ setup(
     install_requires=[
         "torch>=2.9",
         "transformers>=5",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19.1",
         "datasets>=4",
         "safetensors",
         "pydantic>=2.12",

@@ -31,8 +31,7 @@ def token_limit(config: Config, longest: int, count: int, most: int = sys.maxsiz
         InputError: where a segment is longer than configured.
     """
     if config.max_tokens_per_batch == "auto":
-        few = CPU_TOKENS * min(dist.world_size(), 2)  # several processes reduce gradients after each, from ZeRO-2 on
-        return max(longest, min(few if dist.device().type == "cpu" else longest * count, most))
+        return max(longest, min(CPU_TOKENS if dist.device().type == "cpu" else longest * count, most))
     if longest > config.max_tokens_per_batch:
         raise InputError(
             f"max_tokens_per_batch: found {config.max_tokens_per_batch}, but the longest prompt has {longest} tokens "

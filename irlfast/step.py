@@ -63,21 +63,30 @@ def prepare(
 def train_step(engine: Any, prepared: Prepared, max_grad_norm: float, watch: "Stopwatch") -> tuple[Figures, Any]:
     """One optimiser step through this process's micro-batches; returns their summed figures and the gradient's norm."""
     total: Figures = {}
-    for number, batch in enumerate(prepared.batches, 1):
-        on_device = batch.to(dist.device())
-        watch.lap("data")
-        engine.set_gradient_accumulation_boundary(number == len(prepared.batches))
-        loss, figures = engine(on_device, prepared.share)
-        watch.lap("forward")
-        engine.backward(loss)
-        total = add(total, figures)
-        watch.lap("backward")
+    with reduced_together(engine):
+        for number, batch in enumerate(prepared.batches, 1):
+            on_device = batch.to(dist.device())
+            watch.lap("data")
+            engine.set_gradient_accumulation_boundary(number == len(prepared.batches))
+            loss, figures = engine(on_device, prepared.share)
+            watch.lap("forward")
+            engine.backward(loss)
+            total = add(total, figures)
+            watch.lap("backward")
+    watch.lap("backward")
     norm = None
     if isinstance(engine.optimizer, torch.optim.Optimizer):  # without ZeRO, DeepSpeed tells no norm
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), max_grad_norm or math.inf)
     engine.step()
     watch.lap("optimizer")
     return total, engine.get_global_grad_norm() if norm is None else norm
+
+
+def reduced_together(engine: Any) -> contextlib.AbstractContextManager:
+    """Within it, a CPU's gradients add up, to be reduced at its end; ZeRO-2 and 3 would wait for that every time."""
+    if dist.device().type == "cpu" and engine.zero_optimization_stage() > 1:
+        return engine.coalesce_grad_reduction()
+    return contextlib.nullcontext()
 
 
 def add(total: Figures, figures: Figures) -> Figures:

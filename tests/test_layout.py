@@ -125,54 +125,53 @@ WITHOUT_NVCC = f"{HAS_COMPILER} False"
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """Wheel and sdist of a copy as a clone would have it: what git tracks."""
+def clone(tmp_path_factory):
+    """A copy as a clone would have it: what git tracks."""
     clone = tmp_path_factory.mktemp("clone")
     tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     run("tar", "--create", "--file", str(clone / "all.tar"), *(f for f in tracked if (ROOT / f).exists()), cwd=ROOT)
     run("tar", "--extract", "--file", "all.tar", cwd=clone)
     (clone / "all.tar").unlink()
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(clone / "dist"), cwd=clone)
     return clone
 
 
-@pytest.mark.parametrize("kind", ["whl", "tar.gz"])
-def test_wheel_and_sdist_import_from_elsewhere(built, tmp_path, kind, monkeypatch):
+def test_wheel_and_sdist_import_from_elsewhere(clone, tmp_path, monkeypatch):
     """The wheel built with nvcc, where there is one; the sdist without, which is no error."""
-    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
     monkeypatch.setenv("IRLFAST_STRICT", str(int(HAS_COMPILER)))
-    python = python_in(tmp_path / "env")
-    [package] = (built / "dist").glob(f"*.{kind}")
-    site = str(next((tmp_path / "env").glob("lib/python*/site-packages")))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
-    run(*pip, str(package), cwd=tmp_path)
-    assert run(str(python), "-c", IMPORTS, cwd=tmp_path).strip().startswith(site)
-    assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == (BUILT if kind == "whl" else WITHOUT_NVCC)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), cwd=clone)
+    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
+    for kind, native in (("whl", BUILT), ("tar.gz", WITHOUT_NVCC)):
+        python = python_in(tmp_path / kind)
+        [package] = (tmp_path / "dist").glob(f"*.{kind}")
+        site = str(next((tmp_path / kind).glob("lib/python*/site-packages")))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
+        run(*pip, str(package), cwd=tmp_path)
+        assert run(str(python), "-c", IMPORTS, cwd=tmp_path).strip().startswith(site)
+        assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == native
 
 
-@pytest.mark.parametrize("where", ["root", "elsewhere"])
-def test_editable_install_imports(built, tmp_path, where, monkeypatch):
+def test_editable_install_imports(clone, tmp_path, monkeypatch):
     """From the root too, where ``import kernels`` must not find our folder as a package with code."""
     monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
     environment = tmp_path / "env"
     python = python_in(environment)
     site = str(next(environment.glob("lib/python*/site-packages")))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
-    run(*pip, "--editable", str(built), cwd=tmp_path)
-    cwd = built if where == "root" else tmp_path
-    assert run(str(python), "-c", IMPORTS, cwd=cwd).strip().startswith(str(built))
-    assert run(str(python), "-c", NATIVE, cwd=cwd).strip() == WITHOUT_NVCC
+    run(*pip, "--editable", str(clone), cwd=tmp_path)
+    for cwd in (clone, tmp_path):
+        assert run(str(python), "-c", IMPORTS, cwd=cwd).strip().startswith(str(clone))
+        assert run(str(python), "-c", NATIVE, cwd=cwd).strip() == WITHOUT_NVCC
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_without_a_compiler_it_installs_with_fewer_backends_or_says_why_not(built, tmp_path, strict, monkeypatch):
+def test_without_a_compiler_it_installs_with_fewer_backends_or_says_why_not(clone, tmp_path, strict, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     if strict:
         monkeypatch.setenv("IRLFAST_STRICT", "1")
     python = python_in(tmp_path / "env")
     site = str(next((tmp_path / "env").glob("lib/python*/site-packages")))
     pip = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--target", site]
-    done = subprocess.run([*pip, str(built)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([*pip, str(clone)], cwd=tmp_path, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     if strict:
         assert done.returncode and "irlfast._cpu could not be built, and IRLFAST_STRICT=1" in said

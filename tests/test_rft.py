@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from irlfast.config import make_config
 from irlfast.data import encode, load_examples, make_format, read_splits
 from irlfast.report_files import TIMES, read_metrics, read_phases, split_time
-from tests.runs import PYTHON, ROOT, TORCHRUN, contents, resumed_bytes, run
+from tests.runs import BON, PYTHON, TORCHRUN, Forked, contents, end, resumed_bytes, run, start
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
 PREFERENCES = [
@@ -187,14 +185,10 @@ def test_methods_that_need_rejected_answers_say_so(tmp_path):
 # ---------------------------------------------------------------- best of N
 
 
-def bon(output, launcher=(sys.executable,), **keys) -> str:
+def bon(output, launcher=(), **keys) -> str:
     pairs = {"num_generations": 6, "max_train_samples": 20, "max_prompt_length": 64, "max_length": 96, **keys}
     arguments = [f"{name}={value}" for name, value in {**pairs, "max_new_tokens": 12, "output_dir": output}.items()]
-    done = subprocess.run(
-        [*launcher, "-m", "irlfast.bon", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return end(start(["-m", "irlfast.bon", *arguments], launcher) if launcher else Forked(arguments, BON))[0]
 
 
 @pytest.mark.parametrize("kind", ["explicit", "implicit", "likelihood"])
@@ -208,7 +202,7 @@ def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
         "reward_model_name_or_path": reward,
         "dataset_name": "irlfast/demo/test.jsonl",
     }
-    shown = bon(output, **keys)
+    shown = bon(output, PYTHON if kind == "explicit" else (), **keys)
     assert "best of" in shown
     best = [json.loads(line) for line in (output / "best.jsonl").open()]
     rewards = load_file(output / "part-00000" / "scores.safetensors")["rewards"]

@@ -1,15 +1,13 @@
 """Selection of demonstrations by an external reward model: a small real one, with a tokenizer trained on the rows."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from irlfast.model import train_tokenizer
-from tests.runs import ROOT, TORCHRUN
+from tests.runs import PYTHON, SELECT, TORCHRUN, Forked, end, start
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i * 7 % 31}", "id": i} for i in range(2500)]
 
@@ -37,22 +35,16 @@ def dataset(tmp_path_factory):
     return path
 
 
-def select(*arguments, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", "irlfast.data.select", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    return done
+def select(*given, launcher=(), code: int = 0) -> tuple[str, str]:
+    arguments = [*map(str, given)]
+    process = start(["-m", "irlfast.data.select", *arguments], launcher) if launcher else Forked(arguments, SELECT)
+    return end(process, code)
 
 
 def test_the_best_rows_are_kept_as_they_are_and_the_scores_of_a_killed_run_too(dataset, reward, tmp_path):
     folder, tokenizer, model = reward
     output = tmp_path / "best.jsonl"
-    assert "100 of 2,500 rows" in select(dataset, folder, output, "--keep", 100).stdout
+    assert "100 of 2,500 rows" in select(dataset, folder, output, "--keep", 100, launcher=PYTHON)[0]
     kept = [json.loads(line) for line in output.open()]
     with torch.no_grad():
         texts = [row["prompt"] + row["completion"] for row in ROWS]
@@ -79,8 +71,8 @@ def test_scores_of_another_dataset_and_a_model_of_another_kind_are_refused(datas
     select(dataset, reward[0], output)
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:50]))
-    assert "found 1024 rewards, expected 50" in select(fewer, reward[0], output, code=2).stderr
-    shown = select(dataset, tmp_path / "nothing", tmp_path / "other.jsonl", code=2).stderr
+    assert "found 1024 rewards, expected 50" in select(fewer, reward[0], output, code=2)[1]
+    shown = select(dataset, tmp_path / "nothing", tmp_path / "other.jsonl", code=2)[1]
     assert "cannot be loaded" in shown
     assert "Traceback" not in shown
 

@@ -1,10 +1,11 @@
-"""Pairs a second of two processes (ZeRO-2 and ZeRO-1, gloo), each pinned to a core, against one process pinned to one.
+"""Pairs a second of two processes (ZeRO-2, gloo), each pinned to a core, against one process pinned to one.
 
     IRLFAST_DATA=DATA pytest benchmarks/test_scaling.py    # DATA/hh_harmless_test.jsonl
 
-Both take the same steps on the same pairs, in turn, and their first losses must agree. By the clock it means something
-on a quiet machine only; pairs per CPU second of the slower process leave out what it waited, for others too. A goal
-that is missed fails no test.
+Both take the same steps on the same pairs, and their first losses must agree. They take turns, and the figure is the
+median of the turns', as what other guests leave of a machine changes from one to the next. By the clock it means
+something on a quiet machine only; pairs per CPU second of the slower process leave out what it waited, for others too.
+A goal that is missed fails no test.
 """
 
 import json
@@ -20,16 +21,15 @@ import pytest
 from benchmarks.conftest import ROOT, write_result
 from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, hh, ids_of, make_models, quick
 
-PAIRS, STEPS, ROUNDS = 64, 4, 3  # pairs a step of both together; the first step warms up
+PAIRS, STEPS, ROUNDS = 64, 4, 5  # pairs a step of both together; the first step warms up
 GOAL = 1.7
-CONTENDERS = {"one": (1, 2), "two, ZeRO-2": (2, 2), "two, ZeRO-1": (2, 1)}  # processes, ZeRO stage
+CONTENDERS = {"one": 1, "two": 2}  # processes
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 
 
-def train(folder: Path, processes: int, batch: int, zero_stage: int) -> dict[str, Any]:
+def train(folder: Path, processes: int, batch: int) -> dict[str, Any]:
     """Steps of ``processes``, as the first of them reports; see benchmarks/throughput.py."""
-    workload = {"batch": batch, "keys": {"zero_stage": zero_stage}}
-    (folder / "workload.json").write_text(json.dumps(workload))
+    (folder / "workload.json").write_text(json.dumps({"batch": batch, "keys": {"zero_stage": 2}}))
     command = [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "benchmarks.throughput", str(folder), "irlfast"]
     alone = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, check=False)
@@ -37,9 +37,9 @@ def train(folder: Path, processes: int, batch: int, zero_stage: int) -> dict[str
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rate(runs: list[dict[str, Any]], clock: str, pairs: int) -> float:
-    """Pairs a second of the median run."""
-    return pairs * statistics.median((len(run[clock]["steps"]) - 1) / sum(run[clock]["steps"][1:]) for run in runs)
+def rates(runs: list[dict[str, Any]], clock: str, pairs: int) -> list[float]:
+    """Pairs a second of every run."""
+    return [pairs * (len(run[clock]["steps"]) - 1) / sum(run[clock]["steps"][1:]) for run in runs]
 
 
 def compare(folder: Path, pairs: list[list[list[int]]], shape: dict[str, int], batch: int, rounds: int) -> dict:
@@ -47,14 +47,14 @@ def compare(folder: Path, pairs: list[list[list[int]]], shape: dict[str, int], b
     (folder / "pairs.json").write_text(json.dumps(pairs))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
-        for name, found in runs.items():
-            found.append(train(folder, CONTENDERS[name][0], batch, CONTENDERS[name][1]))
-    rates = {
-        clock: {name: rate(found, seconds, batch) for name, found in runs.items()}
-        for clock, seconds in (("clock", "seconds"), ("cpu", "cpu_seconds"))
-    }
-    times = {clock: {name: each[name] / each["one"] for name in each} for clock, each in rates.items()}
-    return {"pairs_per_second": rates, "times": times, "runs": runs}
+        for name, done in runs.items():
+            done.append(train(folder, CONTENDERS[name], batch))
+    found: dict[str, Any] = {"pairs_per_second": {}, "times": {}, "runs": runs}
+    for clock in ("seconds", "cpu_seconds"):
+        one, two = (rates(runs[name], clock, batch) for name in CONTENDERS)
+        found["pairs_per_second"][clock] = {"one": statistics.median(one), "two": statistics.median(two)}
+        found["times"][clock] = statistics.median(b / a for a, b in zip(one, two, strict=True))
+    return found
 
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -77,7 +77,7 @@ def test_two_processes_against_one(pytestconfig, tmp_path):
     load = os.getloadavg()[0]
     found = compare(tmp_path, pairs, SHAPE, PAIRS, ROUNDS)
     check_losses(found["runs"])
-    goal = {"what": "two processes", "measured": found["times"]["clock"]["two, ZeRO-2"], "limit": GOAL}
+    goal = {"what": "two processes", "measured": found["times"]["seconds"], "limit": GOAL}
     goal["met"] = goal["measured"] >= GOAL
     write_result("scaling", {"load_before": load, "shape": SHAPE, **found, "goals": [goal]})
     print(found["pairs_per_second"], found["times"], goal, f"load before {load}", sep="\n")

@@ -76,6 +76,7 @@ def main() -> None:
         engine.destroy()
     if dist.is_main():
         print(json.dumps(found))
+    dist.barrier()
     dist.stop()
 
 

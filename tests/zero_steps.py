@@ -73,6 +73,7 @@ def main() -> None:
             found[f"ZeRO {stage}, offload {offload}"] = {"error": error, "state": sorted(state)}
     if dist.is_main():
         print(json.dumps(found))
+    dist.barrier()
     dist.stop()
 
 

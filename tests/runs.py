@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +23,11 @@ OURS = ("bon", "data.select", "engine", "final", "leaks", "methods.irft", "metho
 THEIRS = ("deepspeed", "matplotlib.pyplot", "sklearn.linear_model", "transformers.models.llama.modeling_llama")
 SERVER.set_forkserver_preload([*(f"irlfast.{name}" for name in OURS), *THEIRS])
 PORT = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # any that is free
-BON, SELECT = (functools.partial(exit_code, module.command) for module in (bon, select))
+MAINS = {
+    "irlfast.train": train.main,
+    "irlfast.bon": functools.partial(exit_code, bon.command),
+    "irlfast.data.select": functools.partial(exit_code, select.command),
+}
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *PORT)
 SMALL = {
@@ -67,11 +70,11 @@ def start(arguments: list[str], launcher: tuple[str, ...] = PYTHON) -> subproces
 
 
 class Forked:
-    """A command with these arguments, in a fork of a process that has imported what it imports."""
+    """``python -m module`` with these arguments, in a fork of a process that has imported what it imports."""
 
-    def __init__(self, given: list[str], main: Callable[[], int] = train.main):
+    def __init__(self, module: str, given: list[str]):
         self.folder = tempfile.TemporaryDirectory()
-        self.process = SERVER.Process(target=forked, args=(main, given, dict(os.environ), self.folder.name))
+        self.process = SERVER.Process(target=forked, args=(module, given, dict(os.environ), self.folder.name))
         self.process.start()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
@@ -85,20 +88,20 @@ class Forked:
         return self.process.exitcode
 
 
-def forked(main: Callable[[], int], given: list[str], environment: dict[str, str], folder: str) -> None:
+def forked(module: str, given: list[str], environment: dict[str, str], folder: str) -> None:
     for descriptor, name in enumerate(("out", "err"), 1):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    sys.argv = ["irlfast", *given]
-    sys.exit(main())
+    sys.argv = [module, *given]
+    sys.exit(MAINS[module]())
 
 
 def run_killed_at(output: Path, moment: str, **keys) -> None:
     """Start a run and kill it as soon as the file or folder ``moment`` of its output exists."""
-    run = Forked(arguments(output, **keys))
+    run = Forked("irlfast.train", arguments(output, **keys))
     while not (output / moment).exists():
         assert run.process.is_alive(), run.communicate()
         time.sleep(0.002)
@@ -119,12 +122,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(output: Path, launcher: tuple[str, ...] = (), code: int = 0, **keys) -> tuple[str, str]:
-    """What it printed: forked, or as ``launcher`` starts it."""
-    return end(start(command(output, **keys), launcher) if launcher else Forked(arguments(output, **keys)), code)
+    """What training printed; see :func:`printed`."""
+    return printed("irlfast.train", arguments(output, **keys), launcher, code)
 
 
-def end(process: subprocess.Popen | Forked, code: int = 0) -> tuple[str, str]:
-    """What it printed before it ended with ``code``."""
+def printed(module: str, given: list[str], launcher: tuple[str, ...] = (), code: int = 0) -> tuple[str, str]:
+    """What a command printed before it ended with ``code``: forked, or as ``launcher`` starts it."""
+    process = start(["-m", module, *given], launcher) if launcher else Forked(module, given)
     out, err = process.communicate(timeout=600)
     assert process.returncode == code, out + err
     return out, err

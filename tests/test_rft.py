@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from irlfast.config import make_config
 from irlfast.data import encode, load_examples, make_format, read_splits
 from irlfast.report_files import TIMES, read_metrics, read_phases, split_time
-from tests.runs import BON, PYTHON, TORCHRUN, Forked, contents, end, resumed_bytes, run, start
+from tests.runs import PYTHON, TORCHRUN, contents, printed, resumed_bytes, run
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
 PREFERENCES = [
@@ -188,7 +188,7 @@ def test_methods_that_need_rejected_answers_say_so(tmp_path):
 def bon(output, launcher=(), **keys) -> str:
     pairs = {"num_generations": 6, "max_train_samples": 20, "max_prompt_length": 64, "max_length": 96, **keys}
     arguments = [f"{name}={value}" for name, value in {**pairs, "max_new_tokens": 12, "output_dir": output}.items()]
-    return end(start(["-m", "irlfast.bon", *arguments], launcher) if launcher else Forked(arguments, BON))[0]
+    return printed("irlfast.bon", arguments, launcher)[0]
 
 
 @pytest.mark.parametrize("kind", ["explicit", "implicit", "likelihood"])

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from irlfast.model import train_tokenizer
-from tests.runs import PYTHON, SELECT, TORCHRUN, Forked, end, start
+from tests.runs import PYTHON, TORCHRUN, printed
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i * 7 % 31}", "id": i} for i in range(2500)]
 
@@ -36,9 +36,7 @@ def dataset(tmp_path_factory):
 
 
 def select(*given, launcher=(), code: int = 0) -> tuple[str, str]:
-    arguments = [*map(str, given)]
-    process = start(["-m", "irlfast.data.select", *arguments], launcher) if launcher else Forked(arguments, SELECT)
-    return end(process, code)
+    return printed("irlfast.data.select", [*map(str, given)], launcher, code)
 
 
 def test_the_best_rows_are_kept_as_they_are_and_the_scores_of_a_killed_run_too(dataset, reward, tmp_path):

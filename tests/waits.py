@@ -1,7 +1,7 @@
 """Started by test_step.py: where training steps make the host wait for values of tensors, as they would for a GPU's.
 
-Prints JSON: for every ZeRO stage, how often a step waits at each place (file and function), and how often by operations
-that no place accounts for (indexing by a mask, or what C++ calls itself); and how many collectives it calls.
+Prints JSON: for ZeRO stages 0 to 2, how often a step waits at each place (file and function), and how often by
+operations that no place accounts for (indexing by a mask, or what C++ calls itself); and how many collectives it calls.
 """
 
 import functools

@@ -1,33 +1,28 @@
 """Runs of the real commands, small enough for a test."""
 
-import functools
 import json
 import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from irlfast import bon, train
-from irlfast.command import exit_code
-from irlfast.data import select
-
 ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 # A process that has imported what every run does, and is forked for each: half of a small run's time is imports.
 SERVER = multiprocessing.get_context("forkserver")
-OURS = ("bon", "data.select", "engine", "final", "leaks", "methods.irft", "methods.rft", "prepare", "report")
+OURS = ("engine", "final", "leaks", "methods.irft", "methods.rft", "prepare", "report")
 THEIRS = ("deepspeed", "matplotlib.pyplot", "sklearn.linear_model", "transformers.models.llama.modeling_llama")
 SERVER.set_forkserver_preload([*(f"irlfast.{name}" for name in OURS), *THEIRS])
 PORT = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # any that is free
-MAINS = {
-    "irlfast.train": train.main,
-    "irlfast.bon": functools.partial(exit_code, bon.command),
-    "irlfast.data.select": functools.partial(exit_code, select.command),
-}
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *PORT)
 SMALL = {
@@ -54,59 +49,66 @@ SMALL = {
 
 
 def command(output: Path, **keys) -> list[str]:
-    return ["-m", "irlfast.train", *arguments(output, **keys)]
+    return ["-m", "irlfast.train", *settings(output, **keys)]
 
 
-def arguments(output: Path, **keys) -> list[str]:
+def settings(output: Path, **keys) -> list[str]:
     pairs = {**SMALL, "output_dir": str(output), **keys}
     return [f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in pairs.items()]
 
 
-def start(arguments: list[str], launcher: tuple[str, ...] = PYTHON) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 class Forked:
-    """``python -m module`` with these arguments, in a fork of a process that has imported what it imports."""
+    """``python ARGUMENTS`` in forks of a process that has imported what runs do: one, or several as torchrun has."""
 
-    def __init__(self, module: str, given: list[str]):
+    def __init__(self, arguments: list[str], count: int = 1):
         self.folder = tempfile.TemporaryDirectory()
-        self.process = SERVER.Process(target=forked, args=(module, given, dict(os.environ), self.folder.name))
-        self.process.start()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        self.processes = []
+        for rank in map(str, range(count)):
+            own = several | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+            given = arguments, os.environ | own, Path(self.folder.name)
+            self.processes.append(SERVER.Process(target=forked, args=given))
+            self.processes[-1].start()
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        self.process.join(timeout)
-        self.process.kill()  # or pytest would wait for one that hangs
-        self.process.join()
-        return tuple(Path(self.folder.name, name).read_text() for name in ("out", "err"))
+    def wait(self, timeout: float) -> tuple[int, str, str]:
+        """The exit code of the first that failed, and what all printed; those that still run are killed then."""
+        end, left = time.monotonic() + timeout, self.processes
+        while left and not self.failed() and connection.wait([each.sentinel for each in left], end - time.monotonic()):
+            left = [process for process in left if process.is_alive()]
+        failed = self.failed()
+        for process in left:
+            process.kill()
+            process.join()
+        printed = (Path(self.folder.name, name).read_text() for name in ("out", "err"))
+        return [*failed, *self.failed(), 0][0], *printed
 
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
+    def failed(self) -> list[int]:
+        return [process.exitcode for process in self.processes if process.exitcode]
 
 
-def forked(module: str, given: list[str], environment: dict[str, str], folder: str) -> None:
+def forked(arguments: list[str], environment: dict[str, str], folder: Path) -> None:
     for descriptor, name in enumerate(("out", "err"), 1):
-        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    sys.argv = [module, *given]
-    sys.exit(MAINS[module]())
+    sys.argv = arguments[arguments[0] == "-m" :]
+    if arguments[0] == "-m":
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def run_killed_at(output: Path, moment: str, **keys) -> None:
     """Start a run and kill it as soon as the file or folder ``moment`` of its output exists."""
-    run = Forked("irlfast.train", arguments(output, **keys))
+    run = Forked(command(output, **keys))
     while not (output / moment).exists():
-        assert run.process.is_alive(), run.communicate()
+        assert run.processes[0].is_alive(), run.wait(0)
         time.sleep(0.002)
-    run.process.kill()
-    run.communicate()
+    run.wait(0)
     assert not (output / "final").exists()
 
 
@@ -121,14 +123,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def run(output: Path, launcher: tuple[str, ...] = (), code: int = 0, **keys) -> tuple[str, str]:
+def run(output: Path, *how: Any, code: int = 0, **keys) -> tuple[str, str]:
     """What training printed; see :func:`printed`."""
-    return printed("irlfast.train", arguments(output, **keys), launcher, code)
+    return printed(command(output, **keys), *how, code=code)
 
 
-def printed(module: str, given: list[str], launcher: tuple[str, ...] = (), code: int = 0) -> tuple[str, str]:
-    """What a command printed before it ended with ``code``: forked, or as ``launcher`` starts it."""
-    process = start(["-m", module, *given], launcher) if launcher else Forked(module, given)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code, out + err
+def printed(arguments: list[str], how: int | tuple[str, ...] = 1, code: int = 0) -> tuple[str, str]:
+    """What ``python ARGUMENTS`` printed before it ended with ``code``; see :func:`ended`."""
+    found, out, err = ended(arguments, how)
+    assert found == code, out + err
     return out, err
+
+
+def ended(arguments: list[str], how: int | tuple[str, ...] = 1) -> tuple[int, str, str]:
+    """The exit code of ``python ARGUMENTS``, and what it printed.
+
+    ``how`` is the number of processes, which are forked, or what starts it in earnest: ``PYTHON`` or ``TORCHRUN``.
+    """
+    if isinstance(how, int):
+        return Forked(arguments, how).wait(600)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([*how, *arguments], **options)
+    return done.returncode, done.stdout, done.stderr

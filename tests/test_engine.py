@@ -104,7 +104,7 @@ def test_selective_recomputation_leaves_out_the_products():
 
 def test_a_compiled_run_that_is_killed_resumes_to_the_same_policy(tmp_path):
     needs_a_compiler()
-    keys = {"torch_compile": "true", "stages": 1}
+    keys = {"torch_compile": "true", "method": "sft", "inner_steps": "null"}
     run(tmp_path / "unbroken", **keys)
     run_killed_at(tmp_path / "run", "sft/checkpoint/progress.json", **keys)
     run(tmp_path / "run", **keys)

@@ -97,18 +97,19 @@ def test_hugging_faces_package_kernels_is_not_shadowed():
     assert (ROOT / "irlfast" / "kernels").is_symlink()
 
 
-def python_in(folder: Path) -> Path:
-    """A new environment that sees the installed packages, but not this project."""
+def environment(folder: Path) -> tuple[str, str, list[str]]:
+    """A new one that sees the installed packages, but not this project: its Python, packages, and pip's command."""
     venv.create(folder, with_pip=False)
-    site = next(folder.glob("lib/python*/site-packages"))
+    [site] = folder.glob("lib/python*/site-packages")
     packages = [path for path in sys.path if path.endswith("site-packages")]
     (site / "outer.pth").write_text("\n".join(packages))
-    return folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", str(site)]
+    return str(folder / "bin" / "python"), str(site), pip
 
 
 def run(*command: str, cwd: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -120,8 +121,6 @@ IMPORTS = (
     "assert (here / 'demo' / 'train.jsonl').exists() and (here / 'report.html.j2').exists()"
 )
 HAS_COMPILER, HAS_NVCC = (shutil.which(name) is not None for name in ("c++", "nvcc"))
-BUILT = f"{HAS_COMPILER} {HAS_COMPILER and HAS_NVCC}"
-WITHOUT_NVCC = f"{HAS_COMPILER} False"
 
 
 @pytest.fixture(scope="module")
@@ -135,32 +134,25 @@ def clone(tmp_path_factory):
     return clone
 
 
-def test_wheel_and_sdist_import_from_elsewhere(clone, tmp_path, monkeypatch):
-    """The wheel built with nvcc, where there is one; the sdist without, which is no error."""
+def test_the_wheel_made_from_the_sdist_imports_from_elsewhere(clone, tmp_path, monkeypatch):
+    """Built with nvcc, where there is one."""
     monkeypatch.setenv("IRLFAST_STRICT", str(int(HAS_COMPILER)))
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), cwd=clone)
-    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
-    for kind, native in (("whl", BUILT), ("tar.gz", WITHOUT_NVCC)):
-        python = python_in(tmp_path / kind)
-        [package] = (tmp_path / "dist").glob(f"*.{kind}")
-        site = str(next((tmp_path / kind).glob("lib/python*/site-packages")))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
-        run(*pip, str(package), cwd=tmp_path)
-        assert run(str(python), "-c", IMPORTS, cwd=tmp_path).strip().startswith(site)
-        assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == native
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), cwd=clone)
+    [wheel] = tmp_path.glob("*.whl")
+    python, site, pip = environment(tmp_path / "env")
+    run(*pip, str(wheel), cwd=tmp_path)
+    assert run(python, "-c", IMPORTS, cwd=tmp_path).strip().startswith(site)
+    assert run(python, "-c", NATIVE, cwd=tmp_path).strip() == f"{HAS_COMPILER} {HAS_COMPILER and HAS_NVCC}"
 
 
 def test_editable_install_imports(clone, tmp_path, monkeypatch):
-    """From the root too, where ``import kernels`` must not find our folder as a package with code."""
+    """From the root too, where ``import kernels`` must not find our folder as a package with code; without nvcc."""
     monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
-    environment = tmp_path / "env"
-    python = python_in(environment)
-    site = str(next(environment.glob("lib/python*/site-packages")))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
+    python, _, pip = environment(tmp_path / "env")
     run(*pip, "--editable", str(clone), cwd=tmp_path)
     for cwd in (clone, tmp_path):
-        assert run(str(python), "-c", IMPORTS, cwd=cwd).strip().startswith(str(clone))
-        assert run(str(python), "-c", NATIVE, cwd=cwd).strip() == WITHOUT_NVCC
+        assert run(python, "-c", IMPORTS, cwd=cwd).strip().startswith(str(clone))
+        assert run(python, "-c", NATIVE, cwd=cwd).strip() == f"{HAS_COMPILER} False"
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -168,10 +160,8 @@ def test_without_a_compiler_it_installs_with_fewer_backends_or_says_why_not(clon
     monkeypatch.setenv("CXX", "/nowhere/c++")
     if strict:
         monkeypatch.setenv("IRLFAST_STRICT", "1")
-    python = python_in(tmp_path / "env")
-    site = str(next((tmp_path / "env").glob("lib/python*/site-packages")))
-    pip = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--target", site]
-    done = subprocess.run([*pip, str(clone)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    python, _, pip = environment(tmp_path / "env")
+    done = subprocess.run([*pip, "-v", str(clone)], cwd=tmp_path, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     if strict:
         assert done.returncode and "irlfast._cpu could not be built, and IRLFAST_STRICT=1" in said
@@ -179,4 +169,4 @@ def test_without_a_compiler_it_installs_with_fewer_backends_or_says_why_not(clon
     assert done.returncode == 0, said
     assert "irlfast: without irlfast._cpu, PyTorch does its work; it takes a C++17 compiler" in said
     assert "irlfast: without irlfast._cuda, Triton and PyTorch do its work; it takes nvcc" in said
-    assert run(str(python), "-c", NATIVE, cwd=tmp_path).strip() == "False False"
+    assert run(python, "-c", NATIVE, cwd=tmp_path).strip() == "False False"

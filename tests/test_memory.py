@@ -12,7 +12,7 @@ from irlfast.files import InputError
 from irlfast.memory import Limit, RanOut, allowed, fitting, longest_of, token_limit
 from irlfast.pack import Layout, Segment
 from irlfast.step import prepare
-from tests.runs import TORCHRUN, command, start
+from tests.runs import ended, printed, settings
 from tests.test_pack import model_of, ragged
 
 AUTO = make_config({"dataset_name": __file__, "model_name_or_path": "."})
@@ -117,14 +117,12 @@ SFT = {"method": "sft", "inner_steps": "null", "per_device_train_batch_size": 32
 def short_of_memory(folder, most, **keys):
     script = folder / "short.py"
     script.write_text(SHORT_OF_MEMORY.format(most=most))
-    return [str(script), *command(folder / "run", **SFT | keys)[2:]]
+    return [str(script), *settings(folder / "run", **SFT | keys)]
 
 
 @pytest.mark.parametrize("most, code", [(300, 0), (10, 2)])
 def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, most, code):
-    process = start(short_of_memory(tmp_path, most))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == code, err
+    _, err = printed(short_of_memory(tmp_path, most), code=code)
     assert "sft: out of memory with 1,024 tokens a batch; goes on from the last checkpoint with half of them" in err
     if code:
         assert re.search(
@@ -137,20 +135,17 @@ def test_of_several_processes_the_one_out_of_memory_says_so_and_all_start_again_
     """The same command, until what is left fits."""
     said = r"irlfast, process 1: sft: out of memory with [\d,]+ tokens a batch; the same command goes on from the last"
     for _ in range(4):
-        process = start(short_of_memory(tmp_path, 700), TORCHRUN)
-        _, err = process.communicate(timeout=300)
-        if process.returncode == 0:
+        code, _, err = ended(short_of_memory(tmp_path, 700), 2)
+        if code == 0:
             break
         assert re.search(said, err), err
-    assert process.returncode == 0
+    assert code == 0
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "sft" / "checkpoint").exists()
 
 
 def test_given_tokens_a_batch_are_not_halved(tmp_path):
-    process = start(short_of_memory(tmp_path, 300, max_tokens_per_batch=400))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2, err
+    _, err = printed(short_of_memory(tmp_path, 300, max_tokens_per_batch=400), code=2)
     assert "sft: out of memory with 400 tokens a batch; expected a lower max_tokens_per_batch" in err.splitlines()[-1]
 
 

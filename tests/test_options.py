@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.runs import command, run, start
+from tests.runs import printed, run, settings
 
 
 def weights(folder):
@@ -54,9 +54,7 @@ LORA = {"use_peft": "true", "learning_rate": 1e-2, "warmup_ratio": 0, "logging_s
 def test_a_stages_reference_is_its_policy_without_the_new_adapter_and_no_second_model_is_held(tmp_path):
     script, output = tmp_path / "counted.py", tmp_path / "run"
     script.write_text(COUNTED)
-    process = start([str(script), *command(output, **LORA)[2:]])
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    _, err = printed([str(script), *settings(output, **LORA)])
     assert set(re.findall(r"models: \d+", err)) == {"models: 1"}
     before, after = output / "stage-00" / "policy", output / "stage-01" / "policy"
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(before), output / "stage-01" / "adapter")

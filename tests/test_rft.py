@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from irlfast.config import make_config
 from irlfast.data import encode, load_examples, make_format, read_splits
 from irlfast.report_files import TIMES, read_metrics, read_phases, split_time
-from tests.runs import PYTHON, TORCHRUN, contents, printed, resumed_bytes, run
+from tests.runs import PYTHON, contents, printed, resumed_bytes, run
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
 PREFERENCES = [
@@ -185,10 +185,10 @@ def test_methods_that_need_rejected_answers_say_so(tmp_path):
 # ---------------------------------------------------------------- best of N
 
 
-def bon(output, launcher=(), **keys) -> str:
+def bon(output, how=1, **keys) -> str:
     pairs = {"num_generations": 6, "max_train_samples": 20, "max_prompt_length": 64, "max_length": 96, **keys}
     arguments = [f"{name}={value}" for name, value in {**pairs, "max_new_tokens": 12, "output_dir": output}.items()]
-    return printed("irlfast.bon", arguments, launcher)[0]
+    return printed(["-m", "irlfast.bon", *arguments], how)[0]
 
 
 @pytest.mark.parametrize("kind", ["explicit", "implicit", "likelihood"])
@@ -202,7 +202,7 @@ def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
         "reward_model_name_or_path": reward,
         "dataset_name": "irlfast/demo/test.jsonl",
     }
-    shown = bon(output, PYTHON if kind == "explicit" else (), **keys)
+    shown = bon(output, PYTHON if kind == "explicit" else 1, **keys)
     assert "best of" in shown
     best = [json.loads(line) for line in (output / "best.jsonl").open()]
     rewards = load_file(output / "part-00000" / "scores.safetensors")["rewards"]
@@ -232,7 +232,7 @@ def test_a_folder_with_a_comma_in_its_name_is_a_reward_model_and_not_two_policie
 
 def test_two_processes_under_zero_3_end_with_the_parameters_of_one(rft, tmp_path):
     """The same global batches of pairs and of prompts; the reward's heads are gathered as an LM head is."""
-    run(tmp_path / "two", TORCHRUN, **RFT, zero_stage=3, per_device_train_batch_size=4)
+    run(tmp_path / "two", 2, **RFT, zero_stage=3, per_device_train_batch_size=4)
     for part in ("stage-00/reward/model", "final"):
         one, two = (load_file(folder / part / "model.safetensors") for folder in (rft[0], tmp_path / "two"))
         first = load_file(rft[0] / "sft" / "policy" / "model.safetensors")

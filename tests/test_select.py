@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from irlfast.model import train_tokenizer
-from tests.runs import PYTHON, TORCHRUN, printed
+from tests.runs import PYTHON, printed
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i * 7 % 31}", "id": i} for i in range(2500)]
 
@@ -35,14 +35,14 @@ def dataset(tmp_path_factory):
     return path
 
 
-def select(*given, launcher=(), code: int = 0) -> tuple[str, str]:
-    return printed("irlfast.data.select", [*map(str, given)], launcher, code)
+def select(*given, how=1, code: int = 0) -> tuple[str, str]:
+    return printed(["-m", "irlfast.data.select", *map(str, given)], how, code)
 
 
 def test_the_best_rows_are_kept_as_they_are_and_the_scores_of_a_killed_run_too(dataset, reward, tmp_path):
     folder, tokenizer, model = reward
     output = tmp_path / "best.jsonl"
-    assert "100 of 2,500 rows" in select(dataset, folder, output, "--keep", 100, launcher=PYTHON)[0]
+    assert "100 of 2,500 rows" in select(dataset, folder, output, "--keep", 100, how=PYTHON)[0]
     kept = [json.loads(line) for line in output.open()]
     with torch.no_grad():
         texts = [row["prompt"] + row["completion"] for row in ROWS]
@@ -90,6 +90,6 @@ def test_an_external_reward_scores_the_policys_texts(reward, finished, tmp_path)
         with torch.no_grad():
             logit = model(**tokenizer(row["prompt"] + row["answer"], return_tensors="pt")).logits[0, 0].item()
         assert row["reward"] == pytest.approx(logit, abs=1e-4)
-    bon(tmp_path / "two", TORCHRUN, **keys)
+    bon(tmp_path / "two", 2, **keys)
     scores = [load_file(tmp_path / name / "part-00000" / "scores.safetensors")["rewards"] for name in ("bon", "two")]
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from irlfast.attention import hidden_states, operations
 from irlfast.pack import Layout, Segment, pack, work
 from irlfast.step import Stopwatch
-from tests.runs import run, start
+from tests.runs import printed, run
 from tests.test_pack import ragged
 
 
@@ -90,9 +90,7 @@ def test_a_batch_goes_to_the_gpu_without_waiting():
 
 
 def test_a_step_waits_for_the_device_at_known_places_only_and_reduces_gradients_once(tmp_path):
-    process = start(["-m", "tests.waits", str(tmp_path)])
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    out, _ = printed(["-m", "tests.waits", str(tmp_path)])
     alone, *zero = (json.loads(out.splitlines()[-1])[stage] for stage in "012")
     batches = alone["batches"]
     assert batches > 1

@@ -1,19 +1,16 @@
 """FusedRMSprop under DeepSpeed: every ZeRO stage, ZeRO-Offload, universal checkpoints, one process and two."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from tests.runs import TORCHRUN, start
+from tests.runs import printed
 
 
-@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["one process", "two"])
-def test_steps_are_pytorchs_at_every_zero_stage_with_the_optimiser_offloaded_or_not(tmp_path, launcher):
-    process = start(["-m", "tests.zero_steps", str(tmp_path)], launcher)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+@pytest.mark.parametrize("processes", [1, 2])
+def test_steps_are_pytorchs_at_every_zero_stage_with_the_optimiser_offloaded_or_not(tmp_path, processes):
+    out, _ = printed(["-m", "tests.zero_steps", str(tmp_path)], processes)
     found = json.loads(out.splitlines()[-1])
     assert len(found) == 8
     for case, row in found.items():
@@ -22,18 +19,12 @@ def test_steps_are_pytorchs_at_every_zero_stage_with_the_optimiser_offloaded_or_
         assert "offload cpu" not in case or "ZeRO 0" in case or row["state"] == ["torch.float32 on cpu"], case
 
 
-def output(arguments: list[str], launcher: tuple[str, ...]) -> str:
-    process = start(arguments, launcher)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
-    return out
-
-
 def test_universal_checkpoints_go_on_with_another_number_of_processes(tmp_path):
-    def trained(action: str, launcher: tuple[str, ...]) -> dict:
-        return json.loads(output(["-m", "tests.universal_steps", action, str(tmp_path)], launcher).splitlines()[-1])
+    def trained(action: str, processes: int) -> dict:
+        out, _ = printed(["-m", "tests.universal_steps", action, str(tmp_path)], processes)
+        return json.loads(out.splitlines()[-1])
 
-    expected = trained("save", TORCHRUN)
+    expected = trained("save", 2)
     for case in expected:
         folders = [
             "--input_folder",
@@ -43,8 +34,8 @@ def test_universal_checkpoints_go_on_with_another_number_of_processes(tmp_path):
         ]
         workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
         convert = ["-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers, "--inject_missing_state"]
-        output(convert, (sys.executable,))
-    found = trained("load", (sys.executable,))
+        printed(convert)
+    found = trained("load", 1)
     for case, row in expected.items():
         assert found[case]["states"] == row["states"], case
         assert ("exp_avg" in row["states"]) == ("momentum" in case), case  # no memory for what is not used

@@ -1,21 +1,30 @@
-# make train: the default run.   make test: linters, types and tests.   Both need Python >= 3.10 and a package registry.
+# make train: the default run.   make test: linters, types and tests.   make sweep: what `make test` takes a sample of.
+# All need Python >= 3.10 and a package registry.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := pip install --quiet --no-compile
 
-.PHONY: train test gates gpu sanitized lint clean
+.PHONY: train test sweep gates gpu sanitized lint clean
 train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
+SOME := -m "not slow"
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(SOME)
+
 test: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 lint gates
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/bitsandbytes-0.50.2 $(BIN)/python -m pytest -n 2 tests/test_qlora.py
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+	PYTHONPATH=$(VENV)/bitsandbytes-0.50.2 $(PYTEST) tests/test_qlora.py
+
+sweep: SOME := -m slow
+sweep: $(VENV)/installed gates
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 # The kernels compile for sm_80 and sm_90 by Triton 3.6 too (torch 2.11 comes with it), not only by the one installed.
 gates: $(VENV)/triton-3.6.0
-	OMP_NUM_THREADS=1 PYTHONPATH=$< $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_aot_*.py
+	PYTHONPATH=$< $(PYTEST) tests/test_aot_*.py
 
 # On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
 gpu:

@@ -1,7 +1,5 @@
 """The kernels of log_ratio and pair_loss compile for sm_80 and sm_90, without spills and within shared memory."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -11,12 +9,14 @@ from irlfast.kernels import linear, linear_backward
 from irlfast.kernels.slab import softmax
 from tests.kernels.aot import ARCHITECTURES, check_compiles, launches_of
 
-FORMS = list(
-    itertools.product([7, 50257, 128256], [torch.float32, torch.bfloat16, torch.float16], [False, True], [None, 30.0])
-)
+SLOW = pytest.mark.slow
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
 
 
-@pytest.mark.parametrize(("vocabulary", "dtype", "bias", "softcap"), FORMS)
+@pytest.mark.parametrize("vocabulary", [7, 50257, 128256])
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 30.0])
 def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
     z = torch.empty(2, -(-vocabulary // 16) * 16)[:, :vocabulary]  # as the slab allocates it
     targets = torch.zeros(2, dtype=torch.long)
@@ -29,9 +29,9 @@ def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
 SHAPES = pytest.mark.parametrize(
     ("n", "vocabulary", "size", "ref_size"), [(8192, 128256, 4096, 4096), (63, 50257, 96, 1000)]
 )
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 FORMS_OF_LOGITS = pytest.mark.parametrize(
-    ("bias", "softcap"), [(False, None), (False, 30.0), (True, None), (True, 30.0)]
+    ("bias", "softcap"),
+    [(False, None), (True, 30.0), pytest.param(False, 30.0, marks=SLOW), pytest.param(True, None, marks=SLOW)],
 )
 ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -73,7 +73,7 @@ def test_every_tile_that_tuning_may_choose_compiles(dtype, architecture):
         check_compiles(other, tile, dtype, architectures=[architecture])
 
 
-@pytest.mark.parametrize("wanted", ["all", "hidden", "weight"])
+@pytest.mark.parametrize("wanted", ["all", *(pytest.param(name, marks=SLOW) for name in ("hidden", "weight"))])
 @SHAPES
 @DTYPES
 @pytest.mark.parametrize("softcap", [None, 30.0])

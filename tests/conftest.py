@@ -1,10 +1,10 @@
 import pytest
 
-from tests.runs import PYTHON, run
+from tests.runs import run
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of an unbroken run, and what it printed."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    return output, *run(output, PYTHON)
+    return output, *run(output)

@@ -13,15 +13,13 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 # A process that has imported what every run does, and is forked for each: half of a small run's time is imports.
 SERVER = multiprocessing.get_context("forkserver")
 OURS = ("engine", "final", "leaks", "methods.irft", "methods.rft", "prepare", "report")
-THEIRS = ("deepspeed", "matplotlib.pyplot", "sklearn.linear_model", "transformers.models.llama.modeling_llama")
-SERVER.set_forkserver_preload([*(f"irlfast.{name}" for name in OURS), *THEIRS])
+THEIRS = ("deepspeed", "matplotlib.pyplot", "peft", "sklearn.linear_model", "transformers.models.llama.modeling_llama")
+SERVER.set_forkserver_preload([*(f"irlfast.{name}" for name in OURS), *THEIRS, "bitsandbytes"])  # if it is there
 PORT = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # any that is free
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *PORT)
@@ -91,6 +89,8 @@ class Forked:
 def forked(arguments: list[str], environment: dict[str, str], folder: Path) -> None:
     for descriptor, name in enumerate(("out", "err"), 1):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    import torch
+
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)

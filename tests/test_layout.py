@@ -135,24 +135,31 @@ def clone(tmp_path_factory):
 
 
 def test_the_wheel_made_from_the_sdist_imports_from_elsewhere(clone, tmp_path, monkeypatch):
-    """Built with nvcc, where there is one."""
+    """Where there is a compiler, but no nvcc, whose sources it has nevertheless."""
     monkeypatch.setenv("IRLFAST_STRICT", str(int(HAS_COMPILER)))
+    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), cwd=clone)
-    [wheel] = tmp_path.glob("*.whl")
+    [sdist], [wheel] = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    names = {name.partition("/")[2] for name in run("tar", "--list", "--file", str(sdist), cwd=tmp_path).splitlines()}
+    assert {str(path.relative_to(clone)) for path in (clone / "csrc").rglob("*.*")} <= names
     python, site, pip = environment(tmp_path / "env")
     run(*pip, str(wheel), cwd=tmp_path)
     assert run(python, "-c", IMPORTS, cwd=tmp_path).strip().startswith(site)
-    assert run(python, "-c", NATIVE, cwd=tmp_path).strip() == f"{HAS_COMPILER} {HAS_COMPILER and HAS_NVCC}"
+    assert run(python, "-c", NATIVE, cwd=tmp_path).strip() == f"{HAS_COMPILER} False"
 
 
 def test_editable_install_imports(clone, tmp_path, monkeypatch):
-    """From the root too, where ``import kernels`` must not find our folder as a package with code; without nvcc."""
-    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
+    """From the root too, where ``import kernels`` must not find our folder as a package with code."""
+    monkeypatch.setenv("CXX", "/nowhere/c++")
     python, _, pip = environment(tmp_path / "env")
     run(*pip, "--editable", str(clone), cwd=tmp_path)
     for cwd in (clone, tmp_path):
         assert run(python, "-c", IMPORTS, cwd=cwd).strip().startswith(str(clone))
-        assert run(python, "-c", NATIVE, cwd=cwd).strip() == f"{HAS_COMPILER} False"
+        assert run(python, "-c", NATIVE, cwd=cwd).strip() == "False False"
+
+
+def test_this_installation_has_what_could_be_built_here():
+    assert run(sys.executable, "-c", NATIVE, cwd=ROOT).strip() == f"{HAS_COMPILER} {HAS_COMPILER and HAS_NVCC}"
 
 
 @pytest.mark.parametrize("strict", [False, True])

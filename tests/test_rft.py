@@ -26,7 +26,7 @@ PREFERENCES = [
 @pytest.fixture(scope="module")
 def rft(tmp_path_factory):
     output = tmp_path_factory.mktemp("rft") / "run"
-    return output, *run(output, PYTHON, **RFT)
+    return output, *run(output, **RFT)
 
 
 @pytest.fixture(scope="module")

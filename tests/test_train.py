@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.train import main
-from tests.runs import ROOT, TORCHRUN, command, contents, resumed_bytes, run
+from tests.runs import PYTHON, ROOT, TORCHRUN, command, contents, resumed_bytes, run
 from tests.tokenizers_like import pythia
 
 
@@ -52,7 +52,7 @@ def test_final_loads_with_plain_transformers_and_stops_at_the_end_token(finished
 def test_the_same_command_again_changes_nothing(finished):
     output, *_ = finished
     before = contents(output / "final") | {"metrics": (output / "metrics.jsonl").read_bytes()}
-    run(output)
+    run(output, PYTHON)
     assert contents(output / "final") | {"metrics": (output / "metrics.jsonl").read_bytes()} == before
 
 

@@ -66,13 +66,13 @@ def test_pair_loss_matches_the_oracle_in_fp64(index, backend):
         assert error <= (1e-4 if factors["dtype"] == torch.float32 else 2**-7) * largest + 1e-9, name
 
 
-def some_large(drawn: list[dict]) -> list:
-    """By number; the interpreter takes up to a minute for a large vocabulary."""
-    large = (index > 9 and factors["vocabulary"] > 1000 for index, factors in enumerate(drawn))
+def with_few_large(drawn: list[dict]) -> list:
+    """By number; of large vocabularies, which take the interpreter up to a minute, one in fp32 and one in bf16."""
+    large = (factors["vocabulary"] > 1000 and index not in (0, 3) for index, factors in enumerate(drawn))
     return [pytest.param(index, marks=pytest.mark.slow if slow else ()) for index, slow in enumerate(large)]
 
 
-@pytest.mark.parametrize("index", some_large(drawn(90)[60:]))
+@pytest.mark.parametrize("index", with_few_large(drawn(90)[60:]))
 def test_log_ratio_matches_the_oracle_in_fp64(index, backend):
     factors = drawn(90)[60 + index]
     lengths = [70, 0, 1, 129] if factors["vocabulary"] <= 1000 else LENGTHS
@@ -283,7 +283,7 @@ def test_skipping_ends_where_sums_must_be_deterministic():
 
 
 def test_skipping_loses_no_nan():
-    case = confident(2.0, torch.float32)
+    case = confident(2.0, torch.bfloat16)
     with torch.no_grad():
         hidden = case["hidden"].clone()
         hidden[case["rows"][70]] = float("nan")

@@ -63,8 +63,8 @@ def measure(case: Case) -> dict[str, Any]:
     runnable = {row: step_of(row, inputs, true.ref_logps) for row, found in rows.items() if found["status"] == "ok"}
     true = None  # its fp64 tensors would only be in the way
     for row, seconds in interleave(runnable, inputs).items():
-        spread = {"seconds": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
-        rows[row].update(spread, runs=seconds)
+        spread = {"seconds": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": seconds}
+        rows[row].update(spread)
     for row, extra in extra_memory(case, runnable, inputs).items():
         rows[row]["extra_mib"] = extra
         rows[row]["working_mib"] = None if extra is None else extra - gradient_mib(inputs, row)

@@ -11,7 +11,6 @@ import tempfile
 import time
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
@@ -123,9 +122,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def run(output: Path, *how: Any, code: int = 0, **keys) -> tuple[str, str]:
+def run(output: Path, how: int | tuple[str, ...] = 1, code: int = 0, **keys) -> tuple[str, str]:
     """What training printed; see :func:`printed`."""
-    return printed(command(output, **keys), *how, code=code)
+    return printed(command(output, **keys), how, code)
 
 
 def printed(arguments: list[str], how: int | tuple[str, ...] = 1, code: int = 0) -> tuple[str, str]:

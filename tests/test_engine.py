@@ -102,9 +102,13 @@ def test_selective_recomputation_leaves_out_the_products():
     assert operations[True] == operations[None] < operations[False]
 
 
-def test_a_compiled_run_that_is_killed_resumes_to_the_same_policy(tmp_path):
+SFT = {"method": "sft", "inner_steps": "null"}
+
+
+@pytest.mark.parametrize("keys", [SFT, pytest.param({"stages": 1}, marks=pytest.mark.slow)], ids=["sft", "irft"])
+def test_a_compiled_run_that_is_killed_resumes_to_the_same_policy(tmp_path, keys):
     needs_a_compiler()
-    keys = {"torch_compile": "true", "method": "sft", "inner_steps": "null"}
+    keys = {"torch_compile": "true", **keys}
     run(tmp_path / "unbroken", **keys)
     run_killed_at(tmp_path / "run", "sft/checkpoint/progress.json", **keys)
     run(tmp_path / "run", **keys)

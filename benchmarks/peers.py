@@ -176,13 +176,18 @@ def torch_linear_cross_entropy_token_logps(hidden: Tensor, weight: Tensor, targe
     return -F.linear_cross_entropy(*flat, reduction="none", options=options).view(targets.shape)
 
 
+def torch_plain(inputs: Inputs) -> Result:
+    """Logits in the inputs' dtype, softmax in fp32."""
+    return from_token_logps(plain_token_logps, inputs)
+
+
 def torch_compile(inputs: Inputs) -> Result:
     return compiled_plain()(inputs)
 
 
 @functools.cache
 def compiled_plain() -> Callable[[Inputs], Result]:
-    return torch.compile(functools.partial(from_token_logps, plain_token_logps), dynamic=False)
+    return torch.compile(torch_plain, dynamic=False)
 
 
 def plain_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -224,6 +229,7 @@ PEERS: dict[str, Callable[[Inputs], Result]] = {
     "Liger compiled": liger_compiled,
     "CCE exact": cce,
     "CCE default": cce_default,
+    "torch": torch_plain,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
     "torch.compile": torch_compile,
     "bare products": floor,

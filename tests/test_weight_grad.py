@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from irlfast import ops
-from irlfast.ops import registered
+from irlfast.ops import cpu, registered
 from irlfast.ops.problem import Coupling
 from tests.ops_cases import Recorder, gradients, make
 from tests.test_registered import FORMS, arguments, forms
@@ -68,7 +68,7 @@ def test_degenerate_sizes_work(backend, lengths):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_other_tensor_of_the_weights_size_is_made(dtype):
-    vocabulary, size = 4096, 64
+    vocabulary, size = 3 * cpu.TILE, 64
     case = make([20, 30], vocabulary=vocabulary, size=size, dtype=dtype)
     weight_grad = torch.zeros(vocabulary, size)
     buffer_mb = 8 * vocabulary * 4 / 2**20

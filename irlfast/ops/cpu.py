@@ -18,7 +18,7 @@ from irlfast.ops.problem import Problem, Side
 P = ParamSpec("P")
 T = TypeVar("T")
 
-TILE = 2048  # rows of a bf16 weight widened at once
+TILE = 4096  # rows of the weight in one product, which packs them, and in bf16 widens them, all at once
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -112,10 +112,9 @@ def by_hidden(total: Tensor, slab: Tensor, hidden: Tensor) -> None:
 
 
 def tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in ``dtype`` by rows: at once where it has that dtype, else never widened whole."""
-    step = max(1, weight.shape[0]) if weight.dtype == dtype else TILE
-    for start in range(0, weight.shape[0], step):
-        part = slice(start, min(start + step, weight.shape[0]))
+    """The weight in ``dtype`` by rows, so that what a product keeps of it does not grow with the vocabulary."""
+    for start in range(0, weight.shape[0], TILE):
+        part = slice(start, min(start + TILE, weight.shape[0]))
         yield part, weight[part].to(dtype)
 
 

@@ -233,7 +233,7 @@ def add_gradients(
     if g.device.type == "cpu" and not g.any():  # in no pair, or beyond the hinge; to ask a GPU is to wait for it
         return
     if sums.hidden is not None:
-        sums.hidden.index_add_(0, problem.rows_of(chunk.tokens), g * hidden_slope(arithmetic, side, chunk))
+        sums.hidden.index_add_(0, problem.rows_of(chunk.tokens), hidden_slope(arithmetic, side, chunk).mul_(g))
     if sums.weight is not None:
         arithmetic.by_hidden(sums.weight, chunk.slab, chunk.v * g * chunk.hidden)
     if sums.bias is not None:

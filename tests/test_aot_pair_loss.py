@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from irlfast.kernels import linear, linear_backward
 from irlfast.kernels.slab import softmax
+from irlfast.ops import triton as products
 from tests.kernels.aot import ARCHITECTURES, check_compiles, launches_of
 
 SLOW = pytest.mark.slow
@@ -43,6 +44,20 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def side(n: int, vocabulary: int, size: int, dtype: torch.dtype, bias: bool) -> tuple:
     head = empty(vocabulary, size, dtype=dtype)
     return empty(n, size, dtype=dtype), head, empty(vocabulary, dtype=dtype) if bias else None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype):
+    """No CPU kernel does; torch's own shape functions take the same arguments."""
+    n, vocabulary, size = 63, 50257, 96
+    hidden, weight, _ = side(n, vocabulary, size, dtype, bias=False)
+    z = empty(n, 50272)[:, :vocabulary]
+    slope = z.view(dtype)[:, :vocabulary]
+    products.logits(hidden, weight, z)
+    assert products.by_weight(slope, weight).shape == (n, size)
+    products.by_hidden(empty(vocabulary, size), slope, hidden.float())
+    with pytest.raises(RuntimeError, match="shape"):
+        products.by_hidden(empty(vocabulary, size + 1), slope, hidden.float())
 
 
 @SHAPES

@@ -15,10 +15,10 @@ from irlfast.ops.problem import Problem, Side
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
-    elif hidden.is_cuda:
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    elif hidden.device.type == "cpu":  # Triton's interpreter
+        torch.mm(hidden.to(out.dtype), weight.T.to(out.dtype), out=out)
     else:
-        torch.mm(hidden.to(out.dtype), weight.T.to(out.dtype), out=out)  # Triton's interpreter
+        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
 
 
 def softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,10 +38,10 @@ def by_hidden(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
     hidden = hidden.to(slope.dtype)
     if slope.dtype == total.dtype:
         total.addmm_(slope.T, hidden)
-    elif slope.is_cuda:
-        torch.addmm(total, slope.T, hidden, out_dtype=total.dtype, out=total)
+    elif slope.device.type == "cpu":  # Triton's interpreter
+        total.addmm_(slope.T.to(total.dtype), hidden.to(total.dtype))
     else:
-        total.addmm_(slope.T.to(total.dtype), hidden.to(total.dtype))  # Triton's interpreter
+        torch.addmm(total, slope.T, hidden, out_dtype=total.dtype, out=total)
 
 
 def packed(side: Side) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
 SOME := -m "not slow"
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(SOME)
+PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(SOME)
 
 test: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 lint gates
 	$(PYTEST) $(ARGS)
@@ -34,7 +34,7 @@ gpu:
 # There, the kernels in CUDA C++ under the compute-sanitizer of CUDA's toolkit; torch's allocator would hide what lies beyond.
 sanitized:
 	for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --target-processes all --error-exitcode 1 \
 			$(PYTHON) -m pytest tests/kernels/test_cuda.py tests/kernels/test_optim.py || exit 1; \
 	done
 

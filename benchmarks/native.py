@@ -5,6 +5,7 @@ many that exist already, ``token_logps`` and its backward in place, in fp32 and 
 median of each counts; bytes are those that must be read and written once.
 """
 
+import os
 from unittest import mock
 
 import torch
@@ -95,6 +96,7 @@ def token_logps(dtype: torch.dtype, n: int = 256, vocabulary: int = 32000) -> di
 def main() -> None:
     if native.cpu is None:
         raise SystemExit("irlfast._cpu is not built here: install a C++17 compiler, then irlfast again")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's figures under the CPU's name
     cases = {"rmsprop": rmsprop(), "softmax": softmax(None), "softmax, soft-cap 30": softmax(30.0)}
     cases |= {f"token_logps, {native.name(dtype)}": token_logps(dtype) for dtype in (torch.float32, torch.bfloat16)}
     for name, found in cases.items():

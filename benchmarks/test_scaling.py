@@ -31,7 +31,12 @@ def train(folder: Path, processes: int, batch: int) -> dict[str, Any]:
     """Steps of ``processes``, as the first of them reports; see benchmarks/throughput.py."""
     (folder / "workload.json").write_text(json.dumps({"batch": batch, "keys": {"zero_stage": 2}}))
     command = [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "benchmarks.throughput", str(folder), "irlfast"]
-    alone = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
+    alone = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
     done = subprocess.run(command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -23,7 +23,7 @@ from benchmarks.conftest import ROOT, write_result
 from benchmarks.throughput import CONTENDERS
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
-QUICK = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+QUICK = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VOCABULARY, MAX_LENGTH, MAX_PROMPT = 32000, 512, 384
 BATCH, STEPS, ROUNDS = 8, 5, 2  # pairs a step; the first step warms up
 SEEN = 40  # pairs at the start of a file, on which sizes were chosen
@@ -91,7 +91,8 @@ def make_models(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
 
 def contend(folder: Path, contender: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.throughput", str(folder), contender]
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin would slow down whoever runs beside
+    # On the CPU; threads that spin would slow down whoever runs beside.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

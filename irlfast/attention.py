@@ -14,11 +14,12 @@ from irlfast.config import Config
 from irlfast.files import InputError
 from irlfast.masks import masks
 from irlfast.metrics import say
-from irlfast.model import base_of, head_of, is_reward
+from irlfast.model import base_of, head_of, head_size, is_reward
 from irlfast.pack import SHARED, Batch, Layout, Segment, pack, work
 
 LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of a faster kernel whose answers share no prompt
 APART = Layout(shared=False)
+FLEX_HEAD = 16  # the least size of a head that flex_attention's kernel takes
 SAMPLED = 1000  # segments that lengths are taken of
 
 
@@ -98,7 +99,7 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
     if auto:
         gain, lengths = sharing(model, segments)
         if not on_cpu:
-            model.set_attn_implementation(choose(shared, gain, varlen_of(model)))
+            model.set_attn_implementation(choose(shared and head_size(model) >= FLEX_HEAD, gain, varlen_of(model)))
     shared = shared and not by_sequences(model)
     if auto:
         saves = f"sharing prompts {'saves' if shared else 'would save'} {gain:.0%} of the operations"
@@ -122,7 +123,7 @@ def check_layout(model: Any, layout: Layout, apart: Tensor) -> None:
 
 
 def choose(shared: bool, gain: float, unshared: str | None) -> str:
-    """A GPU's attention; answers that share their prompt, where the model lets them, save ``gain`` of the operations.
+    """A GPU's attention; answers ``shared`` their prompt under flex_attention, they would save ``gain`` of operations.
 
     ``unshared``: a faster one, of rows without padding, but without shared prompts; None where there is none.
     """

@@ -159,6 +159,12 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def head_size(model: Any) -> int:
+    """Elements of an attention head's queries."""
+    text = model.config.get_text_config()
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def is_reward(model: Any) -> bool:
     return type(base_of(model)).__name__.endswith("ForSequenceClassification")
 

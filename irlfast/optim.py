@@ -1,5 +1,7 @@
 """RMSprop, the optimiser of IRFT and SPIN, in one pass over parameters, gradients and state."""
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -138,9 +140,23 @@ def fit_state(own: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> 
 
 def module_for(device: torch.device) -> Any:
     """The native module that works on this device, or None."""
-    if native.cuda is not None and native.cuda.device == device.type:
+    if native.cuda is not None and native.cuda.device == device.type and runs(native.cuda, device):
         return native.cuda
     return native.cpu if device.type == "cpu" else None
+
+
+@functools.cache
+def runs(module: Any, device: torch.device) -> bool:
+    """Whether the GPU and its driver take what was compiled, as one element shows."""
+    one = torch.zeros(3, 1, device=device)
+    addresses = (part.data_ptr() for part in one)
+    try:
+        with torch.cuda.device_of(one):
+            module.rmsprop([(1, *addresses, 0, 0, 0, False)], *[0.0] * 6, native.stream(device))
+    except RuntimeError as error:
+        warnings.warn(f"irlfast._cuda does not run on {device} ({error}); PyTorch's RMSprop does", stacklevel=1)
+        return False
+    return True
 
 
 def is_native(parameter: Tensor, own: dict[str, Any]) -> bool:

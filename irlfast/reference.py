@@ -29,9 +29,9 @@ Measure = Callable[[Tensor, Head, Batch], Sequence[Tensor]]  # (hidden [R, H], h
 
 
 def token_logps(hidden: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
-    """Log-probability of every token, fp32."""
+    """Log-probability of every token, fp32; an answer's own, as a view takes the batch's along to other processes."""
     logps = ops.log_ratio(hidden, **arguments(head, batch)).token_logps
-    return logps.cpu().split(batch.cu_seqlens.diff().tolist())
+    return [part.clone() for part in logps.cpu().split(batch.cu_seqlens.diff().tolist())]
 
 
 def score(

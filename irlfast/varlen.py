@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irlfast.model import head_size
+
 NAME = "varlen"
 
 
 def offer(model: Any) -> bool:
     """Make it known to Transformers if a GPU can run it for ``model``; returns whether.
 
-    That takes 16-bit weights, scores without a soft-cap, and a torch whose varlen has a scale and windows.
+    That takes 16-bit weights, scores without a soft-cap, heads that flash attention's kernels take, sm_80, and a torch
+    whose varlen has a scale and windows.
     """
     from transformers import AttentionInterface
 
@@ -25,7 +28,9 @@ def offer(model: Any) -> bool:
         return False
     has = inspect.signature(varlen_attn).parameters.keys() >= {"scale", "window_size", "enable_gqa"}
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    if not has or capped is not None or model.dtype not in (torch.bfloat16, torch.float16):
+    takes = head_size(model) % 8 == 0 and head_size(model) <= 256
+    old = model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 0)
+    if not has or capped is not None or not takes or old or model.dtype not in (torch.bfloat16, torch.float16):
         return False
     AttentionInterface.register(NAME, attention)  # and no mask: it needs none
     return True

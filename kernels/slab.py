@@ -43,8 +43,10 @@ def softmax_kernel(
     peak = tl.max(peaks, axis=0)
     norm = tl.sum(rebased(sums, peaks, peak), axis=0)
 
+    # A target outside the row is never read: its log-probability is NaN.
     target = tl.load(targets + row)
-    picked = logit(z, bias, target, target >= 0, scale, CAP)
+    inside = (target >= 0) & (target < V)
+    picked = tl.where(inside, logit(z, bias, target, inside, scale, CAP), float("nan"))
     tl.store(logps + row, picked - peak - tl.log(norm))
     for start in range(0, V, BLOCK):
         at = start + offsets

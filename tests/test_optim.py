@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irlfast import native
-from irlfast.optim import FusedRMSprop
+from irlfast.optim import FusedRMSprop, module_for
 
 SHAPES = [(7,), (300, 17), (), (0,), (1,), (65537,), (3, 5, 2)]
 FORMS = [
@@ -248,3 +248,15 @@ def test_the_binding_checks_what_it_is_given():
     ):
         with pytest.raises(ValueError, match=message):
             native.cpu.rmsprop([row], 0.1, 0.9, 1e-8, 0.0, 0.0, 1.0, 1)
+
+
+def test_a_gpus_module_that_does_not_run_there_is_not_taken(monkeypatch):
+    class Module:
+        device = "cpu"
+
+        def rmsprop(self, *given):
+            raise RuntimeError("rmsprop_kernel: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(native, "cuda", Module())
+    with pytest.warns(UserWarning, match="does not run on cpu .*no kernel image.*PyTorch's RMSprop does"):
+        assert module_for(torch.device("cpu")) is native.cpu

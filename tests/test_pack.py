@@ -14,6 +14,7 @@ from irlfast.files import InputError
 from irlfast.losses import arguments
 from irlfast.ops import lm_head
 from irlfast.pack import PAD, Layout, Segment, cost_of, micro_batches, pack, tokens, work
+from irlfast.reference import token_logps
 
 VOCABULARY = 61
 SHAPE = {
@@ -70,7 +71,7 @@ def scored(model, batch) -> torch.Tensor:
 def with_gradients(model, batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
     model.zero_grad()
     logps = torch.cat([scored(model, batch) for batch in batches])
-    (logps * torch.linspace(-1, 1, logps.numel())).sum().backward()
+    (logps * torch.linspace(-1, 1, logps.numel(), device=logps.device)).sum().backward()
     return logps.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -102,6 +103,14 @@ def test_flex_attention_sees_what_the_dense_mask_does(name):
         model.set_attn_implementation("flex_attention")
         found = hidden_states(model, batch)[batch.rows]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_answers_hold_no_memory_but_their_own():
+    """A view is sent to other processes with all that its batch scored."""
+    model, batch = model_of("Llama"), pack(ragged())
+    found = token_logps(hidden_states(model, batch), lm_head(model), batch)
+    assert [len(part) for part in found] == batch.cu_seqlens.diff().tolist()
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in found)
 
 
 def test_a_prompt_is_computed_once_and_last_tokens_not_at_all():

@@ -78,6 +78,9 @@ def test_it_is_offered_where_it_can_run(monkeypatch):
     assert varlen_of(model_of("Llama").to(half)) == "varlen"
     assert varlen_of(model_of("Llama")) is None
     assert varlen_of(model_of("Gemma2, soft-cap, window 4").to(half)) is None
+    with monkeypatch.context() as odd:
+        odd.setattr(varlen, "head_size", lambda model: 12)
+        assert varlen_of(model_of("Llama").to(half)) is None
     monkeypatch.setattr(torchs, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: query)
     assert varlen_of(model_of("Llama").to(half)) is None  # torch 2.10's
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)

@@ -12,6 +12,7 @@ from irlfast import native
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all that follows is of the CPU
     from tests.kernels.interpreter import repair_bf16
 
     repair_bf16()

@@ -48,14 +48,19 @@ def errors(found: tuple, exact: tuple) -> list[float]:
 
 
 @pytest.mark.parametrize("config", [LLAMA, MISTRAL], ids=["Llama", "Mistral, window 100"])
-@pytest.mark.parametrize("kind", ["flex_attention", "flash-attn, if installed", varlen.NAME])
+@pytest.mark.parametrize("kind", ["flex_attention", "flash-attn", varlen.NAME])
 def test_packed_segments_are_no_worse_than_separate_ones(config, kind):
     model = model_of(config).to(torch.bfloat16).float()
     apart = [batch.to(model.device) for batch in separate(segments())]
     exact = with_gradients(model, apart)
     plain = errors(with_gradients(model.to(torch.bfloat16), apart), exact)
-    varlen.offer(model)
-    model.set_attn_implementation(varlen_of(model) if "if installed" in kind else kind)
+    if kind == "flash-attn":
+        kind = varlen_of(model)
+        if kind in (varlen.NAME, None):
+            pytest.skip("flash-attn is not installed here")
+    elif kind == varlen.NAME and not varlen.offer(model):
+        pytest.skip("this torch has no varlen attention with windows and shared heads")
+    model.set_attn_implementation(kind)
     layout = Layout(shared=kind == "flex_attention", one_row=True)
     found = errors(with_gradients(model, [pack(segments(), layout).to(model.device)]), exact)
     assert all(ours <= 2 * theirs + 1e-3 for ours, theirs in zip(found, plain, strict=True)), (found, plain)
@@ -66,6 +71,8 @@ def test_a_phase_takes_what_the_lengths_ask_for_and_tries_it():
     model = model_of(LLAMA).to(torch.bfloat16)
     shared = arrange(model, config, segments())
     assert shared.shared and shared.one_row and model.config._attn_implementation == "flex_attention"
+    if varlen_of(model) is None:
+        pytest.skip("neither flash-attn nor torch's own varlen attention is here")
     short = [Segment([1], ([2] * 200, [3] * 200))] * 4
     model = model_of(LLAMA).to(torch.bfloat16)
     assert not arrange(model, config, short).shared and model.config._attn_implementation == varlen_of(model)

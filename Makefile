@@ -28,7 +28,8 @@ gates: $(VENV)/triton-3.6.0
 
 # On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
 gpu:
-	$(PYTHON) -m pytest tests/kernels benchmarks
+	$(PYTHON) -m pytest -n 8 tests/kernels
+	$(PYTHON) -m pytest benchmarks
 	$(MAKE) sanitized
 
 # There, the kernels in CUDA C++ under the compute-sanitizer of CUDA's toolkit; torch's allocator would hide what lies beyond.

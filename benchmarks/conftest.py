@@ -7,7 +7,6 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,17 +60,12 @@ def program() -> str:
 
 def interleaved(steps: dict[str, Callable[[], object]], runs: int = 9) -> dict[str, float]:
     """Median seconds of each step; the first run of each does not count."""
-    import torch
+    from benchmarks.measure import seconds_of
 
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     found: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(runs + 1):
         for name, step in steps.items():
-            wait()
-            start = time.perf_counter()
-            step()
-            wait()
-            found[name].append(time.perf_counter() - start)
+            found[name].append(seconds_of(step))
     return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
 
 
@@ -122,6 +116,8 @@ def save(results: dict[str, Any]) -> Path:
     path = ROOT / "benchmarks/results" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
+    if results["complete"]:
+        path.with_stem(f"{path.stem}-partial").unlink(missing_ok=True)
     return path
 
 

@@ -62,14 +62,15 @@ def measure(case: Case) -> dict[str, Any]:
         spread = {"seconds": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": seconds}
         rows[row].update(spread)
     for row, extra in extra_memory(case, runnable, inputs).items():
-        rows[row]["extra_mib"] = extra
-        rows[row]["working_mib"] = None if extra is None else extra - gradient_mib(inputs, row)
+        sums = gradient_mib(inputs, row, 4 if row.startswith("irlfast") else None)
+        rows[row] |= {"extra_mib": extra, "working_mib": None if extra is None else extra - sums}
     return {**case._asdict(), "gradient_mib": gradient_mib(inputs), "rows": rows}
 
 
-def gradient_mib(inputs: Inputs, row: str = "") -> float:
+def gradient_mib(inputs: Inputs, row: str = "", itemsize: int | None = None) -> float:
+    """Of the gradients, or with ``itemsize`` of the wider sums that become them."""
     tensors = [inputs.hidden] if "frozen" in row else [inputs.hidden, inputs.weight]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+    return sum(tensor.numel() * (itemsize or tensor.element_size()) for tensor in tensors) / MIB
 
 
 def vary(inputs: Inputs, variant: str, ref_logps: Tensor) -> Inputs:
@@ -266,28 +267,29 @@ def distance(found: Tensor, true: Tensor) -> float:
 def interleave(steps: dict[str, Callable[[], Result]], inputs: Inputs) -> dict[str, list[float]]:
     """Seconds of every run; rows take turns, so that a slower minute of the machine is everybody's."""
     seconds: dict[str, list[float]] = {row: [] for row in steps}
-    timed = gpu_seconds if DEVICE.type == "cuda" else cpu_seconds
+
+    def timed(step: Callable[[], Result]) -> float:
+        drop_gradients(inputs)
+        return seconds_of(step)
+
     if DEVICE.type == "cuda":
         for step in [*steps.values()] * 2:
-            timed(step, inputs)
+            timed(step)
     for _ in range(ROUNDS):
         for row, step in steps.items():
             if len(seconds[row]) < 2 or sum(seconds[row]) < BUDGET:
-                seconds[row].append(timed(step, inputs))
+                seconds[row].append(timed(step))
     return seconds
 
 
-def cpu_seconds(step: Callable[[], Result], inputs: Inputs) -> float:
-    drop_gradients(inputs)
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def gpu_seconds(step: Callable[[], Result], inputs: Inputs) -> float:
-    drop_gradients(inputs)
+def seconds_of(step: Callable[[], object]) -> float:
+    if DEVICE.type == "cpu":
+        begun = time.perf_counter()
+        step()
+        return time.perf_counter() - begun
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.empty(256 * MIB, dtype=torch.int8, device=DEVICE).zero_()  # nothing of the last run stays in the L2 cache
+    # Nothing of the last run stays in the L2 cache, and the GPU is busy until the host has queued the step's kernels.
+    torch.empty(1024 * MIB, dtype=torch.int8, device=DEVICE).zero_()
     start.record()
     step()
     end.record()

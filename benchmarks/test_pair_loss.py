@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import measure
+from benchmarks.conftest import save
 from benchmarks.measure import Case
 
 GPU = measure.DEVICE.type == "cuda"
@@ -82,6 +83,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_pair_loss(case: Case, results: dict[str, Any]) -> None:
     rows = measure.measure(case)
     results["cases"][case.name] = rows
+    save(results)  # a run that is stopped leaves what it had
     bad = {row: found for row, found in rows["rows"].items() if found["status"] == "wrong"}
     ours = {row: found for row, found in rows["rows"].items() if row.startswith("irlfast") and found["status"] != "ok"}
     assert not {**bad, **ours}

@@ -109,17 +109,17 @@ def parts_kernel(
     tl.store(picked + out, found, mask=at < n)
 
 
-@triton.jit
-def fold_kernel(peaks, sums, picked, logps, lse, n, PARTS: tl.constexpr, M: tl.constexpr):
-    """Log-probabilities and log-sum-exps [sides, n] from the parts' statistics [sides, PARTS, n]."""
+@triton.jit(do_not_specialize=["parts"])  # which follow from the number of tokens
+def fold_kernel(peaks, sums, picked, logps, lse, n, parts, M: tl.constexpr):
+    """Log-probabilities and log-sum-exps [sides, n] from the parts' statistics [sides, parts, n]."""
     at = tl.program_id(0) * M + tl.arange(0, M)
     side = tl.program_id(1).to(tl.int64)
     inside = at < n
     peak = tl.full([M], float("-inf"), tl.float32)
     norm = tl.zeros([M], tl.float32)
     found = tl.full([M], float("-inf"), tl.float32)
-    for part in range(PARTS):
-        where = (side * PARTS + part) * n + at
+    for part in range(parts):
+        where = (side * parts + part) * n + at
         theirs = tl.load(peaks + where, mask=inside, other=0.0)
         new = tl.maximum(peak, theirs)
         base = base_of(new)
@@ -219,5 +219,5 @@ def token_logps(
         N=tile.N,
         **options,
     )
-    fold_kernel[(triton.cdiv(n, 128), len(sides))](peaks, sums, picked, logps, lse, n, PARTS=parts, M=128, num_warps=4)
+    fold_kernel[(triton.cdiv(n, 128), len(sides))](peaks, sums, picked, logps, lse, n, parts, M=128, num_warps=4)
     return logps, lse

@@ -186,7 +186,7 @@ def project(hidden, head, bias, row, present, head_index, H, M, BLOCK_H: tl.cons
     return tl.where(present[:, None], total, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])  # Triton 3.6 compiles no bisection that S = 1 ends before it begins
 def forward_kernel(
     hidden, head, bias, rows, cu_seqlens, labels, pairs, logits, reward, slopes, item_rows, losses, items, S, H, M,
     LOSS: tl.constexpr, TOKEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HEADS: tl.constexpr,

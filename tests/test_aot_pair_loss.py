@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 pytest.importorskip("triton")
 
@@ -47,8 +48,10 @@ def side(n: int, vocabulary: int, size: int, dtype: torch.dtype, bias: bool) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype):
+@pytest.mark.parametrize("version", ["2.9.1", torch.__version__])
+def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype, version, monkeypatch):
     """No CPU kernel does; torch's own shape functions take the same arguments."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     n, vocabulary, size = 63, 50257, 96
     hidden, weight, _ = side(n, vocabulary, size, dtype, bias=False)
     z = empty(n, 50272)[:, :vocabulary]

@@ -8,7 +8,6 @@ from tests.kernels.aot import Launch, check_compiles, launches_of
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16]
-SEQUENCES = 32
 OPTIONS = [
     None,
     Options("bce", 0.5, 0.1, False, 20.0),
@@ -25,7 +24,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def forward(
-    tokens: int, size: int, heads: int, dtype: torch.dtype, token: bool, options: Options | None, pairs: bool = False
+    tokens: int,
+    size: int,
+    heads: int,
+    dtype: torch.dtype,
+    token: bool,
+    options: Options | None,
+    pairs: bool = False,
+    sequences: int = 32,
 ) -> Launch:
     from irlfast.kernels.rewards import forward as launcher
 
@@ -33,8 +39,8 @@ def forward(
     bias, rows = (None, None) if token else (meta(heads, dtype=dtype), meta(tokens, dtype=torch.int64))
     [launch] = launches_of(
         launcher,
-        *(hidden, head, bias, rows, meta(SEQUENCES + 1, dtype=torch.int32), token),
-        meta(SEQUENCES, dtype=torch.bool),
+        *(hidden, head, bias, rows, meta(sequences + 1, dtype=torch.int32), token),
+        meta(sequences, dtype=torch.bool),
         meta(8, 2, dtype=torch.int64) if pairs else None,
         options,
     )
@@ -44,6 +50,11 @@ def forward(
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options and options.kind)
 def test_forward_of_every_kind_compiles(options):
     check_compiles(forward(65536, 4096, 8, torch.bfloat16, True, options), options)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=lambda options: options and options.kind)
+def test_forward_of_a_single_sequence_compiles(options):
+    check_compiles(forward(64, 4096, 1, torch.bfloat16, True, options, sequences=1), options)
 
 
 @pytest.mark.parametrize(("dtype", "pairs"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])

@@ -322,3 +322,9 @@ def test_a_machine_without_triton_imports_and_runs():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["2.0"], done.stderr
+
+
+def test_more_heads_than_a_kernel_takes_are_for_plain_pytorch():
+    hidden, cu_seqlens = torch.zeros(5, 6), torch.tensor([0, 5], dtype=torch.int32)
+    for heads, backend in ((64, "cpu"), (65, "plain")):
+        assert ops.check_heads(hidden, torch.zeros(heads, 6), cu_seqlens, None, None, "last", "auto") == backend

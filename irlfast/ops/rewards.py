@@ -331,6 +331,8 @@ def check_heads(
         check_cu_seqlens(cu_seqlens, (hidden if rows is None else rows).shape[0], whose)
         if rows is not None:
             check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
+    if backend == "auto" and heads > MOST_HEADS:
+        backend = "plain"
     backend = choose_backend(backend, hidden, "hidden", ("auto", "plain", "cpu", "triton"))
     few = backend != "triton" or heads <= MOST_HEADS
     require(few, "head", head, f"at most {MOST_HEADS} heads by backend 'triton'; 'plain' takes any number")

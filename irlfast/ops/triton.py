@@ -11,6 +11,8 @@ from torch import Tensor
 from irlfast.ops import slab
 from irlfast.ops.problem import Problem, Side
 
+TILE = 8192  # rows of the weight's gradient at once, where a product cannot be added to it
+
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     if hidden.dtype == out.dtype:
@@ -40,6 +42,9 @@ def by_hidden(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
         total.addmm_(slope.T, hidden)
     elif slope.device.type == "cpu":  # Triton's interpreter
         total.addmm_(slope.T.to(total.dtype), hidden.to(total.dtype))
+    elif torch.__version__ < "2.10":  # as versions; its addmm adds to no wider sum
+        for part, rows in zip(total.split(TILE), slope.T.split(TILE), strict=True):
+            part += torch.mm(rows, hidden, out_dtype=total.dtype)
     else:
         torch.addmm(total, slope.T, hidden, out_dtype=total.dtype, out=total)
 

@@ -1,6 +1,7 @@
 """The processes of a run: who this one is, and waiting for the others. torchrun's variables say; none means one."""
 
 import datetime
+import gc
 import os
 import socket
 from typing import Any, TypeVar
@@ -56,6 +57,13 @@ def start() -> None:
 def barrier() -> None:
     if world_size() > 1:
         torch.distributed.barrier()
+
+
+def free_memory() -> None:
+    """Give back what GPUs hold for objects that are gone; none goes on before all have, as vLLM takes the rest."""
+    gc.collect()  # an engine and its model hold each other
+    torch.cuda.empty_cache()
+    barrier()
 
 
 def all_gather(value: T) -> list[T]:

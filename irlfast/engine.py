@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +29,8 @@ from irlfast.policy import Policy
 from irlfast.run import Run
 from irlfast.step import Stopwatch, add, meters, prepare, profiled, train_step
 
+LEAST_KEPT = 0.9  # of what LoRA learned
+LOST = "merging keeps {:.0%} of what the adapter learned, as {} rounds; try a higher learning_rate, or dtype: float32"
 NOTABLE_DROP = 0.5  # nats a demonstration; the warning comes before the collapse
 FALLEN = (
     "the demonstrations' log-likelihood is {:.2f} nats below the reference's; "
@@ -80,9 +81,20 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
     while not (folder / "DONE").exists():
         with contextlib.suppress(RanOut):
             train_phase(run, folder, policy, segments, loss, plan)
-        gc.collect()  # an engine and its model hold each other, and would live on beside the next stage's
-        torch.cuda.empty_cache()
+        forget_engines()
+        dist.free_memory()
     return folder / result_name(plan)
+
+
+def forget_engines() -> None:
+    """ZeRO-3 has a list and a cache of the modules of all engines, and so their weights and optimisers, for ever."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # the cache is within a decorator's function
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def result_name(plan: Plan) -> str:
@@ -241,7 +253,8 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # train_step divides by the sizes itself
         "gradient_clipping": config.max_grad_norm if stage else 0.0,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
+        # An infinite gradient is to be told, not skipped in silence, and looking for it waits for a GPU.
+        "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": False},
         "zero_optimization": {
             "stage": stage,
             "reduce_scatter": torch.cuda.is_available(),  # on a CPU it reduces all the same, with a copy more
@@ -333,7 +346,22 @@ def save_model(engine: Any, base: Path | str, folder: Path, form: Format, plan: 
         if not plan.reward:  # its heads are in no adapter
             adapted.peft_config["default"].base_model_name_or_path = str(base)
             write(folder.with_name("adapter"), adapted.save_pretrained)
+        share = kept_by_merging(adapted) if config.dtype != "float32" else 1.0
+        if share < LEAST_KEPT:
+            say(f"warning: {folder.parent.name}: {LOST.format(share, config.dtype)}")
         model = adapted.merge_and_unload()
         state = model.state_dict()
     tokenizer = padded_apart(model, form) if plan.reward else form.tokenizer
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))
+
+
+def kept_by_merging(adapted: Any) -> float:
+    """The share of what LoRA learned, δ, that is left when it is added to weights of few digits: ⟨kept, δ⟩ / ⟨δ, δ⟩."""
+    kept = learned = 0.0
+    for layer in adapted.modules():
+        if hasattr(layer, "get_delta_weight"):
+            base, delta = layer.get_base_layer().weight.detach(), layer.get_delta_weight("default").detach()
+            merged = base + delta.to(base.dtype)
+            kept += ((merged.float() - base.float()) * delta.float()).sum().item()
+            learned += delta.float().square().sum().item()
+    return kept / learned if learned else 1.0

@@ -51,10 +51,12 @@ def sft_loss(
     logps, lengths = result.policy_logps, batch.cu_seqlens.diff()
     loss = -logps.sum() / share.tokens
     if remaining:
-        left = batch.cu_seqlens[1:].repeat_interleave(lengths) - torch.arange(len(batch.targets), device=hidden.device)
-        loss = -(result.token_logps * left / lengths.repeat_interleave(lengths)).sum() / share.tokens
+        size = len(batch.targets)
+        ends, whole = (x.repeat_interleave(lengths, output_size=size) for x in (batch.cu_seqlens[1:], lengths))
+        left = ends - torch.arange(size, device=hidden.device)
+        loss = -(result.token_logps * left / whole).sum() / share.tokens
     figures = {
-        "count": lengths.new_tensor(lengths.numel()),
+        "count": lengths.new_full((), lengths.numel()),
         "loss": loss.detach() * share.pairs,
         "logps/chosen": logps.detach().sum(),
         "length/chosen": lengths.sum(),
@@ -80,7 +82,7 @@ def irft_loss(
     chosen, rejected = rewards[0::2], rewards[1::2]
     pairs = chosen.numel()
     figures = {
-        "count": lengths.new_tensor(pairs),
+        "count": lengths.new_full((), pairs),
         "loss": result.loss.detach() * share.pairs,
         "nll_loss": result.nll_loss.detach() * share.pairs,
         "rewards/chosen": chosen.sum(),
@@ -121,7 +123,8 @@ def reward_loss(
     if kind == "linear":
         logits = ops.reward_head(hidden, head.weight, batch.cu_seqlens, **options)
         expert, synthetic = logits[0::2], logits[1::2]
-        loss = (synthetic - expert + regularization * (expert**2 + synthetic**2)).mean()
+        terms = synthetic - expert + regularization * (expert**2 + synthetic**2)
+        loss = terms.sum() / max(terms.numel(), 1)
     else:
         labels = torch.arange(2 * pairs, device=hidden.device) % 2 == 0
         loss, logits, _ = ops.discriminator_loss(
@@ -139,7 +142,7 @@ def reward_loss(
         rewards = per_sequence(rewards, batch.cu_seqlens)
     chosen, rejected = rewards[0::2], rewards[1::2]
     figures = {
-        "count": batch.cu_seqlens.new_tensor(pairs),
+        "count": batch.cu_seqlens.new_full((), pairs),
         "loss": loss.detach() * share.pairs,
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
@@ -180,7 +183,8 @@ def align_loss(
         assert batch.old_logps is not None
         change = result.token_logps - batch.old_logps
         if align == "ppo":
-            terms = clipped(change, advantages.repeat_interleave(lengths), clip_range)
+            each = advantages.repeat_interleave(lengths, output_size=len(change))
+            terms = clipped(change, each, clip_range)
             losses = per_sequence(terms, batch.cu_seqlens)
         else:
             gap = (per_sequence(change, batch.cu_seqlens) - advantages / beta).view(-1, answers)
@@ -189,7 +193,7 @@ def align_loss(
         losses = losses + beta / 2 * result.log_ratio**2
     loss = losses.sum() / (share.pairs * answers)
     figures = {
-        "count": lengths.new_tensor(len(lengths) // answers),
+        "count": lengths.new_full((), len(lengths) // answers),
         "loss": loss.detach() * share.pairs,
         "logps/synthetic": logps.detach().sum() / answers,
         "length/synthetic": lengths.sum() / answers,

@@ -66,6 +66,12 @@ class Batch(NamedTuple):
         """In memory that a GPU copies from by itself, where there is one."""
         return self.map(Tensor.pin_memory) if torch.cuda.is_available() else self
 
+    def unscored(self) -> "Batch":
+        """The same tokens without answers to score: neither a loss nor a gradient."""
+        names = ("rows", "targets", "ref_logps", "old_logps", "advantages")
+        none = {name: value[:0] for name, value in self._asdict().items() if name in names and value is not None}
+        return self._replace(**none, cu_seqlens=self.cu_seqlens[:1])
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         changed: dict[str, Any] = {name: change(v) for name, v in self._asdict().items() if isinstance(v, Tensor)}
         return self._replace(**changed)

@@ -49,6 +49,7 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
         for number, cut in enumerate(cuts)
         if number % dist.world_size() == dist.rank() and not paths[number].exists()
     ]
+    dist.free_memory()
     if mine:
         generate = vllm_answers if run.config.sampler == "vllm" else transformers_answers
         for number, answers in with_progress(generate(run, policy, mine, sampling), mine, folder):

@@ -42,13 +42,16 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Every step with its batches, made by a thread one step ahead, of at most ``limit.tokens`` each."""
 
+    def batch_of(part: list[int]) -> Batch:
+        # Without segments, a process goes through one all the same: the others wait for its gradients.
+        return pack([segments[i] for i in part], layout) if part else pack(segments[:1], layout).unscored()
+
     def make(step: np.ndarray, limit: int) -> Prepared:
         chosen = [segments[i] for i in step]
         micro = micro_batches(step.tolist(), segments, layout, limit, dist.rank(), dist.world_size())
         experts = sum(len(segment.answers[0]) for segment in chosen)
         share = Share(step.size / dist.world_size(), experts / dist.world_size())
-        batches = [pack([segments[i] for i in part], layout).pinned() for part in micro]
-        return Prepared(batches, share, work(chosen, layout))
+        return Prepared([batch_of(part).pinned() for part in micro], share, work(chosen, layout))
 
     with ThreadPoolExecutor(1) as worker:
         ahead = worker.submit(make, steps[0], limit.tokens)

@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from irlfast.engine import kept_by_merging
 from tests.runs import printed, run, settings
 
 
@@ -69,6 +70,25 @@ def test_a_stages_reference_is_its_policy_without_the_new_adapter_and_no_second_
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     begins = [row["rewards/chosen"] for row in rows if row["step"] == 1 and row["phase"] != "sft"]
     assert begins == pytest.approx([0, 0], abs=1e-5)  # the reference's log-probabilities are the policy's own
+
+
+def test_an_engine_of_zero_3_does_not_live_on_beside_the_next(tmp_path):
+    script = tmp_path / "counted.py"
+    script.write_text(COUNTED)
+    _, err = printed([str(script), *settings(tmp_path / "run", zero_stage=3, dtype="bfloat16")])
+    assert set(re.findall(r"models: \d+", err)) == {"models: 1"}
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [(1e-6, 0.0, 0.1), (1.0, 0.99, 1.01)])
+def test_what_merging_into_16_bits_keeps_of_an_adapter(size, least, most):
+    config = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
+    assert kept_by_merging(adapted) == 1  # nothing has been learned
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=size)
+    assert least <= kept_by_merging(adapted) <= most
 
 
 def test_spin_with_adamw_zero_0_tensorboard_own_deepspeed_json_and_the_best_policy(tmp_path):

@@ -2,17 +2,22 @@
 
 import json
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.comm import comm
 from torch.utils.flop_counter import FlopCounterMode
 
+from irlfast import dist, ops
 from irlfast.attention import hidden_states, operations
+from irlfast.losses import align_loss, irft_loss, reward_loss, sft_loss
 from irlfast.pack import Layout, Segment, pack, work
-from irlfast.step import Stopwatch
+from irlfast.step import Stopwatch, prepare
 from tests.runs import printed, run
-from tests.test_pack import ragged
+from tests.test_pack import model_of, ragged
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -43,6 +48,35 @@ def test_what_is_seen_is_what_the_mask_shows():
             seen += sum(range(1, len(answer) + 1)) + (len(answer) * len(segment.prompt) if k else 0)
     assert work(segments, Layout())["seen"] == seen
     assert work([], Layout()) == Counter()
+
+
+ALIGN = {"answers": 2, "beta": 0.1, "kl_in_loss": True, "clip_range": 0.2}
+REWARD = {"level": "sequence", "alpha": 0.5, "regularization": 0.1}
+LOSSES = {
+    "sft": partial(sft_loss, remaining=True),
+    "irft": partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1),
+    **{align: partial(align_loss, align=align, **ALIGN) for align in ("rloo", "ppo", "apa")},
+    **{kind: partial(reward_loss, kind=kind, **REWARD) for kind in ("linear", "gail", "bradley_terry")},
+    "gail, tokens": partial(reward_loss, kind="gail", **REWARD | {"level": "token"}),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_process_without_segments_adds_nothing(name, monkeypatch):
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    model, heads = model_of("Llama"), torch.nn.Linear(32, 2)
+    logps = torch.full((4,), -1.0)
+    segments = [Segment([1, 2], ([3] * 4, [4] * 4), (logps, logps), (logps, logps), (1.0, -1.0))]
+    limit = SimpleNamespace(tokens=8, refit=lambda *_: None)
+    [prepared] = prepare([np.array([0])], segments, Layout(), limit)
+    [batch] = prepared.batches
+    head = ops.Head(heads.weight, heads.bias, 1.0, None) if LOSSES[name].func is reward_loss else ops.lm_head(model)
+    loss, figures = LOSSES[name](hidden_states(model, batch), head, batch, prepared.share)
+    loss.backward()
+    assert loss == 0 and all(value == 0 for value in figures.values())
+    trained = [parameter.grad for parameter in model.base_model.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in trained)
 
 
 def test_meters_split_the_time_and_a_profile_is_written(tmp_path):

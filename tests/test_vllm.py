@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from irlfast import vllm_sampler
+from irlfast import sample, vllm_sampler
 from irlfast.files import InputError
 from irlfast.vllm_sampler import Shard, fail, generate_vllm
 
@@ -28,6 +31,21 @@ SETTINGS = {
 }
 
 # ---------------------------------------------------------------- without vLLM
+
+
+def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
+    monkeypatch.setattr(sample, "vllm_answers", lambda *_: calls.append("vllm") or iter([(0, [[5, 2]])]))
+    tokenizer = types.SimpleNamespace(decode=lambda ids: "p", batch_decode=lambda answers, **_: ["a"] * len(answers))
+    form = types.SimpleNamespace(tokenizer=tokenizer)
+    run = types.SimpleNamespace(config=types.SimpleNamespace(sampler="vllm"), form=form)
+    example = types.SimpleNamespace(prompt_ids=np.array([3, 4]))
+    assert [list(ids) for ids in sample.sample(run, tmp_path, [example], tmp_path / "samples", sample.DRAWN)] == [
+        [5, 2]
+    ]
+    assert calls == ["given back", "vllm"]
+
 
 # Its answer to a prompt is its process id, the seed and the prompt.
 # Token 13 kills it, token 14 raises, token 15 takes for ever, and token 16 writes down what it was given.

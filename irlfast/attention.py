@@ -123,7 +123,7 @@ def check_layout(model: Any, layout: Layout, apart: Tensor) -> None:
 
 
 def choose(shared: bool, gain: float, unshared: str | None) -> str:
-    """A GPU's attention; answers ``shared`` their prompt under flex_attention, they would save ``gain`` of operations.
+    """A GPU's attention. ``shared``: flex_attention can share prompts between answers, saving ``gain`` of the work.
 
     ``unshared``: a faster one, of rows without padding, but without shared prompts; None where there is none.
     """

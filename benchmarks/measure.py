@@ -228,7 +228,6 @@ def check(row: str, inputs: Inputs, true: Truth, case: Case) -> dict[str, Any]:
 
 def errors(row: str, inputs: Inputs, true: Truth) -> dict[str, float]:
     """Of a row's log-ratios, loss and gradients; none of the floor, which computes no loss."""
-    drop_gradients(inputs)
     try:
         result = step_of(row, inputs, true.ref_logps)()
         if result.log_ratio is None:

@@ -32,21 +32,6 @@ SETTINGS = {
 
 # ---------------------------------------------------------------- without vLLM
 
-
-def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
-    monkeypatch.setattr(sample, "vllm_answers", lambda *_: calls.append("vllm") or iter([(0, [[5, 2]])]))
-    tokenizer = types.SimpleNamespace(decode=lambda ids: "p", batch_decode=lambda answers, **_: ["a"] * len(answers))
-    form = types.SimpleNamespace(tokenizer=tokenizer)
-    run = types.SimpleNamespace(config=types.SimpleNamespace(sampler="vllm"), form=form)
-    example = types.SimpleNamespace(prompt_ids=np.array([3, 4]))
-    assert [list(ids) for ids in sample.sample(run, tmp_path, [example], tmp_path / "samples", sample.DRAWN)] == [
-        [5, 2]
-    ]
-    assert calls == ["given back", "vllm"]
-
-
 # Its answer to a prompt is its process id, the seed and the prompt.
 # Token 13 kills it, token 14 raises, token 15 takes for ever, and token 16 writes down what it was given.
 STAND_IN = """
@@ -143,6 +128,19 @@ def test_every_request_has_a_seed_of_its_own_that_follows_from_the_shards(stand_
     seeds = [[answer[1] for answer in found[number]] for number in range(5)]
     assert len({seed for shard in seeds[:4] for seed in shard}) == 200
     assert seeds[4] == seeds[3]
+
+
+def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
+    monkeypatch.setattr(sample, "vllm_answers", lambda *_: calls.append("vllm") or iter([(0, [[5, 2]])]))
+    tokenizer = types.SimpleNamespace(decode=lambda ids: "p", batch_decode=lambda answers, **_: ["a"] * len(answers))
+    form = types.SimpleNamespace(tokenizer=tokenizer)
+    run = types.SimpleNamespace(config=types.SimpleNamespace(sampler="vllm"), form=form)
+    example = types.SimpleNamespace(prompt_ids=np.array([3, 4]))
+    [answer] = sample.sample(run, tmp_path, [example], tmp_path / "samples", sample.DRAWN)
+    assert list(answer) == [5, 2]
+    assert calls == ["given back", "vllm"]
 
 
 def test_closing_the_generator_kills_the_child(stand_in):

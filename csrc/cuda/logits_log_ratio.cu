@@ -17,11 +17,8 @@ __device__ void score_row(const void *z, std::int64_t offset, std::int64_t targe
   const T *row = static_cast<const T *>(z) + offset;
   const Softmax total = over_block(scan(row, vocabulary, logit), kNothing);
   if (threadIdx.x) return;
-  // A target outside the row is never read: its log-probability is NaN.
-  const bool inside = target >= 0 && target < vocabulary;
-  const float picked = inside ? logit(widen(row[target]), static_cast<int>(target)) : kNaN;
   const float log_norm = logf(total.sum);
-  *logp = picked - total.peak - log_norm;
+  *logp = picked(row, target, vocabulary, logit) - total.peak - log_norm;
   if (lse) *lse = total.peak + log_norm;
 }
 

@@ -145,4 +145,11 @@ __device__ __forceinline__ Softmax scan(const T *row, int vocabulary, const Logi
   return seen;
 }
 
+// The target's final logit. A target outside the row is never read: it is NaN.
+template <class T, class Logit>
+__device__ __forceinline__ float picked(const T *row, std::int64_t target, int vocabulary, const Logit &logit) {
+  const bool inside = target >= 0 && target < vocabulary;
+  return inside ? logit(widen(row[target]), static_cast<int>(target)) : kNaN;
+}
+
 }  // namespace irlfast

@@ -37,11 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   float *from = z + row * stride;
   T *to = reinterpret_cast<T *>(from);
   const Softmax total = over_block(scan(from, vocabulary, logit), kNothing);
-  if (threadIdx.x == 0) {
-    const bool inside = target >= 0 && target < vocabulary;
-    const float picked = inside ? logit(from[target], static_cast<int>(target)) : kNaN;
-    logps[row] = picked - total.peak - logf(total.sum);
-  }
+  if (threadIdx.x == 0) logps[row] = picked(from, target, vocabulary, logit) - total.peak - logf(total.sum);
   const int vectors = address(from) % 16 ? 0 : vocabulary / 4 * 4;
   write_slopes<4>(from, to, 0, vectors, target, total, logit);
   write_slopes<1>(from, to, vectors, vocabulary, target, total, logit);

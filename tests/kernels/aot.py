@@ -73,15 +73,15 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
     signature, constants, attributes = {}, {}, {}
     for parameter in launch.kernel.params:
         name, value = parameter.name, launch.values[parameter.name]
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
+        specialised = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value is not True and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and special):
+        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     log = io.StringIO()

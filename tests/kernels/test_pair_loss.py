@@ -195,20 +195,28 @@ def test_tuned_it_gives_the_same(dtype, monkeypatch):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=3e-5)
 
 
+@pytest.fixture
+def deterministic():
+    """A GPU else adds the gradients of shared rows in any order."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weights_gradient_is_added_where_it_is_to_go(dtype, backend):
+def test_the_weights_gradient_is_added_where_it_is_to_go(dtype, backend, deterministic):
     case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=dtype, rows=True, bias=True))
     exact = gradients(ops.pair_loss(**case, beta=0.3, backend=backend).loss, case)
     found = torch.ones(1000, 64, device=DEVICE)
     loss = ops.pair_loss(**case, beta=0.3, backend=backend, weight_grad=found).loss
     hidden, bias = torch.autograd.grad(loss, (case["hidden"], case["bias"]))
-    torch.testing.assert_close(hidden, exact["hidden"])  # a GPU adds in any order
-    torch.testing.assert_close(bias, exact["bias"])
+    assert torch.equal(hidden, exact["hidden"])
+    assert torch.equal(bias, exact["bias"])
     torch.testing.assert_close(found - 1, exact["weight"].float(), rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_compiled_and_deterministic_it_gives_the_same(frozen, backend):
+def test_compiled_and_deterministic_it_gives_the_same(frozen, backend, deterministic):
     case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=torch.bfloat16, rows=True, frozen=frozen))
 
     def loss(case: dict) -> torch.Tensor:
@@ -216,16 +224,12 @@ def test_compiled_and_deterministic_it_gives_the_same(frozen, backend):
         return ops.pair_loss(**case, beta=0.3, backend=backend).loss + ratio.square().sum()
 
     torch.compiler.reset()
-    torch.use_deterministic_algorithms(True)
-    try:
-        expected = loss(case)
-        exact = gradients(expected, case)
-        for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-            found = run(case)
-            assert torch.equal(found, expected)
-            assert all(torch.equal(gradient, exact[name]) for name, gradient in gradients(found, case).items())
-    finally:
-        torch.use_deterministic_algorithms(False)
+    expected = loss(case)
+    exact = gradients(expected, case)
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        found = run(case)
+        assert torch.equal(found, expected)
+        assert all(torch.equal(gradient, exact[name]) for name, gradient in gradients(found, case).items())
 
 
 # ---------------------------------------------------------------- gradients without the tiles that weigh little
@@ -284,15 +288,11 @@ def test_what_is_skipped_is_within_its_bound(skip_mass, dtype):
     assert left_out > underflown + 1000
 
 
-def test_skipping_ends_where_sums_must_be_deterministic():
+def test_skipping_ends_where_sums_must_be_deterministic(deterministic):
     case = confident(2.0, torch.float32)
     loss = {"beta": 0.3, "backend": "triton"}
-    torch.use_deterministic_algorithms(True)
-    try:
-        exact = gradients(ops.pair_loss(**case, **loss).loss, case)
-        found = gradients(ops.pair_loss(**case, **loss, skip_mass=0.1).loss, case)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    exact = gradients(ops.pair_loss(**case, **loss).loss, case)
+    found = gradients(ops.pair_loss(**case, **loss, skip_mass=0.1).loss, case)
     assert all(torch.equal(found[name], gradient) for name, gradient in exact.items())
 
 

@@ -72,12 +72,12 @@ class Config:
         False, "keep what the backward pass needs of the layers in host memory, not on the GPU; nothing on a CPU"
     )
     torch_compile: bool = key(False, "compile the layers for training; takes a C++ compiler, and a minute at first")
-    use_peft: bool = key(False, "train LoRA adapters; each stage's are merged into its policy and kept in adapter/")
+    use_peft: bool = key(False, "train a LoRA adapter, one for all stages, merged in final/ alone")
     lora_r: Count = key(16, "LoRA rank")
     lora_alpha: Count = key(32, "LoRA alpha; the update is scaled by alpha / rank")
     load_in_4bit: bool = key(
         False,
-        "QLoRA: train policy and reward, and score the reference, on a base in 4 bits; adapters go into the whole one",
+        "QLoRA: train policy and reward, and score the reference, on a base in 4 bits; the whole one samples",
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "its 4-bit numbers")
     use_bnb_nested_quant: bool = key(False, "quantise its scales too")

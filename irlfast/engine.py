@@ -19,18 +19,17 @@ from irlfast.attention import arrange
 from irlfast.config import Config
 from irlfast.data import Format
 from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
+from irlfast.lora import add_lora, base_and_adapter, is_adapted, merge, save_lora
 from irlfast.losses import Figures, Loss
 from irlfast.memory import RanOut, phase_limit
 from irlfast.metrics import say
-from irlfast.model import freeze, is_reward, load_model, padded_apart, save_pretrained
+from irlfast.model import base_of, freeze, load_model, padded_apart, save_pretrained
 from irlfast.optim import FusedRMSprop
 from irlfast.pack import Layout, Segment, plan_steps
 from irlfast.policy import Policy
 from irlfast.run import Run
 from irlfast.step import Stopwatch, add, meters, prepare, profiled, train_step
 
-LEAST_KEPT = 0.9  # of what LoRA learned
-LOST = "merging keeps {:.0%} of what the adapter learned, as {} rounds; try a higher learning_rate, or dtype: float32"
 NOTABLE_DROP = 0.5  # nats a demonstration; the warning comes before the collapse
 FALLEN = (
     "the demonstrations' log-likelihood is {:.2f} nats below the reference's; "
@@ -191,9 +190,7 @@ def make_engine(
     import transformers
 
     model = new_model(policy, plan, config, in_4bit=config.load_in_4bit).to(dist.device())
-    layout = arrange(model, config, segments)
-    if config.use_peft:
-        model = add_lora(model, config)
+    layout = arrange(base_of(model), config, segments)
     if config.gradient_checkpointing:
         recompute_layers(model, selective=config.gradient_checkpointing == "selective")
     if config.torch_compile:
@@ -222,8 +219,12 @@ def make_engine(
 
 
 def new_model(name: Path | str, plan: Plan, config: Config, in_4bit: bool = False) -> Any:
-    """The model as a phase starts to train it; of a reward model, lower layers frozen."""
+    """The model as a phase starts to train it: with LoRA or without, and of a reward model, lower layers frozen."""
     model = load_model(name, config, config.reward_heads if plan.reward else 0, in_4bit)
+    if config.use_peft and not is_adapted(model):
+        model = add_lora(model, config, reward=bool(plan.reward))
+    elif is_adapted(model) and not config.use_peft:
+        model = merge(model, str(name))
     if plan.reward:
         model.config.irlfast_reward = plan.reward
         freeze(model, config.reward_frozen_layers)
@@ -271,24 +272,6 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def add_lora(model: Any, config: Config) -> Any:
-    import peft
-
-    torch.manual_seed(config.seed)
-    heads = is_reward(model)  # they are new, and trained whole
-    adapter = peft.LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        target_modules=config.lora_target_modules,
-        exclude_modules=["score"] if heads else None,
-        task_type="FEATURE_EXTRACTION" if heads else "CAUSAL_LM",
-    )
-    adapted = peft.get_peft_model(model, adapter)
-    if heads:
-        model.score.requires_grad_(True)
-    return adapted
-
-
 def adapters_alone(engine: Any, config: Config) -> bool:
     """Whether checkpoints leave out the frozen base, which is loaded anyway; ZeRO-3 has it in parts."""
     return config.use_peft and engine.zero_optimization_stage() < 3
@@ -322,46 +305,31 @@ def resume(engine: Any, folder: Path, config: Config) -> int:
     return progress["step"]
 
 
-def save_model(engine: Any, base: Path | str, folder: Path, form: Format, plan: Plan, config: Config) -> None:
+def save_model(engine: Any, start: Path | str, folder: Path, form: Format, plan: Plan, config: Config) -> None:
     """Write the trained weights in Hugging Face's format, gathered from all processes.
 
-    LoRA is merged in, so that every sampler takes the result and the next stage's reference is a model of its own
-    without any adapter, and in no 4 bits; a policy's adapter itself, on ``base``, is kept beside it in PEFT's format.
+    Of LoRA it is the policy's adapter alone; a reward model's is merged into what it began as, ``start``.
     """
     import deepspeed
 
     model = engine.module.model
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if config.use_peft and not parameter.requires_grad:
+        if config.use_peft and not parameter.requires_grad and "lora_" not in name:
             continue
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
             if dist.is_main():
                 state[name] = parameter.detach().cpu().clone()
     if not dist.is_main():
         return
+    if config.use_peft and not plan.reward:
+        base, _ = base_and_adapter(start)
+        write(folder, lambda temporary: save_lora(temporary, model, state, base, form.tokenizer))
+        return
     if config.use_peft:
-        adapted = add_lora(new_model(base, plan, config), config)
+        adapted = new_model(start, plan, config)
         adapted.load_state_dict(state, strict=False)
-        if not plan.reward:  # its heads are in no adapter
-            adapted.peft_config["default"].base_model_name_or_path = str(base)
-            write(folder.with_name("adapter"), adapted.save_pretrained)
-        share = kept_by_merging(adapted) if config.dtype != "float32" else 1.0
-        if share < LEAST_KEPT:
-            say(f"warning: {folder.parent.name}: {LOST.format(share, config.dtype)}")
-        model = adapted.merge_and_unload()
+        model = merge(adapted, str(folder))
         state = model.state_dict()
     tokenizer = padded_apart(model, form) if plan.reward else form.tokenizer
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))
-
-
-def kept_by_merging(adapted: Any) -> float:
-    """The share of what LoRA learned, δ, that is left when it is added to weights of few digits: ⟨kept, δ⟩ / ⟨δ, δ⟩."""
-    kept = learned = 0.0
-    for layer in adapted.modules():
-        if hasattr(layer, "get_delta_weight"):
-            base, delta = layer.get_base_layer().weight.detach(), layer.get_delta_weight("default").detach()
-            merged = base + delta.to(base.dtype)
-            kept += ((merged.float() - base.float()) * delta.float()).sum().item()
-            learned += delta.float().square().sum().item()
-    return kept / learned if learned else 1.0

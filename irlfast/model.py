@@ -10,6 +10,7 @@ from torch import Tensor
 from irlfast.config import Config
 from irlfast.data import Format
 from irlfast.files import InputError, find, write
+from irlfast.lora import base_and_adapter, load_lora
 from irlfast.ops import Head, lm_head
 
 END_TOKEN = "<|endoftext|>"
@@ -80,11 +81,9 @@ def load_model_config(config: Config) -> Any:
     import transformers
 
     key = "config_name" if config.config_name else "model_name_or_path"
-    name = str(getattr(config, key))
+    name, _ = base_and_adapter(getattr(config, key))
     try:
-        return transformers.AutoConfig.from_pretrained(
-            str(find(name) or name), trust_remote_code=config.trust_remote_code
-        )
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{key} {name}: not a Transformers config ({first_sentence(error)})") from error
 
@@ -98,6 +97,7 @@ def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool =
     """A causal language model in the run's dtype, dropout off, on the CPU; with ``heads``, a reward model.
 
     With ``in_4bit`` the weights of its layers are quantised by bitsandbytes, on this process's GPU where there is one.
+    The folder of an adapter (:mod:`irlfast.lora`) gives its base with the adapter on it.
 
     A reward model is its family's ``AutoModelForSequenceClassification``: one made of a language model gets new heads
     (seeded), one that was saved keeps its own.
@@ -107,6 +107,7 @@ def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool =
     """
     import transformers
 
+    base, adapter = base_and_adapter(name)
     kind: Any = transformers.AutoModelForCausalLM
     own: dict[str, Any] = {}
     if heads:
@@ -117,16 +118,18 @@ def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool =
         own["quantization_config"] = quantisation(config, skip=["score"] if heads else None)
     try:
         model = kind.from_pretrained(
-            str(find(str(name)) or name),
+            base,
             dtype=getattr(torch, config.dtype),
             attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             **own,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model {name}: cannot be loaded ({first_sentence(error)})") from error
+        raise InputError(f"model {base}: cannot be loaded ({first_sentence(error)})") from error
     if in_4bit:
         keep_4bit_layout(model)
+    if adapter:
+        model = load_lora(model, adapter, reward=bool(heads))
     return without_dropout(model)
 
 

@@ -20,6 +20,7 @@ from irlfast.data import (
     save_examples,
 )
 from irlfast.files import InputError, find, read_json, write_json, write_text
+from irlfast.lora import base_and_adapter
 from irlfast.metrics import Log, say
 from irlfast.model import build_model, load_model_config, load_tokenizer
 from irlfast.run import Run
@@ -85,9 +86,26 @@ def check_model(config: Config) -> None:
             f"max_length {config.max_length}, or max_prompt_length {config.max_prompt_length} + max_new_tokens "
             f"{config.max_new_tokens}: found up to {longest} tokens, but the model has {positions} positions"
         )
-    folder = find(config.model_name_or_path) if config.model_name_or_path else None
-    if folder and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
-        raise InputError(f"model_name_or_path {folder}: found no weights, expected {' or '.join(WEIGHTS[:2])} files")
+    if config.model_name_or_path:
+        check_weights(config)
+
+
+def check_weights(config: Config) -> None:
+    """Whether the given model has weights, and an adapter the rank and scale that the configuration gives."""
+    base, adapter = base_and_adapter(str(config.model_name_or_path))
+    for folder in (find(base), adapter):
+        if folder and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+            raise InputError(
+                f"model_name_or_path {folder}: found no weights, expected {' or '.join(WEIGHTS[:2])} files"
+            )
+    if adapter and config.use_peft:
+        found = read_json(adapter / "adapter_config.json")
+        for name, value in (("lora_r", found["r"]), ("lora_alpha", found["lora_alpha"])):
+            if getattr(config, name) != value:
+                raise InputError(
+                    f"{name}: found {getattr(config, name)}, but the adapter {adapter}, with which training goes on, "
+                    f"has {value}; expected the same"
+                )
 
 
 def read_data(config: Config) -> tuple:

@@ -24,6 +24,7 @@ from irlfast import dist, ops
 from irlfast.config import Config
 from irlfast.data import Message, prompt_text
 from irlfast.files import InputError, find, write
+from irlfast.lora import base_and_adapter
 from irlfast.model import first_sentence
 from irlfast.ops import Head
 from irlfast.pack import Batch, Segment
@@ -76,7 +77,7 @@ def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) ->
 def reward_config(reward: str, config: Config) -> Any:
     import transformers
 
-    name = str(find(reward) or reward)
+    name, _ = base_and_adapter(reward)
     try:
         found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

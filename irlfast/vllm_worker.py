@@ -3,8 +3,9 @@
     /path/to/env-with-vllm/bin/python irlfast/vllm_worker.py < job.json > answers.jsonl
 
 Run by path, in any interpreter that has vLLM; imports nothing of irlfast, which may not be installed there.
-The job: ``{"model": folder, "engine": {LLM's arguments}, "sampling": {SamplingParams' arguments},
-"shards": [{"number": n, "prompts": [[ids], …], "seed": s}, …]}``; a line: ``{"shard": n, "answers": [[ids], …]}``.
+The job: ``{"model": folder, "adapter": its LoRA's folder or null, "engine": {LLM's arguments},
+"sampling": {SamplingParams' arguments}, "shards": [{"number": n, "prompts": [[ids], …], "seed": s}, …]}``; a line:
+``{"shard": n, "answers": [[ids], …]}``.
 """
 
 import ctypes
@@ -30,6 +31,11 @@ def main() -> None:
         job["engine"].setdefault("enforce_eager", True)  # else it compiles for 20 s, and fails without a C++ compiler
         # A prompt that is read in two parts would rewind its generator, which a CPU's cannot: vLLM 0.32 dies there.
         job["engine"].setdefault("enable_chunked_prefill", False)
+    lora = None
+    if job["adapter"]:
+        from vllm.lora.request import LoRARequest
+
+        lora = LoRARequest("policy", 1, job["adapter"])
     engine = LLM(model=job["model"], **job["engine"])
     for shard in job["shards"]:
         # A shard starts with an empty cache, so that its answers do not depend on those made before it.
@@ -38,7 +44,7 @@ def main() -> None:
             SamplingParams(**job["sampling"], seed=seed_of(shard["seed"], i)) for i in range(len(shard["prompts"]))
         ]
         prompts = [{"prompt_token_ids": ids} for ids in shard["prompts"]]
-        outputs = engine.generate(prompts, options, use_tqdm=False)
+        outputs = engine.generate(prompts, options, use_tqdm=False, lora_request=lora)
         answers = [list(output.outputs[0].token_ids) for output in outputs]
         print(json.dumps({"shard": shard["number"], "answers": answers}), file=results, flush=True)
 

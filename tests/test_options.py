@@ -1,15 +1,19 @@
 """Runs with the options that the default leaves off, each a real run of a few steps."""
 
+import itertools
 import json
 import re
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from irlfast.engine import kept_by_merging
+from irlfast.config import make_config
+from irlfast.files import InputError
+from irlfast.lora import kept_by_merging
+from irlfast.model import load_model
 from tests.runs import printed, run, settings
 
 
@@ -18,7 +22,7 @@ def weights(folder):
 
 
 def test_lora_in_bf16_with_checkpointed_layers_and_zero_2(tmp_path):
-    """The adapters are merged, so that the result is a plain model of the base's shape, moved from the base."""
+    """The adapter is merged at last, so that the result is a plain model of the base's shape, moved from the base."""
     run(
         tmp_path / "run",
         dtype="bfloat16",
@@ -29,7 +33,7 @@ def test_lora_in_bf16_with_checkpointed_layers_and_zero_2(tmp_path):
         stages=1,
         warmup_ratio=0,
     )
-    base, final = weights(tmp_path / "run" / "sft" / "policy"), weights(tmp_path / "run" / "final")
+    base, final = weights(tmp_path / "run" / "initial" / "policy"), weights(tmp_path / "run" / "final")
     assert base.keys() == final.keys()
     moved = {name for name in base if not torch.equal(base[name], final[name])}
     assert moved == {name for name in base if name.endswith("proj.weight")}
@@ -52,24 +56,74 @@ sys.exit(main())
 LORA = {"use_peft": "true", "learning_rate": 1e-2, "warmup_ratio": 0, "logging_steps": 1}
 
 
-def test_a_stages_reference_is_its_policy_without_the_new_adapter_and_no_second_model_is_held(tmp_path):
+def test_a_stage_goes_on_with_the_adapter_of_the_one_before_and_no_second_model_is_held(tmp_path):
     script, output = tmp_path / "counted.py", tmp_path / "run"
     script.write_text(COUNTED)
     _, err = printed([str(script), *settings(output, **LORA)])
     assert set(re.findall(r"models: \d+", err)) == {"models: 1"}
-    before, after = output / "stage-00" / "policy", output / "stage-01" / "policy"
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(before), output / "stage-01" / "adapter")
-    assert adapted.peft_config["default"].base_model_name_or_path == str(before)
-    merged = AutoModelForCausalLM.from_pretrained(after)
     ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
-        with adapted.disable_adapter():
-            reference = adapted(ids).logits
-    assert (reference - merged(ids).logits).abs().max() > 1e-2
+    logits = {}
+    for phase in ("sft", "stage-00", "stage-01"):
+        folder = output / phase / "policy"
+        assert not (folder / "model.safetensors").exists()
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            output / "initial" / "policy"
+        )
+        logits[phase] = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    logits["final"] = AutoModelForCausalLM.from_pretrained(output / "final")(ids).logits
+    torch.testing.assert_close(logits["final"], logits["stage-01"], rtol=1e-4, atol=1e-4)
+    for before, after in itertools.pairwise(("sft", "stage-00", "stage-01")):
+        assert (logits[before] - logits[after]).abs().max() > 1e-2
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     begins = [row["rewards/chosen"] for row in rows if row["step"] == 1 and row["phase"] != "sft"]
     assert begins == pytest.approx([0, 0], abs=1e-5)  # the reference's log-probabilities are the policy's own
+
+
+def test_what_lora_learns_in_bf16_is_not_rounded_away_at_the_end_of_a_stage(tmp_path):
+    """Steps so small that merging each stage's would leave the weights as they were."""
+    output, small = tmp_path / "run", {"learning_rate": 1e-5, "dtype": "bfloat16", "sft_steps": 0, "inner_steps": 8}
+    _, err = run(output, **LORA | small)
+    assert re.search(r"warning: \S+/stage-01/policy: merging keeps \d+% of what the adapter learned", err)
+    last = output / "stage-01" / "policy"
+    adapter = load_file(last / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(output / "initial" / "policy", dtype=torch.bfloat16)
+    assert kept_by_merging(PeftModel.from_pretrained(base, last)) < 0.9
+    first = load_file(output / "stage-00" / "policy" / "adapter_model.safetensors")
+    steps = {name: (values.float().norm(), (values - first[name]).float().norm()) for name, values in adapter.items()}
+    learned = {name: sizes for name, sizes in steps.items() if "lora_B" in name}
+    assert learned and all(moved > 0.3 * size > 0 for size, moved in learned.values())  # it began at 0
+
+
+def test_an_adapter_begins_a_whole_training_and_an_other_ranks_is_refused(tmp_path):
+    run(tmp_path / "lora", method="sft", inner_steps="null", **LORA)
+    start = {"model_name_or_path": tmp_path / "lora" / "sft" / "policy", "config_name": "null"}
+    start |= {"train_tokenizer": "null", "method": "sft", "inner_steps": "null"}
+    run(tmp_path / "whole", **start)
+    begin, end = (json.loads((tmp_path / "whole" / phase / "eval.json").read_text()) for phase in ("initial", "sft"))
+    trained = json.loads((tmp_path / "lora" / "sft" / "eval.json").read_text())
+    assert begin["nll"] == pytest.approx(trained["nll"], rel=1e-5)
+    assert end["nll"] != begin["nll"]
+    assert (tmp_path / "whole" / "final" / "model.safetensors").exists()
+    _, err = run(tmp_path / "other", code=2, **start | LORA | {"lora_r": 4})
+    assert "lora_r: found 4, but the adapter" in err
+
+
+def test_an_adapter_without_its_base_or_with_anothers_weights_is_refused(tmp_path):
+    config = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    whole = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": "float32"})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert type(load_model(tmp_path / "adapter", whole)).__name__ == "PeftModelForCausalLM"
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    kept = load_file(path)
+    save_file({name: values for name, values in kept.items() if "layers.1" not in name}, path)
+    with pytest.raises(InputError, match=r"adapter \S+: base_model\S+layers\.1\S+ is in one of"):
+        load_model(tmp_path / "adapter", whole)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"adapter \S+: found no \S+/base, expected its base there"):
+        load_model(tmp_path / "adapter", whole)
 
 
 def test_an_engine_of_zero_3_does_not_live_on_beside_the_next(tmp_path):

@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 import yaml
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from irlfast.attention import APART, check_model, hidden_of, hidden_states
 from irlfast.config import make_config
 from irlfast.data import load_examples
-from irlfast.engine import add_lora
+from irlfast.lora import add_lora
 from irlfast.model import load_model
 from irlfast.pack import pack
 from tests.runs import contents, run, run_killed_at
@@ -37,9 +36,8 @@ def test_qlora_learns_resumes_and_leaves_a_whole_model_close_to_what_it_trained(
     assert not hasattr(merged.config, "quantization_config")
     assert merged.dtype == getattr(torch, dtype)
     config = make_config(yaml.safe_load((output / "config.yaml").read_text()))
-    base, adapter = output / "sft" / "policy", output / "stage-00" / "adapter"
-    trained = PeftModel.from_pretrained(load_model(base, config, in_4bit=True), adapter).eval()
-    assert "Linear4bit" in {type(module).__name__ for module in load_model(base, config, in_4bit=True).modules()}
+    trained = load_model(output / "stage-00" / "policy", config, in_4bit=True).eval()
+    assert "Linear4bit" in {type(module).__name__ for module in trained.modules()}
     example = load_examples(output / "data" / "eval.safetensors")[0]
     ids = torch.tensor([[*example.prompt_ids, *example.answer_ids]])
     with torch.no_grad():
@@ -83,7 +81,7 @@ def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tmp_
     written_out = load_model(tmp_path, config, heads, in_4bit=True).dequantize()
     found = []
     for model in (quantised, written_out):
-        adapted = add_lora(model, config)
+        adapted = add_lora(model, config, reward=bool(heads))
         for parameter in adapted.parameters():
             if parameter.requires_grad and not parameter.any():  # B starts at 0, and A would have no gradient
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))

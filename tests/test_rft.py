@@ -121,7 +121,9 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_runs_and_moves_the_policy(tmp_path, name):
     run(tmp_path / "run", **{**RFT, "align_rounds": 1, **OPTIONS[name]})
-    before, after = (load_file(tmp_path / "run" / phase / "model.safetensors") for phase in ("sft/policy", "final"))
+    last = f"stage-0{OPTIONS[name].get('stages', RFT['stages']) - 1}"
+    kind = "adapter_model" if OPTIONS[name].get("use_peft") else "model"
+    before, after = (load_file(tmp_path / "run" / phase / "policy" / f"{kind}.safetensors") for phase in ("sft", last))
     assert any(not torch.equal(before[key], after[key]) for key in before)
     assert all(after[key].isfinite().all() for key in after)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from irlfast import sample, vllm_sampler
+from irlfast.config import make_config
 from irlfast.files import InputError
 from irlfast.vllm_sampler import Shard, fail, generate_vllm
 
@@ -45,19 +46,23 @@ class LLM:
     def __init__(self, **given):
         self.given = given
         os.system("echo noise of a child on stdout")
+        if given.get("enable_lora") and "NO_LORA" in os.environ: raise ValueError("GPT2 does not support LoRA yet.")
     def reset_prefix_cache(self):
         return True
-    def generate(self, prompts, options, use_tqdm):
+    def generate(self, prompts, options, use_tqdm, lora_request):
         print("INFO noise on stdout", self.given)
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
         if [13] in ids: os.kill(os.getpid(), signal.SIGKILL)
         if [14] in ids: raise ValueError("token 14 was asked for")
         if [15] in ids: time.sleep(600)
-        if [16] in ids: json.dump({"engine": self.given, "sampling": options[0].given}, open(os.environ["JOB"], "w"))
+        if [16] in ids:
+            job = {"engine": self.given, "sampling": options[0].given, "lora": lora_request and lora_request.given}
+            json.dump(job, open(os.environ["JOB"], "w"))
         answers = [[os.getpid(), option.given["seed"], *i] for i, option in zip(ids, options)]
         return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(i))]) for i in answers]
 """
 PLATFORMS = "import types\ncurrent_platform = types.SimpleNamespace(is_cpu=lambda: True)\n"
+LORA = "class LoRARequest:\n    def __init__(self, *given):\n        self.given = given\n"
 
 
 @pytest.fixture
@@ -65,6 +70,8 @@ def stand_in(tmp_path, monkeypatch):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text(STAND_IN)
     (tmp_path / "vllm" / "platforms.py").write_text(PLATFORMS)
+    (tmp_path / "vllm" / "lora").mkdir()
+    (tmp_path / "vllm" / "lora" / "request.py").write_text(LORA)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("JOB", str(tmp_path / "job.json"))
     return tmp_path
@@ -119,6 +126,36 @@ def test_vllm_is_told_that_the_end_token_alone_ends_an_answer(stand_in):
         "enforce_eager": True,
         "enable_chunked_prefill": False,
     }
+
+
+def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_in, monkeypatch):
+    model = tiny("llama")
+    model.save_pretrained(stand_in / "base")
+    adapted = perturbed_lora(model, rank=12)
+    adapted.peft_config["default"].base_model_name_or_path = str(stand_in / "base")
+    adapted.save_pretrained(stand_in / "adapter")
+    config = make_config({"dataset_name": __file__, "model_name_or_path": str(stand_in / "base"), "sampler": "vllm"})
+    form = types.SimpleNamespace(tokenizer=types.SimpleNamespace(save_pretrained=lambda folder: None), end_id=2)
+    run = types.SimpleNamespace(config=config, form=form, output=stand_in)
+
+    def job_of(policy):
+        found = dict(sample.vllm_answers(run, policy, [Shard(0, [[16]], 0)], sample.GREEDY))
+        assert len(found[0]) == 1
+        return json.loads((stand_in / "job.json").read_text())
+
+    job = job_of(stand_in / "adapter")
+    assert job["lora"] == ["policy", 1, str(stand_in / "adapter")]
+    assert job["engine"]["model"] == str(stand_in / "base")
+    assert (job["engine"]["enable_lora"], job["engine"]["max_lora_rank"]) == (True, 16)
+    monkeypatch.setenv("NO_LORA", "1")
+    saved = []
+    monkeypatch.setattr(sample, "save_pretrained", lambda folder, model, _: saved.append((folder, model)))
+    job = job_of(stand_in / "adapter")
+    [(folder, merged)] = saved
+    assert (job["lora"], job["engine"]["model"]) == (None, str(folder))
+    assert folder.parent == stand_in and not folder.exists()
+    ids = torch.tensor([PROMPTS[5]])
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_every_request_has_a_seed_of_its_own_that_follows_from_the_shards(stand_in):
@@ -288,6 +325,18 @@ def tiny(architecture: str):
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+def perturbed_lora(model, rank: int):
+    """The model with an adapter that changes what it says."""
+    import peft
+
+    settings = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, settings).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted
+
+
 def greedy(model, prompt: list[int], end_id: int | None) -> list[int]:
     import torch
     from transformers import GenerationConfig
@@ -302,10 +351,15 @@ def greedy(model, prompt: list[int], end_id: int | None) -> list[int]:
 
 
 @needs_vllm
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_greedy_answers_are_those_of_transformers(architecture, tmp_path):
+@pytest.mark.parametrize(("architecture", "lora"), [("llama", False), ("gpt_neox", True)])
+def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
     """Token for token, the end token included where one came; the checkpoint's own end tokens end nothing."""
-    model = tiny(architecture)
+    model, policy = tiny(architecture), tmp_path / "model"
+    model.save_pretrained(policy)
+    if lora:
+        before = greedy(model, PROMPTS[0], None)
+        model = perturbed_lora(model, rank=12)
+        assert greedy(model, PROMPTS[0], None) != before
     full = [greedy(model, prompt, None) for prompt in PROMPTS]
     counts = collections.Counter(token for answer in full for token in set(answer))
     # The end token occurs in about half of the answers, another that the checkpoint names in many.
@@ -319,9 +373,14 @@ def test_greedy_answers_are_those_of_transformers(architecture, tmp_path):
     )
 
     model.config.eos_token_id = model.generation_config.eos_token_id = named
-    model.save_pretrained(tmp_path)
+    model.config.save_pretrained(policy)
+    model.generation_config.save_pretrained(policy)
+    if lora:
+        model.peft_config["default"].base_model_name_or_path = str(policy)
+        policy = tmp_path / "adapter"
+        model.save_pretrained(policy)
     shards = [Shard(0, PROMPTS[:4], 0), Shard(1, PROMPTS[4:], 1)]
-    found = answers(tmp_path, *shards, python=VLLM_PYTHON, end_id=end_id)
+    found = answers(policy, *shards, python=VLLM_PYTHON, end_id=end_id)
     assert found[0] + found[1] == expected
 
 

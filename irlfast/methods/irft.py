@@ -37,7 +37,7 @@ def irft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) 
         answers = sample(run, policy, examples, folder / "samples", sampling(config, stage))
     sampled = time.perf_counter()
     pairs, counts = make_pairs(run, stage, examples, answers)
-    # With 4 bits the reference is the quantised policy, without the new adapter: training starts at a log-ratio of 0.
+    # With 4 bits the reference is on the quantised base, as the policy in training: it starts at a log-ratio of 0.
     ref_logps = score(run, reference, pairs, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
     pairs = [pair._replace(ref_logps=logps) for pair, logps in zip(pairs, ref_logps, strict=True)]
     if dist.is_main() and not (folder / "pairs.json").exists():

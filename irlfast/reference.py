@@ -6,8 +6,10 @@ Per token, because a sequence's log-ratio must be summed over per-token differen
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,9 +31,9 @@ Measure = Callable[[Tensor, Head, Batch], Sequence[Tensor]]  # (hidden [R, H], h
 
 
 def token_logps(hidden: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
-    """Log-probability of every token, fp32; an answer's own, as a view takes the batch's along to other processes."""
+    """Log-probability of every token of each answer, fp32."""
     logps = ops.log_ratio(hidden, **arguments(head, batch)).token_logps
-    return [part.clone() for part in logps.cpu().split(batch.cu_seqlens.diff().tolist())]
+    return logps.cpu().split(batch.cu_seqlens.diff().tolist())
 
 
 def score(
@@ -51,7 +53,7 @@ def score(
     if not path.exists():
         starts = ((x, first) for x in segments for first in range(0, len(x.answers), ANSWERS))
         pieces = [Segment(x.prompt, x.answers[first : first + ANSWERS]) for x, first in starts]
-        scores: dict[int, tuple[Tensor, ...]] = {}
+        scores: dict[int, list[np.ndarray]] = {}
         for part in dist.all_gather(score_share(run.config, model, pieces, path, measure, heads, in_4bit)):
             scores |= part
         if dist.is_main():
@@ -76,13 +78,16 @@ def score_share(
     measure: Measure,
     heads: int,
     in_4bit: bool,
-) -> dict[int, tuple[Tensor, ...]]:
-    """This process's share of the scores, by the numbers of the segments."""
+) -> dict[int, list[np.ndarray]]:
+    """This process's share of the scores, by the numbers of the segments.
+
+    Arrays, because 100,000 small tensors would take a minute to other processes, each with its whole batch's memory.
+    """
     model = load_model(name, config, heads, in_4bit).to(dist.device()).eval()
     layout, head = arrange(model, config, segments), head_of(model)
     limit = token_limit(config, longest_of(segments, layout), config.per_device_eval_batch_size)
     batches = micro_batches(range(len(segments)), segments, layout, limit, dist.rank(), dist.world_size())
-    scores: dict[int, tuple[Tensor, ...]] = {}
+    scores: dict[int, list[np.ndarray]] = {}
     label = f"{path.parent.name}/{path.stem}"
     todo = [chosen for chosen in reversed(batches) if chosen]
     with tqdm(total=sum(map(len, batches)), desc=label, unit="segment", disable=not dist.is_main()) as bar:
@@ -98,12 +103,12 @@ def score_share(
                 todo += [chosen[half:], chosen[:half]]
                 continue
             for i in chosen:
-                scores[i] = tuple(next(answers) for _ in segments[i].answers)
+                scores[i] = [next(answers).numpy() for _ in segments[i].answers]
             bar.update(len(chosen))
     return scores
 
 
-def save_scores(path: Path, scores: Scores) -> None:
+def save_scores(path: Path, scores: Sequence[Sequence[np.ndarray]]) -> None:
     flat = [values for answers in scores for values in answers]
-    lengths = torch.tensor([len(values) for values in flat], dtype=torch.int32)
-    save_file({"values": torch.cat(flat), "lengths": lengths}, path)
+    lengths = np.array([len(values) for values in flat], dtype=np.int32)
+    save_file({"values": np.concatenate(flat), "lengths": lengths}, path)

@@ -1,9 +1,10 @@
 """Sampling: the policy's own answers to prompts, token ids in and token ids out, in shards that survive a kill.
 
-A shard's answers depend on its number and the seed alone, not on which process made it or what was made before it.
+A shard's answers depend on its prompts and its seed alone, not on which process made it or what was made before it.
 """
 
 import functools
+import math
 import tempfile
 import time
 from array import array
@@ -16,14 +17,14 @@ from tqdm import tqdm
 
 from irlfast import dist
 from irlfast.data import Example, Ids
-from irlfast.files import read_jsonl, write_jsonl
+from irlfast.files import read_json, read_jsonl, write_json, write_jsonl
 from irlfast.lora import merge
 from irlfast.model import load_model, save_pretrained
 from irlfast.pack import Segment
 from irlfast.run import Run
 from irlfast.vllm_sampler import NoLora, Shard, generate_vllm
 
-SHARD = 1024  # prompts; at least a batch for every sampler, and little to lose in a kill
+SHARD = 1024  # prompts, at most; at least a batch for every sampler, and little to lose in a kill
 
 
 class Sampling(NamedTuple):
@@ -45,7 +46,8 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
     Shards that ``folder`` holds already are kept. Every process makes its share and returns all answers.
     """
     by_length = sorted(range(len(examples)), key=lambda i: (-len(examples[i].prompt_ids), i))
-    cuts = [by_length[start : start + SHARD] for start in range(0, len(examples), SHARD)]
+    size = shard_size(folder, len(examples), run.config.sampler)
+    cuts = [by_length[start : start + size] for start in range(0, len(examples), size)]
     paths = [folder / f"{number:05d}.jsonl" for number in range(len(cuts))]
     mine = [
         Shard(number, [examples[i].prompt_ids for i in cut], sampling.seed + number)
@@ -64,6 +66,20 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
             write_jsonl(paths[number], rows)
     dist.barrier()
     return read_samples(folder)
+
+
+def shard_size(folder: Path, count: int, sampler: str) -> int:
+    """Prompts a shard: for vLLM as many shards for every process. Samples that ``folder`` has begun keep their size.
+
+    Transformers, slow as it is, gives the same answers whatever the number of processes.
+    """
+    path = folder / "shards.json"
+    if dist.is_main() and not path.exists():
+        processes = dist.world_size() if sampler == "vllm" else 1
+        rounds = math.ceil(count / (SHARD * processes))
+        write_json(path, {"prompts": math.ceil(count / (rounds * processes)) if processes > 1 else SHARD})
+    dist.barrier()
+    return read_json(path)["prompts"]
 
 
 def sample_groups(

@@ -167,6 +167,20 @@ def test_every_request_has_a_seed_of_its_own_that_follows_from_the_shards(stand_
     assert seeds[4] == seeds[3]
 
 
+def test_every_process_has_as_many_shards_and_begun_samples_keep_theirs(tmp_path, monkeypatch):
+    def sizes(count, processes, folder, sampler="vllm"):
+        monkeypatch.setattr(sample.dist, "world_size", lambda: processes)
+        monkeypatch.setattr(sample.dist, "barrier", lambda: None)
+        size = sample.shard_size(tmp_path / folder, count, sampler)
+        return [min(size, count - start) for start in range(0, count, size)]
+
+    assert sizes(10_000, 8, "stage") == [625] * 16
+    assert sizes(10_000, 1, "stage") == [625] * 16  # another number of processes goes on with it
+    assert sizes(501, 8, "evaluation") == [63] * 7 + [60]
+    assert sizes(3, 8, "few") == [1] * 3
+    assert sizes(2500, 1, "alone") == sizes(2500, 8, "transformers", "transformers") == [1024, 1024, 452]
+
+
 def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))

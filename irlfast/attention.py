@@ -90,6 +90,7 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
     Raises:
         InputError: as :func:`check_model` and :func:`check_layout`.
     """
+    model = base_of(model)
     apart = hidden_of(model, APART)
     shared = check_model(model, apart)
     if not shared and not by_sequences(model):

@@ -72,7 +72,7 @@ class Config:
         False, "keep what the backward pass needs of the layers in host memory, not on the GPU; nothing on a CPU"
     )
     torch_compile: bool = key(False, "compile the layers for training; takes a C++ compiler, and a minute at first")
-    use_peft: bool = key(False, "train a LoRA adapter, one for all stages, merged in final/ alone")
+    use_peft: bool = key(False, "train a LoRA adapter, one for the policies of all stages; final/ is merged")
     lora_r: Count = key(16, "LoRA rank")
     lora_alpha: Count = key(32, "LoRA alpha; the update is scaled by alpha / rank")
     load_in_4bit: bool = key(

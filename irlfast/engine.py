@@ -23,7 +23,7 @@ from irlfast.lora import add_lora, base_and_adapter, is_adapted, merge, save_lor
 from irlfast.losses import Figures, Loss
 from irlfast.memory import RanOut, phase_limit
 from irlfast.metrics import say
-from irlfast.model import base_of, freeze, load_model, padded_apart, save_pretrained
+from irlfast.model import freeze, load_model, padded_apart, save_pretrained
 from irlfast.optim import FusedRMSprop
 from irlfast.pack import Layout, Segment, plan_steps
 from irlfast.policy import Policy
@@ -190,7 +190,7 @@ def make_engine(
     import transformers
 
     model = new_model(policy, plan, config, in_4bit=config.load_in_4bit).to(dist.device())
-    layout = arrange(base_of(model), config, segments)
+    layout = arrange(model, config, segments)
     if config.gradient_checkpointing:
         recompute_layers(model, selective=config.gradient_checkpointing == "selective")
     if config.torch_compile:
@@ -223,8 +223,6 @@ def new_model(name: Path | str, plan: Plan, config: Config, in_4bit: bool = Fals
     model = load_model(name, config, config.reward_heads if plan.reward else 0, in_4bit)
     if config.use_peft and not is_adapted(model):
         model = add_lora(model, config, reward=bool(plan.reward))
-    elif is_adapted(model) and not config.use_peft:
-        model = merge(model, str(name))
     if plan.reward:
         model.config.irlfast_reward = plan.reward
         freeze(model, config.reward_frozen_layers)
@@ -315,7 +313,7 @@ def save_model(engine: Any, start: Path | str, folder: Path, form: Format, plan:
     model = engine.module.model
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if config.use_peft and not parameter.requires_grad and "lora_" not in name:
+        if config.use_peft and not parameter.requires_grad:
             continue
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
             if dist.is_main():

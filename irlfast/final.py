@@ -12,7 +12,7 @@ import irlfast
 from irlfast import dist
 from irlfast.config import Config
 from irlfast.files import read_json, write, write_json, write_text
-from irlfast.lora import base_and_adapter, is_adapted, merge
+from irlfast.lora import base_and_adapter, merge
 from irlfast.metrics import say
 from irlfast.model import load_model, save_pretrained
 from irlfast.report import write_report
@@ -106,8 +106,7 @@ def save_final(folder: Path, run: Run, policy: Path | str, kept: str, why: str, 
     if isinstance(policy, Path) and not base_and_adapter(policy)[1]:
         shutil.copytree(policy, folder)
     else:
-        model = load_model(policy, run.config)
-        save_pretrained(folder, merge(model, str(policy)) if is_adapted(model) else model, run.form.tokenizer)
+        save_pretrained(folder, merge(load_model(policy, run.config), str(policy)), run.form.tokenizer)
     write_json(folder / "policy.json", {"kept": kept, "why": why})
     write_text(folder / "README.md", model_card(run.config, kept, why, figures))
 

@@ -20,7 +20,7 @@ from irlfast.data import (
     save_examples,
 )
 from irlfast.files import InputError, find, read_json, write_json, write_text
-from irlfast.lora import base_and_adapter
+from irlfast.lora import SETTINGS, base_and_adapter
 from irlfast.metrics import Log, say
 from irlfast.model import build_model, load_model_config, load_tokenizer
 from irlfast.run import Run
@@ -99,7 +99,7 @@ def check_weights(config: Config) -> None:
                 f"model_name_or_path {folder}: found no weights, expected {' or '.join(WEIGHTS[:2])} files"
             )
     if adapter and config.use_peft:
-        found = read_json(adapter / "adapter_config.json")
+        found = read_json(adapter / SETTINGS)
         for name, value in (("lora_r", found["r"]), ("lora_alpha", found["lora_alpha"])):
             if getattr(config, name) != value:
                 raise InputError(

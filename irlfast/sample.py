@@ -5,7 +5,6 @@ A shard's answers depend on its prompts and its seed alone, not on which process
 
 import functools
 import math
-import tempfile
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from irlfast import dist
 from irlfast.data import Example, Ids
-from irlfast.files import read_json, read_jsonl, write_json, write_jsonl
+from irlfast.files import read_json, read_jsonl, remove, write, write_json, write_jsonl
 from irlfast.lora import merge
 from irlfast.model import load_model, save_pretrained
 from irlfast.pack import Segment
@@ -120,7 +119,7 @@ def with_progress(
 def vllm_answers(
     run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """By vLLM; an adapter that it cannot put on its base is merged into a copy, whose digits may be too few for it."""
+    """By vLLM; an adapter that it does not take is merged into a copy of its base."""
     config = run.config
     answers_of = functools.partial(
         generate_vllm,
@@ -139,9 +138,12 @@ def vllm_answers(
     try:
         yield from answers_of(policy)
     except NoLora:
-        with tempfile.TemporaryDirectory(prefix="merged-", dir=run.output) as merged:
-            save_pretrained(Path(merged), merge(load_model(policy, config), str(policy)), run.form.tokenizer)
-            yield from answers_of(merged)
+        merged = run.output / f"merged-{dist.rank()}"
+        model = merge(load_model(policy, config), str(policy))
+        write(merged, lambda temporary: save_pretrained(temporary, model, run.form.tokenizer))
+        del model
+        yield from answers_of(merged)
+        remove(merged)
 
 
 @torch.no_grad()

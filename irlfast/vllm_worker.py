@@ -35,6 +35,8 @@ def main() -> None:
     if job["adapter"]:
         from vllm.lora.request import LoRARequest
 
+        if job["engine"]["dtype"] == "float32" and not current_platform.is_cpu():
+            raise ValueError("vLLM's kernels for GPUs: float32 does not support LoRA")
         lora = LoRARequest("policy", 1, job["adapter"])
     engine = LLM(model=job["model"], **job["engine"])
     for shard in job["shards"]:

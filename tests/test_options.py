@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from irlfast.config import make_config
 from irlfast.files import InputError
-from irlfast.lora import kept_by_merging
+from irlfast.lora import add_lora, kept_by_merging
 from irlfast.model import load_model
 from tests.runs import printed, run, settings
 
@@ -94,18 +94,26 @@ def test_what_lora_learns_in_bf16_is_not_rounded_away_at_the_end_of_a_stage(tmp_
     assert learned and all(moved > 0.3 * size > 0 for size, moved in learned.values())  # it began at 0
 
 
-def test_an_adapter_begins_a_whole_training_and_an_other_ranks_is_refused(tmp_path):
-    run(tmp_path / "lora", method="sft", inner_steps="null", **LORA)
-    start = {"model_name_or_path": tmp_path / "lora" / "sft" / "policy", "config_name": "null"}
-    start |= {"train_tokenizer": "null", "method": "sft", "inner_steps": "null"}
-    run(tmp_path / "whole", **start)
-    begin, end = (json.loads((tmp_path / "whole" / phase / "eval.json").read_text()) for phase in ("initial", "sft"))
-    trained = json.loads((tmp_path / "lora" / "sft" / "eval.json").read_text())
-    assert begin["nll"] == pytest.approx(trained["nll"], rel=1e-5)
-    assert end["nll"] != begin["nll"]
-    assert (tmp_path / "whole" / "final" / "model.safetensors").exists()
-    _, err = run(tmp_path / "other", code=2, **start | LORA | {"lora_r": 4})
-    assert "lora_r: found 4, but the adapter" in err
+def test_training_goes_on_with_another_runs_adapter_but_not_with_other_settings(tmp_path):
+    sft = {"method": "sft", "inner_steps": "null"}
+    run(tmp_path / "first", **LORA | sft)
+    adapter = tmp_path / "first" / "sft" / "policy"
+    start = sft | {"model_name_or_path": adapter, "config_name": "null", "train_tokenizer": "null"}
+    run(tmp_path / "second", **LORA | start)
+    [begin, end] = (json.loads((tmp_path / "second" / phase / "eval.json").read_text()) for phase in ("initial", "sft"))
+    assert begin["nll"] == json.loads((tmp_path / "first" / "sft" / "eval.json").read_text())["nll"]
+    assert end["nll"] < begin["nll"]
+    _, err = run(tmp_path / "other", code=2, **LORA | start, lora_r=4)
+    assert f"lora_r: found 4, but the adapter {adapter}, with which training goes on, has 16; expected the same" in err
+    _, err = run(tmp_path / "whole", code=2, **start)
+    assert f"model_name_or_path: found the adapter {adapter} without use_peft; expected use_peft: true" in err
+
+
+def test_adapters_on_embeddings_that_the_head_shares_are_refused():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, tie_word_embeddings=True))
+    keys = {"dataset_name": __file__, "model_name_or_path": ".", "lora_target_modules": ["q_proj", "embed_tokens"]}
+    with pytest.raises(InputError, match="lora_target_modules: found the embeddings, which the LM head shares"):
+        add_lora(model, make_config(keys), reward=False)
 
 
 def test_an_adapter_without_its_base_or_with_anothers_weights_is_refused(tmp_path):
@@ -119,10 +127,10 @@ def test_an_adapter_without_its_base_or_with_anothers_weights_is_refused(tmp_pat
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     kept = load_file(path)
     save_file({name: values for name, values in kept.items() if "layers.1" not in name}, path)
-    with pytest.raises(InputError, match=r"adapter \S+: base_model\S+layers\.1\S+ is in one of"):
+    with pytest.raises(InputError, match=r"adapter \S+: found no base_model\S+layers\.1\S+, expected"):
         load_model(tmp_path / "adapter", whole)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=r"adapter \S+: found no \S+/base, expected its base there"):
+    with pytest.raises(InputError, match=r"adapter \S+: found no \S+/base, expected its base as adapter_config"):
         load_model(tmp_path / "adapter", whole)
 
 
@@ -133,10 +141,11 @@ def test_an_engine_of_zero_3_does_not_live_on_beside_the_next(tmp_path):
     assert set(re.findall(r"models: \d+", err)) == {"models: 1"}
 
 
+@pytest.mark.parametrize("config_class", [LlamaConfig, MixtralConfig])  # whose experts share a weight of three axes
 @pytest.mark.parametrize(("size", "least", "most"), [(1e-6, 0.0, 0.1), (1.0, 0.99, 1.01)])
-def test_what_merging_into_16_bits_keeps_of_an_adapter(size, least, most):
-    config = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+def test_what_merging_into_16_bits_keeps_of_an_adapter(size, least, most, config_class):
+    config = config_class(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
     assert kept_by_merging(adapted) == 1  # nothing has been learned
     for name, parameter in adapted.named_parameters():

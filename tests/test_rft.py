@@ -70,16 +70,16 @@ def test_rewards_and_advantages_of_a_round_are_those_of_its_rollouts(rft):
     output, *_ = rft
     figures = json.loads((output / "stage-00" / "round.json").read_text())
     rewards = load_file(output / "stage-00" / "reward-0.safetensors")["values"]
-    rows = [json.loads(line) for path in (output / "stage-00" / "rollouts").glob("*") for line in path.open()]
+    rows = [json.loads(line) for path in (output / "stage-00" / "rollouts").glob("*.jsonl") for line in path.open()]
     assert figures["answers"] == len(rows) == len(rewards) == 48 * 3  # half of 96 prompts, three answers each
     assert figures["reward"] == pytest.approx(rewards.mean().item(), abs=1e-6)
 
 
 MOMENTS = [
-    "stage-00/samples",
+    "stage-00/samples/00000.jsonl",
     "stage-00/reward/checkpoint/progress.json",
     "stage-00/reward/model",
-    "stage-00/round-00/rollouts",
+    "stage-00/round-00/rollouts/00000.jsonl",
     "stage-00/round-00/DONE",
     "stage-00/checkpoint/progress.json",
 ]
@@ -210,7 +210,9 @@ def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
     rewards = load_file(output / "part-00000" / "scores.safetensors")["rewards"]
     assert rewards.shape == (20, 6)
     assert [row["reward"] for row in best] == pytest.approx(rewards.amax(1).tolist(), rel=1e-5)
-    rollouts = [json.loads(line) for path in (output / "part-00000" / "rollouts").glob("*") for line in path.open()]
+    rollouts = [
+        json.loads(line) for path in (output / "part-00000" / "rollouts").glob("*.jsonl") for line in path.open()
+    ]
     drawn = {(row["index"] // 6, tuple(row["answer_ids"])) for row in rollouts}
     assert all((i, tuple(row["answer_ids"])) in drawn for i, row in enumerate(best))
     curve = json.loads((output / "curve.json").read_text())
@@ -267,7 +269,7 @@ def test_many_answers_to_a_prompt_are_scored_as_each_alone(rft, tmp_path):
     bon(output, **keys, dataset_name="irlfast/demo/test.jsonl", num_generations=n)
     found = load_file(output / "part-00000" / "scores.safetensors")["rewards"].flatten()
     examples = load_examples(output / "data" / "train.safetensors")
-    rows = [json.loads(line) for path in (output / "part-00000" / "rollouts").glob("*") for line in path.open()]
+    rows = [json.loads(line) for path in (output / "part-00000" / "rollouts").glob("*.jsonl") for line in path.open()]
     assert len(rows) == len(found) == 2 * n
     model = AutoModelForCausalLM.from_pretrained(policy)
     for row in rows:

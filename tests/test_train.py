@@ -60,7 +60,7 @@ KILLED_AT = [
     "initial/policy",
     "sft/checkpoint/progress.json",
     "sft/policy",
-    "stage-00/samples",
+    "stage-00/samples/00000.jsonl",
     "stage-00/checkpoint/progress.json",
     "stage-01/reference.safetensors",
 ]

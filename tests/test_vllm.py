@@ -19,7 +19,7 @@ import torch
 from irlfast import sample, vllm_sampler
 from irlfast.config import make_config
 from irlfast.files import InputError
-from irlfast.vllm_sampler import Shard, fail, generate_vllm
+from irlfast.vllm_sampler import NoLora, Shard, fail, generate_vllm
 
 SETTINGS = {
     "temperature": 0.0,
@@ -149,13 +149,19 @@ def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_i
     assert (job["engine"]["enable_lora"], job["engine"]["max_lora_rank"]) == (True, 16)
     monkeypatch.setenv("NO_LORA", "1")
     saved = []
-    monkeypatch.setattr(sample, "save_pretrained", lambda folder, model, _: saved.append((folder, model)))
+    monkeypatch.setattr(sample, "save_pretrained", lambda folder, model, _: folder.mkdir() or saved.append(model))
     job = job_of(stand_in / "adapter")
-    [(folder, merged)] = saved
-    assert (job["lora"], job["engine"]["model"]) == (None, str(folder))
-    assert folder.parent == stand_in and not folder.exists()
+    [merged] = saved
+    assert (job["lora"], job["engine"]["model"]) == (None, str(stand_in / "merged-0"))
+    assert not list(stand_in.glob("merged*"))
     ids = torch.tensor([PROMPTS[5]])
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"r": 513}, {"r": 8, "target_parameters": ["experts.gate_up_proj"]}])
+def test_adapters_that_vllm_does_not_take_are_not_tried(settings):
+    with pytest.raises(NoLora):
+        vllm_sampler.lora_settings(settings)
 
 
 def test_every_request_has_a_seed_of_its_own_that_follows_from_the_shards(stand_in):

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := pip install --quiet --no-compile
 
-.PHONY: train test sweep gates gpu sanitized lint clean
+.PHONY: train test sweep gates gpu gpu-tests gpu-benchmarks sanitized lint clean
 train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
@@ -28,15 +28,20 @@ gates: $(VENV)/triton-3.6.0
 
 # On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
 gpu:
-	$(PYTHON) -m pytest -n 8 tests/kernels
-	$(PYTHON) -m pytest benchmarks
-	$(MAKE) sanitized
+	$(PYTHON) -c "from irlfast import native; assert native.cuda, 'built without nvcc: pip install -e . where it is'"
+	$(MAKE) --keep-going gpu-tests gpu-benchmarks sanitized
+
+gpu-tests:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 8 --dist worksteal tests/kernels
+
+gpu-benchmarks:
+	$(PYTHON) -m pytest -s benchmarks
 
 # There, the kernels in CUDA C++ under the compute-sanitizer of CUDA's toolkit; torch's allocator would hide what lies beyond.
 sanitized:
 	for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --target-processes all --error-exitcode 1 \
-			$(PYTHON) -m pytest tests/kernels/test_cuda.py tests/kernels/test_optim.py || exit 1; \
+			--kernel-name kernel_substring=irlfast $(PYTHON) -m pytest tests/kernels/test_cuda.py tests/kernels/test_optim.py || exit 1; \
 	done
 
 lint: $(VENV)/installed

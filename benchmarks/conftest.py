@@ -22,12 +22,24 @@ RESULTS = pytest.StashKey[dict[str, Any]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="benchmarks: small shapes, to see that all of it runs")
+    parser.addoption("--resume", action="store_true", help="benchmarks: go on with the pair loss where it was stopped")
 
 
 @pytest.fixture(scope="session")
 def results(pytestconfig: pytest.Config) -> dict[str, Any]:
     """What a run leaves behind; tests add to ``cases`` and ``goals``."""
-    return pytestconfig.stash.setdefault(RESULTS, {**circumstances(), "complete": False, "cases": {}, "goals": []})
+    fresh = {**circumstances(), "complete": False, "cases": {}, "goals": []}
+    return pytestconfig.stash.setdefault(RESULTS, unfinished(fresh) if pytestconfig.getoption("resume") else fresh)
+
+
+def unfinished(fresh: dict[str, Any]) -> dict[str, Any]:
+    """The last partial result of the same code on the same device, or ``fresh``."""
+    same = ("commit", "uncommitted_changes", "device", "threads", "versions", "quick")
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*-pair-loss-*-partial.json"), reverse=True):
+        found = json.loads(path.read_text())
+        if fresh["commit"] and all(found[key] == fresh[key] for key in same):
+            return found
+    return fresh
 
 
 def circumstances() -> dict[str, Any]:
@@ -38,12 +50,13 @@ def circumstances() -> dict[str, Any]:
 
     packages = "torch triton transformers trl liger-kernel cut-cross-entropy".split()
     gpu = torch.cuda.is_available()
+    changes = git("status", "--porcelain", *SOURCES)
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": " ".join([program(), *sys.argv[1:]]),
         "quick": "--quick" in sys.argv,
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", *SOURCES)),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name() if gpu else cpu_name(),
         "kind": "cuda" if gpu else "cpu",
         "threads": torch.get_num_threads(),

@@ -1,6 +1,7 @@
 """How the pair loss is measured: inputs, the fp64 truth, interleaved timing, and peak extra memory."""
 
 import ctypes
+import gc
 import json
 import multiprocessing
 import re
@@ -53,6 +54,7 @@ class Case(NamedTuple):
 
 def measure(case: Case) -> dict[str, Any]:
     """Every row of a case: checked against fp64 first, then timed with those that passed, then its memory."""
+    torch.compiler.reset()  # or a peer's third shape would be compiled for any, and run slower than the first
     inputs = make_inputs(case)
     true = truth(inputs)
     rows = {row: check(row, inputs, true, case) for row in case.rows}
@@ -287,8 +289,10 @@ def seconds_of(step: Callable[[], object]) -> float:
         step()
         return time.perf_counter() - begun
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # Nothing of the last run stays in the L2 cache, and the GPU is busy until the host has queued the step's kernels.
-    torch.empty(1024 * MIB, dtype=torch.int8, device=DEVICE).zero_()
+    # Nothing of the last run stays in the L2 cache, and the GPU is busy (5 ms) until the host has queued the step.
+    other = torch.empty(1024 * MIB, dtype=torch.int8, device=DEVICE)
+    for _ in range(16):
+        other.zero_()
     start.record()
     step()
     end.record()
@@ -312,6 +316,7 @@ def extra_memory(case: Case, steps: dict[str, Callable[[], Result]], inputs: Inp
 
 def gpu_memory(step: Callable[[], Result], inputs: Inputs) -> float:
     drop_gradients(inputs)
+    gc.collect()  # some peers' inputs are in cycles, and would be freed at any time
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()

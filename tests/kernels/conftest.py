@@ -9,6 +9,7 @@ import torch
 
 from irlfast import native
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch 2.11's products refuse to be deterministic
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:

@@ -59,7 +59,7 @@ def score_part(
         norm = rebased(norm, peak, base) + mass
         peak = new
         if tiles is not None:
-            tl.store(tiles + start // N * n + at, base + tl.log(mass), mask=at < n)
+            tl.store(tiles + tl.cast(start // N, tl.int64) * n + at, base + tl.log(mass), mask=at < n)
         found = tl.maximum(found, tl.max(tl.where(column[None, :] == target[:, None], z, float("-inf")), axis=1))
     return peak, norm, found
 

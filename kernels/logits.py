@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import base_of
+from irlfast.kernels.softmax import LOG2_E, base_of
 
 IGNORE = tl.constexpr(-100)  # a target that is skipped
-LOG2_E = tl.constexpr(1.4426950408889634)
 VECTORS = 2048  # bytes: 16 for each of the 128 threads that score a row
 BLOCK = 4096  # elements that a program of the backward writes
 
@@ -39,26 +38,29 @@ def final_logits(z, at, inside, scale, cap):
 
 
 @triton.jit
-def score_row(z, target, logp, lse, V, scale, cap, ROUNDS: tl.constexpr, LANES: tl.constexpr):
+def score_row(z, target, logp, lse, V, scale, cap, FOLDED: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr):
+    """The scale is FOLDED, where it can be, into the factor that makes exponentials powers of two."""
+    own, unit = (1.0, scale) if FOLDED else (scale, 1.0)
+    factor = unit * LOG2_E
     peaks = tl.full([LANES], float("-inf"), tl.float32)
     sums = tl.zeros([LANES], tl.float32)
     offsets = tl.arange(0, ROUNDS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     for start in range(0, V, ROUNDS * LANES):
         at = start + offsets
-        value = tl.where(at < V, final_logits(z, at, at < V, scale, cap), float("-inf"))
+        value = tl.where(at < V, final_logits(z, at, at < V, own, cap), float("-inf"))
         peak = tl.maximum(peaks, tl.max(value, axis=0))
         base = base_of(peak)
-        sums = sums * exp(peaks - base) + tl.sum(exp(value - base[None, :]), axis=0)
+        sums = sums * tl.exp2((peaks - base) * factor) + tl.sum(tl.exp2((value - base[None, :]) * factor), axis=0)
         peaks = peak
     peak = tl.max(peaks, axis=0)
-    log_norm = tl.log(tl.sum(sums * exp(peaks - peak), axis=0))
+    log_norm = tl.log(tl.sum(sums * tl.exp2((peaks - peak) * factor), axis=0))
 
     # A target outside the row is never read: its log-probability is NaN.
     inside = (target >= 0) & (target < V)
-    picked = tl.where(inside, final_logits(z, target, inside, scale, cap), float("nan"))
-    tl.store(logp, picked - peak - log_norm)
+    picked = tl.where(inside, final_logits(z, target, inside, own, cap), float("nan"))
+    tl.store(logp, (picked - peak) * unit - log_norm)
     if lse is not None:
-        tl.store(lse, peak + log_norm)
+        tl.store(lse, peak * unit + log_norm)
 
 
 @triton.jit
@@ -74,6 +76,7 @@ def token_logps_kernel(
     ref_stride,
     scale,
     cap,
+    FOLDED: tl.constexpr,
     ROUNDS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -85,12 +88,14 @@ def token_logps_kernel(
             tl.store(logps + row, 0.0)
             tl.store(lse + row, 0.0)
         else:
-            score_row(logits + row * stride, target, logps + row, lse + row, V, scale, cap, ROUNDS, LANES)
+            score_row(logits + row * stride, target, logps + row, lse + row, V, scale, cap, FOLDED, ROUNDS, LANES)
     elif ref_logits is not None:
         if target == IGNORE:
             tl.store(ref_logps + row, 0.0)
         else:
-            score_row(ref_logits + row * ref_stride, target, ref_logps + row, None, V, scale, cap, ROUNDS, LANES)
+            score_row(
+                ref_logits + row * ref_stride, target, ref_logps + row, None, V, scale, cap, FOLDED, ROUNDS, LANES
+            )
 
 
 def token_logps(
@@ -106,7 +111,6 @@ def token_logps(
     ref_logps = None if ref_logits is None else torch.empty_like(logps)
     width = triton.next_power_of_2(vocabulary)
     lanes = min(width, VECTORS // logits.itemsize)
-    rounds = min(width // lanes, 8 if softcap is None else 4)  # vectors a thread at once; a soft-cap needs registers
     token_logps_kernel[(n, 1 if ref_logits is None else 2)](
         logits,
         ref_logits,
@@ -119,7 +123,8 @@ def token_logps(
         0 if ref_logits is None else ref_logits.stride(0),
         scale,
         softcap,
-        ROUNDS=rounds,
+        FOLDED=softcap is None and scale > 0,
+        ROUNDS=min(width // lanes, 4),  # vectors that a thread has on their way at once
         LANES=lanes,
         num_warps=max(1, lanes * logits.itemsize // 512),
     )

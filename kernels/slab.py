@@ -9,72 +9,96 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import base_of, rebased, softcap
+from irlfast.kernels.softmax import LOG2_E, base_of, softcap
+
+ROUNDS = 4  # vectors of 16 bytes that a thread has on their way at once
+# Longer rows get all threads of a multiprocessor, so that one of them is in flight on each; but not with a bias, for
+# which so many threads do not have the registers.
+LONG = 16384
 
 
 @triton.jit
-def logit(z, bias, at, inside, scale, CAP: tl.constexpr):
-    """Final logits at ``at``, −inf where not ``inside`` the row; ``bias`` may be None."""
+def logit(z, bias, at, inside, V, scale, CAP: tl.constexpr, FOLDED: tl.constexpr):
+    """Final logits at ``at``, where FOLDED still to be multiplied by the scale; not ``inside`` nothing is read."""
     value = tl.load(z + at, mask=inside, other=0.0)
     if bias is not None:
-        value += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(inside, softcap(value * scale, CAP), float("-inf"))
+        value += tl.load(bias + at, mask=inside & (at < V), other=0.0).to(tl.float32)
+    return value if FOLDED else softcap(value * scale, CAP)
 
 
 @triton.jit
 def softmax_kernel(
-    z, targets, bias, logps, slope, V, stride_z, stride_slope, scale, CAP: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program a row."""
+    z, targets, bias, logps, slope, V, width, stride_z, stride_slope, scale,
+    CAP: tl.constexpr, FOLDED: tl.constexpr, SLOPES: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program a row, whose first ``width`` elements are its own, those beyond V to be ignored.
+
+    The scale is FOLDED, where it can be, into the factor that makes exponentials powers of two.
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * stride_z
     slope += row * stride_slope
-    offsets = tl.arange(0, BLOCK)
+    unit = scale if FOLDED else 1.0
+    factor = unit * LOG2_E
 
-    peaks = tl.full([BLOCK], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
+    offsets = tl.arange(0, ROUNDS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    peaks = tl.full([LANES], float("-inf"), tl.float32)
+    sums = tl.zeros([LANES], tl.float32)
+    for start in range(0, V, ROUNDS * LANES):
         at = start + offsets
-        value = logit(z, bias, at, at < V, scale, CAP)
-        peak = tl.maximum(peaks, value)
+        value = tl.where(at < V, logit(z, bias, at, at < width, V, scale, CAP, FOLDED), float("-inf"))
+        peak = tl.maximum(peaks, tl.max(value, axis=0))
         base = base_of(peak)
-        sums = rebased(sums, peaks, base) + tl.exp(value - base)
+        sums = sums * tl.exp2((peaks - base) * factor) + tl.sum(tl.exp2((value - base[None, :]) * factor), axis=0)
         peaks = peak
     peak = tl.max(peaks, axis=0)
-    norm = tl.sum(rebased(sums, peaks, peak), axis=0)
+    norm = tl.sum(sums * tl.exp2((peaks - base_of(peak)) * factor), axis=0)
 
     # A target outside the row is never read: its log-probability is NaN.
     target = tl.load(targets + row)
     inside = (target >= 0) & (target < V)
-    picked = tl.where(inside, logit(z, bias, target, inside, scale, CAP), float("nan"))
-    tl.store(logps + row, picked - peak - tl.log(norm))
-    for start in range(0, V, BLOCK):
-        at = start + offsets
-        value = logit(z, bias, at, at < V, scale, CAP)
-        exp = tl.exp(value - peak)
-        derivative = tl.where(at == target, norm - exp, -exp) / norm
-        if CAP is not None:
-            derivative *= 1 - (value / CAP) * (value / CAP)
-        tl.debug_barrier()  # all of the block is read before any of it is overwritten by narrower numbers
-        tl.store(slope + at, derivative, mask=at < V)
+    picked = tl.where(inside, logit(z, bias, target, inside, V, scale, CAP, FOLDED), float("nan"))
+    tl.store(logps + row, (picked - peak) * unit - tl.log(norm))
+    if SLOPES:
+        target = tl.where(inside, target, -1).to(tl.int32)
+        over = 1 / norm
+        for start in range(0, V, ROUNDS * LANES):
+            at = start + tl.arange(0, ROUNDS * LANES)
+            value = logit(z, bias, at, at < width, V, scale, CAP, FOLDED)
+            exp = tl.exp2((value - peak) * factor)
+            derivative = tl.where(at == target, norm - exp, -exp) * over
+            if CAP is not None:
+                derivative *= 1 - (value / CAP) * (value / CAP)
+            tl.debug_barrier()  # all of the block is read before any of it is overwritten by narrower numbers
+            tl.store(slope + at, derivative, mask=at < width)
 
 
 def softmax(
-    z: Tensor,  # [n, V] fp32, overwritten
+    z: Tensor,  # [n, V] fp32, overwritten, and with it what follows in a row up to a multiple of 16 elements, if it can
     targets: Tensor,  # [n] int64
     bias: Tensor | None,  # [V]
     dtype: torch.dtype,  # of the result: fp32, or one of half the size
     scale: float,
     softcap: float | None,
+    slopes: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``[n]`` of the targets under ``softcap(scale · (z + bias))``, and in the memory of z their
-    derivatives ``[n, V]`` by ``scale · (z + bias)``."""
+    """Log-probabilities ``[n]`` of the targets under ``softcap(scale · (z + bias))``, and in the memory of z, with
+    ``slopes``, their derivatives ``[n, V]`` by ``scale · (z + bias)``."""
     n, vocabulary = z.shape
     logps = torch.empty(n, dtype=torch.float32, device=z.device)
     slope = z.view(dtype)[:, :vocabulary]
-    block = min(triton.next_power_of_2(vocabulary), 4096)
-    strides = z.stride(0), slope.stride(0)
-    options = {"CAP": softcap, "BLOCK": block, "num_warps": max(1, block // 512)}
+    padded = triton.cdiv(vocabulary, 16) * 16
+    most = triton.next_power_of_2(vocabulary)
+    lanes = min(most, 4096 if vocabulary > LONG and bias is None else 2048)
     if n:
-        softmax_kernel[(n,)](z, targets, bias, logps, slope, vocabulary, *strides, scale, **options)
+        softmax_kernel[(n,)](
+            *(z, targets, bias, logps, slope, vocabulary, padded if padded <= z.stride(0) else vocabulary),
+            *(z.stride(0), slope.stride(0), scale),
+            CAP=softcap,
+            FOLDED=softcap is None and scale > 0,
+            SLOPES=slopes,
+            ROUNDS=min(most // lanes, ROUNDS),
+            LANES=lanes,
+            num_warps=max(1, lanes // 128),
+        )
     return logps, slope

@@ -23,9 +23,10 @@ def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
     z = torch.empty(2, -(-vocabulary // 16) * 16)[:, :vocabulary]  # as the slab allocates it
     targets = torch.zeros(2, dtype=torch.long)
     bias = torch.empty(vocabulary, dtype=dtype) if bias else None
-    [launch] = launches_of(softmax, z, targets, bias, dtype, 1.0, softcap)
-    # Two programs of 8 warps a multiprocessor, so that loads overlap.
-    check_compiles(launch, vocabulary, dtype, registers=128)
+    for slopes in (False, True):
+        [launch] = launches_of(softmax, z, targets, bias, dtype, 1.0, softcap, slopes)
+        registers = 65536 // (32 * launch.options["num_warps"])  # as many as a multiprocessor has for one program
+        check_compiles(launch, vocabulary, dtype, registers=min(registers, 255))
 
 
 SHAPES = pytest.mark.parametrize(
@@ -58,9 +59,10 @@ def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype, versi
     slope = z.view(dtype)[:, :vocabulary]
     products.logits(hidden, weight, z)
     assert products.by_weight(slope, weight).shape == (n, size)
-    products.by_hidden(empty(vocabulary, size), slope, hidden.float())
+    products.by_hidden(empty(vocabulary, size), slope, hidden.float(), new=True)
+    products.by_hidden(empty(vocabulary, size), slope, hidden.float(), new=False)
     with pytest.raises(RuntimeError, match="shape"):
-        products.by_hidden(empty(vocabulary, size + 1), slope, hidden.float())
+        products.by_hidden(empty(vocabulary, size + 1), slope, hidden.float(), new=False)
 
 
 @SHAPES

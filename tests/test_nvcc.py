@@ -87,7 +87,7 @@ def launches(n: int, address: int) -> dict[str, Callable[[], None]]:
     return {
         "token_logps": lambda: module.token_logps(logits, (0, "float32", 0), scoring, address, address, 0, 0),
         "gradient": lambda: module.write_gradient(logits, logits, scoring, address, address, 0),
-        "softmax_slopes": lambda: module.softmax_slopes(wide, "float16", 0, scoring, address, 0),
+        "softmax_slopes": lambda: module.softmax_slopes(wide, "float16", 0, scoring, address, True, 0),
         "sequence_sums": lambda: module.sequence_sums(*[address] * 3, n, 0, "float32", False, address, 0),
         "rmsprop": lambda: module.rmsprop([row], 0.1, 0.9, 0.1, 0.0, 0.0, 1.0, 0),
     }

@@ -1,6 +1,7 @@
 """Packing: answers that share a prompt are scored, and pull on the model, as if each had a sequence of its own."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from irlfast.files import InputError
 from irlfast.losses import arguments
 from irlfast.ops import lm_head
 from irlfast.pack import PAD, Layout, Segment, cost_of, micro_batches, pack, tokens, work
-from irlfast.reference import token_logps
+from irlfast.reference import score_share, token_logps
 
 VOCABULARY = 61
 SHAPE = {
@@ -105,12 +106,16 @@ def test_flex_attention_sees_what_the_dense_mask_does(name):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_scores_of_answers_hold_no_memory_but_their_own():
-    """A view is sent to other processes with all that its batch scored."""
-    model, batch = model_of("Llama"), pack(ragged())
-    found = token_logps(hidden_states(model, batch), lm_head(model), batch)
-    assert [len(part) for part in found] == batch.cu_seqlens.diff().tolist()
-    assert all(part.untyped_storage().nbytes() == part.nbytes for part in found)
+def test_scores_are_sent_to_other_processes_without_what_else_their_batch_scored(tmp_path):
+    """A tensor would be sent with all of the memory that it is a view of."""
+    model_of("Llama").save_pretrained(tmp_path)
+    config = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": "float32"})
+    segments = [segment._replace(answers=segment.answers * 50) for segment in ragged()]
+    found = score_share(config, tmp_path, segments, tmp_path / "scores", token_logps, heads=0, in_4bit=False)
+    answers = [(ids, logps) for i, x in enumerate(segments) for ids, logps in zip(x.answers, found[i], strict=True)]
+    assert len(answers) >= 150
+    assert all(len(ids) == len(logps) for ids, logps in answers)
+    assert all(len(pickle.dumps(logps)) < logps.nbytes + 200 for _, logps in answers)
 
 
 def test_a_prompt_is_computed_once_and_last_tokens_not_at_all():

@@ -20,10 +20,10 @@ void token_logps(const Rows &policy, const Rows &reference, const Scoring &scori
 void write_gradient(const Rows &grad, const Rows &logits, const Scoring &scoring, const float *lse,
                     const float *upstream, void *stream);
 
-// The middle step of the pair slab: z [n, V] fp32 becomes, in its own memory and in `slope`, the derivatives of logps
-// [n] by scale * (z + bias). Rows of `slope` start where those of z do. `bias` [V] may be null.
+// The middle step of the pair slab: logps [n] of z [n, V] fp32, which with `slopes` becomes, in its own memory and in
+// `slope`, their derivatives by scale * (z + bias). Rows of `slope` start where those of z do. `bias` [V] may be null.
 void softmax_slopes(float *z, std::int64_t stride, Dtype slope, const float *bias, const Scoring &scoring, float *logps,
-                    void *stream);
+                    bool slopes, void *stream);
 
 // Tokens of S sequences: cu_seqlens [S + 1]. The reference's log-probabilities, fp32 or fp64, or null, are those of
 // tokens (skipped as their targets are) or of sequences.

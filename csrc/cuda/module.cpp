@@ -37,13 +37,13 @@ void write_gradient(const RowsOf &grad, const RowsOf &logits, const ScoringOf &o
 }
 
 void softmax_slopes(const RowsOf &z, const std::string &dtype, Address bias, const ScoringOf &of, Address logps,
-                    Address stream) {
+                    bool slopes, Address stream) {
   const auto scoring = scoring_of(of);
   const auto rows = rows_of(z, "z", scoring.n > 0, kFp32);
   require_apart(rows, scoring, "z");
   irlfast::softmax_slopes(static_cast<float *>(rows.z), rows.stride, dtype_of(dtype, "slope", kUpToFp16),
                           pointer<const float>(bias, "bias", false), scoring,
-                          pointer<float>(logps, "logps", scoring.n > 0), stream_of(stream));
+                          pointer<float>(logps, "logps", scoring.n > 0), slopes, stream_of(stream));
 }
 
 void sequence_sums(Address logps, Address targets, Address cu_seqlens, std::int64_t sequences, Address ref_logps,

@@ -1,4 +1,4 @@
-// The middle step of the pair slab. A row is read twice, the second time from the L2 cache where the rows in flight
+// The middle step of the pair slab: log-probabilities and, if asked, their derivatives. A row is read twice, the second time from the L2 cache where the rows in flight
 // fit, and its derivatives are written once, over it.
 #include "gpu.h"
 #include "launch.h"
@@ -32,12 +32,13 @@ __device__ void write_slopes(const float *from, T *to, int first, int last, std:
 template <class T, class Logit>
 __global__ void __launch_bounds__(kThreads)
     softmax_slopes_kernel(float *z, std::int64_t stride, const std::int64_t *targets, int vocabulary, Logit logit,
-                          float *logps) {
+                          float *logps, bool slopes) {
   const std::int64_t row = blockIdx.x, target = targets[row];
   float *from = z + row * stride;
   T *to = reinterpret_cast<T *>(from);
   const Softmax total = over_block(scan(from, vocabulary, logit), kNothing);
   if (threadIdx.x == 0) logps[row] = picked(from, target, vocabulary, logit) - total.peak - logf(total.sum);
+  if (!slopes) return;
   const int vectors = address(from) % 16 ? 0 : vocabulary / 4 * 4;
   write_slopes<4>(from, to, 0, vectors, target, total, logit);
   write_slopes<1>(from, to, vectors, vocabulary, target, total, logit);
@@ -45,31 +46,31 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, bool capped, bool biased>
 void launch_softmax_slopes(float *z, std::int64_t stride, const float *bias, const Scoring &scoring, float *logps,
-                           void *stream) {
+                           bool slopes, void *stream) {
   using Logit = Final<capped, biased>;
   launch("softmax_slopes_kernel", softmax_slopes_kernel<T, Logit>, static_cast<unsigned>(scoring.n), 1,
          threads_for(scoring.vocabulary), stream, z, stride, scoring.targets, scoring.vocabulary,
-         Logit{scoring.scale, scoring.softcap, bias}, logps);
+         Logit{scoring.scale, scoring.softcap, bias}, logps, slopes);
 }
 
 template <class T>
 void softmax_slopes_of(float *z, std::int64_t stride, const float *bias, const Scoring &scoring, float *logps,
-                       void *stream) {
+                       bool slopes, void *stream) {
   const bool capped = scoring.softcap > 0;
   const auto run = capped ? bias ? launch_softmax_slopes<T, true, true> : launch_softmax_slopes<T, true, false>
                    : bias ? launch_softmax_slopes<T, false, true>
                           : launch_softmax_slopes<T, false, false>;
-  run(z, stride, bias, scoring, logps, stream);
+  run(z, stride, bias, scoring, logps, slopes, stream);
 }
 
 }  // namespace
 
 void softmax_slopes(float *z, std::int64_t stride, Dtype slope, const float *bias, const Scoring &scoring, float *logps,
-                    void *stream) {
+                    bool slopes, void *stream) {
   const auto run = slope == Dtype::fp32   ? softmax_slopes_of<float>
                    : slope == Dtype::bf16 ? softmax_slopes_of<__nv_bfloat16>
                                           : softmax_slopes_of<__half>;
-  if (scoring.n) run(z, stride, bias, scoring, logps, stream);
+  if (scoring.n) run(z, stride, bias, scoring, logps, slopes, stream);
 }
 
 }  // namespace irlfast

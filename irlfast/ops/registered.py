@@ -73,7 +73,7 @@ def unpack(arguments: Sequence[Any]) -> tuple[Side, Side | None, Problem, Sequen
 @contextmanager
 def arithmetic_of(backend: str, policy: Side) -> Iterator[slab.Arithmetic]:
     hidden = policy.hidden
-    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), cpu.precision("cuda", "ieee"):
         on_gpu = {"triton": triton.ARITHMETIC, "cuda": cuda.ARITHMETIC}
         yield on_gpu[backend] if backend in on_gpu else cpu.arithmetic(policy)
 
@@ -175,7 +175,7 @@ def pair_slabs(weight_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, ...
     sums = slab.new_gradients(policy, problem, wanted)
     into = sums if weight_grad is None else sums._replace(weight=weight_grad)
     with arithmetic_of(backend, policy) as arithmetic:
-        scores = slab.pair_loss(arithmetic, policy, reference, problem, Coupling(*coupling), into)
+        scores = slab.pair_loss(arithmetic, policy, reference, problem, Coupling(*coupling), into, weight_grad is None)
     return filled(policy, *scores, *sums)
 
 

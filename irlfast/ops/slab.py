@@ -30,8 +30,10 @@ class Arithmetic(NamedTuple):
     logits: Callable[[Tensor, Tensor, Tensor], None]  # (hidden [n, H], weight [V, H], out [n, V]): hidden @ weightᵀ
     # (those, targets [n], side, problem) -> log-probabilities [n], v [n], slab [n, V]; the first may be overwritten
     softmax: Callable[[Tensor, Tensor, Side, Problem], tuple[Tensor, Tensor, Tensor]]
+    logps: Callable[[Tensor, Tensor, Side, Problem], Tensor]  # the same log-probabilities alone, to the last digit
     by_weight: Callable[[Tensor, Tensor], Tensor]  # (slab [n, V], weight [V, H]): slab @ weight [n, H], fp32 (fp64)
-    by_hidden: Callable[[Tensor, Tensor, Tensor], None]  # (sum [V, H], slab [n, V], [n, H]): sum += slabᵀ @ it
+    # (sum [V, H], slab [n, V], [n, H], new): sum += slabᵀ @ it, or sum = slabᵀ @ it where it is new memory
+    by_hidden: Callable[[Tensor, Tensor, Tensor, bool], None]
     # (sides, problem, tokens [n], statistics) -> log-probabilities [n] of each side without a slab; into statistics, if
     # given, what ``sparse`` needs; None where a slab is as good
     fused: Callable[[Sequence[Side], Problem, Tensor, Tensor | None], Tensor] | None = None
@@ -60,17 +62,19 @@ def token_logps(
         statistics = logps.new_empty(2 + tiles, len(logps)) if tiles else None
         logps[tokens], *others = arithmetic.fused(sides, problem, tokens, statistics)
         return logps, problem.zeros().index_put((tokens,), others[0]) if others else None, statistics
-    chunks = tokens.split(slab_rows(arithmetic, policy, problem))
+    chunks = in_chunks(tokens, slab_rows(arithmetic, policy, problem))
+    # The reference is scored in the policy's chunks: a product of other shape may round differently, and a policy that
+    # equals its reference would not have a ratio of exactly 0.
+    ref_logps = None if reference is None else score(arithmetic, reference, problem, chunks)
+    if not keep:
+        return score(arithmetic, policy, problem, chunks), ref_logps, None
     buffer = new_buffer(policy, problem, chunks)
-    slopes = logps.new_zeros(len(logps), policy.hidden.shape[1]) if keep else None
+    slopes = logps.new_zeros(len(logps), policy.hidden.shape[1])
     for part in chunks:
         chunk = compute(arithmetic, policy, problem, part, buffer)
         logps[part] = chunk.logps
-        if slopes is not None:
-            slopes[part] = hidden_slope(arithmetic, policy, chunk)
-    # The reference is scored in the same chunks: a product of other shape may round differently, and a policy that
-    # equals its reference would not have a ratio of exactly 0.
-    return logps, None if reference is None else score(arithmetic, reference, problem, chunks), slopes
+        slopes[part] = arithmetic.by_weight(chunk.slab, policy.weight).mul_(chunk.v)
+    return logps, ref_logps, slopes
 
 
 def gradients(
@@ -85,14 +89,17 @@ def gradients(
     with ``statistics`` those tiles that weigh enough."""
     tokens = problem.scored()
     sums = new_gradients(policy, problem, wanted)
-    if arithmetic.sparse and statistics is not None:
-        arithmetic.sparse(sums, policy, problem, tokens, upstream[tokens], statistics)
+    by_tiles = arithmetic.sparse if statistics is not None else None
+    if sums.weight is not None and (by_tiles or not len(tokens)):
+        sums.weight.zero_()
+    if by_tiles and statistics is not None:
+        by_tiles(sums, policy, problem, tokens, upstream[tokens], statistics)
         return sums
-    chunks = tokens.split(slab_rows(arithmetic, policy, problem))
+    chunks = in_chunks(tokens, slab_rows(arithmetic, policy, problem))
     buffer = new_buffer(policy, problem, chunks)
-    for tokens in chunks:
+    for number, tokens in enumerate(chunks):
         chunk = compute(arithmetic, policy, problem, tokens, buffer)
-        add_gradients(arithmetic, sums, policy, problem, chunk, upstream)
+        add_gradients(arithmetic, sums, policy, problem, chunk, upstream, new=number == 0)
     return sums
 
 
@@ -103,23 +110,28 @@ def pair_loss(
     problem: Problem,
     coupling: Coupling,
     sums: Gradients,
+    new: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss ``[]`` and log-probabilities ``[N]`` of policy and reference; the loss's gradients, taken while each slab is
-    in the buffer, are added to ``sums``."""
+    in the buffer, are added to ``sums``, whose weight is overwritten where it is ``new``."""
     slabs = plan(arithmetic, policy, problem, coupling.pairs)
     chunks = [tokens for slab in slabs for tokens in slab]
     ref_logps = None if reference is None else score(arithmetic, reference, problem, chunks)
     buffer = new_buffer(policy, problem, chunks)
     logps = problem.zeros()
-    for slab in slabs:
-        for tokens in slab:
-            chunk = compute(arithmetic, policy, problem, tokens, buffer)
-            logps[tokens] = chunk.logps
+    if new and not slabs and sums.weight is not None:
+        sums.weight.zero_()
+    for *others, last in slabs:
+        for tokens in others:
+            logps[tokens] = scored(arithmetic, policy, problem, tokens, buffer)
+        chunk = compute(arithmetic, policy, problem, last, buffer)
+        logps[last] = chunk.logps
         upstream = derivative(logps, ref_logps, problem, coupling)
-        add_gradients(arithmetic, sums, policy, problem, chunk, upstream)  # the last chunk is still in the buffer
-        for tokens in slab[:-1]:
+        add_gradients(arithmetic, sums, policy, problem, chunk, upstream, new)  # while it is in the buffer
+        for tokens in others:
             chunk = compute(arithmetic, policy, problem, tokens, buffer)
-            add_gradients(arithmetic, sums, policy, problem, chunk, upstream)
+            add_gradients(arithmetic, sums, policy, problem, chunk, upstream, new=False)
+        new = False
     return objective(logps, ref_logps, problem, coupling), logps, ref_logps
 
 
@@ -127,7 +139,7 @@ def score(arithmetic: Arithmetic, side: Side, problem: Problem, chunks: Sequence
     buffer = new_buffer(side, problem, chunks)
     logps = problem.zeros()
     for tokens in chunks:
-        logps[tokens] = compute(arithmetic, side, problem, tokens, buffer).logps
+        logps[tokens] = scored(arithmetic, side, problem, tokens, buffer)
     return logps
 
 
@@ -147,6 +159,10 @@ def rows_in(megabytes: float, side: Side, problem: Problem) -> int:
     return int(megabytes * 2**20) // (side.weight.shape[0] * problem.dtype.itemsize)
 
 
+def in_chunks(tokens: Tensor, rows: int) -> tuple[Tensor, ...]:
+    return tokens.split(rows) if len(tokens) else ()
+
+
 def plan(arithmetic: Arithmetic, side: Side, problem: Problem, pairs: Tensor) -> list[tuple[Tensor, ...]]:
     """Slabs of whole groups, each as its chunks of tokens: one chunk, or several where a group exceeds the buffer."""
     usual, largest = slab_rows(arithmetic, side, problem), buffer_rows(side, problem)
@@ -163,9 +179,9 @@ def plan(arithmetic: Arithmetic, side: Side, problem: Problem, pairs: Tensor) ->
             slabs[-1] += size
         else:
             slabs.append(size)
-    group = torch.tensor(leader, dtype=torch.long, device=pairs.device)[problem.sequence]
-    tokens = torch.where(scored, group, problem.sequences).argsort(stable=True)[: sum(sizes)]
-    return [slab.split(len(slab) if 0 < len(slab) <= largest else usual) for slab in tokens.split(slabs)]
+    leaders = torch.tensor(leader, dtype=torch.long, pin_memory=pairs.is_cuda).to(pairs.device, non_blocking=True)
+    tokens = torch.where(scored, leaders[problem.sequence], problem.sequences).argsort(stable=True)[: sum(sizes)]
+    return [slab.split(len(slab) if len(slab) <= largest else usual) for slab in tokens.split(slabs) if len(slab)]
 
 
 def groups(members: list[int], count: int) -> list[int]:
@@ -202,6 +218,13 @@ def new_buffer(side: Side, problem: Problem, chunks: Sequence[Tensor]) -> Tensor
     return torch.empty(rows, width, dtype=problem.dtype, device=side.weight.device)[:, :vocabulary]
 
 
+def scored(arithmetic: Arithmetic, side: Side, problem: Problem, tokens: Tensor, buffer: Tensor) -> Tensor:
+    """Log-probabilities of a chunk, the same as :func:`compute`'s."""
+    z = buffer[: len(tokens)]
+    arithmetic.logits(side.hidden[problem.rows_of(tokens)], side.weight, z)
+    return arithmetic.logps(z, problem.targets[tokens], side, problem)
+
+
 def compute(arithmetic: Arithmetic, side: Side, problem: Problem, tokens: Tensor, buffer: Tensor) -> Chunk:
     hidden = side.hidden[problem.rows_of(tokens)]
     z = buffer[: len(tokens)]
@@ -210,31 +233,36 @@ def compute(arithmetic: Arithmetic, side: Side, problem: Problem, tokens: Tensor
     return Chunk(tokens, logps, hidden, slab, v[:, None] * problem.logit_scale)
 
 
-def hidden_slope(arithmetic: Arithmetic, side: Side, chunk: Chunk) -> Tensor:
-    """D ``[n, H]``: the derivative of each log-probability by its hidden row."""
-    return arithmetic.by_weight(chunk.slab, side.weight).mul_(chunk.v)
-
-
 # ---------------------------------------------------------------- gradients
 
 
 def new_gradients(side: Side, problem: Problem, wanted: Sequence[bool]) -> Gradients:
-    def zeros(tensor: Tensor | None, wants: bool) -> Tensor | None:
-        return torch.zeros_like(tensor, dtype=problem.dtype) if wants and tensor is not None else None
+    """Zeros; the weight's, by far the largest, is memory that the first product writes."""
 
-    return Gradients(zeros(side.hidden, wanted[0]), zeros(side.weight, wanted[1]), zeros(side.bias, wanted[2]))
+    def like(make: Callable[..., Tensor], tensor: Tensor | None, wants: bool) -> Tensor | None:
+        return make(tensor, dtype=problem.dtype) if wants and tensor is not None else None
+
+    zeros, memory = torch.zeros_like, torch.empty_like
+    return Gradients(
+        like(zeros, side.hidden, wanted[0]), like(memory, side.weight, wanted[1]), like(zeros, side.bias, wanted[2])
+    )
 
 
 def add_gradients(
-    arithmetic: Arithmetic, sums: Gradients, side: Side, problem: Problem, chunk: Chunk, upstream: Tensor
+    arithmetic: Arithmetic, sums: Gradients, side: Side, problem: Problem, chunk: Chunk, upstream: Tensor, new: bool
 ) -> None:
-    """Add a chunk's share; ``upstream`` ``[N]`` is the derivative of the loss by each token's log-probability."""
+    """Add a chunk's share, or where the weight's sum is ``new`` write it there; ``upstream`` ``[N]`` is the derivative
+    of the loss by each token's log-probability."""
     g = upstream[chunk.tokens, None]
-    if g.device.type == "cpu" and not g.any():  # in no pair, or beyond the hinge; to ask a GPU is to wait for it
+    # Tokens in no pair, or beyond the hinge, add nothing; to ask a GPU is to wait for it.
+    if g.device.type == "cpu" and not new and not g.any():
         return
+    factor = chunk.v * g
     if sums.hidden is not None:
-        sums.hidden.index_add_(0, problem.rows_of(chunk.tokens), hidden_slope(arithmetic, side, chunk).mul_(g))
+        share = arithmetic.by_weight(chunk.slab, side.weight).mul_(factor)
+        sums.hidden.index_add_(0, problem.rows_of(chunk.tokens), share)
     if sums.weight is not None:
-        arithmetic.by_hidden(sums.weight, chunk.slab, chunk.v * g * chunk.hidden)
+        narrow = torch.empty_like(chunk.hidden, dtype=chunk.slab.dtype)
+        arithmetic.by_hidden(sums.weight, chunk.slab, torch.mul(chunk.hidden, factor, out=narrow), new)
     if sums.bias is not None:
-        arithmetic.by_hidden(sums.bias[:, None], chunk.slab, chunk.v * g)
+        arithmetic.by_hidden(sums.bias[:, None], chunk.slab, factor, False)

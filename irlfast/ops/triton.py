@@ -30,18 +30,24 @@ def softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[T
     return logps, torch.ones_like(logps), slope
 
 
+def logps(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> Tensor:
+    from irlfast.kernels.slab import softmax as kernel
+
+    return kernel(z, targets, side.bias, side.weight.dtype, problem.logit_scale, problem.logit_softcap, slopes=False)[0]
+
+
 def by_weight(slope: Tensor, weight: Tensor) -> Tensor:
     product = torch.empty(slope.shape[0], weight.shape[1], dtype=torch.float32, device=slope.device)
     logits(slope, weight.T, product)
     return product
 
 
-def by_hidden(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
+def by_hidden(total: Tensor, slope: Tensor, hidden: Tensor, new: bool) -> None:
     hidden = hidden.to(slope.dtype)
-    if slope.dtype == total.dtype:
-        total.addmm_(slope.T, hidden)
-    elif slope.device.type == "cpu":  # Triton's interpreter
-        total.addmm_(slope.T.to(total.dtype), hidden.to(total.dtype))
+    if slope.dtype == total.dtype or slope.device.type == "cpu":  # that is Triton's interpreter
+        total.addmm_(slope.T.to(total.dtype), hidden.to(total.dtype), beta=float(not new))
+    elif new:
+        torch.mm(slope.T, hidden, out_dtype=total.dtype, out=total)
     elif torch.__version__ < "2.10":  # as versions; its addmm adds to no wider sum
         for part, rows in zip(total.split(TILE), slope.T.split(TILE), strict=True):
             part += torch.mm(rows, hidden, out_dtype=total.dtype)
@@ -97,4 +103,4 @@ def sparse(
     )
 
 
-ARITHMETIC = slab.Arithmetic(math.inf, logits, softmax, by_weight, by_hidden, fused, sparse)
+ARITHMETIC = slab.Arithmetic(math.inf, logits, softmax, logps, by_weight, by_hidden, fused, sparse)

@@ -23,6 +23,11 @@ def test_sizes_at_the_edge(reference, lengths, backend):
     check_against_fp64(make(lengths, 33, torch.float32, reference=reference, device=DEVICE), backend)
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_that_is_not_positive(scale, backend):
+    check_against_fp64(make(LENGTHS, 33, torch.float32, reference="logits", device=DEVICE), backend, logit_scale=scale)
+
+
 def test_logits_of_80_and_a_sharp_row(backend):
     case = make(LENGTHS, 1000, torch.float32, reference="logits", spread=25, device=DEVICE)
     case["logits"].data.clamp_(-80, 80)[0, 3] = 200

@@ -203,6 +203,31 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_memory_is_read_before_it_is_written(scored, frozen, backend, deterministic):
+    """torch fills new memory with NaN where it is to be deterministic."""
+    case = on_device(make(LENGTHS, vocabulary=40, size=8, dtype=torch.float32, rows=True, bias=True, frozen=frozen))
+    if not scored:
+        case["targets"].fill_(IGNORE)
+    pair = ops.pair_loss(**case, beta=0.3, backend=backend, buffer_mb=0.002)
+    for loss in (pair.loss, ops.log_ratio(**case, backend=backend).log_ratio.sum()):
+        found = gradients(loss, case)
+        assert all(gradient.isfinite().all() for gradient in found.values())
+        assert any(gradient.any() for gradient in found.values()) == scored
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_that_is_not_positive(scale, backend):
+    case = on_device(make(LENGTHS, vocabulary=40, size=8, dtype=torch.float32, reference="hidden", scale=scale))
+    double = converted(case, torch.float64)
+    found, exact = (ops.pair_loss(**each, beta=0.3, backend=of) for each, of in ((case, backend), (double, "plain")))
+    torch.testing.assert_close(found.log_ratio.double(), exact.log_ratio, rtol=1e-5, atol=3e-5)
+    expected = gradients(exact.loss, double)
+    for name, gradient in gradients(found.loss, case).items():
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weights_gradient_is_added_where_it_is_to_go(dtype, backend, deterministic):
     case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=dtype, rows=True, bias=True))

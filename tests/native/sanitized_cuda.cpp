@@ -58,7 +58,7 @@ bool slopes(std::int64_t n, int vocabulary, int offset, Dtype slope, bool biased
   Buffer<float> z(n ? (n - 1) * stride + vocabulary : 0, 1.5f, offset), bias(vocabulary, 0.5f), logps(n, 1);
   Buffer<std::int64_t> targets(n, 0);
   irlfast::softmax_slopes(z.get(), stride, slope, biased ? bias.get() : nullptr,
-                          {n, vocabulary, targets.get(), 1, cap}, logps.get(), nullptr);
+                          {n, vocabulary, targets.get(), 1, cap}, logps.get(), true, nullptr);
   for (std::int64_t i = 0; i < n; ++i)
     if (!near(logps.get()[i], -std::log(vocabulary))) return false;
   return true;

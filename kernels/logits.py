@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import LOG2_E, base_of
+from irlfast.kernels.softmax import LOG2_E, with_block
 
 IGNORE = tl.constexpr(-100)  # a target that is skipped
 VECTORS = 2048  # bytes: 16 for each of the 128 threads that score a row
@@ -48,10 +48,7 @@ def score_row(z, target, logp, lse, V, scale, cap, FOLDED: tl.constexpr, ROUNDS:
     for start in range(0, V, ROUNDS * LANES):
         at = start + offsets
         value = tl.where(at < V, final_logits(z, at, at < V, own, cap), float("-inf"))
-        peak = tl.maximum(peaks, tl.max(value, axis=0))
-        base = base_of(peak)
-        sums = sums * tl.exp2((peaks - base) * factor) + tl.sum(tl.exp2((value - base[None, :]) * factor), axis=0)
-        peaks = peak
+        peaks, sums = with_block(peaks, sums, value, factor)
     peak = tl.max(peaks, axis=0)
     log_norm = tl.log(tl.sum(sums * tl.exp2((peaks - peak) * factor), axis=0))
 

@@ -1,7 +1,7 @@
 """The middle step of the pair slab: rows of logits become log-probabilities and their derivatives by the logits.
 
-Bound by memory: a row is read twice (the second time from the L2 cache, where the rows in flight fit) and its
-derivatives are written once, over it, in the precision of the products that take them.
+Bound by memory: a row is read once, and where derivatives are wanted again (from the L2 cache, where the rows in flight
+fit) and they are written over it, in the precision of the products that take them.
 """
 
 import torch
@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import LOG2_E, base_of, softcap
+from irlfast.kernels.softmax import LOG2_E, softcap, with_block
 
 ROUNDS = 4  # vectors of 16 bytes that a thread has on their way at once
-# Longer rows get all threads of a multiprocessor, so that one of them is in flight on each; but not with a bias, for
-# which so many threads do not have the registers.
+# Longer rows get the most threads that a program may have, and a multiprocessor has registers for one such program at a
+# time, so that few rows are in flight; but not with a bias, for which so many threads do not have the registers.
 LONG = 16384
 
 
@@ -47,12 +47,9 @@ def softmax_kernel(
     for start in range(0, V, ROUNDS * LANES):
         at = start + offsets
         value = tl.where(at < V, logit(z, bias, at, at < width, V, scale, CAP, FOLDED), float("-inf"))
-        peak = tl.maximum(peaks, tl.max(value, axis=0))
-        base = base_of(peak)
-        sums = sums * tl.exp2((peaks - base) * factor) + tl.sum(tl.exp2((value - base[None, :]) * factor), axis=0)
-        peaks = peak
+        peaks, sums = with_block(peaks, sums, value, factor)
     peak = tl.max(peaks, axis=0)
-    norm = tl.sum(sums * tl.exp2((peaks - base_of(peak)) * factor), axis=0)
+    norm = tl.sum(sums * tl.exp2((peaks - peak) * factor), axis=0)
 
     # A target outside the row is never read: its log-probability is NaN.
     target = tl.load(targets + row)
@@ -74,7 +71,7 @@ def softmax_kernel(
 
 
 def softmax(
-    z: Tensor,  # [n, V] fp32, overwritten, and with it what follows in a row up to a multiple of 16 elements, if it can
+    z: Tensor,  # [n, V] fp32; with slopes overwritten, as is what lies between its rows up to a multiple of 16 elements
     targets: Tensor,  # [n] int64
     bias: Tensor | None,  # [V]
     dtype: torch.dtype,  # of the result: fp32, or one of half the size

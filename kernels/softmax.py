@@ -19,6 +19,18 @@ def base_of(peak):
 
 
 @triton.jit
+def with_block(peaks, sums, value, factor):
+    """Maxima of logits, and sums of exponentials over those, with another block of logits [rounds, lanes].
+
+    ``factor`` is log2 e, times the scale that logits are still to be multiplied by, so that exponentials, here without
+    care for subnormal results, are powers of two.
+    """
+    peak = tl.maximum(peaks, tl.max(value, axis=0))
+    base = base_of(peak)
+    return peak, sums * tl.exp2((peaks - base) * factor) + tl.sum(tl.exp2((value - base[None, :]) * factor), axis=0)
+
+
+@triton.jit
 def rebased(total, peak, base):
     """A sum of exponentials over ``peak`` as one over ``base``."""
     return total * tl.exp(peak - base)

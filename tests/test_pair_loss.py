@@ -220,6 +220,17 @@ def test_nan_in_one_pair_stays_there(backend, buffer_mb, frozen):
     assert gradients(result.loss, case)["hidden"][5:].isfinite().all()
 
 
+def test_what_is_in_no_pair_may_be_infinite():
+    """Where it has a slab of its own, the first; that of a GPU is not asked whether anything counts in it."""
+    case = make([5, 5, 5, 5], vocabulary=40, dtype=torch.float32)
+    case["hidden"] = case["hidden"].detach().index_fill(0, torch.tensor([2]), float("inf")).requires_grad_()
+    options = {"backend": "cpu", "buffer_mb": 5 * 40 * 4 / 2**20}
+    pair = ops.pair_loss(**case, **options, beta=0.1, pairs=torch.tensor([[2, 3]])).loss
+    for loss in (pair, ops.log_ratio(**case, **options).log_ratio[2:].sum()):
+        found = gradients(loss, case)
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
+
+
 @pytest.mark.parametrize("lengths", [[], [0, 0], [1, 0], [0, 1]], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_degenerate_sizes_work(backend, lengths):

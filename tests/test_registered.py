@@ -105,17 +105,6 @@ def test_deterministic_on_request(form):
         assert all(torch.equal(run[name], gradient) for run in runs), name
 
 
-def test_a_gpus_products_of_fp32_are_in_fp32_whatever_the_users_setting():
-    side = Side(torch.zeros(2, 4), torch.zeros(3, 4), None)
-    torch.set_float32_matmul_precision("high")
-    try:
-        with registered.arithmetic_of("triton", side):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 def test_a_second_derivative_is_refused():
     case = make([2, 3])
     [gradient] = torch.autograd.grad(ops.pair_loss(**case, beta=0.1).loss, case["hidden"], create_graph=True)

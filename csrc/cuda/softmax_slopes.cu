@@ -1,5 +1,5 @@
-// The middle step of the pair slab: log-probabilities and, if asked, their derivatives. A row is read twice, the second time from the L2 cache where the rows in flight
-// fit, and its derivatives are written once, over it.
+// The middle step of the pair slab: log-probabilities and, if asked, their derivatives. A row is read once, and for them
+// again, from the L2 cache where the rows in flight fit; they are written over it.
 #include "gpu.h"
 #include "launch.h"
 #include "softmax.h"

@@ -5,7 +5,7 @@ the other; an output that is not wanted is empty.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,7 +73,9 @@ def unpack(arguments: Sequence[Any]) -> tuple[Side, Side | None, Problem, Sequen
 @contextmanager
 def arithmetic_of(backend: str, policy: Side) -> Iterator[slab.Arithmetic]:
     hidden = policy.hidden
-    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), cpu.precision("cuda", "ieee"):
+    wide = hidden.is_cuda and policy.weight.dtype == torch.float32  # not to be multiplied as TF32
+    products = cpu.precision("cuda", "ieee") if wide else nullcontext()
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
         on_gpu = {"triton": triton.ARITHMETIC, "cuda": cuda.ARITHMETIC}
         yield on_gpu[backend] if backend in on_gpu else cpu.arithmetic(policy)
 

@@ -89,11 +89,10 @@ def gradients(
     with ``statistics`` those tiles that weigh enough."""
     tokens = problem.scored()
     sums = new_gradients(policy, problem, wanted)
-    by_tiles = arithmetic.sparse if statistics is not None else None
-    if sums.weight is not None and (by_tiles or not len(tokens)):
+    if sums.weight is not None and (statistics is not None or not len(tokens)):
         sums.weight.zero_()
-    if by_tiles and statistics is not None:
-        by_tiles(sums, policy, problem, tokens, upstream[tokens], statistics)
+    if arithmetic.sparse and statistics is not None:
+        arithmetic.sparse(sums, policy, problem, tokens, upstream[tokens], statistics)
         return sums
     chunks = in_chunks(tokens, slab_rows(arithmetic, policy, problem))
     buffer = new_buffer(policy, problem, chunks)
@@ -179,8 +178,8 @@ def plan(arithmetic: Arithmetic, side: Side, problem: Problem, pairs: Tensor) ->
             slabs[-1] += size
         else:
             slabs.append(size)
-    leaders = torch.tensor(leader, dtype=torch.long, pin_memory=pairs.is_cuda).to(pairs.device, non_blocking=True)
-    tokens = torch.where(scored, leaders[problem.sequence], problem.sequences).argsort(stable=True)[: sum(sizes)]
+    group = torch.tensor(leader, dtype=torch.long, device=pairs.device)[problem.sequence]
+    tokens = torch.where(scored, group, problem.sequences).argsort(stable=True)[: sum(sizes)]
     return [slab.split(len(slab) if len(slab) <= largest else usual) for slab in tokens.split(slabs) if len(slab)]
 
 
@@ -214,7 +213,7 @@ class Chunk(NamedTuple):
 
 def new_buffer(side: Side, problem: Problem, chunks: Sequence[Tensor]) -> Tensor:
     rows, vocabulary = max((len(tokens) for tokens in chunks), default=0), side.weight.shape[0]
-    width = -(-vocabulary // 16) * 16  # rows aligned for wide loads
+    width = -(-vocabulary // 16) * 16  # rows aligned for wide loads and stores, which take what is beyond V along
     return torch.empty(rows, width, dtype=problem.dtype, device=side.weight.device)[:, :vocabulary]
 
 
@@ -255,7 +254,9 @@ def add_gradients(
     of the loss by each token's log-probability."""
     g = upstream[chunk.tokens, None]
     # Tokens in no pair, or beyond the hinge, add nothing; to ask a GPU is to wait for it.
-    if g.device.type == "cpu" and not new and not g.any():
+    if g.device.type == "cpu" and not g.any():
+        if new and sums.weight is not None:
+            sums.weight.zero_()
         return
     factor = chunk.v * g
     if sums.hidden is not None:

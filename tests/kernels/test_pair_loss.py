@@ -120,11 +120,27 @@ def test_log_ratio_and_its_gradient(dtype, frozen, backend):
         assert (gradient.double() - exact[name]).abs().max() <= bound, name
 
 
-def test_a_policy_equal_to_its_reference_has_ratio_zero(backend):
-    case = on_device(make(LENGTHS, vocabulary=1000, size=64, rows=True, dtype=torch.bfloat16))
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("buffer_mb", [1024, 0.02])  # or five rows: fewer than a pair has
+def test_a_policy_equal_to_its_reference_has_ratio_zero(buffer_mb, frozen, backend):
+    case = on_device(make(LENGTHS, vocabulary=1000, size=64, rows=True, dtype=torch.bfloat16, frozen=frozen))
     same = {"ref_hidden": case["hidden"].detach(), "ref_weight": case["weight"].detach()}
-    assert ops.log_ratio(**case, **same, backend=backend).log_ratio.eq(0).all()
-    assert ops.pair_loss(**case, **same, beta=0.1, backend=backend).log_ratio.eq(0).all()
+    same |= {"backend": backend, "buffer_mb": buffer_mb}
+    assert ops.log_ratio(**case, **same).log_ratio.eq(0).all()
+    assert ops.pair_loss(**case, **same, beta=0.1).log_ratio.eq(0).all()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's products alone may be of TF32")
+def test_fp32_is_multiplied_as_such_whatever_the_users_setting(backend):
+    case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=torch.float32))
+    expected = ops.pair_loss(**converted(case, torch.float64), beta=0.1, backend="plain").log_ratio
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = ops.pair_loss(**case, beta=0.1, backend=backend).log_ratio
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=3e-5)
 
 
 def test_a_nan_in_one_sequence_stays_there(backend):

@@ -28,6 +28,7 @@ gates: $(VENV)/triton-3.6.0
 
 # On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
 gpu:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'found no GPU'"
 	$(PYTHON) -c "from irlfast import native; assert native.cuda, 'built without nvcc: pip install -e . where it is'"
 	$(MAKE) --keep-going gpu-tests gpu-benchmarks sanitized
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.conftest import interleaved, write_result
+from benchmarks.conftest import goal_lines, interleaved, write_result
 from irlfast import native, ops
 from irlfast.optim import FusedRMSprop
 
@@ -112,7 +112,8 @@ def test_bandwidth(what, pytestconfig):
     ]
     for name, rate in gigabytes.items():
         print(f"{name}: {1000 * seconds[name]:.3g} ms, {rate:.3g} GB/s, {shares[name]:.0%} of a copy")
-    print(*goals, sep="\n")
+    if goals:
+        print(*goal_lines(goals), sep="\n")
     if quick:
         return
     result = {"shape": shape, "seconds": seconds, "gigabytes_per_second": gigabytes, "goals": goals}

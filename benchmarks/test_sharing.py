@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.conftest import write_result
+from benchmarks.conftest import goal_lines, write_result
 from benchmarks.test_throughput import QUICK, SHAPE, VOCABULARY
 from irlfast import ops
 from irlfast.attention import hidden_states, operations
@@ -92,7 +92,7 @@ def test_sharing(pytestconfig):
     goal = {"what": "gain of sharing against the count", "measured": worst, "limit": GOAL, "met": worst <= GOAL}
     for point in points:
         print({key: value if isinstance(value, dict) else round(value, 2) for key, value in point.items()})
-    print(goal)
+    print(*goal_lines([goal]), sep="\n")
     if not quick:
         kind = "cuda" if gpu else "cpu"
         write_result(f"sharing-{kind}", {"shape": shape, **sizes, "sharing": points, "goals": [goal]})

@@ -72,9 +72,10 @@ def shard_size(folder: Path, count: int, sampler: str) -> int:
 
     Transformers, slow as it is, gives the same answers whatever the number of processes.
     """
-    path = folder / "shards.json"
+    if sampler != "vllm":
+        return SHARD
+    path, processes = folder / "shards.json", dist.world_size()
     if dist.is_main() and not path.exists():
-        processes = dist.world_size() if sampler == "vllm" else 1
         rounds = math.ceil(count / (SHARD * processes))
         write_json(path, {"prompts": math.ceil(count / (rounds * processes)) if processes > 1 else SHARD})
     dist.barrier()

@@ -84,9 +84,9 @@ def generate_vllm(
         "generation_config": "vllm",  # none of the checkpoint's own sampling defaults
         "seed": 0,
     }
-    if base in REFUSED and adapter:
-        raise NoLora
     if adapter:
+        if base in REFUSED:
+            raise NoLora
         engine |= lora_settings(read_json(adapter / SETTINGS))
     sampling = {
         "temperature": temperature,

@@ -1,7 +1,5 @@
-"""Sampling by vLLM. The first part needs no vLLM: a module of that name stands in for it. The second part runs the
-real one, in the interpreter that IRLFAST_VLLM_PYTHON names, against Transformers on tiny fp32 models."""
+"""Sampling by vLLM without it: a module of that name stands in for it. ``test_vllm_itself.py`` runs the real one."""
 
-import collections
 import json
 import os
 import signal
@@ -20,18 +18,7 @@ from irlfast import sample, vllm_sampler
 from irlfast.config import make_config
 from irlfast.files import InputError
 from irlfast.vllm_sampler import NoLora, Shard, fail, generate_vllm
-
-SETTINGS = {
-    "temperature": 0.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "max_new_tokens": 24,
-    "end_id": 2,
-    "dtype": "float32",
-    "max_model_len": 256,
-}
-
-# ---------------------------------------------------------------- without vLLM
+from tests.vllm_cases import PROMPTS, SETTINGS, answers, perturbed_lora, tiny
 
 # Its answer to a prompt is its process id, the seed and the prompt.
 # Token 13 kills it, token 14 raises, token 15 takes for ever, and token 16 writes down what it was given.
@@ -75,10 +62,6 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("JOB", str(tmp_path / "job.json"))
     return tmp_path
-
-
-def answers(policy: Path, *shards: Shard, python: str | None = None, **settings) -> dict[int, list[list[int]]]:
-    return dict(generate_vllm(policy, shards, python=python, **SETTINGS | settings))
 
 
 def gone(process: int) -> bool:
@@ -302,142 +285,3 @@ def test_too_few_gpus_for_every_ranks_engine_is_an_error(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(InputError, match="vllm_tensor_parallel_size: found 2, for which rank 1 needs GPUs 2 to 3"):
         vllm_sampler.environment(2)
-
-
-# ---------------------------------------------------------------- with vLLM
-
-VLLM_PYTHON = os.environ.get("IRLFAST_VLLM_PYTHON", "")
-VOCABULARY = 101
-# Ragged, and two that share more than a block of the engine's cache (128 tokens on a CPU).
-LENGTHS = (1, 2, 3, 5, 9, 17, 33, 64, 150, 151)
-PROMPTS = [
-    [(7 * i * i + 3 * length // 150 + 11 * (length % 150) + i) % VOCABULARY for i in range(length)]
-    for length in LENGTHS
-]
-PROMPTS[-1][:140] = PROMPTS[-2][:140]
-
-
-# A name without vLLM behind it is no reason to skip: it would hide a broken set-up, and the error says what is wrong.
-needs_vllm = pytest.mark.skipif(
-    not VLLM_PYTHON, reason="IRLFAST_VLLM_PYTHON is not set to an interpreter that has vLLM (.ci/run makes one)"
-)
-
-
-def tiny(architecture: str):
-    """A random model whose two best logits stay at least 1e-3 apart on PROMPTS, 300 times the rounding error of fp32.
-
-    At the usual initializer_range of 0.02 near-ties are decided by rounding, which differs between vLLM and
-    Transformers; from 0.5 on rounding errors grow to 1e-4 and decide as well.
-    """
-    import torch
-    import transformers
-
-    config = {"llama": transformers.LlamaConfig, "gpt_neox": transformers.GPTNeoXConfig}[architecture](
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-def perturbed_lora(model, rank: int):
-    """The model with an adapter that changes what it says."""
-    import peft
-
-    settings = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(model, settings).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return adapted
-
-
-def greedy(model, prompt: list[int], end_id: int | None) -> list[int]:
-    import torch
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig()  # nothing of the checkpoint's own
-    options = GenerationConfig(
-        do_sample=False, max_new_tokens=SETTINGS["max_new_tokens"], eos_token_id=end_id, pad_token_id=0
-    )
-    ids = torch.tensor([prompt])
-    generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)  # 0 is no padding
-    return generated[0, len(prompt) :].tolist()
-
-
-@needs_vllm
-@pytest.mark.parametrize(("architecture", "lora"), [("llama", False), ("gpt_neox", True)])
-def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
-    """Token for token, the end token included where one came; the checkpoint's own end tokens end nothing."""
-    model, policy = tiny(architecture), tmp_path / "model"
-    model.save_pretrained(policy)
-    if lora:
-        before = greedy(model, PROMPTS[0], None)
-        model = perturbed_lora(model, rank=12)
-        assert greedy(model, PROMPTS[0], None) != before
-    full = [greedy(model, prompt, None) for prompt in PROMPTS]
-    counts = collections.Counter(token for answer in full for token in set(answer))
-    # The end token occurs in about half of the answers, another that the checkpoint names in many.
-    by_use = sorted(counts, key=lambda token: (abs(counts[token] - len(full) // 2), token))
-    end_id, named = by_use[:2]
-    expected = [greedy(model, prompt, end_id) for prompt in PROMPTS]
-    stopped = [answer[-1] == end_id for answer in expected]
-    assert any(stopped) and not all(stopped) and any(named in answer[:-1] for answer in expected)
-    assert all(
-        (len(answer) == SETTINGS["max_new_tokens"]) or stop for answer, stop in zip(expected, stopped, strict=True)
-    )
-
-    model.config.eos_token_id = model.generation_config.eos_token_id = named
-    model.config.save_pretrained(policy)
-    model.generation_config.save_pretrained(policy)
-    if lora:
-        model.peft_config["default"].base_model_name_or_path = str(policy)
-        policy = tmp_path / "adapter"
-        model.save_pretrained(policy)
-    shards = [Shard(0, PROMPTS[:4], 0), Shard(1, PROMPTS[4:], 1)]
-    found = answers(policy, *shards, python=VLLM_PYTHON, end_id=end_id)
-    assert found[0] + found[1] == expected
-
-
-@needs_vllm
-def test_sampled_answers_follow_from_prompts_and_seed_and_are_distributed_as_the_policy(tmp_path):
-    import torch
-
-    model = tiny("llama")
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        chances = [torch.softmax(model(torch.tensor([p])).logits[0, -1].double(), -1) for p in PROMPTS]
-    spread = max(range(len(PROMPTS)), key=lambda i: torch.special.entr(chances[i]).sum())
-    draws = 2000
-    found = answers(
-        tmp_path,
-        Shard(0, PROMPTS, 5),
-        Shard(1, [PROMPTS[spread]] * draws, 6),
-        Shard(2, PROMPTS, 5),
-        Shard(3, PROMPTS, 7),
-        Shard(4, [[5] * 37] * 400, 8),  # more tokens than vLLM takes at a time, and the limit lies within a prompt
-        python=VLLM_PYTHON,
-        temperature=1.0,
-        max_new_tokens=6,
-        end_id=2,
-    )
-    assert len(found[4]) == 400
-    assert found[2] == found[0]  # whatever was made in between
-    assert sum(a != b for a, b in zip(found[0], found[3], strict=True)) > len(PROMPTS) // 2
-    assert all(len(answer) == 6 or answer[-1] == 2 for shard in found.values() for answer in shard)
-    assert all(2 not in answer[:-1] for shard in found.values() for answer in shard)
-
-    # Pearson's chi-squared of the first token against Transformers' softmax, rare tokens pooled.
-    expected = chances[spread] * draws
-    seen = torch.bincount(torch.tensor([answer[0] for answer in found[1]]), minlength=VOCABULARY).double()
-    common = expected >= 5
-    expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    seen = torch.cat([seen[common], seen[~common].sum()[None]])
-    freedom = len(expected) - 1
-    assert freedom >= 3
-    assert ((seen - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5

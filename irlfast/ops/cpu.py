@@ -5,9 +5,8 @@ them) and summed in fp32, give fp32 logits at up to four times the speed of fp32
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +27,10 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, rows.T, out=out[:, part])
 
 
-def softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def softmax(
+    z: Tensor, targets: Tensor, side: Side, problem: Problem, slopes: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With the slopes in any case: here they are a by-product of the sums."""
     if native.cpu is not None and z.dtype == torch.float32:
         return native_softmax(z, targets, side, problem)
     if side.bias is not None:
@@ -43,10 +45,6 @@ def softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[T
     at_target = -norm if cap is None else norm * ((picked / cap) ** 2 - 1)
     z.scatter_add_(1, targets[:, None], at_target)
     return (picked - peak - norm.log()).squeeze(1), -1 / norm.squeeze(1), z
-
-
-def logps(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> Tensor:
-    return softmax(z, targets, side, problem)[0]
 
 
 def native_softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,26 +126,14 @@ def multiplied_as_bf16(product: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(product)
     def narrow(*args: P.args, **kwargs: P.kwargs) -> T:
-        with precision("mkldnn", "bf16"):
+        with slab.precision("mkldnn", "bf16"):
             return product(*args, **kwargs)
 
     return narrow
 
 
-@contextmanager
-def precision(backend: str, digits: str) -> Iterator[None]:
-    """Within it, that backend of torch multiplies fp32 operands as ``digits`` says, whatever the user's setting."""
-    setting: Any = getattr(torch.backends, backend).matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = digits
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
-
-
 SLAB_MB = 32  # elementwise steps stay in the last-level cache
-EXACT = slab.Arithmetic(SLAB_MB, logits, softmax, logps, by_weight, by_hidden)
+EXACT = slab.Arithmetic(SLAB_MB, logits, softmax, by_weight, by_hidden)
 NARROW = EXACT._replace(
     logits=multiplied_as_bf16(logits), by_weight=multiplied_as_bf16(by_weight), by_hidden=multiplied_as_bf16(by_hidden)
 )

@@ -75,17 +75,10 @@ def sequence_sums(
     return sums
 
 
-def softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def softmax(
+    z: Tensor, targets: Tensor, side: Side, problem: Problem, slopes: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """The derivatives are in the memory of ``z``, in the precision of the products that take them."""
-    logps = softmax_slopes(z, targets, side, problem, slopes=True)
-    return logps, torch.ones_like(logps), z.view(side.weight.dtype)[:, : z.shape[1]]
-
-
-def logps(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> Tensor:
-    return softmax_slopes(z, targets, side, problem, slopes=False)
-
-
-def softmax_slopes(z: Tensor, targets: Tensor, side: Side, problem: Problem, slopes: bool) -> Tensor:
     logps = torch.empty(len(z), dtype=torch.float32, device=z.device)
     bias = None if side.bias is None else side.bias.float().contiguous()
     native.cuda.softmax_slopes(
@@ -97,7 +90,7 @@ def softmax_slopes(z: Tensor, targets: Tensor, side: Side, problem: Problem, slo
         slopes,
         native.stream(z.device),
     )
-    return logps
+    return logps, torch.ones_like(logps), z.view(side.weight.dtype)[:, : z.shape[1]]
 
 
-ARITHMETIC = triton.ARITHMETIC._replace(softmax=softmax, logps=logps, fused=None, sparse=None)
+ARITHMETIC = triton.ARITHMETIC._replace(softmax=softmax, fused=None, sparse=None)

@@ -74,7 +74,7 @@ def unpack(arguments: Sequence[Any]) -> tuple[Side, Side | None, Problem, Sequen
 def arithmetic_of(backend: str, policy: Side) -> Iterator[slab.Arithmetic]:
     hidden = policy.hidden
     wide = hidden.is_cuda and policy.weight.dtype == torch.float32  # not to be multiplied as TF32
-    products = cpu.precision("cuda", "ieee") if wide else nullcontext()
+    products = slab.precision("cuda", "ieee") if wide else nullcontext()
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
         on_gpu = {"triton": triton.ARITHMETIC, "cuda": cuda.ARITHMETIC}
         yield on_gpu[backend] if backend in on_gpu else cpu.arithmetic(policy)

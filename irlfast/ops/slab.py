@@ -12,8 +12,9 @@ Logit scale and soft-cap multiply by their derivative: the scale's is folded int
 What a machine does in its own way, the products and the softmax, is its :class:`Arithmetic`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ class Arithmetic(NamedTuple):
 
     slab_mb: float  # a slab's usual size, where ``buffer_mb`` allows it
     logits: Callable[[Tensor, Tensor, Tensor], None]  # (hidden [n, H], weight [V, H], out [n, V]): hidden @ weightᵀ
-    # (those, targets [n], side, problem) -> log-probabilities [n], v [n], slab [n, V]; the first may be overwritten
-    softmax: Callable[[Tensor, Tensor, Side, Problem], tuple[Tensor, Tensor, Tensor]]
-    logps: Callable[[Tensor, Tensor, Side, Problem], Tensor]  # the same log-probabilities alone, to the last digit
+    # (those, targets [n], side, problem, slopes) -> log-probabilities [n], v [n], slab [n, V]; the first may be
+    # overwritten. Without ``slopes`` the log-probabilities, the same to the last digit, are all that is asked for.
+    softmax: Callable[[Tensor, Tensor, Side, Problem, bool], tuple[Tensor, Tensor, Tensor]]
     by_weight: Callable[[Tensor, Tensor], Tensor]  # (slab [n, V], weight [V, H]): slab @ weight [n, H], fp32 (fp64)
     # (sum [V, H], slab [n, V], [n, H], new): sum += slabᵀ @ it, or sum = slabᵀ @ it where it is new memory
     by_hidden: Callable[[Tensor, Tensor, Tensor, bool], None]
@@ -39,6 +40,18 @@ class Arithmetic(NamedTuple):
     fused: Callable[[Sequence[Side], Problem, Tensor, Tensor | None], Tensor] | None = None
     # (sums, side, problem, tokens [n], upstream [n], statistics): sums += gradients, by the tiles that weigh enough
     sparse: Callable[["Gradients", Side, Problem, Tensor, Tensor, Tensor], None] | None = None
+
+
+@contextmanager
+def precision(backend: str, digits: str) -> Iterator[None]:
+    """Within it, that backend of torch multiplies fp32 operands as ``digits`` says, whatever the user's setting."""
+    setting: Any = getattr(torch.backends, backend).matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = digits
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 class Gradients(NamedTuple):
@@ -122,7 +135,7 @@ def pair_loss(
         sums.weight.zero_()
     for *others, last in slabs:
         for tokens in others:
-            logps[tokens] = scored(arithmetic, policy, problem, tokens, buffer)
+            logps[tokens] = compute(arithmetic, policy, problem, tokens, buffer, slopes=False).logps
         chunk = compute(arithmetic, policy, problem, last, buffer)
         logps[last] = chunk.logps
         upstream = derivative(logps, ref_logps, problem, coupling)
@@ -138,7 +151,7 @@ def score(arithmetic: Arithmetic, side: Side, problem: Problem, chunks: Sequence
     buffer = new_buffer(side, problem, chunks)
     logps = problem.zeros()
     for tokens in chunks:
-        logps[tokens] = scored(arithmetic, side, problem, tokens, buffer)
+        logps[tokens] = compute(arithmetic, side, problem, tokens, buffer, slopes=False).logps
     return logps
 
 
@@ -217,18 +230,13 @@ def new_buffer(side: Side, problem: Problem, chunks: Sequence[Tensor]) -> Tensor
     return torch.empty(rows, width, dtype=problem.dtype, device=side.weight.device)[:, :vocabulary]
 
 
-def scored(arithmetic: Arithmetic, side: Side, problem: Problem, tokens: Tensor, buffer: Tensor) -> Tensor:
-    """Log-probabilities of a chunk, the same as :func:`compute`'s."""
-    z = buffer[: len(tokens)]
-    arithmetic.logits(side.hidden[problem.rows_of(tokens)], side.weight, z)
-    return arithmetic.logps(z, problem.targets[tokens], side, problem)
-
-
-def compute(arithmetic: Arithmetic, side: Side, problem: Problem, tokens: Tensor, buffer: Tensor) -> Chunk:
+def compute(
+    arithmetic: Arithmetic, side: Side, problem: Problem, tokens: Tensor, buffer: Tensor, slopes: bool = True
+) -> Chunk:
     hidden = side.hidden[problem.rows_of(tokens)]
     z = buffer[: len(tokens)]
     arithmetic.logits(hidden, side.weight, z)
-    logps, v, slab = arithmetic.softmax(z, problem.targets[tokens], side, problem)
+    logps, v, slab = arithmetic.softmax(z, problem.targets[tokens], side, problem, slopes)
     return Chunk(tokens, logps, hidden, slab, v[:, None] * problem.logit_scale)
 
 

@@ -23,17 +23,13 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
 
 
-def softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def softmax(
+    z: Tensor, targets: Tensor, side: Side, problem: Problem, slopes: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     from irlfast.kernels.slab import softmax as kernel
 
-    logps, slope = kernel(z, targets, side.bias, side.weight.dtype, problem.logit_scale, problem.logit_softcap)
+    logps, slope = kernel(z, targets, side.bias, side.weight.dtype, problem.logit_scale, problem.logit_softcap, slopes)
     return logps, torch.ones_like(logps), slope
-
-
-def logps(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> Tensor:
-    from irlfast.kernels.slab import softmax as kernel
-
-    return kernel(z, targets, side.bias, side.weight.dtype, problem.logit_scale, problem.logit_softcap, slopes=False)[0]
 
 
 def by_weight(slope: Tensor, weight: Tensor) -> Tensor:
@@ -103,4 +99,4 @@ def sparse(
     )
 
 
-ARITHMETIC = slab.Arithmetic(math.inf, logits, softmax, logps, by_weight, by_hidden, fused, sparse)
+ARITHMETIC = slab.Arithmetic(math.inf, logits, softmax, by_weight, by_hidden, fused, sparse)

@@ -1,5 +1,5 @@
 """Installs irlfast. ``irlfast/kernels`` is a link to ``kernels/``, which must not be a package of its own: it would
-shadow Hugging Face's ``kernels`` when Python runs from the repository's root.
+shadow Hugging Face's ``kernels`` when Python runs from the repository's root. ``irlfast/configs`` is a link too.
 
 CMake builds the native modules of ``csrc/``. What cannot be built is left out, and one line says so, or it is an error
 where the environment has ``IRLFAST_STRICT=1``; but nvcc may be absent. ``IRLFAST_CUDA_ARCHS`` chooses architectures.
@@ -82,10 +82,11 @@ setup(
         "irlfast.methods",
         "irlfast.ops",
     ],
+    entry_points={"console_scripts": ["irlfast = irlfast.__main__:main"]},
     ext_modules=[Extension(f"irlfast.{name}", sources=[], optional=True) for name in NEEDS],
     cmdclass={"build_ext": BuildNative},
     package_data={
-        "irlfast": ["report.html.j2"],
+        "irlfast": ["report.html.j2", "configs/*.yaml"],
         "irlfast.demo": ["*.jsonl", "*.json"],
         "irlfast.kernels": ["README.md"],
     },

@@ -1,6 +1,6 @@
-"""Best of N: ``python -m irlfast.bon [CONFIG.yaml] key=value...``, with the keys of training; it resumes like a run.
+"""Best of N: ``irlfast bon [CONFIG.yaml] key=value...``, with the keys of training; it resumes like a run.
 
-    python -m irlfast.bon model_name_or_path=runs/rft/sft/policy \\
+    irlfast bon model_name_or_path=runs/rft/sft/policy \\
         reward_model_name_or_path=runs/rft/stage-00/reward/model dataset_name=prompts.jsonl \\
         num_generations=16 output_dir=runs/bon
 
@@ -110,10 +110,14 @@ def show(curve: list[dict[str, Any]]) -> None:
 
 
 def command() -> None:
-    config, _ = load_config([*sys.argv[1:], "method=rft", "reward_data=none", "align=bon"])
+    config, _ = load_config([*sys.argv[1:], "method=rft", "reward_data=none", "align=bon"], "irlfast bon")
     with writing_to(f"output_dir {config.output_dir}"):
         best_of_n(config)
 
 
+def main() -> int:
+    return exit_code(command)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(command))
+    sys.exit(main())

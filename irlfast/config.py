@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from irlfast.config_checks import check
 from irlfast.files import InputError
+from irlfast.recipes import recipe
 
 PRESETS: dict[str, dict[str, Any]] = {
     "spin": {"prompts_per_stage": "all", "history": 1, "loss_type": "sigmoid", "reference": "stage"},
@@ -222,19 +223,19 @@ class Config:
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
-def load_config(arguments: list[str]) -> tuple[Config, bool]:
-    """Config from ``[FILE.yaml] [key=value | --key value | --key=value | --dry_run]...``, and whether to run dry.
+def load_config(arguments: list[str], prog: str = "irlfast train") -> tuple[Config, bool]:
+    """Config from ``[FILE.yaml | RECIPE] [key=value | --key value | --key=value | --dry_run]...``; whether to run dry.
 
     Raises:
         InputError: naming every wrong key, what was found and what was expected.
     """
-    parser = make_parser()
+    parser = make_parser(prog)
     tokens = [re.sub(r"^(--)?([A-Za-z][\w-]*)(=|$)", dashed, token) for token in arguments]
     found, unknown = parser.parse_known_args(tokens)
     unexpected = [token for token in unknown if token.startswith("--")] or unknown
     if unexpected:
         raise InputError(unknown_key(unexpected[0].lstrip("-").split("=")[0], "on the command line"))
-    given = read_yaml(Path(found.config)) if found.config else {}
+    given = read_yaml(config_file(found.config)) if found.config else {}
     typed = {
         name: literal(text) for name, text in vars(found).items() if name in {*FIELDS, *ALIASES} and text is not None
     }
@@ -247,15 +248,15 @@ def dashed(match: re.Match) -> str:
     return f"--{name.replace('-', '_')}{equals}" if option or equals else match.group(0)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m irlfast.train",
-        usage="%(prog)s [CONFIG.yaml] [key=value | --key value]... [--dry_run]",
+        prog=prog,
+        usage="%(prog)s [CONFIG.yaml | RECIPE] [key=value | --key value]... [--dry_run]",
         description="Align a language model from demonstrations. Keys, with their [defaults]:",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
     )
-    parser.add_argument("config", nargs="?", help="YAML file of keys")
+    parser.add_argument("config", nargs="?", help="YAML file of keys, or a name that `irlfast recipes` lists")
     parser.add_argument("--dry_run", action="store_true", help="show what would be done, with estimates, then stop")
     descriptions = Config.__pydantic_fields__  # type: ignore[attr-defined]
     for name in FIELDS:
@@ -271,6 +272,12 @@ def make_parser() -> argparse.ArgumentParser:
 def literal(text: str) -> Any:
     """A command-line value: lists and null as YAML, everything else as text that pydantic converts."""
     return yaml.safe_load(text) if text.startswith("[") or text == "null" else text
+
+
+def config_file(name: str) -> Path:
+    """The file that ``name`` means: itself, else a recipe."""
+    path = Path(name).expanduser()
+    return path if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1 else recipe(name)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

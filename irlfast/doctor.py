@@ -1,5 +1,6 @@
-"""What this machine can do: ``python -m irlfast.doctor``. Exit status 1 where a part that is required is missing."""
+"""What this machine can do: ``irlfast doctor``. Exit status 1 where a part that is required is missing."""
 
+import argparse
 import importlib.metadata
 import importlib.util
 import platform
@@ -99,6 +100,7 @@ def of_tool(part: str, *commands: str) -> Finding:
 
 
 def main() -> int:
+    argparse.ArgumentParser(prog="irlfast doctor", description="Say what this machine can do.").parse_args()
     findings = examine()
     table = Table("", "", "", box=None, show_header=False)
     for finding in findings:

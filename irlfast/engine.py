@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from tqdm import tqdm
 
 from irlfast import dist
 from irlfast.attention import arrange
@@ -22,7 +21,7 @@ from irlfast.files import InputError, find, read_json, remove, write, write_json
 from irlfast.lora import add_lora, base_and_adapter, is_adapted, merge, save_lora
 from irlfast.losses import Figures, Loss
 from irlfast.memory import RanOut, phase_limit
-from irlfast.metrics import say
+from irlfast.metrics import Progress, say
 from irlfast.model import freeze, load_model, padded_apart, save_pretrained
 from irlfast.optim import FusedRMSprop
 from irlfast.pack import Layout, Segment, plan_steps
@@ -121,7 +120,7 @@ def train_phase(
     watch = Stopwatch()
     batches = prepare(plan.steps[first:], segments, layout, limit)
     with (
-        tqdm(total=steps, initial=first, desc=phase, unit="step", disable=not dist.is_main()) as bar,
+        Progress(phase, steps, "step", first) as progress,
         profiled(config.profile and dist.is_main(), folder / "trace.json") as profile_step,
         watch.telling_communication(),
         limit.backing_off(folder / "checkpoint"),
@@ -130,7 +129,7 @@ def train_phase(
             figures, grad_norm = train_step(engine, prepared, config.max_grad_norm, watch)
             window, done = add(window, figures), done + prepared.work
             profile_step()
-            bar.update()
+            progress.advance()
             # On a CPU every norm is looked at; a GPU would be waited for, so there it is those of logged steps.
             sound = dist.device().type != "cpu" or math.isfinite(grad_norm or 0.0)
             if sound and step % config.logging_steps and step < steps:
@@ -141,7 +140,7 @@ def train_phase(
             row |= meters(engine.module.model, done, watch.read())
             window, done = {}, Counter()
             run.log.write(row)
-            bar.set_postfix_str(postfix(row), refresh=False)
+            progress.tell(postfix(row))
             for name in ("loss", "grad_norm"):  # clipping would turn an infinite gradient into none
                 if not math.isfinite(row[name]):
                     raise InputError(f"{phase}, step {step}: {name} is {row[name]}; try a lower learning_rate")

@@ -11,7 +11,6 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from irlfast import dist, ops
 from irlfast.attention import arrange, hidden_states
@@ -19,6 +18,7 @@ from irlfast.config import Config
 from irlfast.files import LocalError, write
 from irlfast.losses import arguments
 from irlfast.memory import longest_of, token_limit
+from irlfast.metrics import Progress
 from irlfast.model import head_of, load_model
 from irlfast.ops import Head
 from irlfast.pack import Batch, Segment, micro_batches, pack
@@ -90,7 +90,7 @@ def score_share(
     scores: dict[int, list[np.ndarray]] = {}
     label = f"{path.parent.name}/{path.stem}"
     todo = [chosen for chosen in reversed(batches) if chosen]
-    with tqdm(total=sum(map(len, batches)), desc=label, unit="segment", disable=not dist.is_main()) as bar:
+    with Progress(label, sum(map(len, batches)), "segment", seconds=10.0) as progress:
         while todo:
             chosen = todo.pop()
             batch = pack([segments[i] for i in chosen], layout).to(dist.device())
@@ -104,7 +104,8 @@ def score_share(
                 continue
             for i in chosen:
                 scores[i] = [next(answers).numpy() for _ in segments[i].answers]
-            bar.update(len(chosen))
+            progress.advance(len(chosen))
+            progress.tell()
     return scores
 
 

@@ -6,6 +6,7 @@ Read the files, judge, draw (SVG), mark the answers, fill ``report.html.j2``, wr
 is named in the page; only a folder that is no run (no ``config.yaml``) is an error.
 """
 
+import argparse
 import math
 import re
 import sys
@@ -19,7 +20,8 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from irlfast import __version__
-from irlfast.files import InputError, write_text
+from irlfast.command import exit_code, writing_to
+from irlfast.files import write_text
 from irlfast.report_files import (
     TIMES,
     note_unfinished,
@@ -212,10 +214,17 @@ def show(value: Any, form: str = ",.2f") -> str:
     return f"{value:{',' if isinstance(value, int) and form.endswith('f') else form}}"
 
 
+def command() -> None:
+    parser = argparse.ArgumentParser(prog="irlfast report", description="Write report.html from the files of a run.")
+    parser.add_argument("output_dir", type=Path, help="the folder of a run, finished or stopped")
+    output = parser.parse_args().output_dir
+    with writing_to(str(output)):
+        print(write_report(output))
+
+
+def main() -> int:
+    return exit_code(command)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m irlfast.report OUTPUT_DIR")
-    try:
-        print(write_report(Path(sys.argv[1])))
-    except InputError as error:
-        sys.exit(f"irlfast.report: {error}")
+    sys.exit(main())

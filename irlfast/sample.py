@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from irlfast import dist
 from irlfast.data import Example, Ids
 from irlfast.files import read_json, read_jsonl, remove, write, write_json, write_jsonl
 from irlfast.lora import merge
+from irlfast.metrics import Progress
 from irlfast.model import load_model, save_pretrained
 from irlfast.pack import Segment
 from irlfast.run import Run
@@ -109,12 +109,12 @@ def with_progress(
     begun, tokens = time.perf_counter(), 0
     sizes = {shard.number: len(shard.prompts) for shard in shards}
     label = f"{folder.parent.name}/{folder.name}"
-    with tqdm(total=sum(sizes.values()), desc=label, unit="prompt", disable=not dist.is_main()) as bar:
+    with Progress(label, sum(sizes.values()), "prompt", seconds=10.0) as progress:
         for number, answers in results:
             yield number, answers
             tokens += sum(map(len, answers))
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s", refresh=False)
-            bar.update(sizes[number])
+            progress.advance(sizes[number])
+            progress.tell(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s")
 
 
 def vllm_answers(

@@ -1,4 +1,4 @@
-"""Train a policy from demonstrations: ``python -m irlfast.train CONFIG.yaml [key=value]... [--dry_run]``.
+"""Train a policy from demonstrations: ``irlfast train CONFIG.yaml [key=value]... [--dry_run]``.
 
 The outer loop of IRFT: fit the demonstrations if asked (SFT), then T times let the policy answer its prompts and train
 it to prefer the demonstrations. Every step leaves its result in ``output_dir`` and is passed over when that is there,

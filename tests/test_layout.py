@@ -24,6 +24,7 @@ ORDER = [
     "integrations",
     "files",
     "command",
+    "recipes",
     "config_checks",
     "config",
     "dist",
@@ -59,6 +60,8 @@ ORDER = [
     "bon",
     "data.select",
     "doctor",
+    "chat",
+    "__main__",
 ]
 
 
@@ -147,6 +150,19 @@ def test_the_wheel_made_from_the_sdist_imports_from_elsewhere(clone, tmp_path, m
     run(*pip, str(wheel), cwd=tmp_path)
     assert run(python, "-c", IMPORTS, cwd=tmp_path).strip().startswith(site)
     assert run(python, "-c", NATIVE, cwd=tmp_path).strip() == f"{HAS_COMPILER} False"
+    works_in_an_empty_folder(tmp_path / "empty", python, f"{site}/bin/irlfast")
+
+
+def works_in_an_empty_folder(folder: Path, *irlfast: str) -> None:
+    """The console script that pip wrote: recipes by name, with the model config and the data that they name."""
+    folder.mkdir()
+    assert run(*irlfast, "--version", cwd=folder).startswith("irlfast 0.")
+    listed = run(*irlfast, "recipes", cwd=folder)
+    assert all(path.stem in listed for path in (ROOT / "configs").glob("*.yaml"))
+    small = "max_train_samples=64 max_eval_samples=8 sft_steps=2 stages=1 inner_steps=2 max_new_tokens=4".split()
+    run(*irlfast, "train", "irft", *small, cwd=folder)
+    assert (folder / "runs" / "irft" / "final" / "model.safetensors").exists()
+    run(*irlfast, "report", "runs/irft", cwd=folder)
 
 
 def test_editable_install_imports(clone, tmp_path, monkeypatch):

@@ -181,7 +181,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "irlfast.report", tmp_path], capture_output=True, text=True, check=False
     )
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "no config.yaml" in done.stderr
     assert "Traceback" not in done.stderr
 

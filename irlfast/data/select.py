@@ -1,6 +1,6 @@
 """Keep the best demonstrations by a reward model: the data preparation of the IRFT paper (arXiv 2405.17888, section 6).
 
-    python -m irlfast.data.select DATASET REWARD_MODEL OUTPUT.jsonl --keep 10000
+    irlfast select DATASET REWARD_MODEL OUTPUT.jsonl --keep 10000
 
 reads the rows as training does, scores them in shards that survive a kill (``OUTPUT.jsonl.scores/``; the same command
 goes on), and writes the ``--keep`` rows of the highest reward, as they are and in their order, with their ``reward``.
@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from irlfast.command import exit_code, writing_to
 from irlfast.config import Config
 from irlfast.data import read_rows, to_demonstration
 from irlfast.files import InputError, read_jsonl, write_jsonl
+from irlfast.metrics import Progress
 from irlfast.reward import load_external
 
 SHARD = 1024  # rows
@@ -29,7 +29,8 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
     folder = output.with_name(output.name + ".scores")
     rewards: list[float] = []
     score_texts = None
-    rows = iter(tqdm(read_rows(config, dataset, split), desc="rows", unit="row"))
+    progress = Progress("scoring", None, "row", seconds=10.0)
+    rows = read_rows(config, dataset, split)
     for number in itertools.count():
         shard = list(itertools.islice(rows, SHARD))
         if not shard:
@@ -44,6 +45,8 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
         if len(found) != len(shard):
             raise InputError(f"{path}: found {len(found)} rewards, expected {len(shard)}; it is of another dataset")
         rewards += found
+        progress.advance(len(shard))
+        progress.tell()
     if not rewards:
         raise InputError(f"dataset {dataset}, split {split!r}: found no rows, expected demonstrations")
     chosen = {*np.argsort(-np.array(rewards), kind="stable")[:keep].tolist()}
@@ -55,7 +58,9 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
 
 
 def command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="irlfast select", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", help="jsonl, json, parquet or csv file, saved dataset, or hub name")
     parser.add_argument("reward", help="AutoModelForSequenceClassification with one label: a folder or hub name")
     parser.add_argument("output", type=Path, help="jsonl file to write")
@@ -67,5 +72,9 @@ def command() -> None:
         select(options.dataset, options.split, options.reward, options.output, options.keep, options.batch_size)
 
 
+def main() -> int:
+    return exit_code(command)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(command))
+    sys.exit(main())

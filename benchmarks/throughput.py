@@ -32,7 +32,6 @@ def memory(what: str) -> int:
 def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], best: bool) -> dict[str, Any]:
     """``DPOTrainer``: its defaults, or with the reference precomputed and padding_free."""
     import datasets
-    import tokenizers
     import transformers
     from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
     from trl import DPOTrainer
@@ -69,19 +68,17 @@ def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], be
     def load(name: str) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
 
-    no_words = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=no_words, eos_token="<end>", pad_token="<end>")
     rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True)) for pair in pairs]
     trainer = Measured(
         load("policy"),
         load("reference"),
         args=dpo_config(folder, len(pairs), workload, best),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=no_words(),
         callbacks=[Clock()],
     )
     trainer.train()
-    return report(losses[0], score or [now()] * 2, moments, base)
+    return report(losses[0], score or [now()] * 2, moments, memory("VmHWM") - base)
 
 
 def dpo_config(folder: Path, pairs: int, workload: dict[str, Any], best: bool) -> Any:
@@ -111,7 +108,7 @@ def dpo_config(folder: Path, pairs: int, workload: dict[str, Any], best: bool) -
 
 
 def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]) -> dict[str, Any]:
-    """What ``irlfast.methods.irft`` does once the answers are sampled."""
+    """What ``irlfast.methods.irft`` calls once the answers are sampled, with a log that is a clock."""
     import functools
 
     import numpy as np
@@ -121,39 +118,61 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
 
     from irlfast import dist
     from irlfast.config import make_config
-    from irlfast.engine import Plan, make_engine, summarise
+    from irlfast.data import Format
+    from irlfast.engine import Plan, fit
+    from irlfast.files import remove
     from irlfast.losses import irft_loss
-    from irlfast.memory import phase_limit
+    from irlfast.metrics import Log
     from irlfast.pack import Segment
-    from irlfast.reference import score_share, token_logps
-    from irlfast.step import Stopwatch, prepare, train_step
+    from irlfast.reference import score
+    from irlfast.run import Run
+
+    losses: list[float] = []
+    moments: list[Moment] = []
+    peaks: list[int] = []
+
+    class Clock(Log):
+        def begin(self, *given: Any) -> None:
+            super().begin(*given)
+            moments.append(now())
+
+        def write(self, row: dict[str, Any]) -> None:
+            super().write(row)
+            losses.append(row["loss"])
+            moments.append(now())
+            peaks.append(memory("VmHWM"))
 
     dist.start()
     base = memory("VmRSS")
-    keys = {"dataset_name": "none", "learning_rate": RATE, "beta": BETA, "lr_scheduler_type": "constant"}
-    config = make_config(keys | {"model_name_or_path": str(folder / "policy")} | workload.get("keys", {}))
+    keys = {"dataset_name": "none", "model_name_or_path": str(folder / "policy"), "learning_rate": RATE, "beta": BETA}
+    keys |= {"lr_scheduler_type": "constant", "logging_steps": 1, "save_steps": 0}
+    config = make_config(keys | workload.get("keys", {}))
+    output = folder / "irlfast"
+    if dist.is_main():
+        remove(output)
+        output.mkdir()
+    dist.barrier()
+    run = Run(config, output, folder / "policy", Format(no_words(), "", [], 0), [], [], Clock(output, config))
     segments = [Segment(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
-    score = [now()]
-    scores: dict[int, Any] = {}
-    cache = folder / "reference.safetensors"
-    for part in dist.all_gather(
-        score_share(config, folder / "reference", segments, cache, token_logps, 0, in_4bit=False)
-    ):
-        scores |= part
-    score.append(now())
-    segments = [segment._replace(ref_logps=scores[i]) for i, segment in enumerate(segments)]
-    steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
+    begun = now()
+    ref_logps = score(run, folder / "reference", segments, output / "reference.safetensors")
+    scoring = [begun, now()]
+    segments = [segment._replace(ref_logps=own) for segment, own in zip(segments, ref_logps, strict=True)]
     loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
+    steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
     plan = Plan(0, steps, workload["batch"], RATE, "rmsprop")
-    engine, layout = make_engine(folder / "policy", loss, plan, config, segments)
-    limit = phase_limit(config, segments, layout, workload["batch"], folder / "checkpoint")
-    moments, losses, watch = [now()], [], Stopwatch()
-    for prepared in prepare(steps, segments, layout, limit):
-        figures, _ = train_step(engine, prepared, config.max_grad_norm, watch)
-        losses.append(summarise(figures)["loss"])
-        moments.append(now())
+    fit(run, output / "stage-00", folder / "policy", segments, loss, plan)
     dist.stop()
-    return report(losses[0], score, moments, base)
+    return report(losses[0], scoring, moments, peaks[-1] - base)
+
+
+def no_words() -> Any:
+    """A tokenizer for trainers that are given token ids."""
+    import tokenizers
+    import transformers
+
+    empty = tokenizers.Tokenizer(tokenizers.models.BPE())
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="<end>", pad_token="<end>")
 
 
 def now() -> Moment:
@@ -164,9 +183,9 @@ def spans(moments: list[Moment], clock: int) -> list[float]:
     return [later[clock] - sooner[clock] for sooner, later in itertools.pairwise(moments)]
 
 
-def report(loss: float, score: list[Moment], moments: list[Moment], base: int) -> dict[str, Any]:
+def report(loss: float, score: list[Moment], moments: list[Moment], peak: int) -> dict[str, Any]:
     seconds, cpu = ({"score": spans(score, clock)[0], "steps": spans(moments, clock)} for clock in (0, 1))
-    return {"loss": loss, "seconds": seconds, "cpu_seconds": cpu, "mib": (memory("VmHWM") - base) / 1024}
+    return {"loss": loss, "seconds": seconds, "cpu_seconds": cpu, "mib": peak / 1024}
 
 
 CONTENDERS = {

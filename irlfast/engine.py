@@ -22,9 +22,10 @@ from irlfast.lora import add_lora, base_and_adapter, is_adapted, merge, save_lor
 from irlfast.losses import Figures, Loss
 from irlfast.memory import RanOut, phase_limit
 from irlfast.metrics import Progress, say
-from irlfast.model import freeze, load_model, padded_apart, save_pretrained
+from irlfast.model import freeze, load_model, save_pretrained
 from irlfast.optim import FusedRMSprop
 from irlfast.pack import Layout, Segment, plan_steps
+from irlfast.padding import padded_apart
 from irlfast.policy import Policy
 from irlfast.run import Run
 from irlfast.step import Stopwatch, add, meters, prepare, profiled, train_step
@@ -328,5 +329,5 @@ def save_model(engine: Any, start: Path | str, folder: Path, form: Format, plan:
         adapted.load_state_dict(state, strict=False)
         model = merge(adapted, str(folder))
         state = model.state_dict()
-    tokenizer = padded_apart(model, form) if plan.reward else form.tokenizer
+    tokenizer = padded_apart(model, form, state) if plan.reward else form.tokenizer
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))

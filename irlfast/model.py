@@ -1,6 +1,5 @@
 """Models and tokenizers: loaded, or built small from a config; reward models are policies with another head."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 
 from irlfast.config import Config
-from irlfast.data import Format
 from irlfast.files import InputError, find, write
 from irlfast.lora import base_and_adapter, load_lora
 from irlfast.ops import Head, lm_head
@@ -196,19 +194,6 @@ def freeze(model: Any, layers: int) -> None:
     frozen = [base] if layers == count else [model.get_input_embeddings(), *stack[:layers]]
     for module in frozen:
         module.requires_grad_(False)
-
-
-def padded_apart(model: Any, form: Format) -> Any:
-    """A copy of the tokenizer whose padding is not the end token.
-
-    A classifier of Transformers reads its logit at the last token that is no padding.
-    """
-    tokenizer = copy.deepcopy(form.tokenizer)
-    if tokenizer.pad_token_id in (None, form.end_id):
-        others = (token for token in range(len(tokenizer)) if token != form.end_id)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(others))
-    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
 
 
 def without_dropout(model: Any) -> Any:

@@ -137,7 +137,8 @@ def check_tokenizer(run: Run, policy: str) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=run.config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"reward model {policy}: its tokenizer cannot be loaded ({first_sentence(error)})") from error
-    if tokenizer.get_vocab() != run.form.tokenizer.get_vocab():
+    padding = {(each.pad_token, each.pad_token_id) for each in (tokenizer, run.form.tokenizer)}
+    if (tokenizer.get_vocab().items() ^ run.form.tokenizer.get_vocab().items()) - padding:
         raise InputError(f"reward model {policy}: found another tokenizer than the policy's; expected the same")
 
 

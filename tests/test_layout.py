@@ -32,6 +32,7 @@ ORDER = [
     "metrics",
     "lora",
     "model",
+    "padding",
     "run",
     "pack",
     "memory",

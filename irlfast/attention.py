@@ -91,6 +91,10 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
         InputError: as :func:`check_model` and :func:`check_layout`.
     """
     model = base_of(model)
+    try:
+        head_of(model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     apart = hidden_of(model, APART)
     shared = check_model(model, apart)
     if not shared and not by_sequences(model):
@@ -168,14 +172,10 @@ def check_model(model: Any, apart: Tensor) -> bool:
     Raises:
         InputError: where they do not; training on them would optimise something else.
     """
-    try:
-        head = head_of(model)
-    except ValueError as error:
-        raise InputError(str(error)) from error
     if not is_reward(model):
         check_logits(model, apart)
     try:
-        return close(hidden_of(model, SHARED), apart, head.weight.dtype)
+        return close(hidden_of(model, SHARED), apart, apart.dtype)
     except (TypeError, ValueError, RuntimeError, IndexError):  # no such argument, or no such mask
         return False
 

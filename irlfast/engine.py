@@ -1,7 +1,6 @@
 """The inner loop: optimiser steps of a DeepSpeed engine over planned batches, checkpointed and resumed exactly."""
 
 import contextlib
-import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from irlfast import dist
 from irlfast.attention import arrange
@@ -24,10 +22,11 @@ from irlfast.memory import RanOut, phase_limit
 from irlfast.metrics import Progress, say
 from irlfast.model import freeze, load_model, save_pretrained
 from irlfast.optim import FusedRMSprop
-from irlfast.pack import Layout, Segment, plan_steps
+from irlfast.pack import Layout, Segment, pack, plan_steps
 from irlfast.padding import padded_apart
 from irlfast.policy import Policy
 from irlfast.run import Run
+from irlfast.steady import check_steady, recompute_layers
 from irlfast.step import Stopwatch, add, meters, prepare, profiled, train_step
 
 NOTABLE_DROP = 0.5  # nats a demonstration; the warning comes before the collapse
@@ -189,16 +188,16 @@ def make_engine(
     import deepspeed
     import transformers
 
-    model = new_model(policy, plan, config, in_4bit=config.load_in_4bit).to(dist.device())
+    model = new_model(policy, plan, config, in_4bit=config.load_in_4bit).to(dist.device()).eval()
     layout = arrange(model, config, segments)
     if config.gradient_checkpointing:
         recompute_layers(model, selective=config.gradient_checkpointing == "selective")
+    check_steady(model, pack(segments[:1], layout).to(dist.device()))
     if config.torch_compile:
         compile_layers(model)
     offload = config.activation_offloading and dist.device().type != "cpu"
     if config.activation_offloading and not offload:
         say("activation_offloading: activations are in host memory already, on a CPU")
-    model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kinds = {"rmsprop": FusedRMSprop, "adamw_torch": torch.optim.AdamW}
     optimizer = kinds[plan.optim](parameters, lr=plan.learning_rate, weight_decay=config.weight_decay)
@@ -227,13 +226,6 @@ def new_model(name: Path | str, plan: Plan, config: Config, in_4bit: bool = Fals
         model.config.irlfast_reward = plan.reward
         freeze(model, config.reward_frozen_layers)
     return model
-
-
-def recompute_layers(model: Any, *, selective: bool) -> None:
-    """Keep of a layer its input alone for the backward pass; ``selective``: what its matrix products gave, too."""
-    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-    kept = {"context_fn": functools.partial(create_selective_checkpoint_contexts, products)} if selective else {}
-    model.gradient_checkpointing_enable({"use_reentrant": False} | kept)
 
 
 def compile_layers(model: Any) -> None:

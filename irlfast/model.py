@@ -10,6 +10,7 @@ from irlfast.config import Config
 from irlfast.files import InputError, find, write
 from irlfast.lora import base_and_adapter, load_lora
 from irlfast.ops import Head, lm_head
+from irlfast.ops.heads import score_head
 
 END_TOKEN = "<|endoftext|>"
 
@@ -92,7 +93,7 @@ def save_pretrained(folder: Path, model: Any, tokenizer: Any, state: dict[str, T
 
 
 def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool = False) -> Any:
-    """A causal language model in the run's dtype, dropout off, on the CPU; with ``heads``, a reward model.
+    """A causal language model in the run's dtype, in ``eval()``, on the CPU; with ``heads``, a reward model.
 
     With ``in_4bit`` the weights of its layers are quantised by bitsandbytes, on this process's GPU where there is one.
     The folder of an adapter (:mod:`irlfast.lora`) gives its base with the adapter on it.
@@ -128,7 +129,7 @@ def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool =
         keep_4bit_layout(model)
     if adapter:
         model = load_lora(model, adapter, reward=bool(heads))
-    return without_dropout(model)
+    return model.eval()
 
 
 def keep_4bit_layout(model: Any) -> None:
@@ -174,14 +175,9 @@ def head_of(model: Any) -> Head:
     """What a model's last hidden states meet: a language model's LM head, a reward model's heads ``[M, H]``.
 
     Raises:
-        ValueError: it is not a ``torch.nn.Linear``.
+        ValueError: the model's logits are not that head's.
     """
-    if not is_reward(model):
-        return lm_head(model)
-    score = getattr(base_of(model), "score", None)
-    if not isinstance(score, torch.nn.Linear):
-        raise ValueError(f"{type(model).__name__}: found head {type(score).__name__}, expected torch.nn.Linear")
-    return Head(score.weight, score.bias, 1.0, None)
+    return score_head(model) if is_reward(model) else lm_head(model)
 
 
 def freeze(model: Any, layers: int) -> None:
@@ -194,16 +190,6 @@ def freeze(model: Any, layers: int) -> None:
     frozen = [base] if layers == count else [model.get_input_embeddings(), *stack[:layers]]
     for module in frozen:
         module.requires_grad_(False)
-
-
-def without_dropout(model: Any) -> Any:
-    """Dropout would make the policy differ from the reference it starts as, and a resumed run from an unbroken one."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-            module.attention_dropout = 0.0
-    return model
 
 
 def first_sentence(error: BaseException) -> str:

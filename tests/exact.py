@@ -10,7 +10,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from irlfast import ops
 from irlfast.attention import hidden_states
 from irlfast.losses import Loss, Share, arguments
-from irlfast.model import without_dropout
 from irlfast.ops import lm_head
 from irlfast.pack import Segment, pack
 from irlfast.policy import Policy
@@ -32,9 +31,7 @@ def model(seed: int) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     size = {"n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.4}
     config = GPT2Config(vocab_size=VOCABULARY, bos_token_id=END, eos_token_id=END, **size)
-    return without_dropout(
-        GPT2LMHeadModel(config).double()
-    )  # GPT-2, as Llama's norms compute in fp32 whatever its dtype
+    return GPT2LMHeadModel(config).double().eval()  # GPT-2, as Llama's norms compute in fp32 whatever its dtype
 
 
 def answer_logps(policy: GPT2LMHeadModel, prompt: list[int]) -> Tensor:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from irlfast.attention import hidden_states
-from irlfast.engine import compile_layers, recompute_layers
+from irlfast.engine import compile_layers
 from irlfast.pack import pack
 from irlfast.policy import offloaded
+from irlfast.steady import recompute_layers
 from tests.runs import run, run_killed_at
 from tests.test_pack import model_of, ragged, with_gradients
 
@@ -35,7 +36,7 @@ def needs_a_compiler() -> None:
 def test_gradients_are_those_of_the_plain_layers(name, way):
     if compile_layers in WAYS[way]:
         needs_a_compiler()
-    plain = model_of(name).train()
+    plain = model_of(name)
     model = copy.deepcopy(plain)
     for change in WAYS[way]:
         change(model)
@@ -50,7 +51,7 @@ def test_gradients_are_those_of_the_plain_layers(name, way):
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("name", ["Llama", "GPT-NeoX"])
 def test_what_is_kept_in_host_memory_comes_back_with_the_same_gradients(name, recomputed):
-    model = model_of(name).train()
+    model = model_of(name)
     if recomputed:
         recompute_layers(model, selective=False)
     expected, gradients = with_gradients(model, [pack(ragged())])
@@ -79,7 +80,7 @@ def kept_by(hooks, run) -> tuple[int, int]:
 
 
 def test_activations_move_to_host_memory_and_weights_stay():
-    model = model_of("Llama").train()
+    model = model_of("Llama")
     batch = pack(ragged())
     tokens, config = batch.input_ids.numel(), model.config
     moved, stayed = kept_by(offloaded(model), lambda: hidden_states(model, batch))
@@ -93,7 +94,7 @@ def test_activations_move_to_host_memory_and_weights_stay():
 def test_selective_recomputation_leaves_out_the_products():
     operations = {}
     for way in (None, False, True):
-        model = model_of("Llama").train()
+        model = model_of("Llama")
         if way is not None:
             recompute_layers(model, selective=way)
         with FlopCounterMode(display=False) as counter:

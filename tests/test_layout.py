@@ -39,6 +39,7 @@ ORDER = [
     "varlen",
     "masks",
     "attention",
+    "steady",
     "losses",
     "policy",
     "vllm_worker",

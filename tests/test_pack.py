@@ -188,8 +188,9 @@ def test_a_gpus_attention_follows_from_what_sharing_saves(shared, gain, unshared
 def test_a_model_without_a_linear_head_is_one_sentence():
     model = model_of("Llama")
     model.set_output_embeddings(torch.nn.Identity())
-    with pytest.raises(InputError, match=r"found LM head Identity, expected torch\.nn\.Linear"):
-        check_model(model, hidden_of(model, APART))
+    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+    with pytest.raises(InputError, match=r"found head Identity, expected torch\.nn\.Linear"):
+        arrange(model, config, ragged())
 
 
 def drawn(count: int) -> list[Segment]:

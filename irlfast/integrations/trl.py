@@ -97,6 +97,7 @@ def add_pair_loss(model: Any) -> None:
     Inside the forward, because there DeepSpeed, FSDP and DDP have the weights of the LM head at hand. ``input_ids`` and
     ``labels`` hold the chosen sequences, then the rejected ones.
     """
+    ops.lm_head(model)  # probes the model where no engine has its weights yet
     usual = model.forward
 
     @functools.wraps(type(model).forward)

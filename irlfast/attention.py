@@ -1,6 +1,5 @@
 """Hidden states of packed batches, and the choice of an attention for them."""
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from irlfast import varlen
 from irlfast.config import Config
 from irlfast.files import InputError
 from irlfast.masks import masks
-from irlfast.metrics import say
+from irlfast.metrics import say_once
 from irlfast.model import base_of, head_of, head_size, is_reward
 from irlfast.pack import SHARED, Batch, Layout, Segment, pack, work
 
@@ -157,11 +156,6 @@ def sharing(model: Any, segments: Sequence[Segment]) -> tuple[float, str]:
     prompt, answer, answers = sum(len(x.prompt) for x in some) / len(some), sum(lengths) / len(lengths), len(lengths)
     each = f"{answers / len(some):.0f} answer{'s' * (answers > len(some))} of {answer:.0f}"
     return 1 - together / apart, f"on average prompts of {prompt:.0f} tokens with {each}"
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    say(message)
 
 
 def check_model(model: Any, apart: Tensor) -> bool:

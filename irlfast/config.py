@@ -52,8 +52,13 @@ class Config:
 
     # The model
     model_name_or_path: str | None = key(None, "the policy to start from: a folder or a hub name")
+    model_revision: str = key("main", "its branch, tag or commit on the hub, also of its tokenizer and config")
     config_name: str | None = key(None, "instead of a model: a Transformers config.json to build a new one from")
     tokenizer_name_or_path: str | None = key(None, "tokenizer (default: the model's)")
+    resize_embeddings: bool = key(
+        False,
+        "give tokens that the model has no embedding for a new row, the mean of the others; else they are refused",
+    )
     train_tokenizer: Annotated[int, Field(ge=258)] | None = key(
         None, "instead of a tokenizer: train a byte-level BPE of this many tokens on the demonstrations"
     )

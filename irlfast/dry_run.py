@@ -18,7 +18,7 @@ from irlfast.methods.reward import reward_plan
 from irlfast.methods.rft import round_name
 from irlfast.methods.sft import sft_plan, wants_sft
 from irlfast.model import load_model_config
-from irlfast.prepare import describe, quiet, read_data
+from irlfast.prepare import check_model, describe, quiet, read_data
 
 EXAMPLES = 3
 EFFICIENCY = 0.4  # of the measured matrix-product rate that a whole training step reaches
@@ -36,6 +36,8 @@ def show(config: Config) -> None:
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"[bold]configuration[/]\n{escape(dump(config))}")
     size, train = model_size(config), None
+    if size:
+        check_model(config)
     try:
         form, train, _, counts = read_data(config)
         out.print(f"[bold]data[/]\n{describe(counts)}\n")

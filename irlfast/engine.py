@@ -16,11 +16,11 @@ from irlfast.attention import arrange
 from irlfast.config import Config
 from irlfast.data import Format
 from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
-from irlfast.lora import add_lora, base_and_adapter, is_adapted, merge, save_lora
+from irlfast.lora import add_lora, base_and_adapter, is_adapted, merge, revision, save_lora
 from irlfast.losses import Figures, Loss
 from irlfast.memory import RanOut, phase_limit
 from irlfast.metrics import Progress, say
-from irlfast.model import freeze, load_model, save_pretrained
+from irlfast.model import base_of, freeze, load_model, save_pretrained
 from irlfast.optim import FusedRMSprop
 from irlfast.pack import Layout, Segment, pack, plan_steps
 from irlfast.padding import padded_apart
@@ -201,6 +201,7 @@ def make_engine(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kinds = {"rmsprop": FusedRMSprop, "adamw_torch": torch.optim.AdamW}
     optimizer = kinds[plan.optim](parameters, lr=plan.learning_rate, weight_decay=config.weight_decay)
+    precise = kept_in_float32(model, config)
     steps = len(plan.steps)
     scheduler = transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, round(config.warmup_ratio * steps), num_training_steps=steps
@@ -212,9 +213,28 @@ def make_engine(
         config=deepspeed_settings(config),
         dist_init_required=False,
     )[0]
+    for parameter, values in precise:
+        parameter.data = values
     if dist.world_size() == 1 and isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.enable_backward_allreduce = False  # nothing to reduce, but DeepSpeed would copy the gradients to do it
     return engine, layout
+
+
+def kept_in_float32(model: Any, config: Config) -> list[tuple[torch.nn.Parameter, Tensor]]:
+    """Frozen parameters that a 16-bit model keeps in 32, and their values, which DeepSpeed rounds to 16 bits.
+
+    Raises:
+        InputError: one is in training, or ZeRO-3 would split it.
+    """
+    if config.dtype == "float32":
+        return []
+    kept = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    if kept and (config.zero_stage == 3 or any(parameter.requires_grad for parameter in kept.values())):
+        raise InputError(
+            f"dtype: {type(base_of(model)).__name__} keeps {next(iter(kept))} in float32 beside bfloat16, which "
+            "DeepSpeed would round; expected dtype float32, or use_peft with a zero_stage below 3"
+        )
+    return [(parameter, parameter.data) for parameter in kept.values()]
 
 
 def new_model(name: Path | str, plan: Plan, config: Config, in_4bit: bool = False) -> Any:
@@ -300,21 +320,13 @@ def save_model(engine: Any, start: Path | str, folder: Path, form: Format, plan:
 
     Of LoRA it is the policy's adapter alone; a reward model's is merged into what it began as, ``start``.
     """
-    import deepspeed
-
-    model = engine.module.model
-    state: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if config.use_peft and not parameter.requires_grad:
-            continue
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
-            if dist.is_main():
-                state[name] = parameter.detach().cpu().clone()
+    model, state = engine.module.model, gathered(engine, trained_alone=config.use_peft)
     if not dist.is_main():
         return
     if config.use_peft and not plan.reward:
         base, _ = base_and_adapter(start)
-        write(folder, lambda temporary: save_lora(temporary, model, state, base, form.tokenizer))
+        at = revision(start, config)
+        write(folder, lambda temporary: save_lora(temporary, model, state, base, at, form.tokenizer))
         return
     if config.use_peft:
         adapted = new_model(start, plan, config)
@@ -323,3 +335,21 @@ def save_model(engine: Any, start: Path | str, folder: Path, form: Format, plan:
         state = model.state_dict()
     tokenizer = padded_apart(model, form, state) if plan.reward else form.tokenizer
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))
+
+
+def gathered(engine: Any, trained_alone: bool) -> dict[str, Tensor]:
+    """The model's parameters and persistent buffers, or the parameters in training; the main process alone has them.
+
+    Tied weights are one tensor under all of their names, as Transformers' ``save_pretrained`` finds them by.
+    """
+    import deepspeed
+
+    copies: dict[int, Tensor] = {}
+    state = engine.module.model.state_dict(keep_vars=True)
+    wanted = {name: tensor for name, tensor in state.items() if tensor.requires_grad or not trained_alone}
+    for tensor in {id(tensor): tensor for tensor in wanted.values()}.values():
+        split = engine.zero_optimization_stage() == 3 and isinstance(tensor, torch.nn.Parameter)
+        with deepspeed.zero.GatheredParameters([tensor], enabled=split):
+            if dist.is_main():
+                copies[id(tensor)] = tensor.detach().cpu().clone()
+    return {name: copies[id(tensor)] for name, tensor in wanted.items()} if dist.is_main() else {}

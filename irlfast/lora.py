@@ -15,12 +15,22 @@ from irlfast.files import InputError, find, read_json
 from irlfast.metrics import say
 
 SETTINGS = "adapter_config.json"  # PEFT's
+TAKEN = {  # settings of PEFT's LoRA that are trained, saved and merged as they are
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "target_parameters"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+    *("use_rslora", "use_dora", "init_lora_weights", "bias"),
+    *("megatron_core", "qalora_group_size"),  # nothing by themselves
+}
+INITIAL = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
 LEAST_KEPT = 0.9  # of what an adapter learned
 LOST = "merging keeps {:.0%} of what the adapter learned, as {} rounds"
 
 
 def base_and_adapter(name: Path | str) -> tuple[str, Path | None]:
     """What a model's name means: the folder or hub name of its weights, and its adapter's folder if it is an adapter.
+
+    An adapter whose folder was moved finds a base that was moved with it.
 
     Raises:
         InputError: it is no LoRA, or its base is not where it was.
@@ -32,9 +42,52 @@ def base_and_adapter(name: Path | str) -> tuple[str, Path | None]:
     base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
     if not base or kind != "LORA":
         raise InputError(f"adapter {folder}: found a {kind} of base {base}, expected a LORA that names its base")
-    if Path(base).is_absolute() and not Path(base).exists():
+    found = find(base) or moved(Path(base), folder.resolve())
+    if not found and Path(base).is_absolute():
         raise InputError(f"adapter {folder}: found no {base}, expected its base as {SETTINGS} says")
-    return str(find(base) or base), folder
+    return str(found or base), folder
+
+
+def moved(base: Path, adapter: Path) -> Path | None:
+    """Where ``base`` lies now, if it kept its place relative to ``adapter``: the longest end of its path that is there.
+
+    Only a whole model counts. A relative path is looked for whole, as its beginning is not known to have changed.
+    """
+    names = base.parts[1:] if base.is_absolute() else base.parts
+    ends = [Path(*names[first:]) for first in range(len(names) if base.is_absolute() else 1)]
+    places = (parent / end for end in ends for parent in adapter.parents)
+    return next((x for x in places if (x / "config.json").exists() and not (x / SETTINGS).exists()), None)
+
+
+def check_adapter(folder: Path, config: Config) -> None:
+    """Whether training can go on with the adapter in ``folder`` as the configuration says.
+
+    Raises:
+        InputError: a setting of the adapter that would be lost, or another rank or scale than the configuration's.
+    """
+    found = read_json(folder / SETTINGS)
+    odd = [name for name, value in found.items() if value and name not in TAKEN]
+    if found.get("init_lora_weights", True) not in INITIAL:
+        odd.append("init_lora_weights")
+    if odd:
+        raise InputError(
+            f"adapter {folder}: found {odd[0]}: {found[odd[0]]!r}, which training cannot go on with; expected an "
+            "adapter without it, or a whole model (PEFT's merge_and_unload makes one)"
+        )
+    for name, value in (("lora_r", found["r"]), ("lora_alpha", found["lora_alpha"])):
+        if getattr(config, name) != value:
+            raise InputError(
+                f"{name}: found {getattr(config, name)}, but the adapter {folder}, with which training goes on, "
+                f"has {value}; expected the same"
+            )
+
+
+def revision(name: Path | str, config: Config) -> str:
+    """Of the weights that a model's name means: an adapter knows its base's, the given model has ``model_revision``."""
+    _, adapter = base_and_adapter(name)
+    if adapter:
+        return read_json(adapter / SETTINGS).get("revision") or "main"
+    return config.model_revision if str(name) == config.model_name_or_path else "main"
 
 
 def is_adapted(model: Any) -> bool:
@@ -64,7 +117,7 @@ def load_lora(model: Any, folder: Path, reward: bool) -> Any:
     import peft
 
     settings = peft.LoraConfig.from_pretrained(str(folder))
-    settings.inference_mode, settings.base_model_name_or_path = False, None
+    settings.inference_mode = False
     model = adapted(model, settings, reward)
     try:
         weights = peft.utils.load_peft_weights(str(folder), device="cpu")
@@ -93,10 +146,12 @@ def adapted(model: Any, settings: Any, reward: bool) -> Any:
     return model
 
 
-def save_lora(folder: Path, model: Any, state: dict[str, Tensor], base: str, tokenizer: Any) -> None:
-    """The adapter in ``state``, in PEFT's format and to be put on the model ``base``, and the tokenizer."""
+def save_lora(folder: Path, model: Any, state: dict[str, Tensor], base: str, at: str, tokenizer: Any) -> None:
+    """The adapter in ``state``, in PEFT's format, to be put on the model ``base`` of a revision, and the tokenizer."""
     local = find(base)
-    model.peft_config["default"].base_model_name_or_path = str(local.resolve() if local else base)
+    settings = model.peft_config["default"]
+    settings.base_model_name_or_path = str(local.resolve() if local else base)
+    settings.revision = None if local else at
     model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
 

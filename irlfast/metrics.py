@@ -1,5 +1,6 @@
 """The log of a run: metrics.jsonl, and TensorBoard or W&B beside it where ``report_to`` asks for them."""
 
+import functools
 import json
 import sys
 import time
@@ -18,6 +19,11 @@ def say(message: str) -> None:
     """Print one line, by one process, without breaking a progress bar."""
     if dist.is_main():
         tqdm.write(message, file=sys.stderr)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    say(message)
 
 
 class Progress:

@@ -1,5 +1,6 @@
 """Models and tokenizers: loaded, or built small from a config; reward models are policies with another head."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from irlfast.config import Config
 from irlfast.files import InputError, find, write
-from irlfast.lora import base_and_adapter, load_lora
+from irlfast.lora import base_and_adapter, load_lora, revision
+from irlfast.metrics import say_once
 from irlfast.ops import Head, lm_head
 from irlfast.ops.heads import score_head
 
@@ -28,7 +30,9 @@ def load_tokenizer(config: Config, texts: list[str]) -> Any:
     assert name
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            str(find(name) or name), trust_remote_code=config.trust_remote_code
+            str(find(name) or name),
+            revision=config.model_revision if name == config.model_name_or_path else "main",
+            trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer {name}: cannot be loaded ({first_sentence(error)})") from error
@@ -54,6 +58,11 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
     )
 
 
+def count_tokens(tokenizer: Any) -> int:
+    """Embeddings that a tokenizer asks for: ids may have gaps, and ``len`` does not count them."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 # ---------------------------------------------------------------- models
 
 
@@ -71,6 +80,32 @@ def build_model(config: Config, tokenizer: Any, folder: Path) -> None:
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
 
 
+@torch.no_grad()
+def resize_model(config: Config, tokenizer: Any, folder: Path) -> None:
+    """Write the given model with its tokenizer and an embedding for each token; new ones are the mean of the others.
+
+    Raises:
+        InputError: the model has more tensors than those of embedding and LM head that would have to grow.
+    """
+    model = load_model(str(config.model_name_or_path), config)
+    tokens, rows = count_tokens(tokenizer), rows_of(config)
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for tensor in (module.weight, getattr(module, "bias", None)):
+            if tensor is not None:
+                tensor[rows:] = tensor[:rows].float().mean(0)
+    try:
+        model(input_ids=torch.tensor([[tokens - 1]]))
+    except (IndexError, RuntimeError) as error:
+        raise InputError(f"resize_embeddings: {type(model).__name__} does not run with {tokens:,} tokens") from error
+    write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
+
+
+def rows_of(config: Config) -> int:
+    """Embeddings of the run's given model."""
+    return load_model_config(config).get_text_config().vocab_size
+
+
 def load_model_config(config: Config) -> Any:
     """The architecture of the run's model.
 
@@ -82,7 +117,9 @@ def load_model_config(config: Config) -> Any:
     key = "config_name" if config.config_name else "model_name_or_path"
     name, _ = base_and_adapter(getattr(config, key))
     try:
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(
+            name, revision=revision(getattr(config, key), config), trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{key} {name}: not a Transformers config ({first_sentence(error)})") from error
 
@@ -102,7 +139,7 @@ def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool =
     (seeded), one that was saved keeps its own.
 
     Raises:
-        InputError: where the folder or hub name has no weights that Transformers can load.
+        InputError: where the folder or hub name has no weights that Transformers can load, or not all of them.
     """
     import transformers
 
@@ -116,20 +153,65 @@ def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool =
     if in_4bit:
         own["quantization_config"] = quantisation(config, skip=["score"] if heads else None)
     try:
-        model = kind.from_pretrained(
+        model, found = kind.from_pretrained(
             base,
+            revision=revision(name, config),
+            output_loading_info=True,
             dtype=getattr(torch, config.dtype),
             attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             **own,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"model {base}: cannot be loaded ({first_sentence(error)})") from error
+    check_loaded(base, model, found["missing_keys"])
+    say_left_out(base, model, found["unexpected_keys"], revision(name, config))
     if in_4bit:
         keep_4bit_layout(model)
     if adapter:
         model = load_lora(model, adapter, reward=bool(heads))
     return model.eval()
+
+
+def check_loaded(name: str, model: Any, missing: set[str]) -> None:
+    """Make sure that no weights but a new reward model's heads are random.
+
+    Raises:
+        InputError: tensors of the model are ``missing`` from the checkpoint.
+    """
+    others = sorted(key for key in missing if not (is_reward(model) and key.startswith("score.")))
+    if others:
+        raise InputError(
+            f"model {name}: found no {others[0]} ({len(others)} tensors missing), expected all of "
+            f"{type(model).__name__}"
+        )
+
+
+def say_left_out(name: str, model: Any, unexpected: set[str], at: str) -> None:
+    """Name the tensors of a language model's checkpoint that the model has no place for, ``unexpected`` or known so."""
+    if is_reward(model):  # of a language model it takes all but the head
+        return
+    from transformers.utils import cached_file
+
+    folder, own = Path(str(cached_file(name, "config.json", revision=at))).parent, model.state_dict().keys()
+    known = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    left_out = {key for key in tensor_names(folder) - own if any(pattern.search(key) for pattern in known)} | unexpected
+    if left_out:
+        say_once(
+            f"model {name}: {type(model).__name__} has no place for {len(left_out)} tensors of its checkpoint, such as "
+            f"{min(left_out)}; they are not trained, and not in final/"
+        )
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Of the checkpoint in a folder; none where it is no safetensors file."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            names.update(tensors.keys())
+    return names
 
 
 def keep_4bit_layout(model: Any) -> None:

@@ -10,6 +10,7 @@ import yaml
 from irlfast import dist
 from irlfast.config import Config, difference, dump
 from irlfast.data import (
+    Example,
     Format,
     encode,
     fingerprint,
@@ -20,9 +21,9 @@ from irlfast.data import (
     save_examples,
 )
 from irlfast.files import InputError, find, read_json, write_json, write_text
-from irlfast.lora import SETTINGS, base_and_adapter
+from irlfast.lora import base_and_adapter, check_adapter
 from irlfast.metrics import Log, say
-from irlfast.model import build_model, load_model_config, load_tokenizer
+from irlfast.model import build_model, count_tokens, load_model_config, load_tokenizer, resize_model, rows_of
 from irlfast.run import Run
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -91,21 +92,20 @@ def check_model(config: Config) -> None:
 
 
 def check_weights(config: Config) -> None:
-    """Whether the given model has weights, and an adapter the rank and scale that the configuration gives."""
+    """Whether the given model has weights, and training can go on with an adapter."""
     base, adapter = base_and_adapter(str(config.model_name_or_path))
     for folder in (find(base), adapter):
         if folder and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
             raise InputError(
                 f"model_name_or_path {folder}: found no weights, expected {' or '.join(WEIGHTS[:2])} files"
             )
-    if adapter and config.use_peft:
-        found = read_json(adapter / SETTINGS)
-        for name, value in (("lora_r", found["r"]), ("lora_alpha", found["lora_alpha"])):
-            if getattr(config, name) != value:
-                raise InputError(
-                    f"{name}: found {getattr(config, name)}, but the adapter {adapter}, with which training goes on, "
-                    f"has {value}; expected the same"
-                )
+    if adapter and not config.use_peft:
+        raise InputError(
+            f"model_name_or_path: found the adapter {adapter} without use_peft; expected use_peft: true, to go on with "
+            "it, or a whole model, as is its run's final/"
+        )
+    if adapter:
+        check_adapter(adapter, config)
 
 
 def read_data(config: Config) -> tuple:
@@ -117,18 +117,46 @@ def read_data(config: Config) -> tuple:
     for name, examples in (("training", train), ("held-out", held_out)):
         if not examples:
             raise InputError(f"dataset {config.dataset_name}: no {name} row has an answer; expected demonstrations")
+    if config.model_name_or_path:
+        check_rows(config, form, [*train, *held_out])
     prompts = {bytes(example.prompt_ids) for example in train}
     held_out_counts["prompts_also_in_train"] = sum(bytes(example.prompt_ids) in prompts for example in held_out)
     return form, train, held_out, {"train": train_counts, "eval": held_out_counts}
 
 
+def check_rows(config: Config, form: Format, examples: list[Example]) -> None:
+    """Whether the model has an embedding for every token in use, or is to get it.
+
+    Raises:
+        InputError: a token of an example, or one of the tokenizer's own that was not added to it, has none.
+    """
+    tokens, rows = count_tokens(form.tokenizer), rows_of(config)
+    if tokens <= rows:
+        return
+    found = f"tokenizer: found {tokens:,} tokens, but the model's embedding has {rows:,} rows"
+    if config.resize_embeddings and config.use_peft:
+        raise InputError(
+            f"{found}; expected resize_embeddings without use_peft, whose adapter leaves new rows untrained"
+        )
+    ids = (part for x in examples for part in (x.prompt_ids, x.answer_ids, x.rejected_ids) if part is not None)
+    used = max(int(max(part)) for part in ids if len(part))
+    if config.resize_embeddings:
+        say(f"{found}: {tokens - rows:,} new ones, the mean of the others")
+    elif form.tokenizer.vocab_size > rows or max(used, form.end_id) >= rows:
+        raise InputError(f"{found}; expected the model's own tokenizer, or resize_embeddings: true")
+    else:
+        say(f"{found}; no example has one of the {tokens - rows:,} tokens without a row")
+
+
 def starting_policy(config: Config, output: Path, form: Format) -> Path | str:
-    """The given model, or a new one with its tokenizer in ``initial/policy``."""
-    if config.model_name_or_path:
-        return find(config.model_name_or_path) or config.model_name_or_path
+    """The given model, or in ``initial/policy`` with its tokenizer a new one, or the given one with more embeddings."""
+    given = config.model_name_or_path
+    if given and not (config.resize_embeddings and count_tokens(form.tokenizer) > rows_of(config)):
+        return find(given) or given
     built = output / "initial" / "policy"
     if dist.is_main() and not built.exists():
-        build_model(config, form.tokenizer, built)
+        make = resize_model if given else build_model
+        make(config, form.tokenizer, built)
     dist.barrier()
     return built
 

@@ -11,25 +11,18 @@ from pathlib import Path
 
 from irlfast.command import exit_code, writing_to
 from irlfast.config import Config, load_config
-from irlfast.files import InputError
 
 
 def train(config: Config) -> None:
     """Everything that a configuration asks for; called in every process of the run."""
     from irlfast.evaluate import evaluate
     from irlfast.final import finish, finish_reward
-    from irlfast.lora import base_and_adapter
     from irlfast.methods.irft import irft_stage, stage_name
     from irlfast.methods.reward import learn_reward
     from irlfast.methods.rft import rft_stage
     from irlfast.methods.sft import sft, wants_sft
     from irlfast.prepare import prepare
 
-    if config.model_name_or_path and base_and_adapter(config.model_name_or_path)[1] and not config.use_peft:
-        raise InputError(
-            f"model_name_or_path: found the adapter {config.model_name_or_path} without use_peft; expected use_peft: "
-            "true, to go on with it, or a whole model, as is its run's final/"
-        )
     run = prepare(config)
     policy = run.initial
     policies: dict[str, Path | str] = {}

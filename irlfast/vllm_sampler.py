@@ -111,10 +111,12 @@ def lora_settings(adapter: dict[str, Any]) -> dict[str, Any]:
     """vLLM's, for an adapter with these of PEFT's.
 
     Raises:
-        NoLora: experts' weights, whose layout vLLM 0.32 takes for another, or a higher rank than it takes.
+        NoLora: what vLLM 0.32 has not, DoRA and biases; experts' weights, whose layout it takes for another; a rank
+            above its highest.
     """
     rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
-    if adapter.get("target_parameters") or rank > MAX_RANK:
+    more = adapter.get("use_dora") or adapter.get("bias", "none") != "none" or adapter.get("target_parameters")
+    if more or rank > MAX_RANK:
         raise NoLora
     return {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
 

@@ -27,9 +27,13 @@ SAMPLED = 1000  # segments that lengths are taken of
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """Last hidden states ``[B*L, H]``, after the final norm, of a packed batch."""
+    return body_output(model, batch).last_hidden_state.flatten(0, 1)
+
+
+def body_output(model: Any, batch: Batch, **options: Any) -> Any:
+    """What the model under the head returns of a packed batch."""
     model = base_of(model)
-    output = model.base_model(input_ids=batch.input_ids, use_cache=False, **who_sees_whom(model, batch))
-    return output.last_hidden_state.flatten(0, 1)
+    return model.base_model(input_ids=batch.input_ids, use_cache=False, **who_sees_whom(model, batch), **options)
 
 
 def who_sees_whom(model: Any, batch: Batch) -> dict[str, Any]:

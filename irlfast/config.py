@@ -181,6 +181,9 @@ class Config:
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = key(0.1, "share of a stage's steps that warm up")
     optim: Literal["rmsprop", "adamw_torch"] = key("rmsprop", "optimiser; its state starts anew each stage")
     weight_decay: NotNegative = key(0.0, "weight decay")
+    router_aux_loss_coef: NotNegative = key(
+        0.0, "weight of the load-balancing loss of a policy that is a mixture of experts (0: off, unlike TRL's default)"
+    )
     max_grad_norm: NotNegative = key(1.0, "clip the gradient's norm to this (0: off)")
     per_device_train_batch_size: Count = key(8, "pairs a device and micro-step")
     gradient_accumulation_steps: Count = key(1, "times as many pairs an optimiser step")

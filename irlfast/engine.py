@@ -21,6 +21,7 @@ from irlfast.losses import Figures, Loss
 from irlfast.memory import RanOut, phase_limit
 from irlfast.metrics import Progress, say
 from irlfast.model import base_of, freeze, load_model, save_pretrained
+from irlfast.moe import check_router
 from irlfast.optim import FusedRMSprop
 from irlfast.pack import Layout, Segment, pack, plan_steps
 from irlfast.padding import padded_apart
@@ -190,6 +191,9 @@ def make_engine(
 
     model = new_model(policy, plan, config, in_4bit=config.load_in_4bit).to(dist.device()).eval()
     layout = arrange(model, config, segments)
+    balance = 0.0 if plan.reward else config.router_aux_loss_coef
+    if balance:
+        check_router(base_of(model), balance)
     if config.gradient_checkpointing:
         recompute_layers(model, selective=config.gradient_checkpointing == "selective")
     check_steady(model, pack(segments[:1], layout).to(dist.device()))
@@ -207,7 +211,7 @@ def make_engine(
         config.lr_scheduler_type, optimizer, round(config.warmup_ratio * steps), num_training_steps=steps
     )
     engine = deepspeed.initialize(
-        model=Policy(model, loss, offload),
+        model=Policy(model, loss, offload, balance),
         optimizer=optimizer,
         lr_scheduler=scheduler,
         config=deepspeed_settings(config),

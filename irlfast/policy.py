@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from irlfast.attention import hidden_states
+from irlfast.attention import body_output
 from irlfast.losses import Figures, Loss, Share
 from irlfast.model import head_of
+from irlfast.moe import balancing_loss
 from irlfast.pack import Batch
 
 FEW = 1024  # elements: fewer are not worth a copy
@@ -18,16 +19,25 @@ FEW = 1024  # elements: fewer are not worth a copy
 class Policy(torch.nn.Module):
     """A language or reward model with a loss on its hidden states: one module, so that ZeRO-3 gathers its head too."""
 
-    def __init__(self, model: Any, loss: Loss, offload: bool = False) -> None:
+    def __init__(self, model: Any, loss: Loss, offload: bool = False, router_aux_loss_coef: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.offload = offload
+        self.router_aux_loss_coef = router_aux_loss_coef
 
     def forward(self, batch: Batch, share: Share) -> tuple[Tensor, Figures]:
+        balanced = {"output_router_logits": True} if self.router_aux_loss_coef else {}
         with offloaded(self.model) if self.offload else contextlib.nullcontext():
-            hidden = hidden_states(self.model, batch)
-        return self.loss(hidden, head_of(self.model), batch, share)
+            output = body_output(self.model, batch, **balanced)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        loss, figures = self.loss(hidden, head_of(self.model), batch, share)
+        if not balanced:
+            return loss, figures
+        auxiliary = balancing_loss(self.model, output.router_logits, batch) * figures["count"]
+        weighted = self.router_aux_loss_coef * auxiliary
+        figures |= {"aux_loss": auxiliary.detach(), "loss": figures["loss"] + weighted.detach()}
+        return loss + weighted / share.pairs, figures
 
 
 def offloaded(model: torch.nn.Module) -> saved_tensors_hooks:

@@ -80,6 +80,9 @@ def check_model(config: Config) -> None:
     frozen, layers = config.reward_frozen_layers, text.num_hidden_layers
     if frozen > layers:
         raise InputError(f"reward_frozen_layers: found {frozen}, but the model has {layers} layers")
+    balance = config.router_aux_loss_coef
+    if balance and not hasattr(text, "output_router_logits"):
+        raise InputError(f"router_aux_loss_coef: found {balance}, but a {text.model_type} has no router; expected 0")
     positions = getattr(text, "max_position_embeddings", None)
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
     if positions and longest > positions:

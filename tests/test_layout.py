@@ -40,6 +40,7 @@ ORDER = [
     "masks",
     "attention",
     "steady",
+    "moe",
     "losses",
     "policy",
     "vllm_worker",

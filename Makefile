@@ -12,7 +12,7 @@ train: $(VENV)/installed
 SOME := -m "not slow"
 PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(SOME)
 
-test: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 lint gates
+test: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 $(VENV)/wandb-0.31.0 lint gates
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 	PYTHONPATH=$(VENV)/bitsandbytes-0.50.2 $(PYTEST) tests/test_qlora.py
@@ -66,6 +66,10 @@ $(VENV)/installed: requirements.txt setup.py
 
 $(VENV)/triton-% $(VENV)/bitsandbytes-%: | $(VENV)/installed
 	$(BIN)/$(INSTALL) --no-deps --target $@ $(subst -,==,$(@F))
+
+# With what it needs, behind the environment's own packages (tests/test_trackers.py).
+$(VENV)/wandb-%: | $(VENV)/installed
+	$(BIN)/$(INSTALL) --target $@ $(subst -,==,$(@F))
 
 clean:
 	rm -rf $(VENV) .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

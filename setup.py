@@ -99,6 +99,7 @@ setup(
         "pydantic>=2.12",
         "pyyaml",
         "numpy",
+        "psutil",
         "jinja2",
         "matplotlib",
         "packaging",

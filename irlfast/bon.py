@@ -39,7 +39,8 @@ ANSWERS = 2**17  # that are held in memory at a time
 
 def best_of_n(config: Config) -> None:
     """Sample, score and choose, a part of the prompts at a time; then the curve."""
-    run = prepare(dataclasses.replace(config, eval_dataset_name=config.dataset_name, max_eval_samples=1))
+    given: dict[str, Any] = {"eval_dataset_name": config.dataset_name, "max_eval_samples": 1, "push_to_hub": False}
+    run = prepare(dataclasses.replace(config, stages=1, align_rounds=1, **given))
     size = max(1, ANSWERS // config.num_generations)
     parts = [run.train[start : start + size] for start in range(0, len(run.train), size)]
     folders = [run.output / f"part-{number:05d}" for number in range(len(parts))]

@@ -219,8 +219,11 @@ class Config:
     logging_steps: Count = key(10, "optimiser steps between lines of metrics.jsonl")
     profile: bool = key(False, "write a torch profiler trace of steps 3 to 5 of every phase, trace.json in its folder")
     report_to: list[Literal["tensorboard", "wandb"]] = key([], "also log to these")
-    push_to_hub: bool = key(False, "upload final/ at the end")
+    run_name: str | None = key(None, "the run's name on W&B (default: the name of output_dir)")
+    project: str | None = key(None, "its project (default: WANDB_PROJECT of the environment, else irlfast)")
+    push_to_hub: bool = key(False, "upload final/ at the end; that it can be is tried before training starts")
     hub_model_id: str | None = key(None, "where to (required by push_to_hub)")
+    hub_private: bool = key(True, "to a private repository; false: to a public one")
 
     def at(self, name: str, stage: int) -> Any:
         """The value of a key at a stage: a list has one value a stage."""

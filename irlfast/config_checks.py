@@ -1,6 +1,7 @@
 """What one key of the configuration cannot tell alone. Looks at files but imports nothing heavy."""
 
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ def check(config: Any) -> None:
     if config.train_tokenizer and not config.config_name:
         raise InputError("train_tokenizer: a trained model needs its own tokenizer; expected config_name with it")
     check_reward(config)
+    check_phases(config)
     for first, second in (
         ("inner_epochs", "inner_steps"),
         ("sft_epochs", "sft_steps"),
@@ -62,6 +64,32 @@ def check(config: Any) -> None:
         raise InputError("push_to_hub: expected hub_model_id with it")
     for name in ("dataset_name", "eval_dataset_name", "config_name", "deepspeed", "model_name_or_path"):
         check_path(name, getattr(config, name))
+
+
+def check_phases(config: Any) -> None:
+    """What would leave nothing to train, or nothing to choose from."""
+    for name in ("sft_steps", "sft_epochs"):
+        if config.method == "sft" and getattr(config, name) == 0:
+            raise InputError(f"{name}: found 0 with method sft, which would train nothing; expected more")
+    no_first = config.method == "sft" and not config.model_name_or_path
+    if config.keep == "best" and config.metric_for_best_model == "reward_accuracy" and no_first:
+        raise InputError(
+            "metric_for_best_model: found 'reward_accuracy' with SFT of a new model alone, which has no policy before "
+            "it to compare with; expected nll or exact_match"
+        )
+    temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
+    if config.method in ("rft", "afd") and 0 in temperatures:
+        raise InputError(
+            f"temperature: found 0 with num_generations {config.num_generations}, which would all be the same answer; "
+            "expected more than 0"
+        )
+    if config.deepspeed and (path := find(config.deepspeed)):
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"deepspeed: {path} cannot be read as JSON ({error})") from error
+        if not isinstance(settings, dict):
+            raise InputError(f"deepspeed: {path} holds a {type(settings).__name__}, expected a JSON object")
 
 
 def check_offloading(config: Any) -> None:

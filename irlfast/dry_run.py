@@ -1,9 +1,13 @@
 """``--dry_run``: the resolved configuration, examples with the loss mask made visible, steps, memory and time."""
 
+import dataclasses
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -11,17 +15,24 @@ from rich.markup import escape
 from irlfast import dist
 from irlfast.config import Config, dump
 from irlfast.data import Example, Format
-from irlfast.engine import Plan
-from irlfast.files import InputError, find
+from irlfast.engine import Plan, fit, plan_phase
+from irlfast.files import InputError, find, read_jsonl
+from irlfast.limits import check_sizes
+from irlfast.losses import sft_loss
 from irlfast.methods.irft import irft_plan, stage_name
 from irlfast.methods.reward import reward_plan
 from irlfast.methods.rft import round_name
 from irlfast.methods.sft import sft_plan, wants_sft
-from irlfast.model import load_model_config
+from irlfast.metrics import Log
+from irlfast.model import build_model, load_model_config
+from irlfast.pack import Segment
 from irlfast.prepare import check_model, describe, quiet, read_data
+from irlfast.run import Run
 
 EXAMPLES = 3
-EFFICIENCY = 0.4  # of the measured matrix-product rate that a whole training step reaches
+EFFICIENCY = 0.4  # of a matrix product's rate that a whole training step reaches
+BY_MATRICES = f"{EFFICIENCY:.0%} of a matrix product's"
+SAFE = 0.8  # of the memory that is free, which a model may take for a step
 
 
 class Size(NamedTuple):
@@ -35,11 +46,12 @@ def show(config: Config) -> None:
     quiet()
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"[bold]configuration[/]\n{escape(dump(config))}")
-    size, train = model_size(config), None
+    size, train, form = model_size(config), None, None
     if size:
         check_model(config)
     try:
-        form, train, _, counts = read_data(config)
+        form, train, held_out, counts = read_data(config)
+        check_sizes(config, train, held_out)
         out.print(f"[bold]data[/]\n{describe(counts)}\n")
         show_examples(out, train[:EXAMPLES], form)
         size = model_size(config, len(form.tokenizer))
@@ -48,7 +60,8 @@ def show(config: Config) -> None:
             raise
         out.print(f"[bold]data[/]\nnot checked: {escape(str(error))}\n")
     out.print(f"[bold]model[/]\n{size.parameters:,} parameters\n" if size else "[bold]model[/]\ncannot be had here\n")
-    show_estimates(out, config, train, size)
+    rate, how = rate_of(config, form, train, size) if train and form and size else (matrix_rate(config), BY_MATRICES)
+    show_estimates(out, config, train, size, rate, how)
 
 
 def show_examples(out: Console, examples: list[Example], form: Format) -> None:
@@ -61,24 +74,24 @@ def show_examples(out: Console, examples: list[Example], form: Format) -> None:
         out.print(f"[dim]{len(example.prompt_ids)} prompt tokens + {len(example.answer_ids)} answer tokens[/]\n")
 
 
-def show_estimates(out: Console, config: Config, train: list[Example] | None, size: Size | None) -> None:
+def show_estimates(
+    out: Console, config: Config, train: list[Example] | None, size: Size | None, rate: float, how: str
+) -> None:
     rows = len(train) if train else config.max_train_samples
     if not rows:
         out.print("steps: unknown without the data; max_train_samples gives a bound")
         return
     length = mean_length(train) if train else float(config.max_length)
-    rate = matrix_rate(config)
     length_note = f"{length:.0f} tokens a sequence" + ("" if train else " (max_length)")
     out.print(
-        f"[bold]phases[/] (at most; {dist.world_size()} process, {length_note}; "
-        f"{EFFICIENCY:.0%} of this machine's {rate / 1e12:.2f} TFLOP/s)"
+        f"[bold]phases[/] (at most; {dist.world_size()} process, {length_note}; {rate / 1e12:.3f} TFLOP/s, {how})"
     )
     for name, plan, answers, pairs in phases(config, rows):
         sequences = len(plan.steps) * plan.steps[0].size * answers
         line = f"{name}: {len(plan.steps):,} optimiser steps of {plan.steps[0].size}, {sequences:,} sequences"
         if size:
             operations = size.parameters * length * (6 * sequences + 4 * pairs + 2 * pairs)  # train, score both, sample
-            line += f", about {duration(operations / (EFFICIENCY * rate) / dist.world_size())}"
+            line += f", about {duration(operations / rate / dist.world_size())}"
         out.print(line)
     if size:
         out.print(f"\n[bold]memory[/]\nabout {memory(config, size, length) / 2**30:.2f} GiB a device in training")
@@ -157,15 +170,66 @@ def memory(config: Config, model: Size, length: float) -> float:
     return weights + gradients + optimiser + activations
 
 
+def rate_of(config: Config, form: Format, train: list[Example], size: Size) -> tuple[float, str]:
+    """Operations a second of training, and how they were found: by a step of the model, where it is here and fits."""
+    policy = weights_at_hand(config)
+    if dist.world_size() > 1:
+        return matrix_rate(config), f"{BY_MATRICES}: one process alone measures a step"
+    if config.resize_embeddings:
+        return matrix_rate(config), f"{BY_MATRICES}: the model's embeddings are to be resized"
+    if not policy and not config.config_name:
+        return matrix_rate(config), f"{BY_MATRICES}: the model's weights are not here"
+    room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if memory(config, size, mean_length(train)) > SAFE * room:
+        return matrix_rate(config), f"{BY_MATRICES}: the model does not fit into {room / 2**30:.1f} GiB"
+    return measured_rate(config, policy, form, train), "measured on a step of SFT of this model"
+
+
+def weights_at_hand(config: Config) -> str | None:
+    """The folder of the given model, of the hub's too where it has been downloaded."""
+    import huggingface_hub
+
+    name = config.model_name_or_path
+    if name is None or find(name):
+        return name
+    try:
+        folder = huggingface_hub.snapshot_download(name, revision=config.model_revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return folder if any(Path(folder).glob("*.safetensors")) else None
+
+
+def measured_rate(config: Config, policy: str | None, form: Format, train: list[Example]) -> float:
+    """Operations a second of the second step of SFT on the first rows, one micro-batch a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        if policy is None:
+            policy = str(output / "initial")
+            build_model(config, form.tokenizer, output / "initial")
+        alone = dataclasses.replace(
+            config, logging_steps=1, save_steps=0, gradient_accumulation_steps=1, profile=False, report_to=[]
+        )
+        dist.start()
+        run = Run(alone, output, policy, form, train, [], Log(output, alone))
+        plan = plan_phase(
+            alone, len(train), stage=-1, epochs=None, steps=2, learning_rate=1e-9, optim=config.optim, seed=[0]
+        )
+        segments = [Segment(example.prompt_ids, (example.answer_ids,)) for example in train]
+        fit(run, output / "sft", policy, segments, sft_loss, plan)
+        dist.stop()
+        *_, (_, last) = read_jsonl(output / "metrics.jsonl")
+        return last["tflops"] * 1e12
+
+
 def matrix_rate(config: Config, size: int = 2048) -> float:
-    """Operations a second of a square matrix product in the run's dtype on this machine."""
+    """Operations a second that training may reach: a part of a square matrix product's in the run's dtype."""
     matrix = torch.randn(size, size, dtype=getattr(torch, config.dtype), device=dist.device())
     best = float("inf")
     for _ in range(3):
         begun = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
         best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best
+    return EFFICIENCY * 2 * size**3 / best
 
 
 def duration(seconds: float) -> str:

@@ -56,6 +56,7 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
             figures |= {"reward_accuracy": mean([value > 0 for value in margins]), "margin": mean(margins)}
     figures |= preferences(run, folder, policy, first_folder, first)
     if dist.is_main():
+        run.log.hold_out(figures, answers)
         write_jsonl(folder / "answers.jsonl", answers)
         write_json(path, figures | {"seconds": time.perf_counter() - begun})
     dist.barrier()

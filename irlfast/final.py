@@ -12,6 +12,7 @@ import irlfast
 from irlfast import dist
 from irlfast.config import Config
 from irlfast.files import read_json, write, write_json, write_text
+from irlfast.hub import card_head, upload
 from irlfast.lora import base_and_adapter, merge
 from irlfast.metrics import say
 from irlfast.model import load_model, save_pretrained
@@ -31,24 +32,15 @@ def finish(run: Run, policies: dict[str, Path | str], figures: list[dict[str, An
     kept, why = choose(run.config, figures)
     final = run.output / "final"
     if dist.is_main():
-        if not final.exists():
+        if not final.exists() or read_json(final / "policy.json") != choice(kept, why, figures):
             write(final, lambda temporary: save_final(temporary, run, policies[kept], kept, why, figures))
         report = write_report(run.output)
         print_table(figures, kept)
         say(f"policy: {final} (from {kept}: {why})\nreport: {report}")
-        push(run.config, final)
+        if run.config.push_to_hub:
+            upload(run.config, final)
     dist.barrier()
     dist.stop()
-
-
-def push(config: Config, folder: Path) -> None:
-    if not config.push_to_hub:
-        return
-    import huggingface_hub
-
-    assert config.hub_model_id
-    huggingface_hub.create_repo(config.hub_model_id, exist_ok=True)
-    huggingface_hub.upload_folder(repo_id=config.hub_model_id, folder_path=folder)
 
 
 def finish_reward(run: Run, reward: Path) -> None:
@@ -59,7 +51,8 @@ def finish_reward(run: Run, reward: Path) -> None:
         if not final.exists():
             write(final, lambda temporary: save_reward(temporary, run, reward, figures))
         say(f"reward model: {final}")
-        push(run.config, final)
+        if run.config.push_to_hub:
+            upload(run.config, final)
     dist.barrier()
     dist.stop()
 
@@ -72,13 +65,7 @@ def save_reward(folder: Path, run: Run, reward: Path, figures: dict[str, Any]) -
 def reward_card(config: Config, figures: dict[str, Any]) -> str:
     numbers = {name.replace("_", " "): value for name, value in figures.items() if name != "phase"}
     rows = "\n".join(f"| {name} | {value:,.3f} |" for name, value in numbers.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-tags:
-- irlfast
-- reward-model
----
+    return f"""{card_head(config, "text-classification", "reward-model")}
 # A reward model learned from demonstrations with irlfast {irlfast.__version__}
 
 Loss `{config.reward_loss}` on pairs `{config.reward_data}` of `{config.dataset_name}`, per {config.reward_level}. It
@@ -102,25 +89,23 @@ def choose(config: Config, figures: list[dict[str, Any]]) -> tuple[str, str]:
     return best["phase"], f"the best held-out {name}, {best[name]:.3f}"
 
 
+def choice(kept: str, why: str, figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``policy.json`` says; where a run goes on to more stages, it changes, and ``final/`` is made anew."""
+    return {"kept": kept, "why": why, "phases": [row["phase"] for row in figures]}
+
+
 def save_final(folder: Path, run: Run, policy: Path | str, kept: str, why: str, figures: list[dict[str, Any]]) -> None:
     if isinstance(policy, Path) and not base_and_adapter(policy)[1]:
         shutil.copytree(policy, folder)
     else:
         save_pretrained(folder, merge(load_model(policy, run.config), str(policy)), run.form.tokenizer)
-    write_json(folder / "policy.json", {"kept": kept, "why": why})
+    write_json(folder / "policy.json", choice(kept, why, figures))
     write_text(folder / "README.md", model_card(run.config, kept, why, figures))
 
 
 def model_card(config: Config, kept: str, why: str, figures: list[dict[str, Any]]) -> str:
     rows = [f"| {row['phase']} | " + " | ".join(cells(row)) + " |" for row in figures]
-    base = f"base_model: {config.model_name_or_path}\n" if config.model_name_or_path else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{base}tags:
-- irlfast
-- {config.method}
----
+    return f"""{card_head(config, "text-generation", config.method)}
 # A policy trained from demonstrations with irlfast {irlfast.__version__}
 
 Method `{config.method}` on `{config.dataset_name}`; this is the policy of `{kept}` ({why}).

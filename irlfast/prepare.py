@@ -5,10 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from irlfast import dist
-from irlfast.config import Config, difference, dump
+from irlfast.config import Config, dump
 from irlfast.data import (
     Example,
     Format,
@@ -21,9 +19,12 @@ from irlfast.data import (
     save_examples,
 )
 from irlfast.files import InputError, find, read_json, write_json, write_text
+from irlfast.hub import try_upload
+from irlfast.limits import check_lora, check_rewards, check_sizes, check_vllm
 from irlfast.lora import base_and_adapter, check_adapter
 from irlfast.metrics import Log, say
 from irlfast.model import build_model, count_tokens, load_model_config, load_tokenizer, resize_model, rows_of
+from irlfast.output import check_output, hold
 from irlfast.run import Run
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -39,8 +40,16 @@ def prepare(config: Config) -> Run:
     """
     output = Path(config.output_dir).expanduser()
     check_output(output, config)
+    if dist.is_main() and output.exists():
+        hold(output)
     quiet()
     check_model(config)
+    if config.sampler == "vllm":
+        check_vllm(config)
+    if config.method in ("rft", "afd"):
+        check_rewards(config)
+    if config.push_to_hub and dist.is_main():
+        try_upload(config)
     found = write_data(config, output) if dist.is_main() else None
     dist.start()
     form, counts = dist.from_main(found)
@@ -52,6 +61,8 @@ def prepare(config: Config) -> Run:
 def write_data(config: Config, output: Path) -> tuple[Format, dict[str, Any]]:
     """Tokenise the demonstrations into ``data/``; returns their format and counts."""
     form, train, held_out, counts = read_data(config)
+    check_sizes(config, train, held_out)
+    hold(output)
     counts["fingerprint"] = fingerprint(train, held_out)
     known = read_json(output / "data.json") if (output / "data.json").exists() else counts
     if known["fingerprint"] != counts["fingerprint"]:
@@ -63,20 +74,10 @@ def write_data(config: Config, output: Path) -> tuple[Format, dict[str, Any]]:
     return form, counts
 
 
-def check_output(output: Path, config: Config) -> None:
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"output_dir {output}: cannot be written, for {nearest} is no writable folder")
-    if (output / "config.yaml").exists():
-        old = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
-        changed = difference(old, yaml.safe_load(dump(config)))
-        if changed:
-            raise InputError(f"output_dir {output}: its run has another configuration ({changed})")
-
-
 def check_model(config: Config) -> None:
     """Whether there will be a model to train, long before it is loaded."""
-    text = load_model_config(config).get_text_config()
+    model_config = load_model_config(config)
+    text = model_config.get_text_config()
     frozen, layers = config.reward_frozen_layers, text.num_hidden_layers
     if frozen > layers:
         raise InputError(f"reward_frozen_layers: found {frozen}, but the model has {layers} layers")
@@ -92,6 +93,8 @@ def check_model(config: Config) -> None:
         )
     if config.model_name_or_path:
         check_weights(config)
+    if config.use_peft:
+        check_lora(config, model_config)
 
 
 def check_weights(config: Config) -> None:

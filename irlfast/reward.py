@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from irlfast import dist, ops
 from irlfast.config import Config
 from irlfast.data import Message, prompt_text
 from irlfast.files import InputError, find, write
 from irlfast.lora import base_and_adapter
+from irlfast.metrics import Progress
 from irlfast.model import first_sentence
 from irlfast.ops import Head
 from irlfast.pack import Batch, Segment
@@ -189,11 +189,13 @@ def load_external(reward: str, batch_size: int, trust_remote_code: bool = False)
         whole = [as_text(tokenizer, *text) for text in texts]
         order = sorted(range(len(whole)), key=lambda i: (-len(whole[i]), i))
         found = torch.empty(len(whole))
-        starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc=Path(reward).name, unit="batch", leave=False, disable=not dist.is_main()):
+        progress = Progress(Path(reward).name, len(order), "answer", seconds=10.0)
+        for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             inputs = tokenizer([whole[i] for i in chosen], return_tensors="pt", padding=batch_size > 1, truncation=True)
             found[chosen] = model(**inputs.to(model.device)).logits[:, 0].float().cpu()
+            progress.advance(len(chosen))
+            progress.tell()
         return found
 
     return score_texts

@@ -55,6 +55,9 @@ def command() -> None:
     config, dry_run = load_config(sys.argv[1:])
     with writing_to(f"output_dir {config.output_dir}"):
         if dry_run:
+            from irlfast.hub import stay_offline_where_cut_off
+
+            stay_offline_where_cut_off()
             from irlfast.dry_run import show
 
             show(config)

@@ -106,6 +106,7 @@ def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any
             figures[f"{name}_margin"] = (rewards[:, 0] - rewards[:, 1]).mean().item()
             figures[f"{name}_pairs"] = len(pairs)
     if dist.is_main():
+        run.log.hold_out(figures, kind="eval_reward")
         write_json(path, figures | {"seconds": time.perf_counter() - begun})
     dist.barrier()
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items() if "accuracy" in name)

@@ -118,7 +118,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
 
     from irlfast import dist
     from irlfast.config import make_config
-    from irlfast.data import Format
+    from irlfast.data.encoding import Format
     from irlfast.engine import Plan, fit
     from irlfast.files import remove
     from irlfast.losses import irft_loss
@@ -152,7 +152,16 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
         remove(output)
         output.mkdir()
     dist.barrier()
-    run = Run(config, output, folder / "policy", Format(no_words(), "", [], 0), [], [], Clock(output, config))
+    run = Run(
+        config,
+        output,
+        folder / "policy",
+        Format(no_words(), None, [], 0, (0,), True),
+        [],
+        [],
+        Clock(output, config),
+        None,
+    )
     segments = [Segment(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
     begun = now()
     ref_logps = score(run, folder / "reference", segments, output / "reference.safetensors")

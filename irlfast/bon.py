@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from irlfast import dist
 from irlfast.command import exit_code, writing_to
 from irlfast.config import Config, load_config
-from irlfast.data import Example
+from irlfast.data.store import Example
 from irlfast.evaluate import text
 from irlfast.files import write, write_json, write_jsonl
 from irlfast.methods.irft import sampling
@@ -39,8 +39,8 @@ ANSWERS = 2**17  # that are held in memory at a time
 
 def best_of_n(config: Config) -> None:
     """Sample, score and choose, a part of the prompts at a time; then the curve."""
-    given: dict[str, Any] = {"eval_dataset_name": config.dataset_name, "max_eval_samples": 1, "push_to_hub": False}
-    run = prepare(dataclasses.replace(config, stages=1, align_rounds=1, **given))
+    given: dict[str, Any] = {"stages": 1, "align_rounds": 1, "push_to_hub": False}
+    run = prepare(dataclasses.replace(config, **given), prompts_only=True)
     size = max(1, ANSWERS // config.num_generations)
     parts = [run.train[start : start + size] for start in range(0, len(run.train), size)]
     folders = [run.output / f"part-{number:05d}" for number in range(len(parts))]

@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from irlfast.files import InputError, find
+from irlfast.files import InputError, find, is_glob, is_local
 
 PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")
 
 
 def check(config: Any) -> None:
     """Every check; the first that fails raises an InputError that names the keys."""
-    if config.dataset_name is None:
+    if not config.dataset_name:
         raise InputError("dataset_name: found nothing, expected a file of demonstrations or a hub dataset")
     if (config.model_name_or_path is None) == (config.config_name is None):
         raise InputError("model_name_or_path and config_name: expected exactly one of them")
@@ -62,8 +62,14 @@ def check(config: Any) -> None:
             raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")
     if config.push_to_hub and not config.hub_model_id:
         raise InputError("push_to_hub: expected hub_model_id with it")
-    for name in ("dataset_name", "eval_dataset_name", "config_name", "deepspeed", "model_name_or_path"):
+    for name in ("config_name", "deepspeed", "model_name_or_path"):
         check_path(name, getattr(config, name))
+    for name in ("dataset_name", "eval_dataset_name"):
+        check_datasets(name, getattr(config, name))
+    if config.dataset_test_split == config.dataset_train_split and not config.eval_dataset_name:
+        raise InputError(
+            f"dataset_test_split: found {config.dataset_test_split!r}, from which the run learns; expected another"
+        )
 
 
 def check_phases(config: Any) -> None:
@@ -162,3 +168,15 @@ def check_path(name: str, value: str | None) -> None:
     local = name in ("config_name", "deepspeed") or value.startswith(("/", ".", "~")) or value.count("/") > 1
     if local or Path(value).suffix in (".json", ".jsonl", ".parquet", ".csv"):
         raise InputError(f"{name}: no such file or folder: {value}")
+
+
+def check_datasets(key: str, value: Any) -> None:
+    """Files that are named must exist, and of several sources all have a weight or none."""
+    sources = value if isinstance(value, list) else [value] if value else []
+    weights = {getattr(source, "weight", None) is None for source in sources}
+    if len(weights) > 1:
+        raise InputError(f"{key}: found sources with a weight and without, expected a weight for each or for none")
+    for source in sources:
+        name = str(getattr(source, "name", source))
+        if not find(name) and is_local(name) and not is_glob(name):
+            raise InputError(f"{key}: no such file or folder: {name}")

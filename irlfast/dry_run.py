@@ -1,6 +1,7 @@
 """``--dry_run``: the resolved configuration, examples with the loss mask made visible, steps, memory and time."""
 
 import dataclasses
+import datetime
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from rich.markup import escape
 
 from irlfast import dist
 from irlfast.config import Config, dump
-from irlfast.data import Example, Format
+from irlfast.data.encoding import Format
+from irlfast.data.sets import read_sets
+from irlfast.data.sources import locate, sources_of
+from irlfast.data.store import Example
 from irlfast.engine import Plan, fit, plan_phase
 from irlfast.files import InputError, find, read_jsonl
 from irlfast.limits import check_sizes
@@ -26,7 +30,7 @@ from irlfast.methods.sft import sft_plan, wants_sft
 from irlfast.metrics import Log
 from irlfast.model import build_model, load_model_config
 from irlfast.pack import Segment
-from irlfast.prepare import check_model, describe, quiet, read_data
+from irlfast.prepare import check_model, check_rows, describe, quiet, read_format
 from irlfast.run import Run
 
 EXAMPLES = 3
@@ -50,13 +54,17 @@ def show(config: Config) -> None:
     if size:
         check_model(config)
     try:
-        form, train, held_out, counts = read_data(config)
-        check_sizes(config, train, held_out)
-        out.print(f"[bold]data[/]\n{describe(counts)}\n")
+        form = read_format(config, datetime.datetime.now())
+        sets = read_sets(config, form)
+        train = sets.train
+        if config.model_name_or_path:
+            check_rows(config, form, [*train, *sets.held_out])
+        check_sizes(config, train, sets.held_out)
+        out.print(f"[bold]data[/]\n{escape(describe(sets))}\n")
         show_examples(out, train[:EXAMPLES], form)
         size = model_size(config, len(form.tokenizer))
     except InputError as error:
-        if find(config.dataset_name or "") and size:  # all is at hand, so the data is wrong
+        if all(locate(source.name) for source in sources_of(config)) and size:  # all is at hand, so the data is wrong
             raise
         out.print(f"[bold]data[/]\nnot checked: {escape(str(error))}\n")
     out.print(f"[bold]model[/]\n{size.parameters:,} parameters\n" if size else "[bold]model[/]\ncannot be had here\n")
@@ -210,7 +218,7 @@ def measured_rate(config: Config, policy: str | None, form: Format, train: list[
             config, logging_steps=1, save_steps=0, gradient_accumulation_steps=1, profile=False, report_to=[]
         )
         dist.start()
-        run = Run(alone, output, policy, form, train, [], Log(output, alone))
+        run = Run(alone, output, policy, form, train, [], Log(output, alone), None)
         plan = plan_phase(
             alone, len(train), stage=-1, epochs=None, steps=2, learning_rate=1e-9, optim=config.optim, seed=[0]
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from irlfast import dist
 from irlfast.attention import arrange
 from irlfast.config import Config
-from irlfast.data import Format
+from irlfast.data.encoding import Format
 from irlfast.files import InputError, find, read_json, remove, write, write_json, write_text
 from irlfast.lora import add_lora, base_and_adapter, is_adapted, merge, revision, save_lora
 from irlfast.losses import Figures, Loss

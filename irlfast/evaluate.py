@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from irlfast import dist
-from irlfast.data import Ids
+from irlfast.data.store import TokenIds
 from irlfast.files import read_json, write_json, write_jsonl
 from irlfast.pack import Segment
 from irlfast.reference import log_ratios, score
@@ -77,7 +77,7 @@ def preferences(run: Run, folder: Path, policy: Path | str, first_folder: Path, 
     return figures
 
 
-def text(run: Run, ids: Ids) -> str:
+def text(run: Run, ids: TokenIds) -> str:
     return run.form.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
 
 

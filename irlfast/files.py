@@ -9,6 +9,8 @@ from typing import Any
 
 import irlfast
 
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # of files of rows
+PACKED = (".gz", ".zst")  # that may follow them
 PACKAGE_PARENT = Path(irlfast.__file__).resolve().parent.parent
 
 
@@ -26,6 +28,22 @@ def find(name: str) -> Path | None:
         if path.exists():
             return path
     return None
+
+
+def ending(name: str) -> tuple[str, str]:
+    """The ending of a file of rows and that of its compression: ``(".jsonl", ".gz")``; empty where it has another."""
+    packed = next((end for end in PACKED if name.lower().endswith(end)), "")
+    inner = name.lower().removesuffix(packed)
+    return next((end for end in ENDINGS if inner.endswith(end)), ""), packed
+
+
+def is_glob(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
+
+
+def is_local(name: str) -> bool:
+    """Whether a name can only be a file's or a folder's; one like ``owner/name`` may be on the hub."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or bool(ending(name)[0]) or is_glob(name)
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:

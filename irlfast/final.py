@@ -1,5 +1,6 @@
 """The end of a run: the policy to keep with its model card, the closing table, and the report."""
 
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.table import Table
 import irlfast
 from irlfast import dist
 from irlfast.config import Config
+from irlfast.data.encoding import Format
 from irlfast.files import read_json, write, write_json, write_text
 from irlfast.hub import card_head, upload
 from irlfast.lora import base_and_adapter, merge
@@ -99,8 +101,32 @@ def save_final(folder: Path, run: Run, policy: Path | str, kept: str, why: str, 
         shutil.copytree(policy, folder)
     else:
         save_pretrained(folder, merge(load_model(policy, run.config), str(policy)), run.form.tokenizer)
+    name_end_tokens(folder, run.form)
     write_json(folder / "policy.json", choice(kept, why, figures))
     write_text(folder / "README.md", model_card(run.config, kept, why, figures))
+
+
+def name_end_tokens(folder: Path, form: Format) -> None:
+    """Name the token that answers were trained to end with, so that ``generate`` and servers stop at it.
+
+    The generation config names it, beside the model's other end tokens. So does the tokenizer as its EOS, unless the
+    chat template would write another text then.
+    """
+    import transformers
+
+    try:
+        settings = transformers.GenerationConfig.from_pretrained(folder)
+    except OSError:
+        settings = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(folder))
+    others = [token for token in form.ends if token != form.end_id]
+    settings.eos_token_id = [form.end_id, *others] if others else form.end_id
+    settings.save_pretrained(folder)
+    tokenizer = copy.deepcopy(form.tokenizer)
+    question = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    before = tokenizer.apply_chat_template(question, tokenize=False)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(form.end_id)
+    if tokenizer.apply_chat_template(question, tokenize=False) == before:
+        tokenizer.save_pretrained(folder)
 
 
 def model_card(config: Config, kept: str, why: str, figures: list[dict[str, Any]]) -> str:

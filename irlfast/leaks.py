@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from irlfast.data import Format
+from irlfast.data.encoding import Format
 from irlfast.pack import Segment
 
 MOST_PAIRS = 4000  # enough to see an accuracy of 0.9; more only takes time
@@ -31,11 +31,11 @@ def find_leaks(pairs: Sequence[Segment], form: Format, max_new_tokens: int) -> d
     if len(pairs) < 2 * FOLDS:
         return {}
     answers = [answer for pair in pairs for answer in pair.answers[:2]]
-    special = {*form.tokenizer.all_special_ids} - {form.end_id}
+    special = {*form.tokenizer.all_special_ids}.difference(form.ends)
     scalars = {
         "length": [len(answer) for answer in answers],
-        "end token": [answer[-1] == form.end_id for answer in answers],
-        "truncation": [answer[-1] != form.end_id and len(answer) >= max_new_tokens for answer in answers],
+        "end token": [answer[-1] in form.ends for answer in answers],
+        "truncation": [answer[-1] not in form.ends and len(answer) >= max_new_tokens for answer in answers],
         "special tokens": [sum(token in special for token in answer) for answer in answers],
     }
     labels, groups = np.tile([1, 0], len(pairs)), np.repeat(np.arange(len(pairs)), 2)

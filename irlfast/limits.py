@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from irlfast.config import Config
-from irlfast.data import Example
+from irlfast.data.store import Example
 from irlfast.files import InputError, find
 from irlfast.lora import add_lora
 from irlfast.methods.irft import stage_examples, stage_name

@@ -1,6 +1,8 @@
 """Models and tokenizers: loaded, or built small from a config; reward models are policies with another head."""
 
+import contextlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ END_TOKEN = "<|endoftext|>"
 # ---------------------------------------------------------------- tokenizers
 
 
-def load_tokenizer(config: Config, texts: list[str]) -> Any:
+def load_tokenizer(config: Config, texts: Iterable[str]) -> Any:
     """The run's tokenizer; ``texts`` train one where ``train_tokenizer`` asks for it."""
     import transformers
 
@@ -38,7 +40,7 @@ def load_tokenizer(config: Config, texts: list[str]) -> Any:
         raise InputError(f"tokenizer {name}: cannot be loaded ({first_sentence(error)})") from error
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     """A byte-level BPE tokenizer: every text has token ids, and frequent strings one each."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -122,6 +124,34 @@ def load_model_config(config: Config) -> Any:
         )
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{key} {name}: not a Transformers config ({first_sentence(error)})") from error
+
+
+def stop_tokens(config: Config) -> list[int]:
+    """The tokens that end an answer by the word of the model's own config and generation config."""
+    import transformers
+
+    if not config.model_name_or_path:
+        return []
+    name, _ = base_and_adapter(config.model_name_or_path)
+    found = [load_model_config(config).get_text_config().eos_token_id]
+    with contextlib.suppress(OSError):  # most models have no generation config
+        found.append(transformers.GenerationConfig.from_pretrained(name).eos_token_id)
+    flat = [ids if isinstance(ids, list) else [ids] for ids in found]
+    return sorted({token for ids in flat for token in ids if token is not None})
+
+
+def vocabulary_of(name: Path | str, config: Config) -> int:
+    """Rows of the embedding of the model ``name``, or of the base of an adapter."""
+    import transformers
+
+    base, _ = base_and_adapter(name)
+    found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
+    return found.get_text_config().vocab_size
+
+
+def no_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
+    """The ids below ``vocabulary`` that stand for no token, as rows of an embedding that was padded."""
+    return sorted({*range(vocabulary)} - {*tokenizer.get_vocab().values()})
 
 
 def save_pretrained(folder: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:

@@ -26,6 +26,8 @@ class Segment(NamedTuple):
     ref_logps: tuple[Tensor, ...] = ()  # per answer, reference log-probability of each token, fp32
     old_logps: tuple[Tensor, ...] = ()  # the same under the policy that sampled it
     advantages: tuple[float, ...] = ()  # per answer
+    learned: Sequence[int] | None = None  # positions in a single answer that a loss is on (None: all of them)
+    row: int = -1  # the example's place in data/rows.jsonl
 
 
 class Layout(NamedTuple):
@@ -98,9 +100,9 @@ def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
         for k, answer in enumerate(piece.answers, 1):
             put(flat, at, answer[:-1], prompt, number if layout.one_row else 0, k)
             predicting = [first + prompt - 1, *range(at, at + len(answer) - 1)]
-            rows.append(np.array(predicting[layout.whole : len(answer)], dtype=np.int64))
+            rows.append(np.array(learned(predicting[layout.whole : len(answer)], piece), dtype=np.int64))
             at += max(len(answer) - 1, 0)
-    answers = [answer[: len(answer) - layout.whole] for piece in pieces for answer in piece.answers]
+    answers = [learned(answer[: len(answer) - layout.whole], piece) for piece in pieces for answer in piece.answers]
     advantages = [advantage for segment in segments for advantage in segment.advantages]
     return Batch(
         torch.from_numpy(input_ids),
@@ -117,6 +119,11 @@ def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
         old_logps=joined([segment.old_logps for segment in segments]),
         advantages=torch.tensor(advantages, dtype=torch.float32) if advantages else None,
     )
+
+
+def learned(values: Sequence[int], segment: Segment) -> Sequence[int]:
+    """Of an answer's values, one a token, those of the tokens that a loss is on."""
+    return values if segment.learned is None else [values[at] for at in segment.learned]
 
 
 def joined(logps: Sequence[tuple[Tensor, ...]]) -> Tensor | None:
@@ -137,7 +144,8 @@ def parts(segment: Segment, layout: Layout) -> list[Segment]:
     Where answers are to be whole, a token more stands behind each, to be left out in the place of its last.
     """
     answers = tuple([*answer, 0] for answer in segment.answers) if layout.whole else segment.answers
-    return [Segment(segment.prompt, answers)] if layout.shared else [Segment(segment.prompt, (a,)) for a in answers]
+    shared = Segment(segment.prompt, answers, learned=segment.learned)
+    return [shared] if layout.shared else [shared._replace(answers=(answer,)) for answer in answers]
 
 
 def tokens(segment: Segment) -> int:
@@ -151,7 +159,7 @@ def work(segments: Sequence[Segment], layout: Layout) -> Counter[str]:
     for part in (part for segment in segments for part in parts(segment, layout)):
         prompt, lengths = len(part.prompt), [max(len(answer) - 1, 0) for answer in part.answers]
         found["tokens"] += tokens(part)
-        found["answer_tokens"] += sum(len(answer) - layout.whole for answer in part.answers)
+        found["answer_tokens"] += sum(len(learned(answer, part)) - layout.whole for answer in part.answers)
         found["seen"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irlfast.data import Format
+from irlfast.data.encoding import Format
 
 NAMES = (r"\W*((finetune_)?(right|left)_)?pad(ding)?(_id|_token)?\W*", r".*(reserved|unused).*", r"\W*unk\W*")
 PLANES = "".join(map(chr, [*range(32, 127), *range(128, 0xD800, 61), *range(0xE000, 0x20000, 997)]))  # of Unicode
@@ -43,8 +43,8 @@ def padded_apart(model: Any, form: Format, state: dict[str, Tensor]) -> Any:
 
 def unused_token(tokenizer: Any, form: Format) -> str | None:
     """The first special token for padding or for later that neither texts nor templates nor ends of answers have."""
-    ends = {form.end_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}
-    templates = f"{tokenizer.chat_template} {form.template}"
+    ends = {*form.ends, tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}
+    templates = str(tokenizer.chat_template)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     named = [name for pattern in NAMES for name in special if re.fullmatch(pattern, name, re.IGNORECASE)]
     for name in filter(None, (tokenizer.pad_token, *named)):

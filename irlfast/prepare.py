@@ -1,39 +1,45 @@
 """The start of a run: check everything that can be wrong before the first file is written."""
 
+import datetime
 import logging
 import os
+import shutil
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from irlfast import dist
 from irlfast.config import Config, dump
-from irlfast.data import (
-    Example,
-    Format,
-    encode,
-    fingerprint,
-    load_examples,
-    make_format,
-    read_splits,
-    render_texts,
-    save_examples,
-)
-from irlfast.files import InputError, find, read_json, write_json, write_text
+from irlfast.data.encoding import Format, make_format
+from irlfast.data.reading import describe as reading_line
+from irlfast.data.reading import dropped_rows
+from irlfast.data.sets import Sets, read_sets, tokenizer_texts
+from irlfast.data.store import Example, Rows, fingerprint, load_examples, save_examples
+from irlfast.files import InputError, find, read_json, write, write_json, write_jsonl, write_text
 from irlfast.hub import try_upload
 from irlfast.limits import check_lora, check_rewards, check_sizes, check_vllm
 from irlfast.lora import base_and_adapter, check_adapter
 from irlfast.metrics import Log, say
-from irlfast.model import build_model, count_tokens, load_model_config, load_tokenizer, resize_model, rows_of
+from irlfast.model import (
+    build_model,
+    count_tokens,
+    load_model_config,
+    load_tokenizer,
+    resize_model,
+    rows_of,
+    stop_tokens,
+)
 from irlfast.output import check_output, hold
 from irlfast.run import Run
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, prompts_only: bool = False) -> Run:
     """The run's data, tokenizer, folder, and the policy that it starts from.
 
     The main process alone reads and tokenises, while the others wait in ``dist.start``; all map what it wrote.
+    ``prompts_only``: rows need no answer, and none is held out.
 
     Raises:
         InputError: bad data, no tokenizer or weights, or an ``output_dir`` of another configuration or other data.
@@ -50,28 +56,48 @@ def prepare(config: Config) -> Run:
         check_rewards(config)
     if config.push_to_hub and dist.is_main():
         try_upload(config)
-    found = write_data(config, output) if dist.is_main() else None
+    found = write_data(config, output, prompts_only) if dist.is_main() else None
     dist.start()
-    form, counts = dist.from_main(found)
+    form, lines = dist.from_main(found)
     train, held_out = (load_examples(output / "data" / f"{name}.safetensors") for name in ("train", "eval"))
-    say(describe(counts))
-    return Run(config, output, starting_policy(config, output, form), form, train, held_out, Log(output, config))
+    say(lines)
+    rows = Rows(output / "data" / "rows.jsonl")
+    return Run(config, output, starting_policy(config, output, form), form, train, held_out, Log(output, config), rows)
 
 
-def write_data(config: Config, output: Path) -> tuple[Format, dict[str, Any]]:
-    """Tokenise the demonstrations into ``data/``; returns their format and counts."""
-    form, train, held_out, counts = read_data(config)
-    check_sizes(config, train, held_out)
-    hold(output)
-    counts["fingerprint"] = fingerprint(train, held_out)
-    known = read_json(output / "data.json") if (output / "data.json").exists() else counts
-    if known["fingerprint"] != counts["fingerprint"]:
+def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Format, str]:
+    """Tokenise the demonstrations into ``data/``; returns their format and what is to be said of them."""
+    known = read_json(output / "data.json") if (output / "data.json").exists() else {}
+    begun = datetime.datetime.fromisoformat(known.get("begun") or datetime.datetime.now().isoformat())
+    form = read_format(config, begun)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as rows:
+        sets = read_sets(config, form, rows, prompts_only)
+        if config.model_name_or_path:
+            check_rows(config, form, [*sets.train, *sets.held_out])
+        check_sizes(config, sets.train, sets.held_out)
+        hold(output)
+        rows.seek(0)
+        write(output / "data" / "rows.jsonl", lambda temporary: copy_lines(rows, temporary))
+    found = {
+        "begun": begun.isoformat(),  # the time that the chat template is told
+        "fingerprint": fingerprint(sets.train, sets.held_out),
+        "remarks": describe(sets).splitlines(),
+        **{name: dict(tally.counts) for name, tally in sets.tallies.items()},
+    }
+    if known and known["fingerprint"] != found["fingerprint"]:
         raise InputError(f"output_dir {output}: its run began with other demonstrations; expected a new output_dir")
     write_text(output / "config.yaml", dump(config))
-    for name, examples in (("train", train), ("eval", held_out)):
+    for name, examples in (("train", sets.train), ("eval", sets.held_out)):
         save_examples(output / "data" / f"{name}.safetensors", examples)
-    write_json(output / "data.json", counts)
-    return form, counts
+    dropped = [*dropped_rows(sets.readings), *(row for tally in sets.tallies.values() for row in tally.dropped)]
+    write_jsonl(output / "data" / "dropped.jsonl", dropped)
+    write_json(output / "data.json", found)
+    return form, describe(sets)
+
+
+def copy_lines(lines: IO[str], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as copied:
+        shutil.copyfileobj(lines, copied)
 
 
 def check_model(config: Config) -> None:
@@ -114,20 +140,10 @@ def check_weights(config: Config) -> None:
         check_adapter(adapter, config)
 
 
-def read_data(config: Config) -> tuple:
-    """Format, examples to learn from, held-out ones, and the counts of both."""
-    demonstrations, others = read_splits(config)
-    form = make_format(load_tokenizer(config, render_texts(demonstrations, config.prompt_template)), config)
-    train, train_counts = encode(demonstrations, form, config)
-    held_out, held_out_counts = encode(others, form, config)
-    for name, examples in (("training", train), ("held-out", held_out)):
-        if not examples:
-            raise InputError(f"dataset {config.dataset_name}: no {name} row has an answer; expected demonstrations")
-    if config.model_name_or_path:
-        check_rows(config, form, [*train, *held_out])
-    prompts = {bytes(example.prompt_ids) for example in train}
-    held_out_counts["prompts_also_in_train"] = sum(bytes(example.prompt_ids) in prompts for example in held_out)
-    return form, train, held_out, {"train": train_counts, "eval": held_out_counts}
+def read_format(config: Config, begun: datetime.datetime) -> Format:
+    """The run's tokenizer, a new one where ``train_tokenizer`` asks for it, and how it writes conversations."""
+    tokenizer = load_tokenizer(config, tokenizer_texts(config) if config.train_tokenizer else [])
+    return make_format(tokenizer, config, begun, stop_tokens(config))
 
 
 def check_rows(config: Config, form: Format, examples: list[Example]) -> None:
@@ -167,20 +183,25 @@ def starting_policy(config: Config, output: Path, form: Format) -> Path | str:
     return built
 
 
-def describe(counts: dict) -> str:
-    """The data in a line each: what is there, and what had to be dropped or cut."""
-    lines = []
-    for name, label in (("train", "demonstrations"), ("eval", "held out")):
-        part = counts[name]
-        losses = [f"{part[key]} {key.replace('_', ' ')}" for key in LOSSES if part.get(key)]
+def describe(sets: Sets) -> str:
+    """What was read, kept, cut and left out, a line each."""
+    lines = [reading_line(reading) for reading in sets.readings]
+    labels = {"train": "demonstrations", "eval": "held out"}
+    for name, tally in sets.tallies.items():
+        counts = tally.counts
+        losses = [f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key not in KEPT and counts[key]]
         lines.append(
-            f"{label}: {part['kept']:,} of {part['rows']:,} rows, {part['prompt_tokens']:,} prompt tokens, "
-            f"{part['answer_tokens']:,} answer tokens" + (f" ({', '.join(losses)})" if losses else "")
+            f"{labels[name]}: {counts['kept']:,} of {counts['rows']:,} rows, "
+            f"{counts['prompt_tokens']:,} prompt tokens, {counts['answer_tokens']:,} answer tokens"
+            + (f" ({', '.join(losses)})" if losses else "")
         )
+        lines += [f"{labels[name]}: {count:,} {remark}" for remark, count in tally.remarks.items() if count]
+    if len(sets.tallies) < 2 and sets.held_out:
+        lines.append(f"held out: {len(sets.held_out):,} of these rows")
     return "\n".join(lines)
 
 
-LOSSES = ("empty_answers", "duplicates", "cut_prompts", "cut_answers", "cut_at_end_token", "prompts_also_in_train")
+KEPT = ("rows", "kept", "prompt_tokens", "answer_tokens", "tokenised_apart")
 
 
 def quiet() -> None:

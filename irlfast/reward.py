@@ -21,7 +21,8 @@ from torch import Tensor
 
 from irlfast import dist, ops
 from irlfast.config import Config
-from irlfast.data import Message, prompt_text
+from irlfast.data.rows import Message
+from irlfast.data.templates import plain_text
 from irlfast.files import InputError, find, write
 from irlfast.lora import base_and_adapter
 from irlfast.metrics import Progress
@@ -202,7 +203,7 @@ def load_external(reward: str, batch_size: int, trust_remote_code: bool = False)
 
 
 def as_text(tokenizer: Any, prompt: str | list[Message], answer: str) -> str:
-    if not tokenizer.chat_template:
-        return prompt_text(prompt) + answer
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not tokenizer.chat_template:
+        return plain_text(messages) + answer
     return tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from irlfast.config import Config
-from irlfast.data import Example, Format
+from irlfast.data.encoding import Format
+from irlfast.data.store import Example, Rows
 from irlfast.metrics import Log
 
 
@@ -16,3 +17,4 @@ class Run(NamedTuple):
     train: list[Example]
     held_out: list[Example]
     log: Log
+    rows: Rows | None  # what the examples were made from

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from irlfast import dist
-from irlfast.data import Example, Ids
+from irlfast.data.store import Example, TokenIds
 from irlfast.files import read_json, read_jsonl, remove, write, write_json, write_jsonl
 from irlfast.lora import merge
 from irlfast.metrics import Progress
-from irlfast.model import load_model, save_pretrained
+from irlfast.model import load_model, no_tokens, save_pretrained, vocabulary_of
 from irlfast.pack import Segment
 from irlfast.run import Run
 from irlfast.vllm_sampler import NoLora, Shard, generate_vllm
@@ -39,7 +39,7 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
 
 
-def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, sampling: Sampling) -> list[Ids]:
+def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, sampling: Sampling) -> list[TokenIds]:
     """One answer to each example's prompt by ``policy``: ids, with the end token unless ``max_new_tokens`` cut it.
 
     Shards that ``folder`` holds already are kept. Every process makes its share and returns all answers.
@@ -87,7 +87,7 @@ def sample_groups(
 ) -> list[Segment]:
     """``n`` answers to each example's prompt, as segments of the prompt with its answers."""
     answers = sample(run, policy, [x for x in examples for _ in range(n)], folder, sampling)
-    return [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n])) for i, x in enumerate(examples)]
+    return [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n]), row=x.row) for i, x in enumerate(examples)]
 
 
 def prompt_of(run: Run, example: Example) -> str:
@@ -95,7 +95,7 @@ def prompt_of(run: Run, example: Example) -> str:
     return run.form.tokenizer.decode(example.prompt_ids.tolist())
 
 
-def read_samples(folder: Path) -> list[Ids]:
+def read_samples(folder: Path) -> list[TokenIds]:
     """The sampled answers' ids, in the order of the prompts."""
     rows = (row for path in sorted(folder.glob("*.jsonl")) for _, row in read_jsonl(path))
     answers = {row["index"]: array("i", row["answer_ids"]) for row in rows}
@@ -130,7 +130,8 @@ def vllm_answers(
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_new_tokens=config.max_new_tokens,
-        end_id=run.form.end_id,
+        ends=run.form.ends,
+        never=no_tokens(run.form.tokenizer, vocabulary_of(policy, config)),
         dtype=config.dtype,
         max_model_len=config.max_prompt_length + config.max_new_tokens,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
@@ -153,22 +154,29 @@ def transformers_answers(
 ) -> Iterator[tuple[int, list[list[int]]]]:
     config = run.config
     model = load_model(policy, config).to(dist.device()).eval()
+    never = no_tokens(run.form.tokenizer, model.get_output_embeddings().weight.shape[0])
     for shard in shards:
         torch.manual_seed(shard.seed)
         answers: list[list[int]] = []
         for start in range(0, len(shard.prompts), config.per_device_eval_batch_size):
             prompts = shard.prompts[start : start + config.per_device_eval_batch_size]
-            answers += generate_batch(model, prompts, run.form.end_id, sampling, config.max_new_tokens)
+            answers += generate_batch(model, prompts, run.form.ends, sampling, config.max_new_tokens, never)
         yield shard.number, answers
 
 
 def generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], end_id: int, sampling: Sampling, max_new_tokens: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    never: Sequence[int] = (),
 ) -> list[list[int]]:
+    """Answers to ``prompts``, each up to the first of ``ends``; ids in ``never`` are not drawn."""
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
-    ids = torch.tensor([[*[end_id] * (longest - len(prompt)), *prompt] for prompt in prompts])  # left-padded
+    ids = torch.tensor([[*[ends[0]] * (longest - len(prompt)), *prompt] for prompt in prompts])  # left-padded
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     greedy = sampling.temperature == 0
     draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -177,12 +185,18 @@ def generate_batch(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=GenerationConfig(
-            do_sample=not greedy, max_new_tokens=max_new_tokens, eos_token_id=end_id, pad_token_id=end_id, **draw
+            do_sample=not greedy,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(ends),
+            pad_token_id=ends[0],
+            suppress_tokens=list(never) or None,
+            **draw,
         ),
     )
-    return [cut_at(answer, end_id) for answer in generated[:, longest:].tolist()]
+    return [cut_at(answer, ends) for answer in generated[:, longest:].tolist()]
 
 
-def cut_at(answer: list[int], end_id: int) -> list[int]:
-    """Up to the end token, it included; what follows is padding."""
-    return answer[: answer.index(end_id) + 1] if end_id in answer else answer
+def cut_at(answer: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to the first end token, it included; what follows is padding."""
+    first = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
+    return answer[: first + 1]

@@ -20,7 +20,7 @@ from irlfast import dist
 from irlfast.attention import operations
 from irlfast.losses import Figures, Share
 from irlfast.memory import Limit
-from irlfast.pack import Batch, Layout, Segment, micro_batches, pack, work
+from irlfast.pack import Batch, Layout, Segment, learned, micro_batches, pack, work
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, from the data sheets
 COLLECTIVES = (
@@ -49,7 +49,7 @@ def prepare(
     def make(step: np.ndarray, limit: int) -> Prepared:
         chosen = [segments[i] for i in step]
         micro = micro_batches(step.tolist(), segments, layout, limit, dist.rank(), dist.world_size())
-        experts = sum(len(segment.answers[0]) for segment in chosen)
+        experts = sum(len(learned(segment.answers[0], segment)) for segment in chosen)
         share = Share(step.size / dist.world_size(), experts / dist.world_size())
         return Prepared([batch_of(part).pinned() for part in micro], share, work(chosen, layout))
 

@@ -4,6 +4,7 @@ The child's end frees all that it held of the GPU, and vLLM's own pinned torch d
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -50,7 +51,8 @@ def generate_vllm(
     top_p: float,
     top_k: int,
     max_new_tokens: int,
-    end_id: int,
+    ends: Sequence[int],
+    never: Sequence[int] = (),
     dtype: str,
     max_model_len: int,
     gpu_memory_utilization: float = 0.9,
@@ -58,9 +60,10 @@ def generate_vllm(
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Yield (shard number, one answer a prompt) as shards are done.
 
-    An answer ends in ``end_id`` unless it has ``max_new_tokens`` tokens. ``end_id`` alone ends an answer, whatever
-    else the checkpoint names. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 keep every token. The answers
-    of a shard follow from its prompts and its seed, not from other shards. Closing the generator kills the child.
+    An answer ends in one of ``ends`` unless it has ``max_new_tokens`` tokens. They alone end an answer, whatever else
+    the checkpoint names. Ids in ``never`` are not drawn. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 keep
+    every token. The answers of a shard follow from its prompts and its seed, not from other shards. Closing the
+    generator kills the child.
     An adapter's folder (:mod:`irlfast.lora`) is put on its base by vLLM, and merged into nothing.
 
     Raises:
@@ -93,10 +96,12 @@ def generate_vllm(
         "top_p": top_p,
         "top_k": top_k,
         "max_tokens": max_new_tokens,
-        "stop_token_ids": [end_id],
+        "stop_token_ids": list(ends),
         "ignore_eos": True,
         "detokenize": False,
     }
+    if never:
+        sampling["logit_bias"] = dict.fromkeys(never, -math.inf)
     job = {
         "model": base,
         "adapter": str(adapter.resolve()) if adapter else None,

@@ -38,6 +38,8 @@ def main() -> None:
         if job["engine"]["dtype"] == "float32" and not current_platform.is_cpu():
             raise ValueError("vLLM's kernels for GPUs: float32 does not support LoRA")
         lora = LoRARequest("policy", 1, job["adapter"])
+    if "logit_bias" in job["sampling"]:  # JSON made texts of its ids
+        job["sampling"]["logit_bias"] = {int(token): value for token, value in job["sampling"]["logit_bias"].items()}
     engine = LLM(model=job["model"], **job["engine"])
     for shard in job["shards"]:
         # A shard starts with an empty cache, so that its answers do not depend on those made before it.

@@ -4,7 +4,8 @@ import sys
 import pytest
 import yaml
 
-from irlfast.config import FIELDS, Config, difference, dump, load_config, make_config
+from irlfast.config import Config, difference, dump, load_config, make_config
+from irlfast.config_schema import FIELDS
 from irlfast.files import InputError
 
 

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from irlfast.config import make_config
-from irlfast.data import Example
+from irlfast.data.store import Example
 from irlfast.dry_run import Size, rate_of
 from irlfast.hub import PATIENCE, stay_offline_where_cut_off
 from tests.runs import ROOT, printed, settings
@@ -41,9 +41,9 @@ def test_recipes_are_valid_and_say_what_could_not_be_had(recipe):
 
 def test_bad_data_is_an_error_here_too(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"question": 1}\n')
+    rows.write_text('{"head": 1}\n')
     _, err = dry(*settings(tmp_path / "run", dataset_name=rows), code=2)
-    assert "rows.jsonl, line 1: found columns question" in err
+    assert "rows.jsonl, line 1: found columns head" in err
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):

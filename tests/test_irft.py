@@ -3,7 +3,7 @@
 import pytest
 
 from irlfast.config import make_config
-from irlfast.data import Example
+from irlfast.data.store import Example
 from irlfast.files import InputError
 from irlfast.methods.irft import make_pairs
 from irlfast.pack import Segment, pack
@@ -13,7 +13,7 @@ from irlfast.run import Run
 @pytest.fixture
 def run(tmp_path):
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
-    return Run(config, tmp_path, "initial", None, [], [], None)
+    return Run(config, tmp_path, "initial", None, [], [], None, None)
 
 
 def examples(*answers: list[int]) -> list[Example]:

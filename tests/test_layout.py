@@ -26,6 +26,7 @@ ORDER = [
     "command",
     "recipes",
     "config_checks",
+    "config_schema",
     "config",
     "dist",
     "data",

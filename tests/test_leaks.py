@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from irlfast.data import Format
+from irlfast.data.encoding import Format
 from irlfast.leaks import HIGH, REMEDIES, find_leaks, say_leaks
 from irlfast.pack import Segment
 
 END, SPECIAL = 0, 1
-FORM = Format(SimpleNamespace(all_special_ids=[END, SPECIAL]), "{}", [], END)
+FORM = Format(SimpleNamespace(all_special_ids=[END, SPECIAL]), None, [], END, (END,), True)
 
 
 def answer(rng: random.Random, length: int, words: range = range(2, 30), end: bool = True) -> list[int]:

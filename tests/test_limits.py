@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from irlfast.config import make_config
-from irlfast.data import Example
+from irlfast.data.store import Example
 from irlfast.limits import segments_of
 from irlfast.pack import tokens
 from irlfast.train import main

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from irlfast.config import Config
-from irlfast.data import make_format
+from irlfast.data.encoding import make_format
 from irlfast.model import save_pretrained
 from irlfast.padding import padded_apart
 from tests.tokenizers_like import FAMILIES, QWEN, byte_level

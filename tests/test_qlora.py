@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from irlfast.attention import APART, check_model, hidden_of, hidden_states
 from irlfast.config import make_config
-from irlfast.data import load_examples
+from irlfast.data.store import load_examples
 from irlfast.lora import add_lora
 from irlfast.model import load_model
 from irlfast.pack import pack

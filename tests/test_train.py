@@ -143,7 +143,7 @@ def bad(tmp_path: Path, case: str) -> dict:
     if case == "missing file":
         return {"dataset_name": str(tmp_path / "gone.jsonl")}
     if case == "wrong column":
-        rows.write_text('{"question": "a", "answer": "b"}\n')
+        rows.write_text('{"head": "a", "tail": "b"}\n')
     if case == "not JSON":
         rows.write_text('{"prompt": "a", "completion": "b"}\nnonsense\n')
     if case == "empty dataset":
@@ -176,10 +176,10 @@ def bad(tmp_path: Path, case: str) -> dict:
 CASES = {
     "wrong key": "unknown key 'betta' on the command line; did you mean beta?",
     "missing file": "dataset_name: no such file or folder",
-    "wrong column": "rows.jsonl, line 1: found columns question, answer; expected prompt+completion",
+    "wrong column": "rows.jsonl, line 1: found columns head, tail; expected prompt and completion, messages",
     "not JSON": "rows.jsonl, line 2: not JSON",
-    "empty dataset": "found no rows, expected demonstrations",
-    "only empty answers": "no training row has an answer",
+    "empty dataset": "rows.jsonl: 0 rows read",
+    "only empty answers": "left out: 3 without an answer",
     "model without weights": "found no weights, expected *.safetensors",
     "unwritable output_dir": "cannot be written",
     "not a model config": "not a Transformers config",

@@ -12,11 +12,12 @@ from trl import DPOConfig, DPOTrainer
 from irlfast import ops
 from irlfast.attention import hidden_states
 from irlfast.config import make_config
-from irlfast.data import Demonstration, encode, make_format
+from irlfast.data.encoding import make_format
 from irlfast.losses import Share, arguments, irft_loss
 from irlfast.ops import lm_head
 from irlfast.pack import Segment, pack
 from irlfast.policy import Policy
+from tests.rows import examples_of, pair
 from tests.tokenizers_like import pythia
 
 BETA = 0.3
@@ -46,8 +47,8 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
 def irlfast_loss(policy, reference, tokenizer, file) -> torch.Tensor:
     config = make_config({"dataset_name": str(file), "model_name_or_path": str(file.parent), "prompt_template": "{}"})
     form = make_format(tokenizer, config)
-    experts, _ = encode([Demonstration(prompt, expert) for prompt, expert, _ in ROWS], form, config)
-    synthetic, _ = encode([Demonstration(prompt, answer) for prompt, _, answer in ROWS], form, config)
+    experts, _ = examples_of([pair(prompt, expert) for prompt, expert, _ in ROWS], form, config)
+    synthetic, _ = examples_of([pair(prompt, answer) for prompt, _, answer in ROWS], form, config)
     pairs = [Segment(y.prompt_ids, (y.answer_ids, z.answer_ids)) for y, z in zip(experts, synthetic, strict=True)]
     batch = pack(pairs)
     with torch.no_grad():

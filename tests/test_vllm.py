@@ -1,6 +1,7 @@
 """Sampling by vLLM without it: a module of that name stands in for it. ``test_vllm_itself.py`` runs the real one."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from irlfast import sample, vllm_sampler
 from irlfast.config import make_config
 from irlfast.files import InputError
 from irlfast.vllm_sampler import NoLora, Shard, fail, generate_vllm
-from tests.vllm_cases import PROMPTS, SETTINGS, answers, perturbed_lora, tiny
+from tests.vllm_cases import PROMPTS, SETTINGS, VOCABULARY, answers, perturbed_lora, tiny
 
 # Its answer to a prompt is its process id, the seed and the prompt.
 # Token 13 kills it, token 14 raises, token 15 takes for ever, and token 16 writes down what it was given.
@@ -83,8 +84,17 @@ def test_answers_come_shard_by_shard_and_noise_on_stdout_does_not_mix_in(stand_i
     assert [[answer[2:] for answer in found[number]] for number in found] == [[[5], [6, 7]], [], [[8]]]
 
 
-def test_vllm_is_told_that_the_end_token_alone_ends_an_answer(stand_in):
-    answers(stand_in, Shard(0, [[16]], 0), end_id=9, temperature=0.7, top_p=0.9, top_k=5, tensor_parallel_size=2)
+def test_vllm_is_told_that_the_end_tokens_alone_end_an_answer_and_which_ids_are_none(stand_in):
+    answers(
+        stand_in,
+        Shard(0, [[16]], 0),
+        ends=[9, 8],
+        never=[98, 99],
+        temperature=0.7,
+        top_p=0.9,
+        top_k=5,
+        tensor_parallel_size=2,
+    )
     job = json.loads((stand_in / "job.json").read_text())
     seed = job["sampling"].pop("seed")
     assert isinstance(seed, int) and 0 <= seed < 2**63
@@ -93,9 +103,10 @@ def test_vllm_is_told_that_the_end_token_alone_ends_an_answer(stand_in):
         "top_p": 0.9,
         "top_k": 5,
         "max_tokens": 24,
-        "stop_token_ids": [9],
+        "stop_token_ids": [9, 8],
         "ignore_eos": True,
         "detokenize": False,
+        "logit_bias": {"98": -math.inf, "99": -math.inf},  # JSON's keys are texts
     }
     assert job["engine"] == {
         "model": str(stand_in),
@@ -118,7 +129,9 @@ def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_i
     adapted.peft_config["default"].base_model_name_or_path = str(stand_in / "base")
     adapted.save_pretrained(stand_in / "adapter")
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(stand_in / "base"), "sampler": "vllm"})
-    form = types.SimpleNamespace(tokenizer=types.SimpleNamespace(save_pretrained=lambda folder: None), end_id=2)
+    words = {str(token): token for token in range(VOCABULARY)}
+    tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: None, get_vocab=lambda: words)
+    form = types.SimpleNamespace(tokenizer=tokenizer, ends=(2,))
     run = types.SimpleNamespace(config=config, form=form, output=stand_in)
 
     def job_of(policy):

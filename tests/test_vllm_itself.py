@@ -59,7 +59,7 @@ def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
         policy = tmp_path / "adapter"
         model.save_pretrained(policy)
     shards = [Shard(0, PROMPTS[:4], 0), Shard(1, PROMPTS[4:], 1)]
-    found = answers(policy, *shards, python=VLLM_PYTHON, end_id=end_id)
+    found = answers(policy, *shards, python=VLLM_PYTHON, ends=[end_id])
     assert found[0] + found[1] == expected
 
 
@@ -70,7 +70,9 @@ def test_sampled_answers_follow_from_prompts_and_seed_and_are_distributed_as_the
     with torch.no_grad():
         chances = [torch.softmax(model(torch.tensor([p])).logits[0, -1].double(), -1) for p in PROMPTS]
     spread = max(range(len(PROMPTS)), key=lambda i: torch.special.entr(chances[i]).sum())
-    draws = 2000
+    draws, likely = 2000, int(chances[spread].argmax())
+    chances[spread][likely] = 0
+    chances[spread] /= chances[spread].sum()
     found = answers(
         tmp_path,
         Shard(0, PROMPTS, 5),
@@ -81,9 +83,11 @@ def test_sampled_answers_follow_from_prompts_and_seed_and_are_distributed_as_the
         python=VLLM_PYTHON,
         temperature=1.0,
         max_new_tokens=6,
-        end_id=2,
+        ends=[2],
+        never=[likely],
     )
     assert len(found[4]) == 400
+    assert not any(likely in answer for shard in found.values() for answer in shard)
     assert found[2] == found[0]  # whatever was made in between
     assert sum(a != b for a, b in zip(found[0], found[3], strict=True)) > len(PROMPTS) // 2
     assert all(len(answer) == 6 or answer[-1] == 2 for shard in found.values() for answer in shard)

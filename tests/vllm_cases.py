@@ -13,7 +13,7 @@ SETTINGS = {
     "top_p": 1.0,
     "top_k": 0,
     "max_new_tokens": 24,
-    "end_id": 2,
+    "ends": [2],
     "dtype": "float32",
     "max_model_len": 256,
 }

@@ -2,7 +2,17 @@
 
 from typing import Any, NamedTuple
 
+from irlfast.files import InputError
+
 Message = dict[str, Any]  # role, content, and every other key that the chat template may read
+
+
+class BadRow(InputError):
+    """A row that cannot be read as a demonstration; ``bad_rows`` says what happens to it."""
+
+
+class LeftOut(Exception):
+    """A row that is read well but has nothing to learn; the message is the reason, as ``with label false``."""
 
 
 class Demonstration(NamedTuple):
@@ -17,4 +27,4 @@ class Demonstration(NamedTuple):
     rejected: Message | None = None  # an assistant's turn in reply to the same prompt
     tools: list[dict[str, Any]] | None = None  # tools that the chat template writes
     where: str = ""  # "file, line 3": for messages
-    row: dict[str, Any] = {}  # the row as it was read, for reward functions
+    row: dict[str, Any] = {}  # noqa: RUF012  the row as it was read, for reward functions

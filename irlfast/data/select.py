@@ -16,7 +16,8 @@ import numpy as np
 
 from irlfast.command import exit_code, writing_to
 from irlfast.config import Config
-from irlfast.data import read_rows, to_demonstration
+from irlfast.data.read import read_demonstrations
+from irlfast.data.sources import sources_of
 from irlfast.files import InputError, read_jsonl, write_jsonl
 from irlfast.metrics import Progress
 from irlfast.reward import load_external
@@ -25,12 +26,12 @@ SHARD = 1024  # rows
 
 
 def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch_size: int) -> None:
-    config = Config(dataset_name=dataset)
+    config = Config(dataset_name=dataset, dataset_train_split=split)
     folder = output.with_name(output.name + ".scores")
     rewards: list[float] = []
     score_texts = None
     progress = Progress("scoring", None, "row", seconds=10.0)
-    rows = read_rows(config, dataset, split)
+    rows = read_demonstrations(config, sources_of(config), [])
     for number in itertools.count():
         shard = list(itertools.islice(rows, SHARD))
         if not shard:
@@ -38,8 +39,7 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
         path = folder / f"{number:05d}.jsonl"
         if not path.exists():
             score_texts = score_texts or load_external(reward, batch_size)
-            texts = [to_demonstration(row, where) for where, row in shard]
-            scores = score_texts([(text.prompt, text.answer) for text in texts]).tolist()
+            scores = score_texts([(row.prompt, str((row.answer or {}).get("content") or "")) for row in shard]).tolist()
             write_jsonl(path, [{"reward": value} for value in scores])
         found = [row["reward"] for _, row in read_jsonl(path)]
         if len(found) != len(shard):
@@ -50,9 +50,8 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
     if not rewards:
         raise InputError(f"dataset {dataset}, split {split!r}: found no rows, expected demonstrations")
     chosen = {*np.argsort(-np.array(rewards), kind="stable")[:keep].tolist()}
-    kept = (
-        {**row, "reward": rewards[i]} for i, (_, row) in enumerate(read_rows(config, dataset, split)) if i in chosen
-    )
+    again = enumerate(read_demonstrations(config, sources_of(config), []))
+    kept = ({**row.row, "reward": rewards[i]} for i, row in again if i in chosen)
     write_jsonl(output, kept)
     print(f"{len(chosen):,} of {len(rewards):,} rows: {output} (reward from {min(rewards[i] for i in chosen):.3f})")
 

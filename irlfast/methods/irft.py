@@ -9,7 +9,7 @@ import numpy as np
 
 from irlfast import dist
 from irlfast.config import Config
-from irlfast.data import Example, Ids
+from irlfast.data.store import Example, TokenIds
 from irlfast.engine import Plan, fit, plan_phase
 from irlfast.files import InputError, write_json
 from irlfast.losses import irft_loss
@@ -57,7 +57,7 @@ def stage_examples(examples: list[Example], config: Config, stage: int) -> list[
     return [examples[i] for i in np.array_split(order, config.stages)[stage]]
 
 
-def with_rejected(examples: list[Example]) -> tuple[list[Example], list[Ids]]:
+def with_rejected(examples: list[Example]) -> tuple[list[Example], list[TokenIds]]:
     """The examples that have a rejected answer to the same prompt, and those answers."""
     found = [(example, example.rejected_ids) for example in examples if example.rejected_ids is not None]
     if not found:
@@ -74,7 +74,7 @@ def sampling(config: Config, stage: int) -> Sampling:
 
 
 def make_pairs(
-    run: Run, stage: int, examples: list[Example], answers: Sequence[Ids], keep_identical: bool = False
+    run: Run, stage: int, examples: list[Example], answers: Sequence[TokenIds], keep_identical: bool = False
 ) -> tuple[list[Segment], dict[str, int]]:
     """Segments (prompt, (expert, synthetic)) of this stage and of ``history`` earlier ones.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from irlfast import dist
 from irlfast.config import Config
-from irlfast.data import Example
+from irlfast.data.store import Example
 from irlfast.engine import fit
 from irlfast.files import remove, write_json
 from irlfast.losses import align_loss, sft_loss
@@ -76,10 +76,10 @@ def align(
     ref = (
         old if reference == policy else score(run, reference, groups, folder / "reference.safetensors", in_4bit=in_4bit)
     )
-    values = found - penalties(groups, config, run.form.end_id)
+    values = found - penalties(groups, config, run.form.ends)
     kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])
     if dist.is_main() and not (folder / "round.json").exists():
-        ended = [answer[-1] == run.form.end_id for group in groups for answer in group.answers]
+        ended = [answer[-1] in run.form.ends for group in groups for answer in group.answers]
         figures = {"reward": found.mean().item(), "reward_std": found.std(1).mean().item(), "kl": kl.mean().item()}
         figures |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
@@ -103,10 +103,10 @@ def align(
     fit(run, folder, policy, groups, loss, plan)
 
 
-def penalties(groups: Sequence[Segment], config: Config, end_id: int) -> Tensor:
+def penalties(groups: Sequence[Segment], config: Config, ends: Sequence[int]) -> Tensor:
     """What each answer ``[P, n]`` loses: for its length, and for having been cut before its end token."""
     lengths = torch.tensor([[len(answer) for answer in group.answers] for group in groups], dtype=torch.float64)
-    unended = torch.tensor([[answer[-1] != end_id for answer in group.answers] for group in groups]).double()
+    unended = torch.tensor([[answer[-1] not in ends for answer in group.answers] for group in groups]).double()
     return config.length_penalty * lengths + config.missing_eos_penalty * unended
 
 

@@ -1,9 +1,11 @@
 """Supervised fine-tuning: method ``sft``, and the warm start of the others."""
 
 import functools
+from array import array
 from pathlib import Path
 
 from irlfast.config import Config
+from irlfast.data.store import Example
 from irlfast.engine import Plan, fit, plan_phase
 from irlfast.losses import sft_loss
 from irlfast.pack import Segment
@@ -12,9 +14,19 @@ from irlfast.run import Run
 
 def sft(run: Run, policy: Path | str) -> Path:
     """Maximum likelihood of the demonstrations: minimises KL(π_E ‖ π_θ)."""
-    segments = [Segment(example.prompt_ids, (example.answer_ids,)) for example in run.train]
+    segments = [segment_of(example) for example in run.train]
     loss = functools.partial(sft_loss, remaining=run.config.token_weighting == "remaining")
     return fit(run, run.output / "sft", policy, segments, loss, sft_plan(run.config, len(segments)))
+
+
+def segment_of(example: Example) -> Segment:
+    """The answer after its prompt; where earlier answers are learned, all from the first of them on."""
+    if not len(example.earlier):
+        return Segment(example.prompt_ids, (example.answer_ids,))
+    first, prompt = max(1, example.earlier[0]), len(example.prompt_ids)
+    rest = array("i", [*example.prompt_ids[first:], *example.answer_ids])
+    learned = [at - first for at in [*example.earlier, *range(prompt, prompt + len(example.answer_ids))] if at >= first]
+    return Segment(example.prompt_ids[:first], (rest,), learned=learned)
 
 
 def sft_plan(config: Config, count: int) -> Plan:

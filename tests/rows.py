@@ -1,0 +1,21 @@
+"""Demonstrations of one question, and their token ids."""
+
+from collections import Counter
+from typing import Any
+
+from irlfast.config import Config
+from irlfast.data.encoding import Format, Tally, encode
+from irlfast.data.rows import Demonstration
+from irlfast.data.sets import collected
+from irlfast.data.store import Example
+
+
+def pair(prompt: str, answer: str, rejected: str | None = None) -> Demonstration:
+    """A question with its answer, or answers."""
+    answers: Any = (None if text is None else {"role": "assistant", "content": text} for text in (answer, rejected))
+    return Demonstration([{"role": "user", "content": prompt}], *answers)
+
+
+def examples_of(rows: list[Demonstration], form: Format, config: Config) -> tuple[list[Example], Counter[str]]:
+    tally = Tally()
+    return collected(encode(rows, form, config, tally), None, 0), tally.counts

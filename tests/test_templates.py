@@ -72,9 +72,9 @@ def conversation(draw: random.Random, more: list[str] | None = None) -> Demonstr
     return Demonstration(prompt, answer, where="drawn, row 1")
 
 
-def encoded(name: str, rows: list[Demonstration], **keys):
+def encoded(name: str, rows: list[Demonstration], stops: tuple[str, ...] = (), **keys):
     tokenizer, config, tally = tokenizer_of(KINDS[name]), config_of(**keys), Tally()
-    form = make_format(tokenizer, config, BEGUN)
+    form = make_format(tokenizer, config, BEGUN, tokenizer.convert_tokens_to_ids(stops))
     return form, list(encode(rows, form, config, tally)), tally
 
 
@@ -248,6 +248,18 @@ def test_an_answer_ends_in_the_token_that_ends_it_in_the_template(name):
     form, [(_, ids)], _ = encoded(name, [Demonstration([user("q")], reply("a"))])
     assert form.tokenizer.convert_ids_to_tokens(ids.answer[-1]) == KINDS[name].end
     assert {form.end_id, form.tokenizer.eos_token_id} <= {*form.ends}
+
+
+def test_an_answer_ends_at_whichever_end_token_the_template_writes_behind_it():
+    """As a call of a tool does in Llama 3.1 (``<|eom_id|>``) and gpt-oss (``<|call|>``)."""
+    template = KINDS["gpt-oss, channels"].template.replace(
+        "'<|return|>' if", "'<|endoftext|>' if m.tool_calls else '<|return|>' if"
+    )
+    question = [user("q")]
+    call = {"role": "assistant", "content": "f()", "tool_calls": [{"function": {"name": "f"}}]}
+    rows = [Demonstration(question, call), Demonstration(question, reply("plain"))]
+    form, found, _ = encoded("gpt-oss, channels", rows, ("<|endoftext|>",), chat_template=template)
+    assert [form.tokenizer.decode(ids.answer[-1:]) for _, ids in found] == ["<|endoftext|>", "<|return|>"]
 
 
 def test_an_opened_thinking_block_is_told_and_an_answer_that_closes_it_goes_on_from_it():

@@ -121,7 +121,7 @@ def encode(
         tally.counts["rows"] += len(batch)
         texts = [pair for row in batch if (pair := written_row(row, form, speller, config, tally))]
         for (row, text), ids in zip(texts, encode_texts(texts, form, speller, tally), strict=True):
-            same = hash((text.prompt, text.answer))
+            same = hash((text.prompt, text.answer, text.rejected))
             if row.answer is not None and not any(each.strip() for each in texts_of({**row.answer, "role": []})):
                 leave_out(tally, "empty_answers", row)
             elif same in seen:
@@ -227,11 +227,10 @@ def continues(whole: Encoded, prompt: Encoded, characters: int) -> bool:
 
 
 def ended(ids: list[int], form: Format, tally: Tally) -> list[int]:
-    """An answer up to its first end token."""
-    if form.end_id not in ids:
-        return [*ids, form.end_id]
-    tally.counts["cut_at_end_token"] += ids.count(form.end_id) > 1
-    return ids[: ids.index(form.end_id) + 1]
+    """An answer up to its first end token, where sampling would stop; one that has none gets the template's."""
+    ends = [at for at, token in enumerate(ids) if token in form.ends]
+    tally.counts["cut_at_end_token"] += len(ends) > 1
+    return ids[: ends[0] + 1] if ends else [*ids, form.end_id]
 
 
 def text_ids(text: str, form: Format) -> Ids:
@@ -245,7 +244,9 @@ def text_ids(text: str, form: Format) -> Ids:
 
 def positions(text: Written, prompt: Encoded, form: Format, speller: Speller) -> list[int]:
     """Positions of the prompt's tokens that are earlier answers, each with its end token."""
-    found = []
+    found: list[int] = []
+    if not text.turns:
+        return found
     special = {*form.tokenizer.all_special_ids, *form.tokenizer.added_tokens_decoder}
     for start, end in text.turns:
         first, behind = len(speller.rename(text.prompt[:start])), len(speller.rename(text.prompt[:end]))
@@ -271,8 +272,11 @@ def fitted(row: Demonstration, ids: Ids, form: Format, speller: Speller, config:
     A long prompt loses its first turns, but never its system text, and then the beginning of its last turn. A long
     answer loses its end. With ``overlong: drop``, either is left out.
     """
-    if not ids.prompt:
+    if not ids.prompt and config.bad_rows == "refuse":
         raise InputError(f"{row.where}: the prompt has no token, and the tokenizer no BOS; expected a text")
+    if not ids.prompt:
+        leave_out(tally, "prompts_without_a_token", row)
+        return None
     long_prompt = len(ids.prompt) > config.max_prompt_length
     if long_prompt and config.overlong == "cut":
         shorter = shortened(row, form, speller, config)

@@ -16,6 +16,7 @@ test: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 $(VENV)/wandb-0.31.0 lint ga
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 	PYTHONPATH=$(VENV)/bitsandbytes-0.50.2 $(PYTEST) tests/test_qlora.py
+	$(PYTEST) benchmarks --quick
 
 sweep: SOME := -m slow
 sweep: $(VENV)/installed gates

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import re
 import statistics
@@ -16,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # ``benchmarks`` is no installed package
 
+RESULTS_FOLDER = ROOT / "benchmarks" / "results"
 SOURCES = ("irlfast", "kernels", "csrc", "benchmarks", ":!benchmarks/results")
 RESULTS = pytest.StashKey[dict[str, Any]]()
 
@@ -23,6 +25,25 @@ RESULTS = pytest.StashKey[dict[str, Any]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="benchmarks: small shapes, to see that all of it runs")
     parser.addoption("--resume", action="store_true", help="benchmarks: go on with the pair loss where it was stopped")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # of pytest-xdist: results tell the command that was given
+        sys.argv = config.workerinput["mainargv"]
+
+
+@pytest.fixture(scope="session")
+def data(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the data: ``IRLFAST_DATA``, or a small one of our own."""
+    if pytestconfig.getoption("quick"):
+        from benchmarks.small import write_data
+
+        folder = tmp_path_factory.mktemp("data")
+        write_data(folder)
+        return folder
+    if "IRLFAST_DATA" not in os.environ:
+        pytest.skip("needs IRLFAST_DATA, a folder with hh_harmless_test.jsonl and gsm8k_test.jsonl, and minutes")
+    return Path(os.environ["IRLFAST_DATA"]).expanduser()
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +56,7 @@ def results(pytestconfig: pytest.Config) -> dict[str, Any]:
 def unfinished(fresh: dict[str, Any]) -> dict[str, Any]:
     """The last partial result of the same code on the same device, or ``fresh``."""
     same = ("commit", "uncommitted_changes", "device", "threads", "versions", "quick")
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*-pair-loss-*-partial.json"), reverse=True):
+    for path in sorted(RESULTS_FOLDER.glob("*-pair-loss-*-partial.json"), reverse=True):
         found = json.loads(path.read_text())
         if fresh["commit"] and all(found[key] == fresh[key] for key in same):
             return found
@@ -85,7 +106,7 @@ def interleaved(steps: dict[str, Callable[[], object]], runs: int = 9) -> dict[s
 def write_result(what: str, result: dict[str, Any]) -> Path:
     """``benchmarks/results/DATE-WHAT.json``: ``result`` under what there is to say of every one."""
     head = circumstances()
-    path = ROOT / "benchmarks" / "results" / f"{head['date'][:10]}-{what}.json"
+    path = RESULTS_FOLDER / f"{head['date'][:10]}-{what}{'-quick' if head['quick'] else ''}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(head | result, indent=1) + "\n")
     return path
@@ -108,25 +129,23 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     results = config.stash.get(RESULTS, None)
     if not results or not results["cases"]:
         return
-    write = terminalreporter.write_line
     terminalreporter.section(f"pair loss on {results['device']}, {results['threads']} CPU thread(s)")
-    for case in results["cases"].values():
-        write("")
-        for line in [title(case), *table(case)]:
-            write(line)
-    if results["goals"]:
-        write("")
-        for line in goal_lines(results["goals"]):
-            write(line)
-    write("")
-    write(f"written to {save(results).relative_to(ROOT)}")
+    for line in [*summary(results), f"written to {save(results)}"]:
+        terminalreporter.write_line(line)
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """Every case's table, then the goals."""
+    parts = [[title(case), *table(case)] for case in results["cases"].values()]
+    parts += [goal_lines(results["goals"])] if results["goals"] else []
+    return [line for part in parts for line in ["", *part]] + [""]
 
 
 def save(results: dict[str, Any]) -> Path:
     slug = "cpu" if results["kind"] == "cpu" else re.sub(r"\W+", "-", results["device"]).lower()
     suffix = "-quick" if results["quick"] else "" if results["complete"] else "-partial"
     name = f"{results['date'][:16].replace(':', '')}-pair-loss-{slug}{suffix}.json"
-    path = ROOT / "benchmarks/results" / name
+    path = RESULTS_FOLDER / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     if results["complete"]:

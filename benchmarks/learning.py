@@ -7,16 +7,15 @@ the optimiser steps that IRFT took, on as many demonstrations a step: at IRFT's 
 mean ± standard deviation over seeds and writes ``benchmarks/results/DATE-learning-NAME.json``. Runs resume.
 """
 
-import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from benchmarks.conftest import write_result
-from benchmarks.runs import markdown, summarise, train
+from benchmarks.runs import markdown, parser, seeds_of, summarise, train
 
-COMMON = ["eval_dataset_name={data}/{name}_test.jsonl", "dataset_name={data}/{name}_train.jsonl"]
 TASKS = {
     "cmudict": {
         "max_train_samples": 120000,
@@ -61,45 +60,47 @@ def steps_of(output: Path) -> int:
     return sum(step for phase, step in last.items() if phase.startswith("stage"))
 
 
-def run_seed(folder: Path, seed: int, keys: list[str]) -> dict[str, dict]:
+def run_seed(folder: Path, seed: int, keys: dict[str, Any]) -> dict[str, dict]:
     """Figures of SFT, of every stage, and of both controls."""
     irft = folder / f"seed-{seed}"
-    figures = train(irft, RECIPE, *keys, seed=seed)
+    figures = train(irft, RECIPE, **keys, seed=seed)
     config = yaml.safe_load((irft / "config.yaml").read_text())
-    start = [
-        "method=sft",
-        "inner_epochs=null",
-        "config_name=null",
-        "train_tokenizer=null",
-        f"model_name_or_path={irft / 'sft' / 'policy'}",
-    ]
-    size = [f"sft_per_device_train_batch_size={config['per_device_train_batch_size']}", f"sft_steps={steps_of(irft)}"]
+    control = keys | {
+        "method": "sft",
+        "inner_epochs": "null",
+        "config_name": "null",
+        "train_tokenizer": "null",
+        "model_name_or_path": irft / "sft" / "policy",
+        "sft_per_device_train_batch_size": config["per_device_train_batch_size"],
+        "sft_steps": steps_of(irft),
+        "seed": seed,
+    }
     for label, rate, optim in (
         ("SFT continued, IRFT's learning rate", config["learning_rate"], config["optim"]),
         ("SFT continued, SFT's learning rate", config["sft_learning_rate"], config["sft_optim"]),
     ):
-        control = folder / f"seed-{seed}-{'irft' if optim == config['optim'] else 'sft'}-rate"
-        own = [f"sft_learning_rate={rate}", f"sft_optim={optim}", f"seed={seed}"]
-        figures[label] = train(control, RECIPE, *keys, *start, *size, *own)["sft"]
+        output = folder / f"seed-{seed}-{'irft' if optim == config['optim'] else 'sft'}-rate"
+        figures[label] = train(output, RECIPE, **control | {"sft_learning_rate": rate, "sft_optim": optim})["sft"]
     return figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--data", type=Path, required=True, help="folder of NAME_train.jsonl and NAME_test.jsonl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("runs/learning"))
-    options = parser.parse_args()
-    keys = [key.format(data=options.data.resolve(), name=options.task) for key in COMMON]
-    keys += [f"{key}={value}" for key, value in TASKS[options.task].items()]
+    known = parser(__doc__, "learning")
+    known.add_argument("task", choices=TASKS)
+    known.add_argument("--data", type=Path, required=True, help="folder of NAME_train.jsonl and NAME_test.jsonl")
+    known.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = known.parse_args()
+    parts = {"dataset_name": "train", "eval_dataset_name": "test"}
+    keys: dict[str, Any] = {key: options.data.resolve() / f"{options.task}_{part}.jsonl" for key, part in parts.items()}
+    keys |= TASKS[options.task]
     folder = options.output.resolve() / options.task
-    seeds = [run_seed(folder, seed, keys) for seed in options.seeds]
+    numbers = seeds_of(options)
+    seeds = [run_seed(folder, seed, keys) for seed in numbers]
     table = summarise(seeds, METRICS)
     print(markdown(table, COLUMNS))
     result = {
         "keys": TASKS[options.task],
-        "seeds": dict(zip(map(str, options.seeds), seeds, strict=True)),
+        "seeds": dict(zip(map(str, numbers), seeds, strict=True)),
         "table": table,
     }
     print(write_result(f"learning-{options.task}", result))

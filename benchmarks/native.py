@@ -5,6 +5,7 @@ many that exist already, ``token_logps`` and its backward in place, in fp32 and 
 median of each counts; bytes are those that must be read and written once.
 """
 
+import argparse
 import os
 from unittest import mock
 
@@ -18,7 +19,7 @@ from irlfast.ops.problem import Problem, Side
 from irlfast.optim import FusedRMSprop
 
 
-def rmsprop(tensors: int = 100, size: int = 500_000) -> dict[str, float]:
+def rmsprop(tensors: int, size: int) -> dict[str, float]:
     def optimiser(kind: type[torch.optim.Optimizer], **options: bool) -> torch.optim.Optimizer:
         parameters = [torch.randn(size).requires_grad_() for _ in range(tensors)]
         for parameter in parameters:
@@ -39,7 +40,7 @@ def rmsprop(tensors: int = 100, size: int = 500_000) -> dict[str, float]:
     return found | gigabytes
 
 
-def softmax(softcap: float | None, n: int = 256, vocabulary: int = 32000) -> dict[str, float]:
+def softmax(softcap: float | None, n: int, vocabulary: int) -> dict[str, float]:
     logits, targets = torch.randn(n, vocabulary) * 4, torch.randint(vocabulary, (n,))
     head = torch.empty(vocabulary, 1)
     problem = Problem(targets, None, targets, 1, 1.0, softcap, torch.float32, 64)
@@ -64,7 +65,7 @@ def softmax(softcap: float | None, n: int = 256, vocabulary: int = 32000) -> dic
     }
 
 
-def token_logps(dtype: torch.dtype, n: int = 256, vocabulary: int = 32000) -> dict[str, float]:
+def token_logps(dtype: torch.dtype, n: int, vocabulary: int) -> dict[str, float]:
     """Forward, and backward in place where it is ours: the logits are read twice and written once."""
     plain, targets = (torch.randn(n, vocabulary) * 4).to(dtype), torch.randint(vocabulary, (n,))
     z, copy = plain.clone(), torch.empty_like(plain)
@@ -96,9 +97,15 @@ def token_logps(dtype: torch.dtype, n: int = 256, vocabulary: int = 32000) -> di
 def main() -> None:
     if native.cpu is None:
         raise SystemExit("irlfast._cpu is not built here: install a C++17 compiler, then irlfast again")
+    known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known.add_argument("--quick", action="store_true", help="small tensors, to see that all of it runs")
+    quick = known.parse_args().quick
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's figures under the CPU's name
-    cases = {"rmsprop": rmsprop(), "softmax": softmax(None), "softmax, soft-cap 30": softmax(30.0)}
-    cases |= {f"token_logps, {native.name(dtype)}": token_logps(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    rows = (8, 1000) if quick else (256, 32000)
+    cases = {"rmsprop": rmsprop(*(3, 1000) if quick else (100, 500_000))}
+    cases |= {"softmax": softmax(None, *rows), "softmax, soft-cap 30": softmax(30.0, *rows)}
+    for dtype in (torch.float32, torch.bfloat16):
+        cases[f"token_logps, {native.name(dtype)}"] = token_logps(dtype, *rows)
     for name, found in cases.items():
         print(f"{name}:")
         for key, value in found.items():

@@ -3,7 +3,7 @@
     python -m benchmarks.plot [RESULT.json]
 
 The default is the newest full run of the pair loss in ``benchmarks/results/``. Writes RESULT-bars.svg and
-RESULT-curves.svg beside it, or RESULT-gain.svg for a result of test_sharing.py.
+RESULT-curves.svg there, or RESULT-gain.svg for a result of test_sharing.py.
 """
 
 import argparse
@@ -21,27 +21,32 @@ matplotlib.rcParams.update({"axes.spines.top": False, "axes.axisbelow": True})
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import conftest  # noqa: E402
+
 OURS, PEER, FLOOR = "#c2410c", "#94a3b8", "#1e293b"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", nargs="?", type=Path, help="a file that `pytest benchmarks/` wrote")
-    path = parser.parse_args().result or newest()
+    parser.add_argument("--quick", action="store_true", help="say so in the names of the plots")
+    options = parser.parse_args()
+    path = options.result or newest()
     results = json.loads(path.read_text())
     for name, draw in (("bars", bars), ("curves", curves), ("gain", gain)):
         figure = draw(results)
         if figure is not None:
-            target = path.with_name(f"{path.stem}-{name}.svg")
+            target = conftest.RESULTS_FOLDER / f"{path.stem}-{name}{'-quick' if options.quick else ''}.svg"
+            target.parent.mkdir(exist_ok=True)
             figure.savefig(target, metadata={"Date": None})
             print(target)
 
 
 def newest() -> Path:
-    full = sorted(path for path in RESULTS.glob("*-pair-loss-*.json") if not path.stem.endswith(("-quick", "-partial")))
+    results = conftest.ROOT / "benchmarks" / "results"
+    full = sorted(path for path in results.glob("*-pair-loss-*.json") if not path.stem.endswith(("-quick", "-partial")))
     if not full:
-        raise SystemExit(f"no result of a full run in {RESULTS}: run `pytest benchmarks/` first, or name a file")
+        raise SystemExit(f"no result of a full run in {results}: run `pytest benchmarks/` first, or name a file")
     return full[-1]
 
 

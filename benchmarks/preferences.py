@@ -8,11 +8,10 @@ between the chosen and the rejected answer, and how often the chosen one has the
 Writes ``benchmarks/results/DATE-preferences-hh.json`` and its plot. Runs resume.
 """
 
-import argparse
 from pathlib import Path
 
 from benchmarks.conftest import write_result
-from benchmarks.runs import share, train
+from benchmarks.runs import parser, share, train
 
 ROWS = 2000
 COMMON = {
@@ -37,19 +36,19 @@ RUNS = {
 }
 
 
-def split(data: Path, folder: Path) -> dict[str, Path]:
+def split(data: Path, folder: Path, rows: int) -> dict[str, Path]:
     """The first rows to learn from, the others held out."""
     lines = (data / "hh_harmless_test.jsonl").read_text().splitlines(keepends=True)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {"dataset_name": lines[:ROWS], "eval_dataset_name": lines[ROWS:]}
+    parts = {"dataset_name": lines[:rows], "eval_dataset_name": lines[rows:]}
     for name, part in parts.items():
         (folder / f"{name}.jsonl").write_text("".join(part))
     return {name: folder / f"{name}.jsonl" for name in parts}
 
 
-def measure(folder: Path, data: Path) -> dict[str, dict[str, float]]:
+def measure(folder: Path, data: Path, learned: int) -> dict[str, dict[str, float]]:
     """By method: ``gap`` in nats and ``accuracy``, where the method has them."""
-    keys = COMMON | split(data, folder)
+    keys = COMMON | split(data, folder, learned)
     rows: dict[str, dict[str, float]] = {}
     for name, own in RUNS.items():
         if rows:
@@ -84,11 +83,10 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of hh_harmless_test.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("runs/preferences"))
-    options = parser.parse_args()
-    rows = measure(options.output.resolve(), options.data.resolve())
+    known = parser(__doc__, "preferences")
+    known.add_argument("--data", type=Path, required=True, help="folder of hh_harmless_test.jsonl")
+    options = known.parse_args()
+    rows = measure(options.output.resolve(), options.data.resolve(), 64 if options.quick else ROWS)
     for name, row in rows.items():
         print(f"{name:26}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
     result = {

@@ -9,20 +9,18 @@ is its rank correlation with the phoneme error rate among the SFT policy's own a
 standard deviation over seeds and writes ``benchmarks/results/DATE-rewards-cmudict.json``. Runs resume.
 """
 
-import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file
 from scipy.stats import rankdata
 
+from benchmarks import runs
 from benchmarks.conftest import ROOT, write_result
-from benchmarks.runs import markdown, share, summarise, train
+from benchmarks.runs import markdown, parser, seeds_of, settings, share, summarise, train
 
 COMMON = {
     "max_train_samples": 24000,
@@ -56,8 +54,7 @@ def best_of_n(output: Path, policy: Path, reward: str, rollouts: Path | None, **
         shutil.copytree(rollouts, output / "part-00000" / "rollouts")
     own = {"model_name_or_path": policy, "reward_model_name_or_path": reward, "num_generations": N}
     own |= {"max_train_samples": BON_PROMPTS, "beta": 1.0, "output_dir": output}
-    arguments = [f"{name}={value}" for name, value in {**COMMON, **keys, **own}.items()]
-    subprocess.run([sys.executable, "-m", "irlfast.bon", *arguments], cwd=ROOT, check=True)
+    runs.start(["-m", "irlfast.bon", *settings(COMMON | keys | own)])
 
 
 def train_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
@@ -198,13 +195,12 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of cmudict_train.jsonl and cmudict_test.jsonl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("runs/rewards"))
-    options = parser.parse_args()
+    known = parser(__doc__, "rewards")
+    known.add_argument("--data", type=Path, required=True, help="folder of cmudict_train.jsonl and cmudict_test.jsonl")
+    known.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = known.parse_args()
     folder = options.output.resolve()
-    folders = {seed: folder / f"seed-{seed}" for seed in options.seeds}
+    folders = {seed: folder / f"seed-{seed}" for seed in seeds_of(options)}
     trained = [train_seed(own, seed, options.data.resolve()) for seed, own in folders.items()]
     chosen = [choose_seed(own, seed, options.data.resolve()) for seed, own in folders.items()]
     seeds = [both | more for both, more in zip(trained, chosen, strict=True)]
@@ -219,7 +215,7 @@ def main() -> None:
             "rft": RFT | PROMPTS,
             "afd": AFD | PROMPTS,
         },
-        "seeds": dict(zip(map(str, options.seeds), seeds, strict=True)),
+        "seeds": dict(zip(map(str, folders), seeds, strict=True)),
         "table": table,
     }
     print(write_result("rewards-cmudict", result))

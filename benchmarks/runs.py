@@ -1,5 +1,6 @@
 """What benchmarks of whole runs share: a training by the real command, and tables over seeds."""
 
+import argparse
 import json
 import shutil
 import statistics
@@ -12,11 +13,39 @@ from benchmarks.conftest import ROOT
 
 Figures = dict[str, dict]  # by phase or method
 
+# With --quick no key is larger; the first two are always given.
+SMALL = {"max_train_samples": 24, "max_eval_samples": 8}
+SMALL |= {"max_new_tokens": 8, "sft_steps": 2, "reward_steps": 2, "inner_steps": 2, "stages": 2}
+
+
+def parser(description: str | None, output: str) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--output", type=Path, default=Path("runs") / output)
+    found.add_argument("--quick", action="store_true", help="a few rows and steps, to see that all of it runs")
+    return found
+
+
+def seeds_of(options: argparse.Namespace) -> list[int]:
+    return options.seeds[:1] if options.quick else options.seeds
+
+
+def start(arguments: list[str]) -> None:
+    """``python ARGUMENTS``"""
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+
+
+def settings(keys: dict[str, object]) -> list[str]:
+    """Keys as a command takes them."""
+    if "--quick" in sys.argv:
+        always = {name: SMALL[name] for name in ("max_train_samples", "max_eval_samples")}
+        keys = always | keys
+        keys |= {name: min(keys[name], limit) for name, limit in SMALL.items() if isinstance(keys.get(name), int)}
+    return [f"{name}={value}" for name, value in keys.items()]
+
 
 def train(output: Path, *arguments: str, **keys: object) -> Figures:
     """Run (or resume) a training; its held-out figures by phase, those of reward models too."""
-    own = [f"{name}={value}" for name, value in {**keys, "output_dir": output}.items()]
-    subprocess.run([sys.executable, "-m", "irlfast.train", *arguments, *own], cwd=ROOT, check=True)
+    start(["-m", "irlfast.train", *arguments, *settings(keys | {"output_dir": output})])
     paths = [*output.glob("*/eval.json"), *output.glob("*/reward/eval.json")]
     return {str(path.parent.relative_to(output)): json.loads(path.read_text()) for path in sorted(paths)}
 

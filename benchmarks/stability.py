@@ -7,13 +7,12 @@ Prints exact match after the last stage and the least after any, NLL, and the di
 standard deviation over seeds. Writes ``benchmarks/results/DATE-stability.json``. Runs resume.
 """
 
-import argparse
 from pathlib import Path
 
 from benchmarks.conftest import write_result
-from benchmarks.runs import Figures, markdown, share, summarise, train
+from benchmarks.runs import Figures, markdown, parser, seeds_of, share, summarise, train
 
-KEYS = {"stages": 4, "kl_in": "none", "learning_rate": 2e-5, "history": 0, "max_eval_samples": 500}
+KEYS = {"sft_steps": 200, "stages": 4, "kl_in": "none", "learning_rate": 2e-5, "history": 0, "max_eval_samples": 500}
 KL = {"kl_in": "loss", "beta": 1.0}
 SWITCHES = {"none": {}, "replay": {"history": 1}, "KL": KL, "replay and KL": KL | {"history": 1}}
 COLUMNS = {
@@ -32,26 +31,27 @@ def train_seed(folder: Path, seed: int) -> Figures:
         if name != "none":
             share(folder / "none", output, "sft")
         figures = train(output, "configs/afd.yaml", **KEYS | own, seed=seed)
-        stages = [figures[f"stage-{stage:02d}"] for stage in range(KEYS["stages"])]
+        *_, last = phases = sorted(name for name in figures if name.startswith("stage") and "/" not in name)
+        stages = [figures[phase] for phase in phases]
         found.setdefault("SFT", {"last": figures["sft"]["exact_match"], "nll": figures["sft"]["nll"]})
         found[name] = {
             "last": stages[-1]["exact_match"],
             "least": min(stage["exact_match"] for stage in stages),
             "nll": stages[-1]["nll"],
-            "accuracy": figures[f"stage-{KEYS['stages'] - 1:02d}/reward"]["reward_accuracy"],
+            "accuracy": figures[f"{last}/reward"]["reward_accuracy"],
         }
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("runs/stability"))
-    options = parser.parse_args()
-    seeds = [train_seed(options.output.resolve() / f"seed-{seed}", seed) for seed in options.seeds]
+    known = parser(__doc__, "stability")
+    known.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = known.parse_args()
+    numbers = seeds_of(options)
+    seeds = [train_seed(options.output.resolve() / f"seed-{seed}", seed) for seed in numbers]
     table = summarise(seeds, list(COLUMNS))
     print(markdown(table, COLUMNS))
-    result = {"keys": {"all": KEYS, **SWITCHES}, "seeds": dict(zip(options.seeds, seeds, strict=True)), "table": table}
+    result = {"keys": {"all": KEYS, **SWITCHES}, "seeds": dict(zip(numbers, seeds, strict=True)), "table": table}
     print(write_result("stability", result))
 
 

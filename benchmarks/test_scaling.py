@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from benchmarks.conftest import ROOT, write_result
-from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, hh, ids_of, make_models, quick
+from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, hh, ids_of, make_models
 
 PAIRS, STEPS, ROUNDS = 64, 4, 5  # pairs a step of both together; the first step warms up
 GOAL = 1.7
@@ -67,22 +67,16 @@ def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
     assert others == pytest.approx([first] * len(others), rel=1e-4)
 
 
-def test_quick_two_processes_have_the_first_loss_of_one(pytestconfig, tmp_path):
-    if not pytestconfig.getoption("quick"):
-        pytest.skip("the full workload shows it too")
-    found = compare(tmp_path, ids_of(quick(tmp_path, 2 * BATCH), 300), QUICK, BATCH, 1)
-    check_losses(found["runs"])
-
-
-def test_two_processes_against_one(pytestconfig, tmp_path):
-    data = os.environ.get("IRLFAST_DATA")
-    if pytestconfig.getoption("quick") or not data or len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("needs IRLFAST_DATA, a folder with hh_harmless_test.jsonl, two cores, and minutes")
-    pairs = ids_of(hh(Path(data).expanduser(), 2000)[SEEN:], VOCABULARY)[: STEPS * PAIRS]
+def test_two_processes_against_one(pytestconfig, tmp_path, data):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    quick = pytestconfig.getoption("quick")
+    shape, batch, steps, rounds = (QUICK, BATCH, 2, 1) if quick else (SHAPE, PAIRS, STEPS, ROUNDS)
+    pairs = ids_of(hh(data, 2000)[SEEN:], VOCABULARY if shape is SHAPE else 300)[: steps * batch]
     load = os.getloadavg()[0]
-    found = compare(tmp_path, pairs, SHAPE, PAIRS, ROUNDS)
+    found = compare(tmp_path, pairs, shape, batch, rounds)
     check_losses(found["runs"])
     goal = {"what": "two processes", "measured": found["times"]["seconds"], "limit": GOAL}
     goal["met"] = goal["measured"] >= GOAL
-    write_result("scaling", {"load_before": load, "shape": SHAPE, **found, "goals": [goal]})
+    write_result("scaling", {"load_before": load, "shape": shape, **found, "goals": [goal]})
     print(found["pairs_per_second"], found["times"], goal, f"load before {load}", sep="\n")

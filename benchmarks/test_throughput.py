@@ -57,11 +57,6 @@ def gsm8k(data: Path, count: int) -> list[Text]:
     ]
 
 
-def quick(_: Path, count: int) -> list[Text]:
-    say = "one two three four five six seven eight nine ten".split()
-    return [(" ".join(say[: 2 + i % 7]), f" {say[i % 9]}" * (1 + i % 4), f" {say[i % 5]} ten") for i in range(count)]
-
-
 def ids_of(texts: list[Text], vocabulary: int) -> list[list[list[int]]]:
     """Token ids by a tokenizer trained on these texts, prompts cut at their start, answers at their end."""
     from irlfast.model import train_tokenizer
@@ -157,22 +152,13 @@ def check_losses(rows: dict[str, Any]) -> None:
     assert max(losses) - min(losses) < 1e-4 * max(losses)
 
 
-def test_quick_contenders_have_the_same_first_loss(pytestconfig, tmp_path):
-    if not pytestconfig.getoption("quick"):
-        pytest.skip("the full workloads show it too")
-    found = measure(tmp_path, quick(tmp_path, 2 * BATCH), 2 * BATCH, QUICK, 1)
-    check_losses(found["rows"])
-
-
 @pytest.mark.parametrize("name", GOALS)
-def test_throughput(pytestconfig, tmp_path, name):
-    data = os.environ.get("IRLFAST_DATA")
-    if pytestconfig.getoption("quick") or not data:
-        pytest.skip("needs IRLFAST_DATA, a folder with hh_harmless_test.jsonl and gsm8k_test.jsonl, and minutes")
-    texts = {"hh": hh, "gsm8k": gsm8k}[name](Path(data).expanduser(), 2000)[SEEN:]
-    found = measure(tmp_path, texts, STEPS * BATCH, SHAPE, ROUNDS)
+def test_throughput(pytestconfig, tmp_path, data, name):
+    texts = {"hh": hh, "gsm8k": gsm8k}[name](data, 2000)[SEEN:]
+    count, shape, rounds = (2 * BATCH, QUICK, 1) if pytestconfig.getoption("quick") else (STEPS * BATCH, SHAPE, ROUNDS)
+    found = measure(tmp_path, texts, count, shape, rounds)
     check_losses(found["rows"])
-    result = {"shape": SHAPE, **found, "goals": goals(name, found["rows"])}
+    result = {"shape": shape, **found, "goals": goals(name, found["rows"])}
     write_result(f"throughput-{name}", result)
     for contender, row in found["rows"].items():
         print(contender, {key: round(value, 3) for key, value in row.items() if isinstance(value, float)})

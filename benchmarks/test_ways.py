@@ -7,7 +7,6 @@ first two left out; what those took more than two others is the start.
 """
 
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.conftest import write_result
-from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, contend, hh, ids_of, make_models, quick
+from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, contend, hh, ids_of, make_models
 
 STEPS, TOKENS, ROUNDS = 8, 4096, 2  # more tokens a pass than a CPU needs, so that layers' activations weigh
 WAYS: dict[str, dict[str, Any]] = {
@@ -55,19 +54,11 @@ def figures(runs: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def test_quick_ways_have_the_same_first_loss(pytestconfig, tmp_path):
-    if not pytestconfig.getoption("quick"):
-        pytest.skip("the full workload shows it too")
-    check_losses(compare(tmp_path, ids_of(quick(tmp_path, 3 * BATCH), 300), QUICK, 1))
-
-
-def test_ways(pytestconfig, tmp_path):
-    data = os.environ.get("IRLFAST_DATA")
-    if pytestconfig.getoption("quick") or not data:
-        pytest.skip("needs IRLFAST_DATA, a folder with hh_harmless_test.jsonl, and minutes")
-    pairs = ids_of(hh(Path(data).expanduser(), 2000)[SEEN:], VOCABULARY)[: STEPS * BATCH]
-    found = compare(tmp_path, pairs, SHAPE, ROUNDS)
+def test_ways(pytestconfig, tmp_path, data):
+    shape, steps, rounds = (QUICK, 3, 1) if pytestconfig.getoption("quick") else (SHAPE, STEPS, ROUNDS)
+    pairs = ids_of(hh(data, 2000)[SEEN:], VOCABULARY if shape is SHAPE else 300)[: steps * BATCH]
+    found = compare(tmp_path, pairs, shape, rounds)
     check_losses(found)
-    write_result("ways", {"shape": SHAPE, "max_tokens_per_batch": TOKENS, "ways": found})
+    write_result("ways", {"shape": shape, "max_tokens_per_batch": TOKENS, "ways": found})
     for way, row in found.items():
         print(way, {key: round(value, 2) for key, value in row.items() if key != "runs"})

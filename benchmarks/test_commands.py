@@ -1,0 +1,63 @@
+"""Every script runs, by the READMEs' own commands, on small data: ``pytest benchmarks/test_commands.py --quick``."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+
+import pytest
+
+from benchmarks import conftest, runs
+from benchmarks.conftest import ROOT
+
+READMES = "\n".join((ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md"))
+SCRIPTS = sorted(set(re.findall(r"python -m benchmarks\.(\w+) *([^`#\n]*)", READMES)))
+BENCHMARKS = sorted(set(re.findall(r"pytest (?:-\S+ )*(benchmarks/[\w/{},.]*)", READMES)))
+
+
+@pytest.mark.parametrize("name, arguments", SCRIPTS, ids=[f"{name} {given}".strip() for name, given in SCRIPTS])
+def test_a_script_runs_as_a_readme_says(name, arguments, pytestconfig, data, tmp_path, monkeypatch):
+    if not pytestconfig.getoption("quick"):
+        pytest.skip("hours; its command is in the README")
+    from tests.runs import printed
+
+    given = [str(data) if word == "DATA" else word for word in shlex.split(arguments)]
+    given = [str(ROOT / word) if word.startswith("benchmarks/") else word for word in given]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / f"{name}.py"), *given, "--quick"])
+    monkeypatch.setattr(runs, "start", printed)  # the same commands, in processes that have imported already
+    monkeypatch.setattr(conftest, "RESULTS_FOLDER", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module(f"benchmarks.{name}").main()
+    written = list((tmp_path / "results").iterdir())
+    assert written and all("-quick" in path.stem and path.stat().st_size for path in written)
+
+
+def test_the_readmes_name_every_script():
+    started = {"throughput"}  # by test_throughput.py
+    modules = (ROOT / "benchmarks").glob("*.py")
+    scripts = {path.stem for path in modules if '__name__ == "__main__"' in path.read_text()}
+    assert {name for name, _ in SCRIPTS} == scripts - started
+
+
+def test_every_benchmark_that_a_readme_names_is_one_that_pytest_finds():
+    named = {path for pattern in BENCHMARKS for path in expanded(pattern)}
+    assert len(named) > 5
+    for path in named - {"benchmarks/"}:
+        assert re.fullmatch(r"benchmarks/test_\w+\.py", path) and (ROOT / path).exists(), path
+
+
+def expanded(pattern: str) -> list[str]:
+    """As a shell expands one pair of braces."""
+    before, brace, rest = pattern.partition("{")
+    inside, _, after = rest.partition("}")
+    return [f"{before}{choice}{after}" for choice in inside.split(",")] if brace else [pattern]
+
+
+def test_a_result_is_told_as_a_table_with_its_goals():
+    newest = max((ROOT / "benchmarks/results").glob("*-pair-loss-cpu.json"))
+    results = json.loads(newest.read_text())
+    told = "\n".join(conftest.summary(results))
+    for case in results["cases"].values():
+        assert f"{case['name']}: " in told and all(row in told for row in case["rows"])
+    assert all(goal["what"] in told for goal in results["goals"])

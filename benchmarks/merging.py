@@ -20,6 +20,7 @@ from benchmarks.conftest import ROOT, write_result
 from benchmarks.runs import parser, train
 from irlfast.config import make_config
 from irlfast.data import load_examples
+from irlfast.lora import rounded_by_chance
 from irlfast.model import load_model
 
 TASK = {
@@ -50,9 +51,7 @@ def nearest(exact: Tensor, _: torch.Generator) -> Tensor:
 
 
 def by_chance(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """To one of the two bf16 numbers beside it, the nearer more often, so that the mean is ``exact``."""
-    noise = torch.randint(1 << 16, exact.shape, generator=generator, dtype=torch.int32)
-    return ((exact.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    return rounded_by_chance(exact, generator).float()
 
 
 def in_fp32(exact: Tensor, _: torch.Generator) -> Tensor:

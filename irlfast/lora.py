@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685): with ``use_peft``, every policy of a run is the run's first one and an adapter of its own.
 
 A stage goes on with the adapter of the one before. Merged into 16 bits, changes smaller than the weights' last digit
-are lost, which at the end of every stage would be most of what it learned; so ``final/`` and rewards alone are merged.
+are rounded, at the end of every stage anew; so ``final/`` and rewards alone are merged.
 """
 
 from pathlib import Path
@@ -24,7 +24,10 @@ TAKEN = {  # settings of PEFT's LoRA that are trained, saved and merged as they 
 }
 INITIAL = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
 LEAST_KEPT = 0.9  # of what an adapter learned
-LOST = "merging keeps {:.0%} of what the adapter learned, as {} rounds"
+LOST = (
+    "rounding to the nearest {} would keep {:.0%} of what the adapter learned; its weights are rounded up or down by "
+    "chance instead, which keeps all of it on average"
+)
 
 
 def base_and_adapter(name: Path | str) -> tuple[str, Path | None]:
@@ -157,13 +160,31 @@ def save_lora(folder: Path, model: Any, state: dict[str, Tensor], base: str, at:
 
 
 def merge(model: Any, what: str) -> Any:
-    """An adapted model as a plain one, with a warning that names ``what`` where rounding loses much; others as is."""
+    """An adapted model as a plain one; others as is. Where rounding to the nearest loses much, it rounds by chance.
+
+    A line says so and names ``what``. benchmarks/merging.py compares both.
+    """
     if not is_adapted(model):
         return model
     share = kept_by_merging(model)
-    if share < LEAST_KEPT:
-        say(f"warning: {what}: {LOST.format(share, str(model.dtype).removeprefix('torch.'))}")
-    return model.merge_and_unload()
+    if share >= LEAST_KEPT:
+        return model.merge_and_unload()
+    say(f"{what}: {LOST.format(str(model.dtype).removeprefix('torch.'), share)}")
+    layers = [layer for layer in model.modules() if hasattr(layer, "get_delta_weight")]
+    dtypes = {parameter: parameter.dtype for layer in layers for parameter in layer.get_base_layer().parameters()}
+    for layer in layers:
+        layer.float()
+    plain, generator = model.merge_and_unload(), torch.Generator().manual_seed(0)
+    for parameter, dtype in dtypes.items():
+        if dtype == torch.bfloat16:  # some families keep a few layers in fp32
+            parameter.data = rounded_by_chance(parameter.data, generator)
+    return plain
+
+
+def rounded_by_chance(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """Each value as one of the two bf16 numbers beside it, the nearer more often, so that the mean is ``exact``."""
+    noise = torch.randint(1 << 16, exact.shape, generator=generator, dtype=torch.int32)
+    return ((exact.float().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 def kept_by_merging(model: Any) -> float:

@@ -1,5 +1,6 @@
 """Runs with the options that the default leaves off, each a real run of a few steps."""
 
+import copy
 import itertools
 import json
 import re
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from irlfast.config import make_config
 from irlfast.files import InputError
-from irlfast.lora import add_lora, kept_by_merging
+from irlfast.lora import add_lora, kept_by_merging, merge
 from irlfast.model import load_model
 from tests.runs import printed, run, settings
 
@@ -79,15 +80,34 @@ def test_a_stage_goes_on_with_the_adapter_of_the_one_before_and_no_second_model_
     assert begins == pytest.approx([0, 0], abs=1e-5)  # the reference's log-probabilities are the policy's own
 
 
+def check_all_is_kept(adapted, final):
+    """Each merged weight is one of the two bf16 numbers beside its exact value, and their sum has what was learned."""
+    assert final.dtype == torch.bfloat16
+    kept = learned = 0.0
+    for name, layer in adapted.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            found = final.get_submodule(name.removeprefix("base_model.model.")).weight.double()
+            base = layer.get_base_layer().weight.double()
+            a, b = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
+            delta = layer.scaling["default"] * b @ a
+            digit = torch.finfo(torch.bfloat16).eps * torch.maximum(found.abs(), (base + delta).abs())
+            assert ((found - base - delta).abs() <= digit).all(), name
+            kept += ((found - base) * delta).sum().item()
+            learned += delta.square().sum().item()
+    assert kept / learned == pytest.approx(1, abs=0.1)  # to the nearest it is below 0.9, as above
+
+
 def test_what_lora_learns_in_bf16_is_not_rounded_away_at_the_end_of_a_stage(tmp_path):
     """Steps so small that merging each stage's would leave the weights as they were."""
     output, small = tmp_path / "run", {"learning_rate": 1e-5, "dtype": "bfloat16", "sft_steps": 0, "inner_steps": 8}
     _, err = run(output, **LORA | small)
-    assert re.search(r"warning: \S+/stage-01/policy: merging keeps \d+% of what the adapter learned", err)
+    assert re.search(r"\S+/stage-01/policy: rounding to the nearest bfloat16 would keep \d+% of what", err)
     last = output / "stage-01" / "policy"
     adapter = load_file(last / "adapter_model.safetensors")
     base = AutoModelForCausalLM.from_pretrained(output / "initial" / "policy", dtype=torch.bfloat16)
-    assert kept_by_merging(PeftModel.from_pretrained(base, last)) < 0.9
+    adapted = PeftModel.from_pretrained(base, last)
+    assert kept_by_merging(adapted) < 0.9
+    check_all_is_kept(adapted, AutoModelForCausalLM.from_pretrained(output / "final"))
     first = load_file(output / "stage-00" / "policy" / "adapter_model.safetensors")
     steps = {name: (values.float().norm(), (values - first[name]).float().norm()) for name, values in adapter.items()}
     learned = {name: sizes for name, sizes in steps.items() if "lora_B" in name}
@@ -152,6 +172,26 @@ def test_what_merging_into_16_bits_keeps_of_an_adapter(size, least, most, config
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=size)
     assert least <= kept_by_merging(adapted) <= most
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, MixtralConfig])
+def test_where_the_nearest_loses_much_weights_are_rounded_by_chance_to_a_neighbour_and_always_the_same(config_class):
+    config = config_class(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-4)
+    exact, again = (copy.deepcopy(adapted) for _ in range(2))
+    nearest = copy.deepcopy(adapted).merge_and_unload().state_dict()
+    exact = exact.float().merge_and_unload().state_dict()
+    found, again = (merge(each, "policy").state_dict() for each in (adapted, again))
+    assert found.keys() == exact.keys() == nearest.keys()
+    for name, values in found.items():
+        assert values.dtype == torch.bfloat16 and torch.equal(values, again[name])
+        digit = torch.finfo(torch.bfloat16).eps * torch.maximum(values.float().abs(), exact[name].abs())
+        assert ((values.float() - exact[name]).abs() <= digit).all(), name
+    assert any(not torch.equal(values, nearest[name]) for name, values in found.items())
 
 
 def test_spin_with_adamw_zero_0_tensorboard_own_deepspeed_json_and_the_best_policy(tmp_path):

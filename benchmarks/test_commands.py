@@ -12,11 +12,13 @@ from benchmarks import conftest, runs
 from benchmarks.conftest import ROOT
 
 READMES = "\n".join((ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md"))
-SCRIPTS = sorted(set(re.findall(r"python -m benchmarks\.(\w+) *([^`#\n]*)", READMES)))
+SCRIPTS = sorted(
+    {(name, given.strip()) for name, given in re.findall(r"python -m benchmarks\.(\w+)([^`#\n]*)", READMES)}
+)
 BENCHMARKS = sorted(set(re.findall(r"pytest (?:-\S+ )*(benchmarks/[\w/{},.]*)", READMES)))
 
 
-@pytest.mark.parametrize("name, arguments", SCRIPTS, ids=[f"{name} {given}".strip() for name, given in SCRIPTS])
+@pytest.mark.parametrize("name, arguments", SCRIPTS, ids=[" ".join(command) for command in SCRIPTS])
 def test_a_script_runs_as_a_readme_says(name, arguments, pytestconfig, data, tmp_path, monkeypatch):
     if not pytestconfig.getoption("quick"):
         pytest.skip("hours; its command is in the README")
@@ -36,7 +38,7 @@ def test_a_script_runs_as_a_readme_says(name, arguments, pytestconfig, data, tmp
 def test_the_readmes_name_every_script():
     started = {"throughput"}  # by test_throughput.py
     modules = (ROOT / "benchmarks").glob("*.py")
-    scripts = {path.stem for path in modules if '__name__ == "__main__"' in path.read_text()}
+    scripts = {path.stem for path in modules if "\nif __name__" in path.read_text()}
     assert {name for name, _ in SCRIPTS} == scripts - started
 
 

@@ -5,14 +5,16 @@
         num_generations=16 output_dir=runs/bon
 
 The policy answers every prompt of the dataset ``num_generations`` times, in shards, and the answer of the highest
-reward goes to ``best.jsonl``. ``curve.json`` has what best of n would give for n = 1, 2, 4, … N, from the same answers:
-the mean over all choices of n of the N, exact without more sampling; with the KL to the policy, at most
-log n − (n − 1)/n (arXiv 2401.01879).
+reward goes to ``best.jsonl``, which training reads as it is. The dataset's rows need no answers.
+
+``curve.json`` has what best of n would give for n = 1, 2, 4, … N, from the same answers: the mean over all choices of n
+of the N, exact without more sampling; with the KL to the policy, at most log n − (n − 1)/n (arXiv 2401.01879).
 """
 
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,10 @@ from irlfast.files import write, write_json, write_jsonl
 from irlfast.methods.irft import sampling
 from irlfast.metrics import say
 from irlfast.prepare import prepare
-from irlfast.reward import rewards_of
+from irlfast.reward import complete, rewards_of
 from irlfast.run import Run
 from irlfast.sample import prompt_of, sample_groups
+from irlfast.scores import row_of, text_of
 
 ANSWERS = 2**17  # that are held in memory at a time
 
@@ -51,7 +54,8 @@ def best_of_n(config: Config) -> None:
         best = b"".join((folder / "best.jsonl").read_bytes() for folder in folders)
         write(run.output / "best.jsonl", lambda path: path.write_bytes(best))
         scores = [load_file(folder / "scores.safetensors") for folder in folders]
-        curve = best_of_each(*(np.concatenate([part[name] for part in scores]) for name in ("rewards", "exact")))
+        names = ("rewards", "exact", "known")
+        curve = best_of_each(*(np.concatenate([part[name] for part in scores]) for name in names))
         write_json(run.output / "curve.json", curve)
         show(curve)
         say(f"best of {config.num_generations}: {run.output / 'best.jsonl'}")
@@ -63,27 +67,45 @@ def choose_best(run: Run, number: int, examples: list[Example], folder: Path) ->
     config, n = run.config, run.config.num_generations
     drawn = sampling(config, 0)._replace(seed=(config.seed * 1000 + number) * 100_000)
     groups = sample_groups(run, run.initial, examples, n, folder / "rollouts", drawn)
-    rewards = rewards_of(run, config.reward_model_name_or_path, groups, folder).view(-1, n).numpy()
+    found = rewards_of(run, config.reward_model_name_or_path, groups, folder).view(-1, n)
+    kept = complete(found)
+    examples, groups, rewards = [examples[i] for i in kept], [groups[i] for i in kept], found[kept].numpy()
     if dist.is_main():
+        known = np.array([len(x.answer_ids) > 0 for x in examples])
         exact = np.array([[a == x.answer_ids for a in g.answers] for x, g in zip(examples, groups, strict=True)])
-        scores = {"rewards": rewards.astype(np.float32), "exact": exact}
+        scores = {"rewards": rewards.astype(np.float32), "exact": exact & known[:, None], "known": known}
         write(folder / "scores.safetensors", lambda path: save_file(scores, path))
-        rows = [
-            {
-                "prompt": prompt_of(run, example),
-                "answer": text(run, group.answers[best]),
-                "answer_ids": [*group.answers[best]],
-                "reward": values[best].item(),
-                "expert": text(run, example.answer_ids),
-            }
-            for example, group, values, best in zip(examples, groups, rewards, rewards.argmax(1), strict=True)
-        ]
-        write_jsonl(folder / "best.jsonl", rows)
+        best = zip(examples, groups, rewards, rewards.argmax(1), strict=True)
+        write_jsonl(
+            folder / "best.jsonl",
+            (best_row(run, x, group.answers[chosen], values[chosen].item()) for x, group, values, chosen in best),
+        )
     dist.barrier()
 
 
-def best_of_each(rewards: np.ndarray, exact: np.ndarray) -> list[dict[str, Any]]:
-    """Expected reward and exact match of the best of n = 1, 2, 4, … N answers, from those of N, ``[P, N]``."""
+def best_row(run: Run, example: Example, answer: Sequence[int], reward: float) -> dict[str, Any]:
+    """A prompt with its best answer: as the model reads and writes them, and as ``messages``, which training reads.
+
+    Earlier answers in ``messages`` are context: their weight is 0.
+    """
+    row = row_of(run, example.row)
+    before = [message | ({"weight": 0} if message["role"] == "assistant" else {}) for message in row["messages"]]
+    found = {
+        "messages": [*before, {"role": "assistant", "content": text_of(run, answer)}],
+        "prompt": prompt_of(run, example),
+        "answer": text_of(run, answer).strip(),
+        "answer_ids": [*answer],
+        "reward": reward,
+    }
+    found |= {"tools": row["tools"]} if row.get("tools") else {}
+    return found | ({"expert": text(run, example.answer_ids)} if example.answer_ids else {})
+
+
+def best_of_each(rewards: np.ndarray, exact: np.ndarray, known: np.ndarray) -> list[dict[str, Any]]:
+    """Expected reward and exact match of the best of n = 1, 2, 4, … N answers, from those of N, ``[P, N]``.
+
+    The exact match is that of prompts with a ``known`` answer ``[P]``, and None where there is none.
+    """
     count = rewards.shape[1]
     order = rewards.argsort(1, kind="stable")
     ranked, right = (np.take_along_axis(values, order, 1) for values in (rewards, exact))
@@ -97,7 +119,7 @@ def best_of_each(rewards: np.ndarray, exact: np.ndarray) -> list[dict[str, Any]]
                 "n": n,
                 "kl_bound": math.log(n) - (n - 1) / n,
                 "reward": float((ranked @ weights).mean()),
-                "exact_match": float((right @ weights).mean()),
+                "exact_match": float((right @ weights)[known].mean()) if known.any() else None,
             }
         )
     return rows
@@ -106,7 +128,8 @@ def best_of_each(rewards: np.ndarray, exact: np.ndarray) -> list[dict[str, Any]]
 def show(curve: list[dict[str, Any]]) -> None:
     table = Table("best of", "KL at most (nats)", "reward", "exact match")
     for row in curve:
-        table.add_row(str(row["n"]), *(f"{row[name]:.3f}" for name in ("kl_bound", "reward", "exact_match")))
+        cells = [row[name] for name in ("kl_bound", "reward", "exact_match")]
+        table.add_row(str(row["n"]), *("–" if cell is None else f"{cell:.3f}" for cell in cells))
     Console(width=100).print(table)
 
 

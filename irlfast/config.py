@@ -107,8 +107,9 @@ def make_config(given: dict[str, Any]) -> Config:
     for alias, (name, value) in ALIASES.items():
         if str(given.pop(alias, False)).lower() in ("true", "1", "yes"):
             given[name] = value
-    if isinstance(given.get("reward_model_name_or_path"), str):
-        given["reward_model_name_or_path"] = [given["reward_model_name_or_path"]]
+    for name in ("reward_model_name_or_path", "reward_function"):
+        if isinstance(given.get(name), str):
+            given[name] = [given[name]]
     if isinstance(given.get("report_to"), str):
         given["report_to"] = [] if given["report_to"] == "none" else [given["report_to"]]
     unknown = [name for name in given if name not in FIELDS]

@@ -130,9 +130,17 @@ def check_4bit(config: Any) -> None:
 
 def check_reward(config: Any) -> None:
     """What RFT, AfD and reward models ask for."""
-    learned, added = config.reward_data != "none", len(config.reward_model_name_or_path)
+    learned = config.reward_data != "none"
+    added = len(config.reward_model_name_or_path) + len(config.reward_function)
     if config.method in ("rft", "afd") and not learned and not added:
-        raise InputError("reward_model_name_or_path: found none, and reward_data: none; expected a reward")
+        raise InputError("reward_model_name_or_path, reward_function: found none, and reward_data: none; expected one")
+    for name in config.reward_function:
+        place, _, function = name.rpartition(":")
+        file = place.endswith(".py")
+        if not function.isidentifier() or not (file or all(part.isidentifier() for part in place.split("."))):
+            raise InputError(f"reward_function: found {name!r}, expected package.module:function or file.py:function")
+        if file:
+            check_path("reward_function", place)
     if config.method == "reward" and not learned:
         raise InputError("reward_data: found 'none', expected pairs to learn from for method reward")
     if config.reward_weights and len(config.reward_weights) != learned + added:
@@ -165,7 +173,11 @@ def check_path(name: str, value: str | None) -> None:
     """A value that can only be a file must exist; one like ``owner/name`` may be on the hub."""
     if value is None or find(value):
         return
-    local = name in ("config_name", "deepspeed") or value.startswith(("/", ".", "~")) or value.count("/") > 1
+    local = (
+        name in ("config_name", "deepspeed", "reward_function")
+        or value.startswith(("/", ".", "~"))
+        or value.count("/") > 1
+    )
     if local or Path(value).suffix in (".json", ".jsonl", ".parquet", ".csv"):
         raise InputError(f"{name}: no such file or folder: {value}")
 

@@ -191,7 +191,13 @@ class Config:
     reward_model_name_or_path: list[str] = key(
         [], "rewards to add: a reward model's folder or hub name, or POLICY or POLICY,REFERENCE for an implicit one"
     )
-    reward_weights: list[float] = key([], "weight of the learned reward and of each added one (default: 1)")
+    reward_overlong: Literal["cut", "drop"] = key(
+        "cut", "what an added reward model with a limit reads of a longer text: its end; drop: leave its prompt out"
+    )
+    reward_function: list[str] = key(
+        [], "Python functions to add, package.module:function or file.py:function, called as TRL calls its own"
+    )
+    reward_weights: list[float] = key([], "weight of the learned reward, of each added one, each function (default: 1)")
 
     # RFT and AfD: aligning the policy to it
     align: Literal["rloo", "ppo", "apa", "bon"] = key("rloo", "rloo, ppo, apa, or SFT on the best of n answers")

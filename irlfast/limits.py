@@ -15,6 +15,7 @@ from irlfast.methods.irft import stage_examples, stage_name
 from irlfast.pack import Segment, tokens
 from irlfast.reference import ANSWERS
 from irlfast.reward import reward_config
+from irlfast.reward_function import load_function
 from irlfast.vllm_sampler import GET_VLLM, environment
 
 
@@ -79,6 +80,9 @@ def check_rewards(config: Config) -> None:
         if classifier and not own and found.num_labels != 1:
             raise InputError(f"reward model {name}: found {found.num_labels} labels, expected 1")
         heads += found.num_labels if own else 1
+    for name in config.reward_function:
+        load_function(name)
+        heads += 1
     if config.reward_combine != "mean" and heads < 2:
         raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
 

@@ -7,32 +7,33 @@ A reward is named by the folder or hub name of a model:
 - ``POLICY,REFERENCE``, two policies: the implicit reward β·Σ_t log π(y_t)/π_ref(y_t) that IRFT, SPIN and SFT learn
   (arXiv 2405.17888, section 4), with no training of its own; ``POLICY`` alone: β·log π(y), where the reference of
   maximum-entropy IRL is uniform;
-- any other ``AutoModelForSequenceClassification`` with its tokenizer: its single logit of the text.
+- any other ``AutoModelForSequenceClassification`` with its tokenizer: its logit of the conversation, see
+  :mod:`irlfast.reward_external`.
+
+Python functions add theirs (:mod:`irlfast.reward_function`).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from irlfast import dist, ops
+from irlfast import ops
 from irlfast.config import Config
-from irlfast.data.rows import Message
-from irlfast.data.templates import plain_text
-from irlfast.files import InputError, find, write
+from irlfast.files import InputError, find
 from irlfast.lora import base_and_adapter
-from irlfast.metrics import Progress
+from irlfast.metrics import say
 from irlfast.model import first_sentence
 from irlfast.ops import Head
 from irlfast.pack import Batch, Segment
 from irlfast.reference import log_ratios, score
+from irlfast.reward_external import external
+from irlfast.reward_function import function_rewards
 from irlfast.run import Run
 
-Text = tuple[str | list[Message], str]  # prompt and answer
 KINDS = {"reverse_kl": "airl", "js": "gail", "forward_kl": "fairl", "alpha": "alpha"}  # in irlfast.ops
 
 
@@ -42,17 +43,56 @@ def recipe(config: Config) -> dict[str, Any]:
 
 
 def rewards_of(run: Run, rewards: Sequence[Path | str], segments: Sequence[Segment], folder: Path) -> Tensor:
-    """Reward ``[S]`` of every answer of every segment, fp64: ``rewards``, weighted and combined, cached in ``folder``.
+    """Reward ``[S]`` of every answer of every segment, fp64: of ``rewards`` and the run's functions, combined.
+
+    Each is cached in ``folder``. NaN is an answer that ``reward_overlong`` leaves out.
 
     Raises:
         InputError: where ``reward_combine`` asks for an ensemble, and there is one reward of one head.
     """
-    weights = run.config.reward_weights or [1.0] * len(rewards)
-    paths = [folder / f"reward-{number}.safetensors" for number in range(len(rewards))]
-    each = [reward_of(run, str(reward), segments, path) for reward, path in zip(rewards, paths, strict=True)]
-    if run.config.reward_combine != "mean" and sum(values.shape[1] for values in each) < 2:
-        raise InputError(f"reward_combine: found {run.config.reward_combine!r}, but one reward of one head")
-    return combine([weight * values for weight, values in zip(weights, each, strict=True)], run.config)
+    config = run.config
+    names = [*map(str, rewards), *config.reward_function]
+    weights = config.reward_weights or [1.0] * len(names)
+    each = []
+    for number, name in enumerate(names):
+        measure = reward_of if number < len(rewards) else function_rewards
+        each.append(measure(run, name, segments, folder / f"reward-{number}.safetensors"))
+    if config.reward_combine != "mean" and sum(values.shape[1] for values in each) < 2:
+        raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
+    each[len(rewards) :] = without_none(each[len(rewards) :], alone=not rewards, combined=config.reward_combine)
+    return combine([weight * values for weight, values in zip(weights, each, strict=True)], config)
+
+
+def without_none(rewards: Sequence[Tensor], alone: bool, combined: str) -> list[Tensor]:
+    """Functions' rewards ``[S, 1]`` with 0 for NaN, which stands for None: the function says nothing of an answer.
+
+    Raises:
+        InputError: where no reward says anything, or ``reward_combine`` is not the mean, so that 0 would count.
+    """
+    if not rewards:
+        return []
+    silent = torch.cat(list(rewards), 1).isnan()
+    if silent.any() and combined != "mean":
+        raise InputError(f"reward_function: found None with reward_combine {combined!r}, expected a number")
+    if alone and silent.all(1).any():
+        count = int(silent.all(1).sum())
+        raise InputError(f"reward_function: found None for {count:,} answers, with no other reward; expected one")
+    return [values.nan_to_num(0.0) for values in rewards]
+
+
+def complete(rewards: Tensor) -> list[int]:
+    """Numbers of the prompts all of whose answers have a reward ``[P, n]``; ``reward_overlong`` leaves others out.
+
+    Raises:
+        InputError: where there is none.
+    """
+    found = (~rewards.isnan().any(1)).nonzero().flatten().tolist()
+    if not found:
+        raise InputError("reward_overlong: found drop, and every prompt has an answer of which the text is too long")
+    if len(found) < len(rewards):
+        left_out = len(rewards) - len(found)
+        say(f"reward_overlong: {left_out:,} of {len(rewards):,} prompts are left out, as an answer's text was too long")
+    return found
 
 
 def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
@@ -141,69 +181,3 @@ def check_tokenizer(run: Run, policy: str) -> None:
     padding = {(each.pad_token, each.pad_token_id) for each in (tokenizer, run.form.tokenizer)}
     if (tokenizer.get_vocab().items() ^ run.form.tokenizer.get_vocab().items()) - padding:
         raise InputError(f"reward model {policy}: found another tokenizer than the policy's; expected the same")
-
-
-def external(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
-    """The logit ``[S, 1]`` of any other reward model, of prompt and answer as texts that the policy reads and writes.
-
-    Each process scores its share.
-    """
-    if not path.exists():
-        decode = functools.partial(run.form.tokenizer.decode, skip_special_tokens=True)
-        texts = [(decode(list(x.prompt)), decode(list(answer))) for x in segments for answer in x.answers]
-        score_texts = load_external(reward, run.config.per_device_eval_batch_size, run.config.trust_remote_code)
-        found = torch.empty(len(texts))
-        for rank, part in enumerate(dist.all_gather(score_texts(texts[dist.rank() :: dist.world_size()]))):
-            found[rank :: dist.world_size()] = part
-        if dist.is_main():
-            write(path, lambda temporary: save_file({"values": found}, temporary))
-        dist.barrier()
-    return load_file(path)["values"].double()[:, None]
-
-
-def load_external(reward: str, batch_size: int, trust_remote_code: bool = False) -> Callable[[Sequence[Text]], Tensor]:
-    """A function from (prompt, answer) pairs to the logits ``[S]`` fp32 of a Transformers reward model.
-
-    A prompt may be a conversation. The chat template of the model's tokenizer writes both; without one they are joined.
-
-    Raises:
-        InputError: where it cannot be loaded, or has more than one label.
-    """
-    import transformers
-
-    name = str(find(reward) or reward)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"reward model {reward}: cannot be loaded ({first_sentence(error)})") from error
-    if model.config.num_labels != 1:
-        raise InputError(f"reward model {reward}: found {model.config.num_labels} labels, expected 1")
-    model = model.to(dist.device()).eval()
-    if tokenizer.pad_token_id is None or model.config.pad_token_id is None:
-        batch_size = 1
-
-    @torch.no_grad()
-    def score_texts(texts: Sequence[Text]) -> Tensor:
-        whole = [as_text(tokenizer, *text) for text in texts]
-        order = sorted(range(len(whole)), key=lambda i: (-len(whole[i]), i))
-        found = torch.empty(len(whole))
-        progress = Progress(Path(reward).name, len(order), "answer", seconds=10.0)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            inputs = tokenizer([whole[i] for i in chosen], return_tensors="pt", padding=batch_size > 1, truncation=True)
-            found[chosen] = model(**inputs.to(model.device)).logits[:, 0].float().cpu()
-            progress.advance(len(chosen))
-            progress.tell()
-        return found
-
-    return score_texts
-
-
-def as_text(tokenizer: Any, prompt: str | list[Message], answer: str) -> str:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not tokenizer.chat_template:
-        return plain_text(messages) + answer
-    return tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)

@@ -5,12 +5,19 @@ import string
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from irlfast.config import Config
 from irlfast.data.encoding import make_format
 from irlfast.model import save_pretrained
 from irlfast.padding import padded_apart
+from irlfast.sample import GREEDY, generate_batch
 from tests.tokenizers_like import FAMILIES, QWEN, byte_level
 
 TURNS = [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "Four!!!"}]
@@ -77,6 +84,18 @@ def test_the_padding_is_in_no_text_template_or_end(saved):
     if form.tokenizer.chat_template:
         read.append(form.tokenizer.apply_chat_template(TURNS, return_dict=False))
     assert tokenizer.pad_token_id not in {form.end_id, *(token for ids in read for token in ids)}
+
+
+def test_the_padding_of_a_batch_of_prompts_changes_no_answer():
+    """It is an end token, which a prompt may have, too."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, pad_token_id=0, eos_token_id=0, initializer_range=0.5, **size))
+    draw = random.Random(0)
+    prompts = [[draw.randrange(40) for _ in range(draw.randint(1, 20))] for _ in range(24)]
+    alone = [generate_batch(model.eval(), [prompt], [0, 1], GREEDY, 12)[0] for prompt in prompts]
+    assert generate_batch(model, prompts, [0, 1], GREEDY, 12) == alone
+    assert {len(answer) for answer in alone} != {12}  # some end, and the others go on beside their padding
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

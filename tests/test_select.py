@@ -75,7 +75,7 @@ def test_scores_of_another_dataset_and_a_model_of_another_kind_are_refused(datas
     assert "Traceback" not in shown
 
 
-def test_an_external_reward_scores_the_policys_texts(reward, finished, tmp_path):
+def test_an_external_reward_without_a_template_scores_prompt_and_answer_joined(reward, finished, tmp_path):
     from safetensors.torch import load_file
 
     from tests.test_rft import bon
@@ -88,7 +88,8 @@ def test_an_external_reward_scores_the_policys_texts(reward, finished, tmp_path)
     assert load_file(tmp_path / "bon" / "part-00000" / "scores.safetensors")["rewards"].shape == (6, 2)
     for row in best:
         with torch.no_grad():
-            logit = model(**tokenizer(row["prompt"] + row["answer"], return_tensors="pt")).logits[0, 0].item()
+            text = "".join(message["content"] for message in row["messages"])
+            logit = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
         assert row["reward"] == pytest.approx(logit, abs=1e-4)
     bon(tmp_path / "two", 2, **keys)
     scores = [load_file(tmp_path / name / "part-00000" / "scores.safetensors")["rewards"] for name in ("bon", "two")]

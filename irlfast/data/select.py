@@ -8,6 +8,7 @@ Only the rewards are held in memory.
 """
 
 import argparse
+import datetime
 import itertools
 import sys
 from pathlib import Path
@@ -20,16 +21,16 @@ from irlfast.data.read import read_demonstrations
 from irlfast.data.sources import sources_of
 from irlfast.files import InputError, read_jsonl, write_jsonl
 from irlfast.metrics import Progress
-from irlfast.reward import load_external
+from irlfast.reward_external import load_external
 
 SHARD = 1024  # rows
 
 
 def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch_size: int) -> None:
-    config = Config(dataset_name=dataset, dataset_train_split=split)
+    config = Config(dataset_name=dataset, dataset_train_split=split, per_device_eval_batch_size=batch_size)
     folder = output.with_name(output.name + ".scores")
     rewards: list[float] = []
-    score_texts = None
+    score = None
     progress = Progress("scoring", None, "row", seconds=10.0)
     rows = read_demonstrations(config, sources_of(config), [])
     for number in itertools.count():
@@ -38,9 +39,8 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
             break
         path = folder / f"{number:05d}.jsonl"
         if not path.exists():
-            score_texts = score_texts or load_external(reward, batch_size)
-            scores = score_texts([(row.prompt, str((row.answer or {}).get("content") or "")) for row in shard]).tolist()
-            write_jsonl(path, [{"reward": value} for value in scores])
+            score = score or load_external(reward, config, datetime.datetime.now())
+            write_jsonl(path, [{"reward": value} for value in score(shard).tolist()])
         found = [row["reward"] for _, row in read_jsonl(path)]
         if len(found) != len(shard):
             raise InputError(f"{path}: found {len(found)} rewards, expected {len(shard)}; it is of another dataset")

@@ -23,7 +23,7 @@ from irlfast.methods.irft import irft_plan, sampling, stage_examples, stage_name
 from irlfast.methods.reward import learn_reward
 from irlfast.pack import Segment
 from irlfast.reference import log_ratios, score
-from irlfast.reward import rewards_of
+from irlfast.reward import complete, rewards_of
 from irlfast.run import Run
 from irlfast.sample import sample_groups
 
@@ -71,6 +71,8 @@ def align(
     groups = sample_groups(run, policy, examples, n, folder / "rollouts", drawn)
     sampled = time.perf_counter()
     found = rewards_of(run, rewards, groups, folder).view(-1, n)
+    kept = complete(found)
+    groups, found = [groups[i] for i in kept], found[kept]
     in_4bit = config.load_in_4bit
     old = score(run, policy, groups, folder / "old.safetensors", in_4bit=in_4bit)
     ref = (

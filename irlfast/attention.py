@@ -13,12 +13,13 @@ from irlfast.config import Config
 from irlfast.files import InputError
 from irlfast.masks import masks
 from irlfast.metrics import say_once
-from irlfast.model import base_of, head_of, head_size, is_reward
+from irlfast.model import base_of, first_sentence, head_of, head_size, is_reward
 from irlfast.pack import SHARED, Batch, Layout, Segment, pack, work
 
 LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of a faster kernel whose answers share no prompt
 APART = Layout(shared=False)
 FLEX_HEAD = 16  # the least size of a head that flex_attention's kernel takes
+FAILED = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 SAMPLED = 1000  # segments that lengths are taken of
 
 
@@ -91,14 +92,18 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
     """Check ``model``, choose its attention for ``segments``, and say how they are packed for it and why.
 
     Raises:
-        InputError: as :func:`check_model` and :func:`check_layout`.
+        InputError: as :func:`check_model` and :func:`check_layout`, or the model does not run on token ids alone.
     """
     model = base_of(model)
     try:
         head_of(model)
     except ValueError as error:
         raise InputError(str(error)) from error
-    apart = hidden_of(model, APART)
+    try:
+        apart = hidden_of(model, APART)
+    except FAILED as error:
+        name, found = type(model).__name__, f"{type(error).__name__} {first_sentence(error)}".rstrip()
+        raise InputError(f"{name}: its forward pass of token ids alone fails ({found})") from error
     shared = check_model(model, apart)
     if not shared and not by_sequences(model):
         say_once(f"warning: {type(model).__name__} cannot share a prompt between answers; each gets its own")
@@ -174,7 +179,7 @@ def check_model(model: Any, apart: Tensor) -> bool:
         check_logits(model, apart)
     try:
         return close(hidden_of(model, SHARED), apart, apart.dtype)
-    except (TypeError, ValueError, RuntimeError, IndexError):  # no such argument, or no such mask
+    except FAILED:  # no such argument, or no such mask
         return False
 
 

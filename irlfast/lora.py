@@ -138,7 +138,10 @@ def adapted(model: Any, settings: Any, reward: bool) -> Any:
     import peft
 
     settings.task_type = "FEATURE_EXTRACTION" if reward else "CAUSAL_LM"
-    model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    try:
+        model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except ValueError as error:  # modules that are not there, or that PEFT cannot adapt
+        raise InputError(f"lora_target_modules: found {settings.target_modules!r} ({error})") from error
     if model.config.get_text_config().tie_word_embeddings and hasattr(model.get_input_embeddings(), "lora_embedding_A"):
         raise InputError("lora_target_modules: found the embeddings, which the LM head shares; expected other modules")
     for name, parameter in model.named_parameters():

@@ -64,7 +64,7 @@ def head_at(model: Any, output: Any) -> Head:
             PROBED[model] = probe(model, output)
         except ValueError as error:
             raise ValueError(f"{name}: its head cannot be used by itself: {error}") from error
-        except (TypeError, AttributeError, RuntimeError) as error:  # of the model's own forward
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # of its own
             raise ValueError(f"{name}: its head cannot be probed in fp32: its forward raises {error!r}") from error
     return Head(output.weight, output.bias, *PROBED[model])
 

@@ -20,7 +20,7 @@ def irft(loss_type: str, beta: float = BETA):
 
 def draw(policy, prompt: list[int], count: int) -> list[int]:
     """Indices into ANSWERS of ``count`` answers by the trainer's sampler."""
-    answers = generate_batch(policy, [prompt] * count, END, DRAWN, LONGEST)
+    answers = generate_batch(policy, [prompt] * count, [END], DRAWN, LONGEST)
     return [ANSWERS.index(answer) for answer in answers]
 
 

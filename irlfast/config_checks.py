@@ -73,7 +73,7 @@ def check(config: Any) -> None:
 
 
 def check_phases(config: Any) -> None:
-    """What would leave nothing to train, or nothing to choose from."""
+    """Refuse phases without a step to train, or without a policy to choose."""
     for name in ("sft_steps", "sft_epochs"):
         if config.method == "sft" and getattr(config, name) == 0:
             raise InputError(f"{name}: found 0 with method sft, which would train nothing; expected more")

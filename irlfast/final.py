@@ -92,7 +92,7 @@ def choose(config: Config, figures: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def choice(kept: str, why: str, figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """What ``policy.json`` says; where a run goes on to more stages, it changes, and ``final/`` is made anew."""
+    """The content of ``policy.json``. It changes where a run goes on to more stages; then ``final/`` is made anew."""
     return {"kept": kept, "why": why, "phases": [row["phase"] for row in figures]}
 
 

@@ -94,7 +94,7 @@ def card_head(config: Config, pipeline_tag: str, *tags: str) -> str:
 
 
 def hub_names(names: list[Any]) -> list[str]:
-    """Those that are valid on the hub and are no files or folders here."""
+    """The names that are valid on the hub and are no files or folders here."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

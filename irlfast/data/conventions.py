@@ -18,7 +18,7 @@ EXPECTED = "prompt and completion, messages, conversations, instruction and outp
 
 
 class Turns(NamedTuple):
-    """What a convention finds in a row: whole conversations, the answers included."""
+    """The whole conversations that a convention finds in a row, with their answers."""
 
     messages: list[Message]
     columns: tuple[str, ...]  # that it used

@@ -50,7 +50,7 @@ class Format(NamedTuple):
 
 @dataclass
 class Tally:
-    """What became of the rows of a set."""
+    """Counts of what became of the rows of a set."""
 
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTED, 0)))
     remarks: Counter[str] = field(default_factory=Counter)  # how often what the sentence says holds

@@ -33,7 +33,7 @@ KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false"
 
 
 def kind(value: Any) -> str:
-    """What a value is, in words."""
+    """The kind of a value, in words."""
     return KINDS.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 

@@ -1,4 +1,4 @@
-"""What was read of a source and left out: the line that a run prints, and the rows of ``data/dropped.jsonl``."""
+"""An account of a source: the line that a run prints, and the rows left out, for ``data/dropped.jsonl``."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a row of a dataset becomes, whatever its convention: a conversation with the answer to learn."""
+"""The one shape of every row, whatever its convention: a conversation with the answer to learn."""
 
 from typing import Any, NamedTuple
 

@@ -97,7 +97,7 @@ def locate(name: str) -> Path | list[Path] | None:
 
 @contextlib.contextmanager
 def readable(place: str) -> Iterator[None]:
-    """What a file's reader raises becomes one sentence: each format has errors of its own, and the network too."""
+    """An error of a file's reader becomes one sentence: each format has errors of its own, and so has the network."""
     try:
         yield
     except InputError:
@@ -177,7 +177,7 @@ def split_named(path: Path, folder: Path) -> str | None:
 
 
 def chosen_split(splits: dict[str, Any], source: Source) -> Any:
-    """What ``splits`` has for the split of a source."""
+    """The part of ``splits`` that a source names."""
     names = [source.split, SPLITS.get(source.split, source.split)] if source.split else held_out_names(splits)
     for name in names:
         if name in splits:

@@ -143,7 +143,7 @@ def render(
     generation: bool = False,
     marks: bool = False,
 ) -> str:
-    """What the template writes; ``generation``: with the beginning of an answer that is to be generated.
+    """A conversation in the template's words; ``generation``: with the beginning of an answer to be generated.
 
     With ``marks``, BEGIN and END stand around what the template marks by {% generation %}.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.conftest import ROOT, write_result
 from benchmarks.runs import parser, train
 from irlfast.config import make_config
-from irlfast.data import load_examples
+from irlfast.data.store import load_examples
 from irlfast.lora import rounded_by_chance
 from irlfast.model import load_model
 

@@ -14,6 +14,7 @@ from irlfast.files import InputError
 from irlfast.masks import masks
 from irlfast.metrics import say_once
 from irlfast.model import base_of, first_sentence, head_of, head_size, is_reward
+from irlfast.ops.heads import body_of
 from irlfast.pack import SHARED, Batch, Layout, Segment, pack, work
 
 LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of a faster kernel whose answers share no prompt
@@ -34,7 +35,7 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 def body_output(model: Any, batch: Batch, **options: Any) -> Any:
     """What the model under the head returns of a packed batch."""
     model = base_of(model)
-    return model.base_model(input_ids=batch.input_ids, use_cache=False, **who_sees_whom(model, batch), **options)
+    return body_of(model)(input_ids=batch.input_ids, use_cache=False, **who_sees_whom(model, batch), **options)
 
 
 def who_sees_whom(model: Any, batch: Batch) -> dict[str, Any]:

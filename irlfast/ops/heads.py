@@ -52,6 +52,11 @@ def unwrapped(model: Any) -> Any:
 PROBED: weakref.WeakKeyDictionary[Any, tuple[float, float | None]] = weakref.WeakKeyDictionary()
 
 
+def body_of(model: Any) -> Any:
+    """The model under the LM head. Llama 4 does not name it as others do, but has it at the usual place."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
 def head_at(model: Any, output: Any) -> Head:
     """The ``output`` module of ``model`` as a head, after a probe that it is remembered by."""
     if hasattr(output, "modules_to_save"):  # PEFT's: a copy that is trained beside an adapter
@@ -80,7 +85,8 @@ def probe(model: Any, output: torch.nn.Linear) -> tuple[float, float | None]:
     Raises:
         ValueError: it does more than to scale and to soft-cap.
     """
-    body, decoder = model.base_model, model.get_decoder()
+    body = body_of(model)
+    decoder = body if model.get_decoder() is model else model.get_decoder()
     if body is model:
         raise ValueError("found no base model, whose last hidden state the head reads")
     hidden, products = drawn(output.in_features).to(model.device), drawn(output.out_features).to(model.device)

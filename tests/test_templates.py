@@ -167,10 +167,10 @@ def plain(text: str, spelled: list[str]) -> str:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_texts_special_tokens_are_decoded_as_they_were_spelled(name):
     token = KINDS[name].special[-1]
-    row = Demonstration([user(f"what is {token}?")], reply(f"{token} ends it"))
+    row = Demonstration([user(f"what is {token}?")], reply(f"it ends {token}"))
     form, [(_, ids)], _ = encoded(name, [row])
     assert form.tokenizer.decode(ids.prompt).count(token) >= 1
-    assert f"{token} ends it" in form.tokenizer.decode(ids.answer)
+    assert f"it ends {token}" in form.tokenizer.decode(ids.answer)
     form, [(_, ids)], _ = encoded(name, [row], split_special_tokens=False)
     assert form.tokenizer.convert_tokens_to_ids(token) in ids.prompt
 
@@ -262,6 +262,14 @@ def test_an_answer_ends_at_whichever_end_token_the_template_writes_behind_it():
     assert [form.tokenizer.decode(ids.answer[-1:]) for _, ids in found] == ["<|endoftext|>", "<|return|>"]
 
 
+def test_an_answer_that_the_template_does_not_write_at_all_is_left_out_and_told():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    _, found, tally = encoded("ChatML", [Demonstration([user("q")], call)])
+    assert not found
+    assert tally.counts["empty_answers"] == 1
+    assert any("tool_calls" in remark for remark in tally.remarks)
+
+
 def test_an_opened_thinking_block_is_told_and_an_answer_that_closes_it_goes_on_from_it():
     question = [user("q")]
     rows = [Demonstration(question, reply(text)) for text in ("plain", "hm</think>so", "<think>\noh</think>so")]
@@ -351,3 +359,5 @@ def test_keys_of_the_run_reach_the_template():
     assert form.tokenizer.decode([*ids.prompt, *ids.answer]) == "Ann: q<|im_end|>Ann: a<|im_end|>"
     with pytest.raises(InputError, match="chat_template: found 'no such'"):
         encoded("ChatML", row, chat_template="no such")
+    with pytest.raises(InputError, match="chat_template: it is no Jinja template"):
+        encoded("ChatML", row, chat_template="{{ messages[0].content")

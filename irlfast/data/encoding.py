@@ -122,7 +122,7 @@ def encode(
         texts = [pair for row in batch if (pair := written_row(row, form, speller, config, tally))]
         for (row, text), ids in zip(texts, encode_texts(texts, form, speller, tally), strict=True):
             same = hash((text.prompt, text.answer, text.rejected))
-            if row.answer is not None and not any(each.strip() for each in texts_of({**row.answer, "role": []})):
+            if row.answer is not None and is_empty(row.answer, ids.answer):
                 leave_out(tally, "empty_answers", row)
             elif same in seen:
                 leave_out(tally, "duplicates", row)
@@ -132,6 +132,11 @@ def encode(
                 tally.counts["prompt_tokens"] += len(fitting.prompt)
                 tally.counts["answer_tokens"] += len(fitting.answer)
                 yield row, fitting
+
+
+def is_empty(answer: Message, ids: list[int]) -> bool:
+    """Whether an answer has no text, or the template writes none of it: only the end token would be learned."""
+    return len(ids) < 2 or not any(text.strip() for text in texts_of({**answer, "role": []}))
 
 
 def leave_out(tally: Tally, reason: str, row: Demonstration) -> None:

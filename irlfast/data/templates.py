@@ -127,7 +127,9 @@ def make_template(tokenizer: Any, config: Any, begun: datetime.datetime) -> Temp
         opening = render(template, question, generation=True)
         whole = render(template, [*question, {"role": "assistant", "content": STAND_IN}])
     except Refused as error:
-        raise InputError(f"chat_template: it refuses a question with its answer ({error})") from error
+        wrong = isinstance(error.__cause__, jinja2.TemplateSyntaxError)
+        what = "is no Jinja template" if wrong else "refuses a question with its answer"
+        raise InputError(f"chat_template: it {what} ({error})") from error
     if STAND_IN not in whole:
         raise InputError(f"chat_template: it writes no answer: found {shown(whole)} for a question with its answer")
     return template._replace(header=common_beginning(opening, whole), after=whole.rpartition(STAND_IN)[2])

@@ -172,7 +172,8 @@ def prepared(text: str, begun: datetime.datetime) -> str:
     """The template with a clock that stands still, and with marks around what {% generation %} holds."""
     parts = []
     if "strftime_now" in text:
-        values = json.dumps({f"%{code}": begun.strftime(f"%{code}") for code in CLOCK})
+        codes = [code for code in CLOCK if f"%{code}" in text] or CLOCK  # a format may be one of the run's values
+        values = json.dumps({f"%{code}": begun.strftime(f"%{code}") for code in codes})
         parts.append(
             "{% macro strftime_now(format) %}{% set now = namespace(text=format) %}"
             f"{{% for code, value in {values}.items() %}}"

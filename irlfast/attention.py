@@ -13,8 +13,8 @@ from irlfast.config import Config
 from irlfast.files import InputError
 from irlfast.masks import masks
 from irlfast.metrics import say_once
-from irlfast.model import base_of, first_sentence, head_of, head_size, is_reward
-from irlfast.ops.heads import body_of
+from irlfast.model import first_sentence, head_of, head_size, is_reward
+from irlfast.ops.heads import body_of, unwrapped
 from irlfast.pack import SHARED, Batch, Layout, Segment, pack, work
 
 LEAST_GAIN = 0.05  # of the operations, for flex_attention in place of a faster kernel whose answers share no prompt
@@ -34,7 +34,7 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 
 def body_output(model: Any, batch: Batch, **options: Any) -> Any:
     """What the model under the head returns of a packed batch."""
-    model = base_of(model)
+    model = unwrapped(model)
     return body_of(model)(input_ids=batch.input_ids, use_cache=False, **who_sees_whom(model, batch), **options)
 
 
@@ -95,7 +95,7 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
     Raises:
         InputError: as :func:`check_model` and :func:`check_layout`, or the model does not run on token ids alone.
     """
-    model = base_of(model)
+    model = unwrapped(model)
     try:
         head_of(model)
     except ValueError as error:

@@ -20,8 +20,9 @@ from irlfast.lora import add_lora, base_and_adapter, is_adapted, merge, revision
 from irlfast.losses import Figures, Loss
 from irlfast.memory import RanOut, phase_limit
 from irlfast.metrics import Progress, say
-from irlfast.model import base_of, freeze, load_model, save_pretrained
+from irlfast.model import freeze, load_model, save_pretrained
 from irlfast.moe import check_router
+from irlfast.ops.heads import unwrapped
 from irlfast.optim import FusedRMSprop
 from irlfast.pack import Layout, Segment, pack, plan_steps
 from irlfast.padding import padded_apart
@@ -193,7 +194,7 @@ def make_engine(
     layout = arrange(model, config, segments)
     balance = 0.0 if plan.reward else config.router_aux_loss_coef
     if balance:
-        check_router(base_of(model), balance)
+        check_router(unwrapped(model), balance)
     if config.gradient_checkpointing:
         recompute_layers(model, selective=config.gradient_checkpointing == "selective")
     check_steady(model, pack(segments[:1], layout).to(dist.device()))
@@ -235,7 +236,7 @@ def kept_in_float32(model: Any, config: Config) -> list[tuple[torch.nn.Parameter
     kept = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
     if kept and (config.zero_stage == 3 or any(parameter.requires_grad for parameter in kept.values())):
         raise InputError(
-            f"dtype: {type(base_of(model)).__name__} keeps {next(iter(kept))} in float32 beside bfloat16, which "
+            f"dtype: {type(unwrapped(model)).__name__} keeps {next(iter(kept))} in float32 beside bfloat16, which "
             "DeepSpeed would round; expected dtype float32, or use_peft with a zero_stage below 3"
         )
     return [(parameter, parameter.data) for parameter in kept.values()]

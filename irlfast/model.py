@@ -14,7 +14,7 @@ from irlfast.files import InputError, find, write
 from irlfast.lora import base_and_adapter, load_lora, revision
 from irlfast.metrics import say_once
 from irlfast.ops import Head, lm_head
-from irlfast.ops.heads import score_head
+from irlfast.ops.heads import score_head, unwrapped
 
 END_TOKEN = "<|endoftext|>"
 
@@ -103,13 +103,13 @@ def resize_model(config: Config, tokenizer: Any, folder: Path) -> None:
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
 
 
-def rows_of(config: Config) -> int:
-    """Embeddings of the run's given model."""
-    return load_model_config(config).get_text_config().vocab_size
+def rows_of(config: Config, name: Path | str | None = None) -> int:
+    """Embeddings of a model, or of the base of an adapter; without a ``name``, of the run's model."""
+    return load_model_config(config, name).get_text_config().vocab_size
 
 
-def load_model_config(config: Config) -> Any:
-    """The architecture of the run's model.
+def load_model_config(config: Config, name: Path | str | None = None) -> Any:
+    """The architecture of a model; without a ``name``, of the run's model.
 
     Raises:
         InputError: where there is none that Transformers knows.
@@ -117,13 +117,14 @@ def load_model_config(config: Config) -> Any:
     import transformers
 
     key = "config_name" if config.config_name else "model_name_or_path"
-    name, _ = base_and_adapter(getattr(config, key))
+    given = name or getattr(config, key)
+    base, _ = base_and_adapter(given)
     try:
         return transformers.AutoConfig.from_pretrained(
-            name, revision=revision(getattr(config, key), config), trust_remote_code=config.trust_remote_code
+            base, revision=revision(given, config), trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{key} {name}: not a Transformers config ({first_sentence(error)})") from error
+        raise InputError(f"{key} {base}: not a Transformers config ({first_sentence(error)})") from error
 
 
 def stop_tokens(config: Config) -> list[int]:
@@ -133,20 +134,12 @@ def stop_tokens(config: Config) -> list[int]:
     if not config.model_name_or_path:
         return []
     name, _ = base_and_adapter(config.model_name_or_path)
+    chosen = revision(config.model_name_or_path, config)
     found = [load_model_config(config).get_text_config().eos_token_id]
     with contextlib.suppress(OSError):  # most models have no generation config
-        found.append(transformers.GenerationConfig.from_pretrained(name).eos_token_id)
+        found.append(transformers.GenerationConfig.from_pretrained(name, revision=chosen).eos_token_id)
     flat = [ids if isinstance(ids, list) else [ids] for ids in found]
     return sorted({token for ids in flat for token in ids if token is not None})
-
-
-def vocabulary_of(name: Path | str, config: Config) -> int:
-    """Rows of the embedding of the model ``name``, or of the base of an adapter."""
-    import transformers
-
-    base, _ = base_and_adapter(name)
-    found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
-    return found.get_text_config().vocab_size
 
 
 def no_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
@@ -268,11 +261,6 @@ def quantisation(config: Config, skip: list[str] | None) -> Any:
     )
 
 
-def base_of(model: Any) -> Any:
-    """The model inside LoRA's wrapper, or itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def head_size(model: Any) -> int:
     """Elements of an attention head's queries."""
     text = model.config.get_text_config()
@@ -280,7 +268,7 @@ def head_size(model: Any) -> int:
 
 
 def is_reward(model: Any) -> bool:
-    return type(base_of(model)).__name__.endswith("ForSequenceClassification")
+    return type(unwrapped(model)).__name__.endswith("ForSequenceClassification")
 
 
 def head_of(model: Any) -> Head:
@@ -296,7 +284,7 @@ def freeze(model: Any, layers: int) -> None:
     """Let a model's embeddings and first ``layers`` stay as they are, or with all of its layers the whole backbone."""
     if not layers:
         return
-    base = base_of(model).base_model
+    base = unwrapped(model).base_model
     count = model.config.get_text_config().num_hidden_layers
     stack = next(m for m in base.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
     frozen = [base] if layers == count else [model.get_input_embeddings(), *stack[:layers]]

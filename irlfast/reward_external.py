@@ -5,7 +5,6 @@ the assistant's turn. Without a template, prompt and answer are joined. A specia
 """
 
 import datetime
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from irlfast import dist
 from irlfast.config import Config
-from irlfast.data.rows import Demonstration, Message
+from irlfast.data.rows import Demonstration
 from irlfast.data.spelling import Speller, broken_texts, control_tokens, make_speller
-from irlfast.data.templates import Refused, Template, mended, plain_text, render
+from irlfast.data.templates import Refused, Template, mended, plain_text, render, shorter
 from irlfast.files import InputError, LocalError, find
 from irlfast.metrics import Progress, say
 from irlfast.model import first_sentence
@@ -185,13 +184,6 @@ def read(reader: Reader, row: Demonstration) -> Read:
             return Read(ids, cut=True, mended=refused)
     kept = len(reader.before)
     return Read(ids[:kept] + ids[len(ids) - reader.limit + kept :], cut=True, mended=refused)
-
-
-def shorter(prompt: list[Message]) -> list[list[Message]]:
-    """A conversation that begins with each later turn of the user, after its system text."""
-    system = list(itertools.takewhile(lambda message: message["role"] in ("system", "developer"), prompt))
-    starts = [at for at in range(len(system) + 1, len(prompt)) if prompt[at]["role"] == "user"]
-    return [[*system, *prompt[at:]] for at in starts]
 
 
 def ids_of(reader: Reader, row: Demonstration) -> list[int]:

@@ -18,7 +18,7 @@ from irlfast.data.store import Example, TokenIds
 from irlfast.files import read_json, read_jsonl, remove, write, write_json, write_jsonl
 from irlfast.lora import merge
 from irlfast.metrics import Progress
-from irlfast.model import load_model, no_tokens, save_pretrained, vocabulary_of
+from irlfast.model import load_model, no_tokens, rows_of, save_pretrained
 from irlfast.pack import Segment
 from irlfast.run import Run
 from irlfast.vllm_sampler import NoLora, Shard, generate_vllm
@@ -131,7 +131,7 @@ def vllm_answers(
         top_k=sampling.top_k,
         max_new_tokens=config.max_new_tokens,
         ends=run.form.ends,
-        never=no_tokens(run.form.tokenizer, vocabulary_of(policy, config)),
+        never=no_tokens(run.form.tokenizer, rows_of(config, policy)),
         dtype=config.dtype,
         max_model_len=config.max_prompt_length + config.max_new_tokens,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,

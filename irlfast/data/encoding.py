@@ -23,6 +23,7 @@ from irlfast.data.templates import (
     choose_template,
     make_template,
     mended,
+    shorter,
     texts_of,
     write,
 )
@@ -284,12 +285,12 @@ def fitted(row: Demonstration, ids: Ids, form: Format, speller: Speller, config:
         return None
     long_prompt = len(ids.prompt) > config.max_prompt_length
     if long_prompt and config.overlong == "cut":
-        shorter = shortened(row, form, speller, config)
-        if shorter is None:
+        cut = shortened(row, form, speller, config)
+        if cut is None:
             leave_out(tally, "too_long", row)
             return None
         tally.counts["cut_prompts"] += 1
-        ids = shorter
+        ids = cut
     room = config.max_length - len(ids.prompt)
     long_answer = len(ids.answer) > room
     if config.overlong == "drop" and (long_prompt or long_answer):
@@ -303,26 +304,26 @@ def shortened(row: Demonstration, form: Format, speller: Speller, config: Config
     """The demonstration's ids with as much of its prompt as fits, from the end; None where nothing of it does."""
 
     def attempt(prompt: list[Message]) -> Ids | None:
-        shorter = row._replace(prompt=prompt)
+        cut = row._replace(prompt=prompt)
         try:
-            text = write(form.template, shorter, Counter(), config.turns == "all")
+            text = write(form.template, cut, Counter(), config.turns == "all")
         except Refused:
             return None
-        ids = encode_texts([(shorter, text)], form, speller, Tally())[0]
+        ids = encode_texts([(cut, text)], form, speller, Tally())[0]
         return ids if len(ids.prompt) <= config.max_prompt_length else None
 
-    system = list(itertools.takewhile(lambda message: message["role"] in ("system", "developer"), row.prompt))
-    starts = [i for i in range(len(system) + 1, len(row.prompt)) if row.prompt[i]["role"] == "user"]
-    for start in starts:
-        if found := attempt([*system, *row.prompt[start:]]):
+    later = shorter(row.prompt)
+    for prompt in later:
+        if found := attempt(prompt):
             return found
-    last = row.prompt[starts[-1] if starts else len(system) :]
-    text = last[0].get("content") if last else None
-    if not isinstance(text, str):
+    shortest = later[-1] if later else row.prompt
+    at = next((at for at, message in enumerate(shortest) if message["role"] not in ("system", "developer")), None)
+    text = None if at is None else shortest[at].get("content")
+    if at is None or not isinstance(text, str):
         return None
     low, high, best = 1, len(text), None  # characters that the turn loses
     while low <= high:
         middle = (low + high) // 2
-        found = attempt([*system, last[0] | {"content": text[middle:]}, *last[1:]])
+        found = attempt([*shortest[:at], shortest[at] | {"content": text[middle:]}, *shortest[at + 1 :]])
         low, high, best = (low, middle - 1, found) if found else (middle + 1, high, best)
     return best

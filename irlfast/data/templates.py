@@ -7,6 +7,7 @@ and the answer is a part of that text. Sampling starts where this part starts.
 
 import datetime
 import functools
+import itertools
 import json
 import re
 from collections import Counter
@@ -344,3 +345,13 @@ def mended(messages: list[Message]) -> list[Message]:
         else:
             turns.append(message)
     return turns
+
+
+# ---------------------------------------------------------------- conversations that are too long
+
+
+def shorter(prompt: list[Message]) -> list[list[Message]]:
+    """A conversation that begins with each later turn of the user, after its system text."""
+    system = list(itertools.takewhile(lambda message: message["role"] in ("system", "developer"), prompt))
+    starts = [at for at in range(len(system) + 1, len(prompt)) if prompt[at]["role"] == "user"]
+    return [[*system, *prompt[at:]] for at in starts]

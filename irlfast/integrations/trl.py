@@ -15,6 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from irlfast import ops
+from irlfast.ops.heads import body_of, unwrapped
 
 WANTED = {
     "f_divergence_type": ("reverse_kl",),
@@ -39,8 +40,7 @@ class DPOTrainer(trl.DPOTrainer):
         for name, expected in WANTED.items():
             if getattr(self, name) not in expected:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected[0]!r}")
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        add_pair_loss(unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped)
+        add_pair_loss(unwrapped(self.accelerator.unwrap_model(self.model)))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         if return_outputs:
@@ -105,7 +105,7 @@ def add_pair_loss(model: Any) -> None:
         if pair_loss is None:
             return usual(*args, **kwargs)
         labels = kwargs.pop("labels")
-        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        hidden = body_of(self)(*args, **kwargs, use_cache=False).last_hidden_state
         predicts = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))  # the last position predicts nothing
         head = ops.lm_head(self)
         return ops.pair_loss(

@@ -15,7 +15,7 @@ PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --
 test: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 $(VENV)/wandb-0.31.0 lint gates
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
-	PYTHONPATH=$(VENV)/bitsandbytes-0.50.2 $(PYTEST) tests/test_qlora.py
+	PYTHONPATH=$(VENV)/bitsandbytes-0.50.2 $(PYTEST) tests/models/test_qlora.py
 	$(PYTEST) benchmarks --quick
 
 sweep: SOME := -m slow
@@ -25,7 +25,7 @@ sweep: $(VENV)/installed gates
 
 # The kernels compile for sm_80 and sm_90 by Triton 3.6 too (torch 2.11 comes with it), not only by the one installed.
 gates: $(VENV)/triton-3.6.0
-	PYTHONPATH=$< $(PYTEST) tests/test_aot_*.py
+	PYTHONPATH=$< $(PYTEST) tests/kernels/test_aot_*.py
 
 # On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
 gpu:
@@ -68,7 +68,7 @@ $(VENV)/installed: requirements.txt setup.py
 $(VENV)/triton-% $(VENV)/bitsandbytes-%: | $(VENV)/installed
 	$(BIN)/$(INSTALL) --no-deps --target $@ $(subst -,==,$(@F))
 
-# With what it needs, behind the environment's own packages (tests/test_trackers.py).
+# With what it needs, behind the environment's own packages (tests/runs/test_trackers.py).
 $(VENV)/wandb-%: | $(VENV)/installed
 	$(BIN)/$(INSTALL) --target $@ $(subst -,==,$(@F))
 

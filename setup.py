@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
@@ -73,20 +73,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=[
-        "irlfast",
-        "irlfast.data",
-        "irlfast.demo",
-        "irlfast.integrations",
-        "irlfast.kernels",
-        "irlfast.methods",
-        "irlfast.ops",
-    ],
+    packages=["irlfast", "irlfast.kernels", *(f"irlfast.{name}" for name in find_packages("irlfast"))],
     entry_points={"console_scripts": ["irlfast = irlfast.__main__:main"]},
     ext_modules=[Extension(f"irlfast.{name}", sources=[], optional=True) for name in NEEDS],
     cmdclass={"build_ext": BuildNative},
     package_data={
-        "irlfast": ["report.html.j2", "configs/*.yaml"],
+        "irlfast": ["configs/*.yaml"],
+        "irlfast.reports": ["report.html.j2"],
         "irlfast.demo": ["*.jsonl", "*.json"],
         "irlfast.kernels": ["README.md"],
     },

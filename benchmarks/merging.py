@@ -20,8 +20,8 @@ from benchmarks.conftest import ROOT, write_result
 from benchmarks.runs import parser, train
 from irlfast.config import make_config
 from irlfast.data.store import load_examples
-from irlfast.lora import rounded_by_chance
-from irlfast.model import load_model
+from irlfast.models.load import load_model
+from irlfast.models.lora import rounded_by_chance
 
 TASK = {
     "config_name": ROOT / "irlfast/demo/config.json",

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.conftest import interleaved, write_result
 from irlfast import native
-from irlfast.ops import cpu
-from irlfast.ops import logits as ops
-from irlfast.ops.problem import Problem, Side
+from irlfast.ops.common.types import Problem, Side
+from irlfast.ops.logits import public as ops
+from irlfast.ops.pair_loss import cpu_slab
 from irlfast.optim import FusedRMSprop
 
 
@@ -48,10 +48,10 @@ def softmax(softcap: float | None, n: int, vocabulary: int) -> dict[str, float]:
 
     def by_torch() -> None:
         with mock.patch.object(native, "cpu", None):
-            cpu.softmax(z, targets, Side(head, head, None), problem)
+            cpu_slab.softmax(z, targets, Side(head, head, None), problem)
 
     steps = {
-        "irlfast": lambda: cpu.native_softmax(z, targets, Side(head, head, None), problem),
+        "irlfast": lambda: cpu_slab.native_softmax(z, targets, Side(head, head, None), problem),
         "refill": lambda: z.copy_(logits),
         "torch": by_torch,
         "refill again": lambda: z.copy_(logits),

@@ -22,7 +22,7 @@ BENCHMARKS = sorted(set(re.findall(r"pytest (?:-\S+ )*(benchmarks/[\w/{},.]*)", 
 def test_a_script_runs_as_a_readme_says(name, arguments, pytestconfig, data, tmp_path, monkeypatch):
     if not pytestconfig.getoption("quick"):
         pytest.skip("hours; its command is in the README")
-    from tests.runs import printed
+    from tests.helpers.runs import printed
 
     given = [str(data) if word == "DATA" else word for word in shlex.split(arguments)]
     given = [str(ROOT / word) if word.startswith("benchmarks/") else word for word in given]

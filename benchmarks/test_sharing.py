@@ -3,7 +3,7 @@
     pytest benchmarks/test_sharing.py -s && python -m benchmarks.plot benchmarks/results/DATE-sharing-DEVICE.json
 
 Forward and backward passes of the pair loss with a cached reference, both layouts in turn. What sharing gains is held
-against the operation count (irlfast.step.operations). On a CPU by CPU seconds, so that others may use the machine too.
+against the operation count. On a CPU by CPU seconds, so that others may use the machine too.
 A goal that is missed fails no test.
 """
 
@@ -16,10 +16,10 @@ import torch
 from benchmarks.conftest import goal_lines, write_result
 from benchmarks.test_throughput import QUICK, SHAPE, VOCABULARY
 from irlfast import ops
-from irlfast.attention import hidden_states, operations
-from irlfast.losses import arguments
+from irlfast.data.packing import Layout, Segment, micro_batches, pack, work
+from irlfast.losses.inputs import arguments
+from irlfast.models.attention import hidden_states, operations
 from irlfast.ops import lm_head
-from irlfast.pack import Layout, Segment, micro_batches, pack, work
 
 PROMPTS, SYNTHETIC = (0.25, 0.5, 1, 2, 4), (1, 2, 4)  # of the answers' length, and their number
 GPU_SHAPE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16}

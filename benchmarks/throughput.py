@@ -116,16 +116,16 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
 
-    from irlfast import dist
+    from irlfast.common import dist
+    from irlfast.common.files import remove
     from irlfast.config import make_config
     from irlfast.data.encoding import Format
-    from irlfast.engine import Plan, fit
-    from irlfast.files import remove
-    from irlfast.losses import irft_loss
-    from irlfast.metrics import Log
-    from irlfast.pack import Segment
-    from irlfast.reference import score
-    from irlfast.run import Run
+    from irlfast.data.packing import Segment
+    from irlfast.engine.fit import Plan, fit
+    from irlfast.losses.pairs import irft_loss
+    from irlfast.runs.metrics_log import Log
+    from irlfast.runs.run import Run
+    from irlfast.sampling.scoring import score
 
     losses: list[float] = []
     moments: list[Moment] = []

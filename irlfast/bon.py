@@ -23,19 +23,19 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
-from irlfast import dist
-from irlfast.command import exit_code, writing_to
+from irlfast.common import dist
+from irlfast.common.command import exit_code, writing_to
+from irlfast.common.files import write, write_json, write_jsonl
+from irlfast.common.messages import say
 from irlfast.config import Config, load_config
 from irlfast.data.store import Example
-from irlfast.evaluate import text
-from irlfast.files import write, write_json, write_jsonl
+from irlfast.evaluation.heldout import text
 from irlfast.methods.irft import sampling
-from irlfast.metrics import say
-from irlfast.prepare import prepare
-from irlfast.reward import complete, rewards_of
-from irlfast.run import Run
-from irlfast.sample import prompt_of, sample_groups
-from irlfast.scores import row_of, text_of
+from irlfast.runs.run import Run
+from irlfast.sampling.generation import prompt_of, sample_groups
+from irlfast.sampling.reward_texts import row_of, text_of
+from irlfast.sampling.rewards import complete, rewards_of
+from irlfast.startup.prepare import prepare
 
 ANSWERS = 2**17  # that are held in memory at a time
 

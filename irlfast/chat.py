@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from irlfast.command import exit_code
-from irlfast.files import InputError, find
+from irlfast.common.command import exit_code
+from irlfast.common.files import InputError, find
 
 
 def options() -> argparse.Namespace:

@@ -9,19 +9,19 @@ import os
 import sys
 from pathlib import Path
 
-from irlfast.command import exit_code, writing_to
+from irlfast.common.command import exit_code, writing_to
 from irlfast.config import Config, load_config
 
 
 def train(config: Config) -> None:
     """Everything that a configuration asks for; called in every process of the run."""
-    from irlfast.evaluate import evaluate
-    from irlfast.final import finish, finish_reward
+    from irlfast.evaluation.heldout import evaluate
     from irlfast.methods.irft import irft_stage, stage_name
     from irlfast.methods.reward import learn_reward
     from irlfast.methods.rft import rft_stage
     from irlfast.methods.sft import sft, wants_sft
-    from irlfast.prepare import prepare
+    from irlfast.reports.final import finish, finish_reward
+    from irlfast.startup.prepare import prepare
 
     run = prepare(config)
     policy = run.initial
@@ -55,10 +55,10 @@ def command() -> None:
     config, dry_run = load_config(sys.argv[1:])
     with writing_to(f"output_dir {config.output_dir}"):
         if dry_run:
-            from irlfast.hub import stay_offline_where_cut_off
+            from irlfast.runs.hub import stay_offline_where_cut_off
 
             stay_offline_where_cut_off()
-            from irlfast.dry_run import show
+            from irlfast.startup.dry_run import show
 
             show(config)
         else:
@@ -66,7 +66,7 @@ def command() -> None:
 
 
 def main() -> int:
-    """Exit codes as :func:`irlfast.command.exit_code` says."""
+    """Exit codes as :func:`irlfast.common.command.exit_code` says."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors, where Linux has them to give
     return exit_code(command)

@@ -234,7 +234,7 @@ def forward(
     token: bool,
     labels: Tensor | None = None,  # [S] bool
     pairs: Tensor | None = None,  # [P, 2] int64
-    options: Any = None,  # irlfast.ops.divergences.Options
+    options: Any = None,  # irlfast.ops.rewards.losses.Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits and rewards ``[S or N, M]``, slopes of the loss by the logits of its items ``[I, M]``, the hidden row of
     each item ``[I]`` or −1 (nothing for tokens), and parts of the loss, which add up to it; all in fp32.

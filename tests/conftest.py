@@ -1,6 +1,6 @@
 import pytest
 
-from tests.runs import run
+from tests.helpers.runs import run
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.rows import Demonstration, Message
 from irlfast.data.spelling import Encoded, Speller, broken_texts, control_tokens, make_speller
@@ -27,7 +28,6 @@ from irlfast.data.templates import (
     texts_of,
     write,
 )
-from irlfast.files import InputError
 
 BATCH = 1000  # demonstrations that are encoded together
 COUNTED = ("rows", "kept", "empty_answers", "duplicates", "cut_prompts", "cut_answers", "cut_at_end_token", "too_long")

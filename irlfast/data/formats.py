@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from irlfast.common.files import ending
 from irlfast.data.messages import kind
 from irlfast.data.rows import BadRow
-from irlfast.files import ending
 
 Rows = Iterator[tuple[str, dict[str, Any] | BadRow]]  # "line 3" or "row 3", and the row
 CHUNK = 2**20  # characters of a JSON list that are read at a time

@@ -4,13 +4,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.demonstrations import Found, to_demonstration
 from irlfast.data.messages import mended
 from irlfast.data.reading import Reading, describe
 from irlfast.data.rows import BadRow, Demonstration, LeftOut
 from irlfast.data.sources import Source, read_rows
-from irlfast.files import InputError
 
 MENDED = "lone surrogates replaced by U+FFFD"
 UNREADABLE = "that cannot be read"

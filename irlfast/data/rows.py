@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from irlfast.files import InputError
+from irlfast.common.files import InputError
 
 Message = dict[str, Any]  # role, content, and every other key that the chat template may read
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from irlfast.command import exit_code, writing_to
+from irlfast.common.command import exit_code, writing_to
+from irlfast.common.files import InputError, read_jsonl, write_jsonl
+from irlfast.common.messages import Progress
 from irlfast.config import Config
 from irlfast.data.read import read_demonstrations
 from irlfast.data.sources import sources_of
-from irlfast.files import InputError, read_jsonl, write_jsonl
-from irlfast.metrics import Progress
-from irlfast.reward_external import load_external
+from irlfast.sampling.reward_external import load_external
 
 SHARD = 1024  # rows
 

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple
 
+from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.encoding import Format, Ids, Tally, encode
 from irlfast.data.read import read_demonstrations
@@ -13,7 +14,6 @@ from irlfast.data.reading import Reading
 from irlfast.data.rows import Demonstration
 from irlfast.data.sources import sources_of
 from irlfast.data.store import Example, examples_of
-from irlfast.files import InputError
 
 
 class Sets(NamedTuple):

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from irlfast.config_schema import Config, Dataset
+from irlfast.common.files import ENDINGS, PACKED, InputError, ending, find, is_glob, is_local
+from irlfast.config.schema import Config, Dataset
 from irlfast.data.formats import clean, read_file
 from irlfast.data.reading import Reading
 from irlfast.data.rows import BadRow
-from irlfast.files import ENDINGS, PACKED, InputError, ending, find, is_glob, is_local
 
 SPLITS = {  # words in the names of files and folders, as Hugging Face datasets has them
     "train": "train",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from irlfast.files import write
+from irlfast.common.files import write
 
 TokenIds = array | memoryview  # int32
 NONE = array("i")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from irlfast.common.files import InputError, find
 from irlfast.data.rows import Demonstration, Message
-from irlfast.files import InputError, find
 
 # Unicode's noncharacters, which no text for interchange has.
 BROKEN = "\ufdd0"  # stands within the spelling of a special token that is to stay text

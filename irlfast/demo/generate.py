@@ -10,7 +10,7 @@ writes ``train.jsonl`` and ``test.jsonl`` beside this file, the same bytes every
     durations  ten minutes short of two hours                       110 min
 
 The writers below turn a value into words. ``expert`` goes the other way, from words to the canonical form, by rules of
-its own; ``tests/test_demo.py`` holds every row against it.
+its own; ``tests/commands/test_demo.py`` holds every row against it.
 """
 
 import datetime

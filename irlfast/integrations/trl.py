@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from irlfast import ops
-from irlfast.ops.heads import body_of, unwrapped
+from irlfast.ops.common.heads import body_of, unwrapped
 
 WANTED = {
     "f_divergence_type": ("reverse_kl",),

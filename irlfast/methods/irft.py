@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from irlfast import dist
+from irlfast.common import dist
+from irlfast.common.files import InputError, write_json
+from irlfast.common.messages import say
 from irlfast.config import Config
+from irlfast.data.packing import Segment
 from irlfast.data.store import Example, TokenIds
-from irlfast.engine import Plan, fit, plan_phase
-from irlfast.files import InputError, write_json
-from irlfast.losses import irft_loss
-from irlfast.metrics import say
-from irlfast.pack import Segment
-from irlfast.reference import score
-from irlfast.run import Run
-from irlfast.sample import Sampling, read_samples, sample
+from irlfast.engine.fit import Plan, fit, plan_phase
+from irlfast.losses.pairs import irft_loss
+from irlfast.runs.run import Run
+from irlfast.sampling.generation import Sampling, read_samples, sample
+from irlfast.sampling.scoring import score
 
 
 def stage_name(stage: int) -> str:

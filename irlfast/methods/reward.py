@@ -5,18 +5,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from irlfast import dist
+from irlfast.common import dist
+from irlfast.common.files import read_json, write_json
+from irlfast.common.messages import say
 from irlfast.config import Config
-from irlfast.engine import Plan, fit, plan_phase
-from irlfast.files import read_json, write_json
-from irlfast.leaks import find_leaks, say_leaks
-from irlfast.losses import reward_loss
+from irlfast.data.leaks import find_leaks, say_leaks
+from irlfast.data.packing import Segment
+from irlfast.engine.fit import Plan, fit, plan_phase
+from irlfast.losses.rewards import reward_loss
 from irlfast.methods.irft import make_pairs, sampling, stage_examples, stage_name, with_rejected
-from irlfast.metrics import say
-from irlfast.pack import Segment
-from irlfast.reward import KINDS, combine, recipe, reward_of
-from irlfast.run import Run
-from irlfast.sample import DRAWN, sample
+from irlfast.runs.run import Run
+from irlfast.sampling.generation import DRAWN, sample
+from irlfast.sampling.rewards import KINDS, combine, recipe, reward_of
 
 
 def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:

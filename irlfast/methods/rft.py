@@ -13,19 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irlfast import dist
+from irlfast.common import dist
+from irlfast.common.files import remove, write_json
 from irlfast.config import Config
+from irlfast.data.packing import Segment
 from irlfast.data.store import Example
-from irlfast.engine import fit
-from irlfast.files import remove, write_json
-from irlfast.losses import align_loss, sft_loss
+from irlfast.engine.fit import fit
+from irlfast.losses.policy import align_loss
+from irlfast.losses.sft import sft_loss
 from irlfast.methods.irft import irft_plan, sampling, stage_examples, stage_name
 from irlfast.methods.reward import learn_reward
-from irlfast.pack import Segment
-from irlfast.reference import log_ratios, score
-from irlfast.reward import complete, rewards_of
-from irlfast.run import Run
-from irlfast.sample import sample_groups
+from irlfast.runs.run import Run
+from irlfast.sampling.generation import sample_groups
+from irlfast.sampling.rewards import complete, rewards_of
+from irlfast.sampling.scoring import log_ratios, score
 
 
 def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path | str:

@@ -5,11 +5,11 @@ from array import array
 from pathlib import Path
 
 from irlfast.config import Config
+from irlfast.data.packing import Segment
 from irlfast.data.store import Example
-from irlfast.engine import Plan, fit, plan_phase
-from irlfast.losses import sft_loss
-from irlfast.pack import Segment
-from irlfast.run import Run
+from irlfast.engine.fit import Plan, fit, plan_phase
+from irlfast.losses.sft import sft_loss
+from irlfast.runs.run import Run
 
 
 def sft(run: Run, policy: Path | str) -> Path:

@@ -1,43 +1,14 @@
-"""The public operations: log-ratios and pair losses from hidden states, without the logits of a whole batch.
+"""The public operations, one folder each: log-ratios and pair losses, the same from logits, and reward heads.
 
-Words and dimensions as in the design: N response tokens, R hidden rows, S sequences, P pairs, H hidden size, V
-vocabulary; ρ(y|x) = Σ_t log π_θ(y_t) − log π_ref(y_t) over response tokens, the end token included.
-
-Arguments that both operations take:
-
-- ``hidden`` ``[R, H]``, ``weight`` ``[V, H]`` and ``bias`` ``[V]``: fp32, bf16, fp16 or fp64, one dtype. Logits are
-  ``softcap(logit_scale · (hidden @ weightᵀ + bias))``, with ``softcap(z) = c · tanh(z / c)`` where ``logit_softcap``
-  is c, in fp32 (fp64 for fp64 inputs): never rounded to bf16, autocast or not.
-- ``targets`` ``[N]`` int64 or int32: response tokens of all sequences one after the other; −100 is skipped.
-- ``cu_seqlens`` ``[S + 1]`` int32: sequence s is ``targets[cu_seqlens[s]:cu_seqlens[s + 1]]``; it may be empty.
-- ``rows`` ``[N]`` int64 or int32: the hidden row that predicts each target, so that prompt rows cost nothing, and two
-  answers to one prompt share its last row. Default: row n predicts target n, and R = N.
-- The reference, never with gradients, one of: nothing; ``ref_hidden`` ``[R, H']``, ``ref_weight`` ``[V, H']`` and
-  ``ref_bias`` ``[V]``, with the policy's rows, scale and soft-cap; or ``ref_logps``, log-probabilities per token
-  ``[N]`` (as ``token_logps`` of :func:`log_ratio`; exact) or per sequence ``[S]`` (loses ~1e-3 nats at 1,024 tokens).
-  A size that is both N and S is read as per token.
-- ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"``, ``"triton"`` and ``"cuda"``
-  never do; ``"cuda"`` is the pair slab with our own CUDA C++ between its products, where installation built it.
-  ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for others (``"plain"`` in fp64, or without Triton).
-- ``buffer_mb``: the most memory for logits, in MiB (one row at the least). ``"plain"`` ignores it.
-- ``skip_mass``: with ``"triton"``, leave out of the gradient what weighs little, as CCE does (arXiv 2411.09009):
-  tiles of the vocabulary, 128 tokens wide (32 in fp32), in which |g_n| · Σ_v |∂ log π(y_n) / ∂ z_v| is at most
-  ``skip_mass`` · max_n |g_n| for every token n of a block of 64, g being the loss's derivative by log π. A hidden row's
-  gradient then errs by at most ``skip_mass`` · max |g| · tiles · ``logit_scale`` · max_v ‖W_v‖. A trained model has
-  few tiles that weigh, and those alone are computed again, in no buffer. Sums are by atomic additions; 0, or
-  ``torch.use_deterministic_algorithms``, leaves nothing out.
-
-Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
+Each folder has the public function (``public.py``), the oracle in plain PyTorch, and a module per
+backend.
 """
 
-import torch
-from torch import Tensor
-
-from irlfast.ops import checks, plain, registered
-from irlfast.ops.heads import Head, lm_head
-from irlfast.ops.logits import logits_log_ratio, token_logps
-from irlfast.ops.problem import Coupling, LogRatio, PairLoss, Side, default_pairs, expert_nll, summarise
-from irlfast.ops.rewards import DiscriminatorLoss, discriminator_loss, discriminator_reward, reward_head
+from irlfast.ops.common.heads import Head, lm_head
+from irlfast.ops.common.types import LogRatio, PairLoss
+from irlfast.ops.logits.public import logits_log_ratio, token_logps
+from irlfast.ops.pair_loss.public import log_ratio, pair_loss
+from irlfast.ops.rewards.public import DiscriminatorLoss, discriminator_loss, discriminator_reward, reward_head
 
 __all__ = [
     "DiscriminatorLoss",
@@ -53,119 +24,3 @@ __all__ = [
     "reward_head",
     "token_logps",
 ]
-
-
-def log_ratio(
-    hidden: Tensor,  # [R, H]
-    weight: Tensor,  # [V, H]
-    targets: Tensor,  # [N]
-    cu_seqlens: Tensor,  # [S + 1]
-    *,
-    rows: Tensor | None = None,  # [N]
-    ref_hidden: Tensor | None = None,  # [R, H']
-    ref_weight: Tensor | None = None,  # [V, H']
-    ref_logps: Tensor | None = None,  # [N] or [S]
-    bias: Tensor | None = None,  # [V]
-    ref_bias: Tensor | None = None,  # [V]
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    backend: str = "auto",
-    buffer_mb: float = 1024,
-    skip_mass: float = 0.0,
-) -> LogRatio:
-    """Log-ratio ρ of every sequence: the implicit reward of IRFT (arXiv 2405.17888) and SPIN (arXiv 2401.01335) over β.
-
-    Arguments as the module says. ``log_ratio``, ``policy_logps`` and ``token_logps`` carry gradients to ``hidden``,
-    ``weight`` and ``bias``, whatever the loss that combines them. Passes over ``weight``: one without
-    gradient, two where only ``hidden`` needs it (then ``[N, H]`` is kept for the backward), else four, as the backward
-    recomputes; :func:`pair_loss` needs three. One more for ``ref_hidden``.
-
-    Returns:
-        LogRatio: ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]`` and ``token_logps`` ``[N]`` in fp32 (fp64).
-
-    Raises:
-        ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: a backend that is not installed.
-    """
-    policy = checks.check_policy(Side(hidden, weight, bias))
-    reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
-    problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
-    problem = checks.check_ref_logps(ref_logps, reference is not None, problem)
-    backend = checks.choose_backend(backend, hidden, "hidden")
-    with torch.autocast(hidden.device.type, enabled=False):
-        if backend == "plain":
-            logps, computed = plain.token_logps(policy, reference, problem)
-        else:
-            logps, computed = registered.token_logps(policy, reference, problem, backend)
-        return summarise(logps, computed, problem)
-
-
-def pair_loss(
-    hidden: Tensor,  # [R, H]
-    weight: Tensor,  # [V, H]
-    targets: Tensor,  # [N]
-    cu_seqlens: Tensor,  # [S + 1]
-    *,
-    pairs: Tensor | None = None,  # [P, 2]
-    beta: float,
-    loss_type: str = "sigmoid",
-    nll_weight: float = 0.0,
-    num_pairs: float | None = None,
-    num_tokens: float | None = None,
-    rows: Tensor | None = None,  # [N]
-    ref_hidden: Tensor | None = None,  # [R, H']
-    ref_weight: Tensor | None = None,  # [V, H']
-    ref_logps: Tensor | None = None,  # [N] or [S]
-    bias: Tensor | None = None,  # [V]
-    ref_bias: Tensor | None = None,  # [V]
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    backend: str = "auto",
-    buffer_mb: float = 1024,
-    skip_mass: float = 0.0,
-    weight_grad: Tensor | None = None,  # [V, H]
-) -> PairLoss:
-    """Loss on pairs (expert y, synthetic ỹ) with u = β · (ρ(y) − ρ(ỹ)): ``sigmoid`` −log σ(u), ``hinge`` max(0, 1 − u),
-    ``linear`` −u (SPIN, arXiv 2401.01335, eq. 4.7; IRFT, arXiv 2405.17888, whose own gradient is that of ``linear``).
-
-    ``loss`` = Σ over pairs / ``num_pairs`` + ``nll_weight`` · ``nll_loss``, ``nll_loss`` = −Σ log π_θ(y_t) over the
-    experts' tokens, each distinct expert once, / ``num_tokens``. The defaults are the pairs and the experts' scored
-    tokens of this call; a trainer passes the numbers of its whole batch instead. Without pairs, the loss is 0.
-
-    ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic); a sequence may be in several pairs or in none.
-    Default: sequences 2i and 2i + 1. Other arguments as the module says. Passes over ``weight``: three,
-    or two with a frozen head; groups of connected sequences that exceed ``buffer_mb`` are computed twice (four).
-
-    ``weight_grad`` fp32 (fp64): the gradient of ``loss`` by ``weight`` is added to it during the call, and autograd
-    leaves ``weight`` alone: micro-batches add up in fp32 whatever its dtype, and no other tensor of its size is made.
-    ``weight.grad`` will do where it is fp32. What multiplies ``loss`` later does not reach it (``num_pairs`` does), and
-    activation checkpointing would add it twice. Under ``torch.no_grad`` it stays as it is.
-
-    Returns:
-        PairLoss: ``loss`` ``[]``, differentiable in ``hidden``, ``weight``, ``bias``; and, without gradient,
-        ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]`` and ``nll_loss`` ``[]``; in fp32 (fp64).
-
-    Raises:
-        ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: a backend that is not installed.
-    """
-    policy = checks.check_policy(Side(hidden, weight, bias))
-    reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
-    problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
-    problem = checks.check_ref_logps(ref_logps, reference is not None, problem)
-    checks.check_pairs(pairs, cu_seqlens)
-    pairs = default_pairs(problem.sequences, hidden.device) if pairs is None else pairs.long()
-    checks.check_loss(beta, loss_type, nll_weight, num_pairs, num_tokens)
-    coupling = Coupling(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens)
-    if weight_grad is not None:
-        checks.check_weight_grad(weight_grad, policy, problem)
-        weight_grad = weight_grad if torch.is_grad_enabled() else None
-    backend = checks.choose_backend(backend, hidden, "hidden")
-    with torch.autocast(hidden.device.type, enabled=False):
-        if backend == "plain":
-            loss, logps, computed = plain.pair_loss(policy, reference, problem, coupling, weight_grad)
-        else:
-            loss, logps, computed = registered.pair_loss(policy, reference, problem, coupling, backend, weight_grad)
-        statistics = summarise(logps, computed, problem)
-        nll = expert_nll(statistics.policy_logps, problem, coupling)
-    return PairLoss(loss, *statistics[:3], nll)

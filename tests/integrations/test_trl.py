@@ -8,8 +8,8 @@ from peft import LoraConfig
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from irlfast.integrations.trl import DPOTrainer
-from tests.test_trl_equivalence import ROWS, perturbed, tiny
-from tests.tokenizers_like import pythia
+from tests.helpers.tokenizers_like import pythia
+from tests.methods.test_trl_equivalence import ROWS, perturbed, tiny
 
 
 def train(trainer_class, folder, config_class=LlamaConfig, lora=False, **options):

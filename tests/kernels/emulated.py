@@ -1,4 +1,4 @@
-"""``irlfast._cuda`` compiled for the CPU: each thread of a kernel is a fibre, see ``tests/native/emulated``."""
+"""``irlfast._cuda`` compiled for the CPU: each thread of a kernel is a fibre, see ``tests/csrc/emulated``."""
 
 import fcntl
 import hashlib
@@ -11,7 +11,7 @@ from types import ModuleType
 import pybind11
 
 ROOT = Path(__file__).parents[2]
-SHIM = ROOT / "tests/native/emulated"
+SHIM = ROOT / "tests/csrc/emulated"
 SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/module.cpp"]
 # -ffp-contract=off, as nvcc's --fmad=false for the code that must find the CPU's bits. A GPU has no mercy on a vector
 # that is not aligned, a CPU does: hence the sanitizer, which ends the process.

@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
-from irlfast import varlen
-from irlfast.attention import arrange, varlen_of
 from irlfast.config import make_config
-from irlfast.pack import Layout, Segment, pack
-from tests.test_pack import separate, with_gradients
+from irlfast.data.packing import Layout, Segment, pack
+from irlfast.models import varlen
+from irlfast.models.attention import arrange, varlen_of
+from tests.data.test_packing import separate, with_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 SHAPE = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from irlfast import native
-from irlfast.ops import cpu
-from irlfast.ops.problem import Problem, Side
+from irlfast.ops.common.types import Problem, Side
+from irlfast.ops.pair_loss import cpu_slab
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARIES = [1, 2, 7, 9, 16, 31, 64, 1000, 5001]
@@ -15,9 +15,9 @@ VOCABULARIES = [1, 2, 7, 9, 16, 31, 64, 1000, 5001]
 def cuda():
     if getattr(native.cuda, "device", None) != DEVICE:
         pytest.skip("irlfast._cuda is not built here")
-    from irlfast.ops import cuda
+    from irlfast.ops.pair_loss import cuda_slab
 
-    return cuda
+    return cuda_slab
 
 
 def framed(rows: torch.Tensor, offset: int, distance: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +71,7 @@ def test_slopes_in_the_memory_of_the_logits(vocabulary, dtype, softcap, offset, 
     targets = torch.tensor([0, vocabulary // 2, vocabulary - 1])
     problem = Problem(targets, None, targets, 1, 0.5, softcap, torch.float64, 64)
     head = torch.empty(vocabulary, 1, dtype=dtype)
-    exact, v, slab = cpu.softmax(plain.double(), targets, Side(head, head, bias.to(dtype).double()), problem)
+    exact, v, slab = cpu_slab.softmax(plain.double(), targets, Side(head, head, bias.to(dtype).double()), problem)
     z, memory = framed(plain, offset, vocabulary + offset + vocabulary % 2)
     logps, ones, slope = cuda.softmax(z, targets.to(DEVICE), Side(head, head, bias.to(dtype).to(DEVICE)), problem)
     assert ones.eq(1).all() and slope.dtype == dtype and slope.data_ptr() == z.data_ptr()

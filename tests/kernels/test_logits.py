@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from irlfast.ops import logits as ops
-from tests.ops_cases import sequences
-from tests.test_logits import LENGTHS, OPTIONS, REFERENCES, check_against_fp64, combined, in_fp64, make
+from irlfast.ops.logits import public as ops
+from tests.helpers.ops_cases import sequences
+from tests.ops.test_logits import LENGTHS, OPTIONS, REFERENCES, check_against_fp64, combined, in_fp64, make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -7,7 +7,7 @@ import torch
 
 from irlfast import native
 from irlfast.optim import FusedRMSprop, module_for
-from tests.test_optim import FORMS, SHAPES, parameters, set_gradients
+from tests.ops.test_optim import FORMS, SHAPES, parameters, set_gradients
 
 needs_cpu_module = pytest.mark.skipif(native.cpu is None, reason="irlfast._cpu is not built here")
 

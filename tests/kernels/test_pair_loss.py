@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from irlfast import ops
-from irlfast.ops import checks
-from irlfast.ops.problem import IGNORE
-from tests.ops_cases import converted, gradients, make, random_pairs
+from irlfast.ops.common import checks
+from irlfast.ops.common.types import IGNORE
+from tests.helpers.ops_cases import converted, gradients, make, random_pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [5, 3, 0, 7, 1, 0, 4, 6]

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from irlfast.ops import rewards as ops
-from tests.ops_cases import random_pairs, sequences
-from tests.reward_cases import FORMS, LENGTHS, POOLINGS, gradients, in_fp64, labels_of, make, options_of
-from tests.test_rewards import check_autocast_and_checkpointing, check_bf16, check_compiled
+from irlfast.ops.rewards import public as ops
+from tests.helpers.ops_cases import random_pairs, sequences
+from tests.helpers.reward_cases import FORMS, LENGTHS, POOLINGS, gradients, in_fp64, labels_of, make, options_of
+from tests.ops.test_rewards import check_autocast_and_checkpointing, check_bf16, check_compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]

@@ -1,0 +1,194 @@
+"""What one key of the configuration cannot tell alone. Looks at files but imports nothing heavy."""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from irlfast.common.files import InputError, find, is_glob, is_local
+
+PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")
+
+
+def check(config: Any) -> None:
+    """Every check; the first that fails raises an InputError that names the keys."""
+    if not config.dataset_name:
+        raise InputError("dataset_name: found nothing, expected a file of demonstrations or a hub dataset")
+    if (config.model_name_or_path is None) == (config.config_name is None):
+        raise InputError("model_name_or_path and config_name: expected exactly one of them")
+    if config.config_name and not (config.train_tokenizer or config.tokenizer_name_or_path):
+        raise InputError("config_name builds a new model, which needs tokenizer_name_or_path or train_tokenizer")
+    if config.train_tokenizer and not config.config_name:
+        raise InputError("train_tokenizer: a trained model needs its own tokenizer; expected config_name with it")
+    check_reward(config)
+    check_phases(config)
+    for first, second in (
+        ("inner_epochs", "inner_steps"),
+        ("sft_epochs", "sft_steps"),
+        ("reward_epochs", "reward_steps"),
+    ):
+        if getattr(config, first) is not None and getattr(config, second) is not None:
+            raise InputError(f"{first} and {second}: expected at most one of them")
+    for name in ("inner_epochs", "inner_steps"):
+        if config.method == "sft" and getattr(config, name) is not None:
+            raise InputError(f"{name}: method sft takes {name.replace('inner', 'sft')} instead")
+    for name in PER_STAGE:
+        value = getattr(config, name)
+        if isinstance(value, list) and len(value) != config.stages:
+            raise InputError(f"{name}: found {len(value)} values, expected one or one a stage ({config.stages})")
+    if config.max_prompt_length >= config.max_length:
+        raise InputError(
+            f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length ({config.max_length})"
+        )
+    if config.prompt_template.count("{}") != 1:
+        raise InputError("prompt_template: expected '{}' exactly once, where the prompt goes")
+    if config.dtype == "bfloat16" and config.zero_stage == 0:
+        raise InputError("zero_stage: found 0 with dtype bfloat16, expected 1 to 3 (they keep the fp32 master copy)")
+    if config.save_steps % config.logging_steps:  # so that a resumed run logs and stops where an unbroken one does
+        raise InputError(
+            f"save_steps: found {config.save_steps}, expected a multiple of logging_steps ({config.logging_steps})"
+        )
+    if config.activation_offloading:
+        check_offloading(config)
+    if config.load_in_4bit:
+        check_4bit(config)
+    compiler = os.environ.get("CXX", "g++")
+    if config.torch_compile and not shutil.which(compiler):
+        raise InputError(f"torch_compile: found no compiler {compiler}, expected one (CXX may name it), or false")
+    for package in config.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")
+    if config.push_to_hub and not config.hub_model_id:
+        raise InputError("push_to_hub: expected hub_model_id with it")
+    for name in ("config_name", "deepspeed", "model_name_or_path"):
+        check_path(name, getattr(config, name))
+    for name in ("dataset_name", "eval_dataset_name"):
+        check_datasets(name, getattr(config, name))
+    if config.dataset_test_split == config.dataset_train_split and not config.eval_dataset_name:
+        raise InputError(
+            f"dataset_test_split: found {config.dataset_test_split!r}, from which the run learns; expected another"
+        )
+
+
+def check_phases(config: Any) -> None:
+    """Refuse phases without a step to train, or without a policy to choose."""
+    for name in ("sft_steps", "sft_epochs"):
+        if config.method == "sft" and getattr(config, name) == 0:
+            raise InputError(f"{name}: found 0 with method sft, which would train nothing; expected more")
+    no_first = config.method == "sft" and not config.model_name_or_path
+    if config.keep == "best" and config.metric_for_best_model == "reward_accuracy" and no_first:
+        raise InputError(
+            "metric_for_best_model: found 'reward_accuracy' with SFT of a new model alone, which has no policy before "
+            "it to compare with; expected nll or exact_match"
+        )
+    temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
+    if config.method in ("rft", "afd") and 0 in temperatures:
+        raise InputError(
+            f"temperature: found 0 with num_generations {config.num_generations}, which would all be the same answer; "
+            "expected more than 0"
+        )
+    if config.deepspeed and (path := find(config.deepspeed)):
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"deepspeed: {path} cannot be read as JSON ({error})") from error
+        if not isinstance(settings, dict):
+            raise InputError(f"deepspeed: {path} holds a {type(settings).__name__}, expected a JSON object")
+
+
+def check_offloading(config: Any) -> None:
+    """Where there is nothing to move to host memory, or more than was asked for."""
+    if config.gradient_checkpointing == "selective":
+        raise InputError(
+            "activation_offloading: found true with gradient_checkpointing 'selective', which keeps on the GPU; "
+            "expected true or false"
+        )
+    if config.torch_compile:
+        raise InputError(
+            "activation_offloading: found true with torch_compile, whose layers take nothing back; expected one"
+        )
+    if config.zero_stage == 3:
+        raise InputError(
+            "activation_offloading: found true with zero_stage 3, of which it would move every gathered weight too; "
+            "expected zero_stage 0 to 2"
+        )
+
+
+def check_4bit(config: Any) -> None:
+    """What QLoRA takes."""
+    if not config.use_peft:
+        raise InputError("load_in_4bit: found true without use_peft, but 4-bit weights stay; expected use_peft: true")
+    if config.zero_stage == 3:
+        raise InputError(
+            "load_in_4bit: found true with zero_stage 3, which cannot split 4-bit weights; expected 0 to 2"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit: bitsandbytes is not installed; pip install 'bitsandbytes>=0.50'")
+
+
+def check_reward(config: Any) -> None:
+    """What RFT, AfD and reward models ask for."""
+    learned = config.reward_data != "none"
+    added = len(config.reward_model_name_or_path) + len(config.reward_function)
+    if config.method in ("rft", "afd") and not learned and not added:
+        raise InputError("reward_model_name_or_path, reward_function: found none, and reward_data: none; expected one")
+    for name in config.reward_function:
+        place, _, function = name.rpartition(":")
+        file = place.endswith(".py")
+        if not function.isidentifier() or not (file or all(part.isidentifier() for part in place.split("."))):
+            raise InputError(f"reward_function: found {name!r}, expected package.module:function or file.py:function")
+        if file:
+            check_path("reward_function", place)
+    if config.method == "reward" and not learned:
+        raise InputError("reward_data: found 'none', expected pairs to learn from for method reward")
+    if config.reward_weights and len(config.reward_weights) != learned + added:
+        raise InputError(
+            f"reward_weights: found {len(config.reward_weights)}, expected {learned + added}, one a reward"
+        )
+    if config.reward_loss == "sigmoid" and config.reward_level == "token":
+        raise InputError("reward_level: found 'token' with reward_loss sigmoid, which compares whole answers")
+    if config.reward_loss in ("sigmoid", "linear") and config.divergence != "reverse_kl":
+        raise InputError(f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}; expected bce")
+    if config.reward_combine != "mean" and config.reward_heads < 2 and not added:
+        raise InputError(
+            f"reward_combine: found {config.reward_combine!r} with one head, expected reward_heads of 2 or more"
+        )
+    if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
+        raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
+    if config.kl_in != "loss" and config.align in ("apa", "bon"):
+        raise InputError(
+            f"kl_in: found {config.kl_in!r} with align {config.align}; expected it left out: apa's own loss has the "
+            "KL, and SFT on the best of n has none"
+        )
+    if config.kl_in == "reward" and config.reference == "stage" and config.align_rounds == 1:
+        raise InputError(
+            "kl_in: found 'reward' with reference 'stage' and align_rounds 1, where the policy that samples is the "
+            "reference and its KL is 0; expected kl_in: loss, more rounds, reference: initial, or kl_in: none"
+        )
+
+
+def check_path(name: str, value: str | None) -> None:
+    """A value that can only be a file must exist; one like ``owner/name`` may be on the hub."""
+    if value is None or find(value):
+        return
+    local = (
+        name in ("config_name", "deepspeed", "reward_function")
+        or value.startswith(("/", ".", "~"))
+        or value.count("/") > 1
+    )
+    if local or Path(value).suffix in (".json", ".jsonl", ".parquet", ".csv"):
+        raise InputError(f"{name}: no such file or folder: {value}")
+
+
+def check_datasets(key: str, value: Any) -> None:
+    """Files that are named must exist, and of several sources all have a weight or none."""
+    sources = value if isinstance(value, list) else [value] if value else []
+    weights = {getattr(source, "weight", None) is None for source in sources}
+    if len(weights) > 1:
+        raise InputError(f"{key}: found sources with a weight and without, expected a weight for each or for none")
+    for source in sources:
+        name = str(getattr(source, "name", source))
+        if not find(name) and is_local(name) and not is_glob(name):
+            raise InputError(f"{key}: no such file or folder: {name}")

@@ -1,0 +1,152 @@
+"""The configuration, read from flat YAML and the command line, and validated before anything heavy is imported.
+
+argparse reads the command line and prints the help; :mod:`irlfast.config.schema` has the keys.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from irlfast.common.files import InputError
+from irlfast.config.checks import check
+from irlfast.config.recipes import recipe
+from irlfast.config.schema import FIELDS, Config
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "spin": {"prompts_per_stage": "all", "history": 1, "loss_type": "sigmoid", "reference": "stage"},
+    "dpo": {"prompts_per_stage": "all", "stages": 1},
+    "reward": {"prompts_per_stage": "all", "stages": 1, "reward_data": "init_demo"},
+    "afd": {"reward_loss": "bce"},
+}
+ALIASES = {"bf16": ("dtype", "bfloat16"), "use_vllm": ("sampler", "vllm")}  # TRL's spellings, when true
+
+
+def load_config(arguments: list[str], prog: str = "irlfast train") -> tuple[Config, bool]:
+    """Config from ``[FILE.yaml | RECIPE] [key=value | --key value | --key=value | --dry_run]...``; whether to run dry.
+
+    Raises:
+        InputError: naming every wrong key, what was found and what was expected.
+    """
+    parser = make_parser(prog)
+    tokens = [re.sub(r"^(--)?([A-Za-z][\w-]*)(=|$)", dashed, token) for token in arguments]
+    found, unknown = parser.parse_known_args(tokens)
+    unexpected = [token for token in unknown if token.startswith("--")] or unknown
+    if unexpected:
+        raise InputError(unknown_key(unexpected[0].lstrip("-").split("=")[0], "on the command line"))
+    given = read_yaml(config_file(found.config)) if found.config else {}
+    typed = {
+        name: literal(name, text)
+        for name, text in vars(found).items()
+        if name in {*FIELDS, *ALIASES} and text is not None
+    }
+    return make_config(given | typed), found.dry_run
+
+
+def dashed(match: re.Match) -> str:
+    """``key=value`` and ``--some-key`` in the one spelling that argparse is given: ``--some_key``."""
+    option, name, equals = match.group(1), match.group(2), match.group(3)
+    return f"--{name.replace('-', '_')}{equals}" if option or equals else match.group(0)
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [CONFIG.yaml | RECIPE] [key=value | --key value]... [--dry_run]",
+        description="Align a language model from demonstrations. Keys, with their [defaults]:",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
+    )
+    parser.add_argument("config", nargs="?", help="YAML file of keys, or a name that `irlfast recipes` lists")
+    parser.add_argument("--dry_run", action="store_true", help="show what would be done, with estimates, then stop")
+    descriptions = Config.__pydantic_fields__  # type: ignore[attr-defined]
+    for name in FIELDS:
+        field = descriptions[name]
+        text = f"{field.description} [{'none' if field.default is None else repr(field.default)}]"
+        boolean = {"nargs": "?", "const": "true"} if isinstance(field.default, bool) else {}
+        parser.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"), **boolean)  # type: ignore[arg-type]
+    for alias in ALIASES:
+        parser.add_argument(f"--{alias}", nargs="?", const="true", help=argparse.SUPPRESS)
+    return parser
+
+
+def literal(name: str, text: str) -> Any:
+    """A command-line value: lists, mappings and null as YAML, everything else as text that pydantic converts."""
+    structured = text.startswith("[") or text == "null" or (text.startswith("{") and not name.endswith("template"))
+    return yaml.safe_load(text) if structured else text
+
+
+def config_file(name: str) -> Path:
+    """The file that ``name`` means: itself, else a recipe."""
+    path = Path(name).expanduser()
+    return path if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1 else recipe(name)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config file {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise InputError(f"config file {path}: found {type(given).__name__}, expected lines of 'key: value'")
+    return given
+
+
+def make_config(given: dict[str, Any]) -> Config:
+    """Validate keys and values whole, and fill in what follows from them: presets and TRL's spellings."""
+    given = dict(given)
+    for alias, (name, value) in ALIASES.items():
+        if str(given.pop(alias, False)).lower() in ("true", "1", "yes"):
+            given[name] = value
+    for name in ("reward_model_name_or_path", "reward_function"):
+        if isinstance(given.get(name), str):
+            given[name] = [given[name]]
+    if isinstance(given.get("report_to"), str):
+        given["report_to"] = [] if given["report_to"] == "none" else [given["report_to"]]
+    unknown = [name for name in given if name not in FIELDS]
+    if unknown:
+        raise InputError(unknown_key(unknown[0], "in the configuration"))
+    try:
+        config = Config(**(PRESETS.get(str(given.get("method")), {}) | given))
+    except ValidationError as error:
+        raise InputError(describe(error, given)) from error
+    check(config)
+    return config
+
+
+def unknown_key(name: str, where: str) -> str:
+    nearest = difflib.get_close_matches(name, FIELDS, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "; --help lists all keys"
+    return f"unknown key {name!r} {where}{hint}"
+
+
+def describe(error: ValidationError, given: dict[str, Any]) -> str:
+    expected: dict[str, list[str]] = {}
+    inputs = {}
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        wanted = problem["msg"].replace("Input should be ", "").split(", unable")[0]
+        expected.setdefault(name, []).append(wanted)
+        inputs[name] = problem["input"]
+    for name in expected.keys() & {"dataset_name", "eval_dataset_name"}:  # whose alternatives are too many to tell
+        expected[name] = ["a name, or a list of names or of {name, weight, split, config, columns}, weights above 0"]
+        inputs[name] = given[name]
+    return "; ".join(f"{name}: found {inputs[name]!r}, expected {' or '.join(expected[name])}" for name in expected)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, every default filled in."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The keys whose values differ, as ``key: old -> new``."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names)

@@ -1,0 +1,1 @@
+"""What is minimised, as formulas: SFT, pair losses, reward losses, policy losses. Nothing else."""

@@ -1,0 +1,42 @@
+"""Losses on pairs (expert, synthetic) of a policy's log-ratios."""
+
+from torch import Tensor
+
+from irlfast import ops
+from irlfast.data.packing import Batch
+from irlfast.losses.inputs import Figures, Share, arguments
+from irlfast.ops import Head
+
+
+def irft_loss(
+    hidden: Tensor, head: Head, batch: Batch, share: Share, *, beta: float, loss_type: str, nll_weight: float
+) -> tuple[Tensor, Figures]:
+    """IRFT's inner loss (arXiv 2405.17888; SPIN, arXiv 2401.01335, eq. 4.7, with ``sigmoid``) on pairs (y, ỹ)."""
+    result = ops.pair_loss(
+        hidden,
+        **arguments(head, batch),
+        ref_logps=batch.ref_logps,
+        beta=beta,
+        loss_type=loss_type,
+        nll_weight=nll_weight,
+        num_pairs=share.pairs,
+        num_tokens=share.tokens,
+    )
+    rewards, logps, lengths = beta * result.log_ratio, result.policy_logps, batch.cu_seqlens.diff()
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    pairs = chosen.numel()
+    figures = {
+        "count": lengths.new_full((), pairs),
+        "loss": result.loss.detach() * share.pairs,
+        "nll_loss": result.nll_loss.detach() * share.pairs,
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/margins": (chosen - rejected).sum(),
+        "rewards/accuracies": (chosen > rejected).sum(),
+        "logps/chosen": logps[0::2].sum(),
+        "logps/rejected": logps[1::2].sum(),
+        "logps/reference": result.ref_logps[0::2].sum(),
+        "length/chosen": lengths[0::2].sum(),
+        "length/rejected": lengths[1::2].sum(),
+    }
+    return result.loss, figures

@@ -1,0 +1,65 @@
+"""Losses of reward models on pairs (expert, synthetic)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irlfast import ops
+from irlfast.data.packing import Batch
+from irlfast.losses.inputs import Figures, Share, per_sequence
+from irlfast.ops import Head
+
+
+def reward_loss(
+    hidden: Tensor,
+    head: Head,
+    batch: Batch,
+    share: Share,
+    *,
+    kind: str,
+    level: str,
+    alpha: float,
+    regularization: float,
+) -> tuple[Tensor, Figures]:
+    """Loss of a reward model's M heads on pairs (expert, synthetic), the mean over heads (DESIGN §3, RFT and AfD).
+
+    ``kind``: ``linear`` is −(r(y) − r(ỹ)) + λ·(r(y)² + r(ỹ)²), λ the ``regularization``; the others are those of
+    :func:`irlfast.ops.discriminator_loss`. At ``level`` "token" a mean is over the tokens of a micro-batch.
+    """
+    options: dict[str, Any] = {
+        "rows": batch.rows,
+        "bias": head.bias,
+        "pooling": "token" if level == "token" else "last",
+    }
+    pairs = (len(batch.cu_seqlens) - 1) // 2
+    if kind == "linear":
+        logits = ops.reward_head(hidden, head.weight, batch.cu_seqlens, **options)
+        expert, synthetic = logits[0::2], logits[1::2]
+        terms = synthetic - expert + regularization * (expert**2 + synthetic**2)
+        loss = terms.sum() / max(terms.numel(), 1)
+    else:
+        labels = torch.arange(2 * pairs, device=hidden.device) % 2 == 0
+        loss, logits, _ = ops.discriminator_loss(
+            hidden,
+            head.weight,
+            batch.cu_seqlens,
+            labels,
+            kind=kind,
+            alpha=alpha,
+            **options,
+        )
+    loss = loss * (pairs / share.pairs)
+    rewards = logits.detach().mean(1)
+    if level == "token":
+        rewards = per_sequence(rewards, batch.cu_seqlens)
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    figures = {
+        "count": batch.cu_seqlens.new_full((), pairs),
+        "loss": loss.detach() * share.pairs,
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/margins": (chosen - rejected).sum(),
+        "rewards/accuracies": (chosen > rejected).sum(),
+    }
+    return loss, figures

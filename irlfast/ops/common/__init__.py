@@ -1,0 +1,1 @@
+"""Types and checks that all operations share."""

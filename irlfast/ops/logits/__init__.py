@@ -1,0 +1,1 @@
+"""Log-probabilities and log-ratios from logits that exist already."""

@@ -1,0 +1,1 @@
+"""Reward heads and discriminator losses, from hidden states."""

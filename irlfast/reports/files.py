@@ -1,0 +1,126 @@
+"""What the report reads: the files of a finished or stopped run. One that is missing or broken becomes a note."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from irlfast.common.files import InputError
+
+TIMES = ["seconds", *(f"time/{part}" for part in ("data", "forward", "backward", "optimizer", "communication"))]
+# A closed set, because phase names become text of the plots.
+PHASE = re.compile(r"initial|sft|stage-(\d{1,6})(?:/(reward|round-\d{1,6}))?")
+
+
+def read_config(output_dir: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
+    path = output_dir / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{output_dir}: no config.yaml in this folder; expected the output_dir of a run")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if isinstance(config, dict):
+        return text, config
+    notes.append("config.yaml cannot be read: expected keys and values.")
+    return text, {}
+
+
+def read_object(output_dir: Path, name: str, notes: list[str]) -> dict[str, Any]:
+    """A JSON object; an empty one, and a note, where the file is missing or holds something else."""
+    path = output_dir / name
+    try:
+        value = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    notes.append(f"{name} {'cannot be read: expected a JSON object' if path.is_file() else 'is missing'}.")
+    return {}
+
+
+def read_lines(output_dir: Path, name: str, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON-lines file. A run that was killed may leave half a line, which is left out and noted."""
+    if not (output_dir / name).is_file():
+        notes.append(f"{name} is missing.")
+        return
+    broken = 0
+    with (output_dir / name).open("rb") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                yield row
+            else:
+                broken += 1
+    if broken:
+        notes.append(f"{name}: {broken:,} unreadable line{'s' if broken > 1 else ''} left out.")
+
+
+def phase_order(phase: str) -> tuple[int, str]:
+    """Of a stage, the reward and the rounds come before the phase that ends it."""
+    match = PHASE.fullmatch(phase)
+    assert match
+    stage, part = match.groups()
+    return ({"initial": -2, "sft": -1}.get(phase, int(stage or 0)), part or "~")
+
+
+def read_phases(output_dir: Path, name: str, notes: list[str]) -> dict[str, dict[str, Any]]:
+    """The file ``name`` of every phase that has one, in the order of the run."""
+    paths = [*output_dir.glob(f"*/{name}"), *output_dir.glob(f"*/round-*/{name}")]
+    phases = [phase for path in paths if PHASE.fullmatch(phase := path.parent.relative_to(output_dir).as_posix())]
+    read = {phase: read_object(output_dir, f"{phase}/{name}", notes) for phase in sorted(phases, key=phase_order)}
+    return {phase: value for phase, value in read.items() if value}
+
+
+def read_metrics(output_dir: Path, keys: list[str], notes: list[str]) -> dict[str, np.ndarray]:
+    """Phase -> [steps, 1 + keys]: the step, then its metrics. A step logged twice (a resumed run) counts once."""
+    phases: dict[str, dict[float, list[float]]] = {}
+    for row in read_lines(output_dir, "metrics.jsonl", notes):
+        phase, step = str(row.get("phase")), number(row.get("step"))
+        if PHASE.fullmatch(phase) and math.isfinite(step):
+            phases.setdefault(phase, {})[step] = [step, *(number(row.get(key)) for key in keys)]
+    ordered = sorted(phases, key=phase_order)
+    return {phase: np.array([row for _, row in sorted(phases[phase].items())]) for phase in ordered}
+
+
+def split_time(
+    metrics: dict[str, np.ndarray], pairs: dict[str, dict[str, Any]], rounds: dict[str, dict[str, Any]]
+) -> dict[str, list[float]]:
+    """Phase -> seconds of sampling, scoring, training, and training's parts as in TIMES; NaN where not measured.
+
+    Before it trains, a stage of self-play or its reward makes ``pairs``, a round of alignment answers of its own.
+    """
+    split = {}
+    for phase, rows in metrics.items():
+        seconds, *shares = rows[:, -len(TIMES) :].T
+        made = rounds.get(phase) or pairs.get(phase.removesuffix("/reward"), {})
+        before = [number(made.get(key)) for key in ("sample_seconds", "score_seconds")]
+        split[phase] = [*before, seconds.sum(), *((seconds * share).sum() for share in shares)]
+    return split
+
+
+def note_unfinished(config: dict, evals: dict, pairs: dict, notes: list[str]) -> None:
+    stages = {phase for phase in [*evals, *pairs] if phase.startswith("stage-")}
+    for name, found in (("eval.json", evals), ("pairs.json", pairs)):
+        notes.extend(f"{phase}/{name} is missing." for phase in sorted(stages.difference(found)))
+    done, planned = len(stages.intersection(evals)), config.get("stages")
+    if isinstance(planned, int) and config.get("method") != "sft" and done < planned:
+        notes.append(f"{done} of {planned} stages have been evaluated.")
+    if not evals:
+        notes.append("No phase has an eval.json: no policy of this run has been evaluated.")
+
+
+def number(value: Any) -> float:
+    """A value as a float: NaN where it is missing, infinity where it is there but not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if abs(value) < 1e30 else math.inf  # a NaN compares false too

@@ -1,0 +1,164 @@
+"""The end of a run: the policy to keep with its model card, the closing table, and the report."""
+
+import copy
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import irlfast
+from irlfast.common import dist
+from irlfast.common.files import read_json, write, write_json, write_text
+from irlfast.common.messages import say
+from irlfast.config import Config
+from irlfast.data.encoding import Format
+from irlfast.models.load import load_model, save_pretrained
+from irlfast.models.lora import base_and_adapter, merge
+from irlfast.reports.page import write_report
+from irlfast.runs.hub import card_head, upload
+from irlfast.runs.run import Run
+
+COLUMNS = {
+    "exact match": ("exact_match", "{:.3f}"),
+    "reward accuracy": ("reward_accuracy", "{:.3f}"),
+    "demonstration log-likelihood (nats)": ("nll", "{:.3f}"),
+    "answer tokens": ("answer_length", "{:.1f}"),
+}
+
+
+def finish(run: Run, policies: dict[str, Path | str], figures: list[dict[str, Any]]) -> None:
+    """Write ``final/`` and ``report.html``, print the closing table, and push to the hub if asked."""
+    kept, why = choose(run.config, figures)
+    final = run.output / "final"
+    if dist.is_main():
+        if not final.exists() or read_json(final / "policy.json") != choice(kept, why, figures):
+            write(final, lambda temporary: save_final(temporary, run, policies[kept], kept, why, figures))
+        report = write_report(run.output)
+        print_table(figures, kept)
+        say(f"policy: {final} (from {kept}: {why})\nreport: {report}")
+        if run.config.push_to_hub:
+            upload(run.config, final)
+    dist.barrier()
+    dist.stop()
+
+
+def finish_reward(run: Run, reward: Path) -> None:
+    """Write ``final/``, a reward model that ``AutoModelForSequenceClassification`` loads."""
+    final = run.output / "final"
+    if dist.is_main():
+        figures = read_json(reward.parent / "eval.json")
+        if not final.exists():
+            write(final, lambda temporary: save_reward(temporary, run, reward, figures))
+        say(f"reward model: {final}")
+        if run.config.push_to_hub:
+            upload(run.config, final)
+    dist.barrier()
+    dist.stop()
+
+
+def save_reward(folder: Path, run: Run, reward: Path, figures: dict[str, Any]) -> None:
+    shutil.copytree(reward, folder)
+    write_text(folder / "README.md", reward_card(run.config, figures))
+
+
+def reward_card(config: Config, figures: dict[str, Any]) -> str:
+    numbers = {name.replace("_", " "): value for name, value in figures.items() if name != "phase"}
+    rows = "\n".join(f"| {name} | {value:,.3f} |" for name, value in numbers.items())
+    return f"""{card_head(config, "text-classification", "reward-model")}
+# A reward model learned from demonstrations with irlfast {irlfast.__version__}
+
+Loss `{config.reward_loss}` on pairs `{config.reward_data}` of `{config.dataset_name}`, per {config.reward_level}. It
+reads prompt and answer, end token included, in the policy's template; several labels are the heads of an ensemble.
+
+| held-out | |
+| --- | --- |
+{rows}
+"""
+
+
+def choose(config: Config, figures: list[dict[str, Any]]) -> tuple[str, str]:
+    """The phase whose policy is kept, and why."""
+    if config.keep == "last":
+        return figures[-1]["phase"], "the last"
+    name = config.metric_for_best_model
+    sign = -1 if name == "nll" else 1
+    best = max(figures, key=lambda row: -math.inf if row[name] is None else sign * row[name])
+    if best[name] is None:
+        return figures[-1]["phase"], f"the last; no phase has a held-out {name}"
+    return best["phase"], f"the best held-out {name}, {best[name]:.3f}"
+
+
+def choice(kept: str, why: str, figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of ``policy.json``. It changes where a run goes on to more stages; then ``final/`` is made anew."""
+    return {"kept": kept, "why": why, "phases": [row["phase"] for row in figures]}
+
+
+def save_final(folder: Path, run: Run, policy: Path | str, kept: str, why: str, figures: list[dict[str, Any]]) -> None:
+    if isinstance(policy, Path) and not base_and_adapter(policy)[1]:
+        shutil.copytree(policy, folder)
+    else:
+        save_pretrained(folder, merge(load_model(policy, run.config), str(policy)), run.form.tokenizer)
+    name_end_tokens(folder, run.form)
+    write_json(folder / "policy.json", choice(kept, why, figures))
+    write_text(folder / "README.md", model_card(run.config, kept, why, figures))
+
+
+def name_end_tokens(folder: Path, form: Format) -> None:
+    """Name the token that answers were trained to end with, so that ``generate`` and servers stop at it.
+
+    The generation config names it, beside the model's other end tokens. So does the tokenizer as its EOS, unless the
+    chat template would write another text then.
+    """
+    import transformers
+
+    try:
+        settings = transformers.GenerationConfig.from_pretrained(folder)
+    except OSError:
+        settings = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(folder))
+    others = [token for token in form.ends if token != form.end_id]
+    settings.eos_token_id = [form.end_id, *others] if others else form.end_id
+    settings.save_pretrained(folder)
+    tokenizer = copy.deepcopy(form.tokenizer)
+    question = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    before = tokenizer.apply_chat_template(question, tokenize=False)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(form.end_id)
+    if tokenizer.apply_chat_template(question, tokenize=False) == before:
+        tokenizer.save_pretrained(folder)
+
+
+def model_card(config: Config, kept: str, why: str, figures: list[dict[str, Any]]) -> str:
+    rows = [f"| {row['phase']} | " + " | ".join(cells(row)) + " |" for row in figures]
+    return f"""{card_head(config, "text-generation", config.method)}
+# A policy trained from demonstrations with irlfast {irlfast.__version__}
+
+Method `{config.method}` on `{config.dataset_name}`; this is the policy of `{kept}` ({why}).
+
+| held-out, after | {" | ".join(COLUMNS)} |
+| --- | {" | ".join("---" for _ in COLUMNS)} |
+{chr(10).join(rows)}
+
+Reward accuracy: the share of (demonstration, sample of the first policy) pairs whose implicit reward
+log π(y|x) − log π_first(y|x) is higher for the demonstration.
+"""
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    def show(name: str, pattern: str) -> str:
+        if row[name] is None:
+            return "–"
+        return pattern.format(-row[name] if name == "nll" else row[name])
+
+    return [show(name, pattern) for name, pattern in COLUMNS.values()]
+
+
+def print_table(figures: list[dict[str, Any]], kept: str) -> None:
+    table = Table(title=f"{figures[0]['count']:,} held-out demonstrations")
+    table.add_column("after")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for row in figures:
+        table.add_row(row["phase"] + (" (kept)" if row["phase"] == kept else ""), *cells(row))
+    Console(width=100).print(table)

@@ -1,0 +1,1 @@
+"""Frozen models asked for answers (Transformers, vLLM) and for scores (reference, rewards)."""

@@ -1,0 +1,202 @@
+"""Sampling: the policy's own answers to prompts, token ids in and token ids out, in shards that survive a kill.
+
+A shard's answers depend on its prompts and its seed alone, not on which process made it or what was made before it.
+"""
+
+import functools
+import math
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from irlfast.common import dist
+from irlfast.common.files import read_json, read_jsonl, remove, write, write_json, write_jsonl
+from irlfast.common.messages import Progress
+from irlfast.data.packing import Segment
+from irlfast.data.store import Example, TokenIds
+from irlfast.models.load import load_model, no_tokens, rows_of, save_pretrained
+from irlfast.models.lora import merge
+from irlfast.runs.run import Run
+from irlfast.sampling.vllm_sampler import NoLora, Shard, generate_vllm
+
+SHARD = 1024  # prompts, at most; at least a batch for every sampler, and little to lose in a kill
+
+
+class Sampling(NamedTuple):
+    """How answers are drawn; ``temperature`` 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
+
+
+def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, sampling: Sampling) -> list[TokenIds]:
+    """One answer to each example's prompt by ``policy``: ids, with the end token unless ``max_new_tokens`` cut it.
+
+    Shards that ``folder`` holds already are kept. Every process makes its share and returns all answers.
+    """
+    by_length = sorted(range(len(examples)), key=lambda i: (-len(examples[i].prompt_ids), i))
+    size = shard_size(folder, len(examples), run.config.sampler)
+    cuts = [by_length[start : start + size] for start in range(0, len(examples), size)]
+    paths = [folder / f"{number:05d}.jsonl" for number in range(len(cuts))]
+    mine = [
+        Shard(number, [examples[i].prompt_ids for i in cut], sampling.seed + number)
+        for number, cut in enumerate(cuts)
+        if number % dist.world_size() == dist.rank() and not paths[number].exists()
+    ]
+    dist.free_memory()
+    if mine:
+        generate = vllm_answers if run.config.sampler == "vllm" else transformers_answers
+        for number, answers in with_progress(generate(run, policy, mine, sampling), mine, folder):
+            texts = run.form.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            rows = [
+                {"index": i, "prompt": prompt_of(run, examples[i]), "answer": text, "answer_ids": ids}
+                for i, ids, text in zip(cuts[number], answers, texts, strict=True)
+            ]
+            write_jsonl(paths[number], rows)
+    dist.barrier()
+    return read_samples(folder)
+
+
+def shard_size(folder: Path, count: int, sampler: str) -> int:
+    """Prompts a shard: for vLLM as many shards for every process. Samples that ``folder`` has begun keep their size.
+
+    Transformers, slow as it is, gives the same answers whatever the number of processes.
+    """
+    if sampler != "vllm":
+        return SHARD
+    path, processes = folder / "shards.json", dist.world_size()
+    if dist.is_main() and not path.exists():
+        rounds = math.ceil(count / (SHARD * processes))
+        write_json(path, {"prompts": math.ceil(count / (rounds * processes)) if processes > 1 else SHARD})
+    dist.barrier()
+    return read_json(path)["prompts"]
+
+
+def sample_groups(
+    run: Run, policy: Path | str, examples: list[Example], n: int, folder: Path, sampling: Sampling
+) -> list[Segment]:
+    """``n`` answers to each example's prompt, as segments of the prompt with its answers."""
+    answers = sample(run, policy, [x for x in examples for _ in range(n)], folder, sampling)
+    return [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n]), row=x.row) for i, x in enumerate(examples)]
+
+
+def prompt_of(run: Run, example: Example) -> str:
+    """A prompt as the model reads it, cut to ``max_prompt_length`` and in its template."""
+    return run.form.tokenizer.decode(example.prompt_ids.tolist())
+
+
+def read_samples(folder: Path) -> list[TokenIds]:
+    """The sampled answers' ids, in the order of the prompts."""
+    rows = (row for path in sorted(folder.glob("*.jsonl")) for _, row in read_jsonl(path))
+    answers = {row["index"]: array("i", row["answer_ids"]) for row in rows}
+    return [answers[i] for i in range(len(answers))]
+
+
+def with_progress(
+    results: Iterator[tuple[int, list[list[int]]]], shards: list[Shard], folder: Path
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Show prompts done and tokens per second."""
+    begun, tokens = time.perf_counter(), 0
+    sizes = {shard.number: len(shard.prompts) for shard in shards}
+    label = f"{folder.parent.name}/{folder.name}"
+    with Progress(label, sum(sizes.values()), "prompt", seconds=10.0) as progress:
+        for number, answers in results:
+            yield number, answers
+            tokens += sum(map(len, answers))
+            progress.advance(sizes[number])
+            progress.tell(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s")
+
+
+def vllm_answers(
+    run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """By vLLM; an adapter that it does not take is merged into a copy of its base."""
+    config = run.config
+    answers_of = functools.partial(
+        generate_vllm,
+        shards=shards,
+        python=config.vllm_python,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_new_tokens=config.max_new_tokens,
+        ends=run.form.ends,
+        never=no_tokens(run.form.tokenizer, rows_of(config, policy)),
+        dtype=config.dtype,
+        max_model_len=config.max_prompt_length + config.max_new_tokens,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
+    )
+    try:
+        yield from answers_of(policy)
+    except NoLora:
+        merged = run.output / f"merged-{dist.rank()}"
+        model = merge(load_model(policy, config), str(policy))
+        write(merged, lambda temporary: save_pretrained(temporary, model, run.form.tokenizer))
+        del model
+        yield from answers_of(merged)
+        remove(merged)
+
+
+@torch.no_grad()
+def transformers_answers(
+    run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
+) -> Iterator[tuple[int, list[list[int]]]]:
+    config = run.config
+    model = load_model(policy, config).to(dist.device()).eval()
+    never = no_tokens(run.form.tokenizer, model.get_output_embeddings().weight.shape[0])
+    for shard in shards:
+        torch.manual_seed(shard.seed)
+        answers: list[list[int]] = []
+        for start in range(0, len(shard.prompts), config.per_device_eval_batch_size):
+            prompts = shard.prompts[start : start + config.per_device_eval_batch_size]
+            answers += generate_batch(model, prompts, run.form.ends, sampling, config.max_new_tokens, never)
+        yield shard.number, answers
+
+
+def generate_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    never: Sequence[int] = (),
+) -> list[list[int]]:
+    """Answers to ``prompts``, each up to the first of ``ends``; ids in ``never`` are not drawn."""
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[*[ends[0]] * (longest - len(prompt)), *prompt] for prompt in prompts])  # left-padded
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    greedy = sampling.temperature == 0
+    draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    model.generation_config = GenerationConfig()  # a checkpoint's own defaults (top_k 50, penalties) would bias samples
+    generated = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=GenerationConfig(
+            do_sample=not greedy,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(ends),
+            pad_token_id=ends[0],
+            suppress_tokens=list(never) or None,
+            **draw,
+        ),
+    )
+    return [cut_at(answer, ends) for answer in generated[:, longest:].tolist()]
+
+
+def cut_at(answer: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to the first end token, it included; what follows is padding."""
+    first = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
+    return answer[: first + 1]

@@ -1,0 +1,133 @@
+"""Rewards that a Python function gives, called as TRL's GRPOTrainer calls its reward functions.
+
+``function(prompts=…, completions=…, completion_ids=…, **columns)`` returns a number for each answer, or None where the
+reward says nothing of it. ``columns`` are lists of the rows' other columns. Where a row is a conversation, its prompt
+is messages and the completion one assistant's message; else both are texts.
+"""
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from irlfast.common import dist
+from irlfast.common.files import InputError, LocalError, find
+from irlfast.data.packing import Segment
+from irlfast.runs.run import Run
+from irlfast.sampling.reward_texts import cached, row_of, text_of
+
+CALL = 64  # answers that a call is given, about
+OURS = ("prompt", "prompts", "completion", "completions", "completion_ids")  # no columns, as with TRL
+
+
+def function_rewards(run: Run, name: str, segments: Sequence[Segment], path: Path) -> Tensor:
+    """One reward of every answer, ``[S, 1]`` fp64 and cached in ``path``; NaN where the function returned None.
+
+    Raises:
+        InputError: the function cannot be imported, raises, or returns other than a number or None for each answer.
+    """
+
+    def share() -> dict[int, float]:
+        function, n = load_function(name), len(segments[0].answers)
+        found: dict[int, float] = {}
+        groups = max(1, CALL // n)
+        starts = range(0, len(segments), groups)
+        for start in starts[dist.rank() :: dist.world_size()]:
+            values = call(function, name, run, segments[start : start + groups])
+            found |= dict(enumerate(values, start * n))
+        return found
+
+    return cached(path, share)
+
+
+def load_function(name: str) -> Callable:
+    """``package.module:function`` or ``file.py:function``, imported as from the folder of the run.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    place, _, attribute = name.rpartition(":")
+    path = find(place) if place.endswith(".py") else None
+    folder = str(path.resolve().parent if path else Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        module = from_file(path) if path else importlib.import_module(place)
+        function = getattr(module, attribute)
+    except Exception as error:  # whatever the user's module raises
+        raise InputError(f"reward_function {name}: cannot be imported ({described(error)})") from error
+    if not callable(function):
+        raise InputError(f"reward_function {name}: found {type(function).__name__}, expected a function")
+    return function
+
+
+def from_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(function: Callable, name: str, run: Run, segments: Sequence[Segment]) -> list[float]:
+    """The function's rewards of all answers of some segments; NaN for None.
+
+    Raises:
+        LocalError: the function raises, or returns other than a number or None for each answer.
+    """
+    rows = [row for segment in segments for row in [row_of(run, segment.row)] * len(segment.answers)]
+    answers = [answer for segment in segments for answer in segment.answers]
+    texts = [text_of(run, answer) for answer in answers]
+    names = {column: None for row in rows for column in row["row"] if column not in OURS}
+    columns = {column: [row["row"].get(column) for row in rows] for column in names}
+    given = {
+        "prompts": [row["messages"] if is_conversation(row) else row["messages"][-1]["content"] for row in rows],
+        "completions": [
+            [{"role": "assistant", "content": text}] if is_conversation(row) else text
+            for row, text in zip(rows, texts, strict=True)
+        ],
+        "completion_ids": [[*answer] for answer in answers],
+    }
+    try:
+        found = function(**given, **columns)
+        values = list(asyncio.run(found) if inspect.iscoroutine(found) else found)
+    except Exception as error:  # whatever the user's function raises
+        raise LocalError(f"reward_function {name}: it failed ({described(error)})") from error
+    if len(values) != len(answers):
+        raise LocalError(f"reward_function {name}: found {len(values)} rewards, expected {len(answers)}, one an answer")
+    return [number(value, name, text) for value, text in zip(values, texts, strict=True)]
+
+
+def is_conversation(row: dict[str, Any]) -> bool:
+    """Whether the row has messages, or its prompt several turns beside system text."""
+    lists = (value for value in row["row"].values() if isinstance(value, list) and value)
+    turns = [message for message in row["messages"] if message["role"] != "system"]
+    return len(turns) != 1 or any(isinstance(value[0], dict) and {"role", "from"} & {*value[0]} for value in lists)
+
+
+def number(value: Any, name: str, answer: str) -> float:
+    if value is None:
+        return math.nan
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if isinstance(value, str) or not math.isfinite(found):
+        raise LocalError(f"reward_function {name}: found {value!r} for the answer {answer[:80]!r}, expected a number")
+    return found
+
+
+def described(error: BaseException) -> str:
+    """The kind of an error, its message, and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    place = f", {Path(last.filename).name} line {last.lineno}" if last else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

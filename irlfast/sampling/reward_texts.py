@@ -1,0 +1,37 @@
+"""Rewards of answers that are read as texts: made once, by all processes together, and kept in a file."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from irlfast.common import dist
+from irlfast.common.files import write
+from irlfast.runs.run import Run
+
+
+def cached(path: Path, share: Callable[[], dict[int, float]]) -> Tensor:
+    """The rewards ``[S, 1]`` fp64 in ``path``; ``share`` makes this process's, by the numbers of the answers."""
+    if not path.exists():
+        found: dict[int, float] = {}
+        for part in dist.all_gather(share()):
+            found |= part
+        if dist.is_main():
+            values = torch.tensor([found[number] for number in range(len(found))], dtype=torch.float32)
+            write(path, lambda temporary: save_file({"values": values}, temporary))
+        dist.barrier()
+    return load_file(path)["values"].double()[:, None]
+
+
+def text_of(run: Run, answer: Sequence[int]) -> str:
+    """An answer without its end token and other special tokens."""
+    return run.form.tokenizer.decode([*answer], skip_special_tokens=True)
+
+
+def row_of(run: Run, number: int) -> dict[str, Any]:
+    """What an example with this ``row`` came from: messages, tools, and the row as it was read."""
+    assert run.rows is not None
+    return run.rows[number]

@@ -1,0 +1,183 @@
+"""Rewards of answers, by whatever gives them (DESIGN §3, RFT and AfD); every one is scored once and cached.
+
+A reward is named by the folder or hub name of a model:
+
+- a reward model of this project (``method: reward``, ``rft`` or ``afd`` learned it): heads on a backbone, read at the
+  answer's last token or at every one, as they were trained; its config.json carries how, under ``irlfast_reward``;
+- ``POLICY,REFERENCE``, two policies: the implicit reward β·Σ_t log π(y_t)/π_ref(y_t) that IRFT, SPIN and SFT learn
+  (arXiv 2405.17888, section 4), with no training of its own; ``POLICY`` alone: β·log π(y), where the reference of
+  maximum-entropy IRL is uniform;
+- any other ``AutoModelForSequenceClassification`` with its tokenizer: its logit of the conversation, see
+  :mod:`irlfast.sampling.reward_external`.
+
+Python functions add theirs (:mod:`irlfast.sampling.reward_function`).
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irlfast import ops
+from irlfast.common.files import InputError, find
+from irlfast.common.messages import say
+from irlfast.config import Config
+from irlfast.data.packing import Batch, Segment
+from irlfast.models.load import first_sentence
+from irlfast.models.lora import base_and_adapter
+from irlfast.ops import Head
+from irlfast.runs.run import Run
+from irlfast.sampling.reward_external import external
+from irlfast.sampling.reward_function import function_rewards
+from irlfast.sampling.scoring import log_ratios, score
+
+KINDS = {"reverse_kl": "airl", "js": "gail", "forward_kl": "fairl", "alpha": "alpha"}  # in irlfast.ops
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """How a reward model of this run is scored: kept in its config.json."""
+    return {"level": config.reward_level, "divergence": config.divergence, "alpha": config.divergence_alpha}
+
+
+def rewards_of(run: Run, rewards: Sequence[Path | str], segments: Sequence[Segment], folder: Path) -> Tensor:
+    """Reward ``[S]`` of every answer of every segment, fp64: of ``rewards`` and the run's functions, combined.
+
+    Each is cached in ``folder``. NaN is an answer that ``reward_overlong`` leaves out.
+
+    Raises:
+        InputError: where ``reward_combine`` asks for an ensemble, and there is one reward of one head.
+    """
+    config = run.config
+    names = [*map(str, rewards), *config.reward_function]
+    weights = config.reward_weights or [1.0] * len(names)
+    each = []
+    for number, name in enumerate(names):
+        measure = reward_of if number < len(rewards) else function_rewards
+        each.append(measure(run, name, segments, folder / f"reward-{number}.safetensors"))
+    if config.reward_combine != "mean" and sum(values.shape[1] for values in each) < 2:
+        raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
+    each[len(rewards) :] = without_none(each[len(rewards) :], alone=not rewards, combined=config.reward_combine)
+    return combine([weight * values for weight, values in zip(weights, each, strict=True)], config)
+
+
+def without_none(rewards: Sequence[Tensor], alone: bool, combined: str) -> list[Tensor]:
+    """Functions' rewards ``[S, 1]`` with 0 for NaN, which stands for None: the function says nothing of an answer.
+
+    Raises:
+        InputError: where no reward says anything, or ``reward_combine`` is not the mean, so that 0 would count.
+    """
+    if not rewards:
+        return []
+    silent = torch.cat(list(rewards), 1).isnan()
+    if silent.any() and combined != "mean":
+        raise InputError(f"reward_function: found None with reward_combine {combined!r}, expected a number")
+    if alone and silent.all(1).any():
+        count = int(silent.all(1).sum())
+        raise InputError(f"reward_function: found None for {count:,} answers, with no other reward; expected one")
+    return [values.nan_to_num(0.0) for values in rewards]
+
+
+def complete(rewards: Tensor) -> list[int]:
+    """Numbers of the prompts all of whose answers have a reward ``[P, n]``; ``reward_overlong`` leaves others out.
+
+    Raises:
+        InputError: where there is none.
+    """
+    found = (~rewards.isnan().any(1)).nonzero().flatten().tolist()
+    if not found:
+        raise InputError("reward_overlong: found drop, and every prompt has an answer of which the text is too long")
+    if len(found) < len(rewards):
+        left_out = len(rewards) - len(found)
+        say(f"reward_overlong: {left_out:,} of {len(rewards):,} prompts are left out, as an answer's text was too long")
+    return found
+
+
+def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
+    """One reward of every answer by each of its heads, ``[S, M]`` fp64, cached in ``path``; others have M = 1.
+
+    Raises:
+        InputError: where there is no such model, it is of another kind, or it has another tokenizer.
+    """
+    if "," in reward and not find(reward):  # a folder may have a comma in its name
+        return implicit(run, reward.split(",", 1), segments, path)
+    config = reward_config(reward, run.config)
+    if not config.architectures[0].endswith("ForSequenceClassification"):
+        return implicit(run, [reward], segments, path)
+    how = getattr(config, "irlfast_reward", None)
+    if how is None:
+        return external(run, reward, segments, path)
+    check_tokenizer(run, reward)
+    measure = functools.partial(head_rewards, **how)
+    scores = score(run, reward, segments, path, measure, heads=config.num_labels)
+    return torch.stack([answer[0] for answers in scores for answer in answers]).double()
+
+
+def reward_config(reward: str, config: Config) -> Any:
+    import transformers
+
+    name, _ = base_and_adapter(reward)
+    try:
+        found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"reward model {reward}: cannot be loaded ({first_sentence(error)})") from error
+    kind = (found.architectures or ["no architecture"])[0]
+    if not kind.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel")):
+        raise InputError(f"reward model {reward}: found {kind}, expected one ForSequenceClassification or ForCausalLM")
+    return found
+
+
+def head_rewards(
+    hidden: Tensor, head: Head, batch: Batch, *, level: str, divergence: str, alpha: float
+) -> Sequence[Tensor]:
+    """``[1, M]`` of each answer: the divergence's reward of the heads' logits, summed over tokens if that is the level.
+
+    Source: DESIGN §3; f-MAX (arXiv 1911.02256), see :mod:`irlfast.ops.rewards.losses`.
+    """
+    pooling = "token" if level == "token" else "last"
+    logits = ops.reward_head(hidden, head.weight, batch.cu_seqlens, rows=batch.rows, bias=head.bias, pooling=pooling)
+    rewards = ops.discriminator_reward(logits, kind=KINDS[divergence], alpha=alpha).cpu()
+    lengths = batch.cu_seqlens.diff().tolist() if level == "token" else [1] * (len(batch.cu_seqlens) - 1)
+    return [part.sum(0, keepdim=True) for part in rewards.split(lengths)]
+
+
+def combine(rewards: Sequence[Tensor], config: Config) -> Tensor:
+    """One reward ``[S]`` of several ``[S, M]``: the sum of their heads' means; or an ensemble of all heads of all.
+
+    Of an ensemble it is the least reward, or the mean less k standard deviations (none where there is one head).
+    """
+    if config.reward_combine == "mean":
+        return torch.stack([values.mean(1) for values in rewards]).sum(0)
+    every = torch.cat(list(rewards), 1)
+    if config.reward_combine == "min":
+        return every.amin(1)
+    return every.mean(1) - config.reward_std_weight * every.std(1, correction=min(1, every.shape[1] - 1))
+
+
+def implicit(run: Run, policies: Sequence[str], segments: Sequence[Segment], path: Path) -> Tensor:
+    """β·ρ of each answer ``[S, 1]``, of a policy to its reference if there is one: the per-token differences, summed.
+
+    Raises:
+        InputError: where a policy reads other token ids than the run's.
+    """
+    for policy in policies:
+        check_tokenizer(run, policy)
+    paths = [path, path.with_name(f"{path.stem}-reference.safetensors")]
+    new, *references = (score(run, policy, segments, each) for policy, each in zip(policies, paths, strict=False))
+    old = references[0] if references else [[torch.zeros_like(logps) for logps in found] for found in new]
+    return run.config.at("beta", 0) * torch.cat([log_ratios(*both) for both in zip(new, old, strict=True)])[:, None]
+
+
+def check_tokenizer(run: Run, policy: str) -> None:
+    import transformers
+
+    name = str(find(policy) or policy)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=run.config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"reward model {policy}: its tokenizer cannot be loaded ({first_sentence(error)})") from error
+    padding = {(each.pad_token, each.pad_token_id) for each in (tokenizer, run.form.tokenizer)}
+    if (tokenizer.get_vocab().items() ^ run.form.tokenizer.get_vocab().items()) - padding:
+        raise InputError(f"reward model {policy}: found another tokenizer than the policy's; expected the same")

@@ -1,0 +1,247 @@
+"""``--dry_run``: the resolved configuration, examples with the loss mask made visible, steps, memory and time."""
+
+import dataclasses
+import datetime
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from irlfast.common import dist
+from irlfast.common.files import InputError, find, read_jsonl
+from irlfast.config import Config, dump
+from irlfast.data.encoding import Format
+from irlfast.data.packing import Segment
+from irlfast.data.sets import read_sets
+from irlfast.data.sources import locate, sources_of
+from irlfast.data.store import Example
+from irlfast.engine.fit import Plan, fit, plan_phase
+from irlfast.losses.sft import sft_loss
+from irlfast.methods.irft import irft_plan, stage_name
+from irlfast.methods.reward import reward_plan
+from irlfast.methods.rft import round_name
+from irlfast.methods.sft import sft_plan, wants_sft
+from irlfast.models.load import build_model, load_model_config
+from irlfast.runs.metrics_log import Log
+from irlfast.runs.run import Run
+from irlfast.startup.limits import check_sizes
+from irlfast.startup.prepare import check_model, check_rows, describe, quiet, read_format
+
+EXAMPLES = 3
+EFFICIENCY = 0.4  # of a matrix product's rate that a whole training step reaches
+BY_MATRICES = f"{EFFICIENCY:.0%} of a matrix product's"
+SAFE = 0.8  # of the memory that is free, which a model may take for a step
+
+
+class Size(NamedTuple):
+    parameters: int
+    layers: int
+    hidden: int
+
+
+def show(config: Config) -> None:
+    """Print what a run would do, and stop. What needs a download that cannot be had is named and left out."""
+    quiet()
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(f"[bold]configuration[/]\n{escape(dump(config))}")
+    size, train, form = model_size(config), None, None
+    if size:
+        check_model(config)
+    try:
+        form = read_format(config, datetime.datetime.now())
+        sets = read_sets(config, form)
+        train = sets.train
+        if config.model_name_or_path:
+            check_rows(config, form, [*train, *sets.held_out])
+        check_sizes(config, train, sets.held_out)
+        out.print(f"[bold]data[/]\n{escape(describe(sets))}\n")
+        show_examples(out, train[:EXAMPLES], form)
+        size = model_size(config, len(form.tokenizer))
+    except InputError as error:
+        if all(locate(source.name) for source in sources_of(config)) and size:  # all is at hand, so the data is wrong
+            raise
+        out.print(f"[bold]data[/]\nnot checked: {escape(str(error))}\n")
+    out.print(f"[bold]model[/]\n{size.parameters:,} parameters\n" if size else "[bold]model[/]\ncannot be had here\n")
+    rate, how = rate_of(config, form, train, size) if train and form and size else (matrix_rate(config), BY_MATRICES)
+    show_estimates(out, config, train, size, rate, how)
+
+
+def show_examples(out: Console, examples: list[Example], form: Format) -> None:
+    out.print("[bold]examples[/] (the loss is on the tokens in ⟦ ⟧ alone)")
+    for example in examples:
+        prompt, answer = (
+            escape(form.tokenizer.decode(ids.tolist())) for ids in (example.prompt_ids, example.answer_ids)
+        )
+        out.print(f"[dim]{prompt}[/][green]⟦{answer}⟧[/]")
+        out.print(f"[dim]{len(example.prompt_ids)} prompt tokens + {len(example.answer_ids)} answer tokens[/]\n")
+
+
+def show_estimates(
+    out: Console, config: Config, train: list[Example] | None, size: Size | None, rate: float, how: str
+) -> None:
+    rows = len(train) if train else config.max_train_samples
+    if not rows:
+        out.print("steps: unknown without the data; max_train_samples gives a bound")
+        return
+    length = mean_length(train) if train else float(config.max_length)
+    length_note = f"{length:.0f} tokens a sequence" + ("" if train else " (max_length)")
+    out.print(
+        f"[bold]phases[/] (at most; {dist.world_size()} process, {length_note}; {rate / 1e12:.3f} TFLOP/s, {how})"
+    )
+    for name, plan, answers, pairs in phases(config, rows):
+        sequences = len(plan.steps) * plan.steps[0].size * answers
+        line = f"{name}: {len(plan.steps):,} optimiser steps of {plan.steps[0].size}, {sequences:,} sequences"
+        if size:
+            operations = size.parameters * length * (6 * sequences + 4 * pairs + 2 * pairs)  # train, score both, sample
+            line += f", about {duration(operations / rate / dist.world_size())}"
+        out.print(line)
+    if size:
+        out.print(f"\n[bold]memory[/]\nabout {memory(config, size, length) / 2**30:.2f} GiB a device in training")
+
+
+def phases(config: Config, rows: int) -> Iterator[tuple[str, Plan, int, int]]:
+    """Every phase's name, plan, answers a segment, and pairs to sample and score."""
+    if wants_sft(config):
+        yield "sft", sft_plan(config, rows), 1, 0
+    if config.method in ("rft", "afd", "reward"):
+        yield from reward_phases(config, rows)
+        return
+    for stage in range(0 if config.method == "sft" else config.stages):
+        pairs = sum(stage_size(config, rows, earlier) for earlier in range(max(0, stage - config.history), stage + 1))
+        yield stage_name(stage), irft_plan(config, stage, pairs), 2, pairs
+
+
+def reward_phases(config: Config, rows: int) -> Iterator[tuple[str, Plan, int, int]]:
+    """Those of methods that learn a reward."""
+    for stage in range(config.stages):
+        size = stage_size(config, rows, stage)
+        if config.reward_data == "policy_demo" or (config.reward_data != "none" and not stage):
+            yield f"{stage_name(stage)}/reward", reward_plan(config, stage, size), 2, size
+        answers = config.num_generations
+        if config.method != "reward":
+            for number in range(config.align_rounds):
+                share = len(range(number, size, config.align_rounds))
+                trained = 1 if config.align == "bon" else answers
+                yield round_name(config, stage, number), irft_plan(config, stage, share), trained, share * answers
+
+
+def stage_size(config: Config, rows: int, stage: int) -> int:
+    return rows if config.prompts_per_stage == "all" else len(range(stage, rows, config.stages))
+
+
+def mean_length(examples: list[Example]) -> float:
+    return sum(len(example.prompt_ids) + len(example.answer_ids) for example in examples) / len(examples)
+
+
+def model_size(config: Config, vocabulary: int | None = None) -> Size | None:
+    """From the model's config alone, a new model's with its tokenizer's ``vocabulary``; None where it cannot be had."""
+    import transformers
+
+    try:
+        model_config = load_model_config(config)
+    except InputError:
+        if config.config_name or find(config.model_name_or_path or ""):
+            raise
+        return None
+    if config.config_name and vocabulary:
+        model_config.vocab_size = vocabulary
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(model_config)
+    text = model_config.get_text_config()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Size(parameters, text.num_hidden_layers, text.hidden_size)
+
+
+def memory(config: Config, model: Size, length: float) -> float:
+    """Bytes a device: weights, gradients, optimiser, and activations at 34 bytes (bf16) a token, layer and unit.
+
+    The activations are Korthikanti et al. 2022 (arXiv 2205.05198), table 2, without attention scores, which SDPA
+    does not keep; gradient checkpointing keeps 2 bytes a token, layer and unit, selective 20.
+    """
+    size = 2 if config.dtype == "bfloat16" else 4
+    world, zero = dist.world_size(), config.zero_stage
+    trained = model.parameters * (0.01 if config.use_peft else 1)
+    moments = 8 if config.optim == "adamw_torch" else 4
+    weights = model.parameters * (0.6 if config.load_in_4bit else size) / (world if zero == 3 else 1)
+    gradients = trained * size / (world if zero >= 2 else 1)
+    optimiser = trained * (moments + (4 if size == 2 else 0)) / (world if zero >= 1 else 1)
+    tokens = 2 * config.per_device_train_batch_size * length
+    kept = {False: 17, "selective": 10, True: 1}[config.gradient_checkpointing]
+    kept *= not config.activation_offloading  # it is host memory that takes them then
+    activations = tokens * model.layers * model.hidden * kept * size
+    return weights + gradients + optimiser + activations
+
+
+def rate_of(config: Config, form: Format, train: list[Example], size: Size) -> tuple[float, str]:
+    """Operations a second of training, and how they were found: by a step of the model, where it is here and fits."""
+    policy = weights_at_hand(config)
+    if dist.world_size() > 1:
+        return matrix_rate(config), f"{BY_MATRICES}: one process alone measures a step"
+    if config.resize_embeddings:
+        return matrix_rate(config), f"{BY_MATRICES}: the model's embeddings are to be resized"
+    if not policy and not config.config_name:
+        return matrix_rate(config), f"{BY_MATRICES}: the model's weights are not here"
+    room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if memory(config, size, mean_length(train)) > SAFE * room:
+        return matrix_rate(config), f"{BY_MATRICES}: the model does not fit into {room / 2**30:.1f} GiB"
+    return measured_rate(config, policy, form, train), "measured on a step of SFT of this model"
+
+
+def weights_at_hand(config: Config) -> str | None:
+    """The folder of the given model, of the hub's too where it has been downloaded."""
+    import huggingface_hub
+
+    name = config.model_name_or_path
+    if name is None or find(name):
+        return name
+    try:
+        folder = huggingface_hub.snapshot_download(name, revision=config.model_revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return folder if any(Path(folder).glob("*.safetensors")) else None
+
+
+def measured_rate(config: Config, policy: str | None, form: Format, train: list[Example]) -> float:
+    """Operations a second of the second step of SFT on the first rows, one micro-batch a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        if policy is None:
+            policy = str(output / "initial")
+            build_model(config, form.tokenizer, output / "initial")
+        alone = dataclasses.replace(
+            config, logging_steps=1, save_steps=0, gradient_accumulation_steps=1, profile=False, report_to=[]
+        )
+        dist.start()
+        run = Run(alone, output, policy, form, train, [], Log(output, alone), None)
+        plan = plan_phase(
+            alone, len(train), stage=-1, epochs=None, steps=2, learning_rate=1e-9, optim=config.optim, seed=[0]
+        )
+        segments = [Segment(example.prompt_ids, (example.answer_ids,)) for example in train]
+        fit(run, output / "sft", policy, segments, sft_loss, plan)
+        dist.stop()
+        *_, (_, last) = read_jsonl(output / "metrics.jsonl")
+        return last["tflops"] * 1e12
+
+
+def matrix_rate(config: Config, size: int = 2048) -> float:
+    """Operations a second that training may reach: a part of a square matrix product's in the run's dtype."""
+    matrix = torch.randn(size, size, dtype=getattr(torch, config.dtype), device=dist.device())
+    best = float("inf")
+    for _ in range(3):
+        begun = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - begun)
+    return EFFICIENCY * 2 * size**3 / best
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,122 @@
+"""What would end a run hours after its start, and can be told before it: too few rows, too few tokens, no sampler."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from irlfast.common.files import InputError, find
+from irlfast.config import Config
+from irlfast.data.packing import Segment, tokens
+from irlfast.data.store import Example
+from irlfast.methods.irft import stage_examples, stage_name
+from irlfast.models.lora import add_lora
+from irlfast.sampling.reward_function import load_function
+from irlfast.sampling.rewards import reward_config
+from irlfast.sampling.scoring import ANSWERS
+from irlfast.sampling.vllm_sampler import GET_VLLM, environment
+
+
+def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -> None:
+    """Whether every stage has rows to learn from, and their segments fit into a batch.
+
+    Raises:
+        InputError: naming the key, what was found, and what would do.
+    """
+    rewards = config.method in ("rft", "afd", "reward")
+    rejected = config.method == "dpo" or (rewards and config.reward_data == "preference")
+    for stage in range(0 if config.method == "sft" else config.stages):
+        rows = stage_examples(train, config, stage)
+        if not rows:
+            raise InputError(
+                f"stages: found {config.stages} with prompts_per_stage: split, but {len(train)} rows to learn from; "
+                "expected at least a row a stage"
+            )
+        if rejected and not any(row.rejected_ids for row in rows):
+            raise InputError(
+                f"{stage_name(stage)}: found no row with a rejected answer to the prompt; expected rows of chosen and "
+                "rejected"
+            )
+        if config.method in ("rft", "afd") and len(rows) < config.align_rounds:
+            raise InputError(
+                f"align_rounds: found {config.align_rounds}, but {stage_name(stage)} has {len(rows)} rows; "
+                "expected at least a row a round"
+            )
+    if config.max_tokens_per_batch != "auto":
+        longest = max(tokens(segment) for row in [*train, *held_out] for segment in segments_of(config, row))
+        if longest > config.max_tokens_per_batch:
+            raise InputError(
+                f"max_tokens_per_batch: found {config.max_tokens_per_batch}, but a prompt with its answers can have "
+                f"{longest} tokens; expected at least that, or a lower max_length or max_new_tokens"
+            )
+
+
+def segments_of(config: Config, row: Example) -> list[Segment]:
+    """What this row can become, with sampled answers of the greatest length."""
+    sampled: Any = range(config.max_new_tokens)
+    answers: list[tuple[Sequence[int], ...]] = [(row.answer_ids, sampled)]
+    if row.rejected_ids:
+        answers.append((row.answer_ids, row.rejected_ids))
+    if config.method in ("rft", "afd"):
+        together = config.num_generations
+        answers.append((sampled,) * (min(ANSWERS, together) if config.align == "bon" else together))
+    return [Segment(row.prompt_ids, each) for each in answers]
+
+
+def check_rewards(config: Config) -> None:
+    """Whether every reward that is added can be one, and ``reward_combine`` has several heads to combine.
+
+    Raises:
+        InputError: naming the reward, or the key.
+    """
+    heads = config.reward_heads if config.reward_data != "none" else 0
+    for name in config.reward_model_name_or_path:
+        policies = [name] if find(name) else name.split(",", 1)
+        found, *_ = [reward_config(policy, config) for policy in policies]
+        own = hasattr(found, "irlfast_reward")
+        classifier = found.architectures[0].endswith("ForSequenceClassification")
+        if classifier and not own and found.num_labels != 1:
+            raise InputError(f"reward model {name}: found {found.num_labels} labels, expected 1")
+        heads += found.num_labels if own else 1
+    for name in config.reward_function:
+        load_function(name)
+        heads += 1
+    if config.reward_combine != "mean" and heads < 2:
+        raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
+
+
+def check_vllm(config: Config) -> None:
+    """Whether the interpreter that samples has vLLM, and every process its GPUs.
+
+    Raises:
+        InputError: with how to get it.
+    """
+    interpreter = config.vllm_python or sys.executable
+    variables = environment(config.vllm_tensor_parallel_size)
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        done = subprocess.run([interpreter, "-c", look], env=variables, capture_output=True, check=False)
+    except OSError as error:
+        raise InputError(f"vllm_python {interpreter}: {error.strerror}; expected an interpreter with vLLM") from error
+    if done.returncode:
+        raise InputError(f"sampler vllm: {interpreter} has no vLLM; {GET_VLLM}")
+
+
+def check_lora(config: Config, model_config: object) -> None:
+    """Whether the model has the modules that ``lora_target_modules`` names.
+
+    Raises:
+        InputError: as PEFT says.
+    """
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    try:
+        add_lora(model, config, reward=False)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"lora_target_modules: found {config.lora_target_modules!r}: {error}") from error

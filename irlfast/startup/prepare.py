@@ -1,0 +1,219 @@
+"""The start of a run: check everything that can be wrong before the first file is written."""
+
+import datetime
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from irlfast.common import dist
+from irlfast.common.files import InputError, find, read_json, write, write_json, write_jsonl, write_text
+from irlfast.common.messages import say
+from irlfast.config import Config, dump
+from irlfast.data.encoding import Format, make_format
+from irlfast.data.reading import describe as reading_line
+from irlfast.data.reading import dropped_rows
+from irlfast.data.sets import Sets, read_sets, tokenizer_texts
+from irlfast.data.store import Example, Rows, fingerprint, load_examples, save_examples
+from irlfast.models.load import (
+    build_model,
+    count_tokens,
+    load_model_config,
+    load_tokenizer,
+    resize_model,
+    rows_of,
+    stop_tokens,
+)
+from irlfast.models.lora import base_and_adapter, check_adapter
+from irlfast.runs.hub import try_upload
+from irlfast.runs.metrics_log import Log
+from irlfast.runs.output import check_output, hold
+from irlfast.runs.run import Run
+from irlfast.startup.limits import check_lora, check_rewards, check_sizes, check_vllm
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+
+
+def prepare(config: Config, prompts_only: bool = False) -> Run:
+    """The run's data, tokenizer, folder, and the policy that it starts from.
+
+    The main process alone reads and tokenises, while the others wait in ``dist.start``; all map what it wrote.
+    ``prompts_only``: rows need no answer, and none is held out.
+
+    Raises:
+        InputError: bad data, no tokenizer or weights, or an ``output_dir`` of another configuration or other data.
+    """
+    output = Path(config.output_dir).expanduser()
+    check_output(output, config)
+    if dist.is_main() and output.exists():
+        hold(output)
+    quiet()
+    check_model(config)
+    if config.sampler == "vllm":
+        check_vllm(config)
+    if config.method in ("rft", "afd"):
+        check_rewards(config)
+    if config.push_to_hub and dist.is_main():
+        try_upload(config)
+    found = write_data(config, output, prompts_only) if dist.is_main() else None
+    dist.start()
+    form, lines = dist.from_main(found)
+    train, held_out = (load_examples(output / "data" / f"{name}.safetensors") for name in ("train", "eval"))
+    say(lines)
+    rows = Rows(output / "data" / "rows.jsonl")
+    return Run(config, output, starting_policy(config, output, form), form, train, held_out, Log(output, config), rows)
+
+
+def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Format, str]:
+    """Tokenise the demonstrations into ``data/``; returns their format and what is to be said of them."""
+    known = read_json(output / "data.json") if (output / "data.json").exists() else {}
+    begun = datetime.datetime.fromisoformat(known.get("begun") or datetime.datetime.now().isoformat())
+    form = read_format(config, begun)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as rows:
+        sets = read_sets(config, form, rows, prompts_only)
+        if config.model_name_or_path:
+            check_rows(config, form, [*sets.train, *sets.held_out])
+        check_sizes(config, sets.train, sets.held_out)
+        hold(output)
+        rows.seek(0)
+        write(output / "data" / "rows.jsonl", lambda temporary: copy_lines(rows, temporary))
+    found = {
+        "begun": begun.isoformat(),  # the time that the chat template is told
+        "fingerprint": fingerprint(sets.train, sets.held_out),
+        "remarks": describe(sets).splitlines(),
+        **{name: dict(tally.counts) for name, tally in sets.tallies.items()},
+    }
+    if known and known["fingerprint"] != found["fingerprint"]:
+        raise InputError(f"output_dir {output}: its run began with other demonstrations; expected a new output_dir")
+    write_text(output / "config.yaml", dump(config))
+    for name, examples in (("train", sets.train), ("eval", sets.held_out)):
+        save_examples(output / "data" / f"{name}.safetensors", examples)
+    dropped = [*dropped_rows(sets.readings), *(row for tally in sets.tallies.values() for row in tally.dropped)]
+    write_jsonl(output / "data" / "dropped.jsonl", dropped)
+    write_json(output / "data.json", found)
+    return form, describe(sets)
+
+
+def copy_lines(lines: IO[str], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as copied:
+        shutil.copyfileobj(lines, copied)
+
+
+def check_model(config: Config) -> None:
+    """Whether there will be a model to train, long before it is loaded."""
+    model_config = load_model_config(config)
+    text = model_config.get_text_config()
+    frozen, layers = config.reward_frozen_layers, text.num_hidden_layers
+    if frozen > layers:
+        raise InputError(f"reward_frozen_layers: found {frozen}, but the model has {layers} layers")
+    balance = config.router_aux_loss_coef
+    if balance and not hasattr(text, "output_router_logits"):
+        raise InputError(f"router_aux_loss_coef: found {balance}, but a {text.model_type} has no router; expected 0")
+    positions = getattr(text, "max_position_embeddings", None)
+    longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
+    if positions and longest > positions:
+        raise InputError(
+            f"max_length {config.max_length}, or max_prompt_length {config.max_prompt_length} + max_new_tokens "
+            f"{config.max_new_tokens}: found up to {longest} tokens, but the model has {positions} positions"
+        )
+    if config.model_name_or_path:
+        check_weights(config)
+    if config.use_peft:
+        check_lora(config, model_config)
+
+
+def check_weights(config: Config) -> None:
+    """Whether the given model has weights, and training can go on with an adapter."""
+    base, adapter = base_and_adapter(str(config.model_name_or_path))
+    for folder in (find(base), adapter):
+        if folder and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+            raise InputError(
+                f"model_name_or_path {folder}: found no weights, expected {' or '.join(WEIGHTS[:2])} files"
+            )
+    if adapter and not config.use_peft:
+        raise InputError(
+            f"model_name_or_path: found the adapter {adapter} without use_peft; expected use_peft: true, to go on with "
+            "it, or a whole model, as is its run's final/"
+        )
+    if adapter:
+        check_adapter(adapter, config)
+
+
+def read_format(config: Config, begun: datetime.datetime) -> Format:
+    """The run's tokenizer, a new one where ``train_tokenizer`` asks for it, and how it writes conversations."""
+    tokenizer = load_tokenizer(config, tokenizer_texts(config) if config.train_tokenizer else [])
+    return make_format(tokenizer, config, begun, stop_tokens(config))
+
+
+def check_rows(config: Config, form: Format, examples: list[Example]) -> None:
+    """Whether the model has an embedding for every token in use, or is to get it.
+
+    Raises:
+        InputError: a token of an example, or one of the tokenizer's own that was not added to it, has none.
+    """
+    tokens, rows = count_tokens(form.tokenizer), rows_of(config)
+    if tokens <= rows:
+        return
+    found = f"tokenizer: found {tokens:,} tokens, but the model's embedding has {rows:,} rows"
+    if config.resize_embeddings and config.use_peft:
+        raise InputError(
+            f"{found}; expected resize_embeddings without use_peft, whose adapter leaves new rows untrained"
+        )
+    ids = (part for x in examples for part in (x.prompt_ids, x.answer_ids, x.rejected_ids) if part is not None)
+    used = max(int(max(part)) for part in ids if len(part))
+    if config.resize_embeddings:
+        say(f"{found}: {tokens - rows:,} new ones, the mean of the others")
+    elif form.tokenizer.vocab_size > rows or max(used, form.end_id) >= rows:
+        raise InputError(f"{found}; expected the model's own tokenizer, or resize_embeddings: true")
+    else:
+        say(f"{found}; no example has one of the {tokens - rows:,} tokens without a row")
+
+
+def starting_policy(config: Config, output: Path, form: Format) -> Path | str:
+    """The given model, or in ``initial/policy`` with its tokenizer a new one, or the given one with more embeddings."""
+    given = config.model_name_or_path
+    if given and not (config.resize_embeddings and count_tokens(form.tokenizer) > rows_of(config)):
+        return find(given) or given
+    built = output / "initial" / "policy"
+    if dist.is_main() and not built.exists():
+        make = resize_model if given else build_model
+        make(config, form.tokenizer, built)
+    dist.barrier()
+    return built
+
+
+def describe(sets: Sets) -> str:
+    """What was read, kept, cut and left out, a line each."""
+    lines = [reading_line(reading) for reading in sets.readings]
+    labels = {"train": "demonstrations", "eval": "held out"}
+    for name, tally in sets.tallies.items():
+        counts = tally.counts
+        losses = [f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key not in KEPT and counts[key]]
+        lines.append(
+            f"{labels[name]}: {counts['kept']:,} of {counts['rows']:,} rows, "
+            f"{counts['prompt_tokens']:,} prompt tokens, {counts['answer_tokens']:,} answer tokens"
+            + (f" ({', '.join(losses)})" if losses else "")
+        )
+        lines += [f"{labels[name]}: {count:,} {remark}" for remark, count in tally.remarks.items() if count]
+    if len(sets.tallies) < 2 and sets.held_out:
+        lines.append(f"held out: {len(sets.held_out):,} of these rows")
+    return "\n".join(lines)
+
+
+KEPT = ("rows", "kept", "prompt_tokens", "answer_tokens", "tokenised_apart")
+
+
+def quiet() -> None:
+    """Libraries' own progress bars and notices would tear ours."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for library in ("huggingface_hub", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,0 +1,136 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from irlfast.common.files import InputError
+from irlfast.config import Config, difference, dump, load_config, make_config
+from irlfast.config.schema import FIELDS
+
+
+@pytest.fixture
+def given(tmp_path):
+    file = tmp_path / "some.jsonl"
+    file.write_text("{}\n")
+    return {"dataset_name": str(file), "config_name": str(file), "train_tokenizer": 300}
+
+
+def test_yaml_then_command_line_in_every_spelling(tmp_path, given):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(given | {"beta": 0.5, "stages": 2}) + "learning_rate: 5e-7\n")
+    config, dry = load_config([str(file), "beta=0.25", "--seed", "3", "--top-p=0.9", "learning_rate=[1e-5, 1e-6]"])
+    assert (config.beta, config.seed, config.top_p, config.stages, dry) == (0.25, 3, 0.9, 2, False)
+    assert config.learning_rate == [1e-5, 1e-6]
+    assert config.at("learning_rate", 1) == 1e-6
+    assert config.at("beta", 1) == 0.25
+    assert load_config([str(file), "--dry_run"])[1]
+    assert load_config([str(file)])[0].learning_rate == 5e-7
+
+
+def test_trl_spellings(given):
+    assert make_config(given | {"bf16": True}).dtype == "bfloat16"
+    assert make_config(given | {"use_vllm": True}).sampler == "vllm"
+    assert make_config(given | {"bf16": False, "report_to": "none"}).report_to == []
+    assert make_config(given | {"report_to": "tensorboard"}).report_to == ["tensorboard"]
+
+
+def test_spin_is_irft_with_a_preset_that_keys_override(given):
+    spin = make_config(given | {"method": "spin"})
+    assert (spin.prompts_per_stage, spin.history, spin.loss_type, spin.reference) == ("all", 1, "sigmoid", "stage")
+    assert make_config(given | {"method": "spin", "history": 0}).history == 0
+
+
+def test_the_resolved_config_reads_back_as_itself(given):
+    config = make_config(given | {"temperature": [1.0, 0.9, 0.8]})
+    assert make_config(yaml.safe_load(dump(config))) == config
+
+
+def test_difference_names_keys_and_values():
+    assert difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b: 2 -> 3"
+
+
+WRONG = {
+    "unknown key 'betta' .* did you mean beta": {"betta": 1},
+    "method: found 'dpoo', expected": {"method": "dpoo"},
+    "beta: found -1, expected greater than 0": {"beta": -1},
+    "learning_rate: found 'fast', expected a valid number": {"learning_rate": "fast"},
+    "stages: found 0": {"stages": 0},
+    "inner_epochs and inner_steps": {"inner_epochs": 1, "inner_steps": 2},
+    r"beta: found 2 values, expected one or one a stage \(3\)": {"beta": [1, 2]},
+    "dataset_name: found nothing": {"dataset_name": None},
+    "dataset_name: no such file or folder": {"dataset_name": "/no/such.jsonl"},
+    "model_name_or_path: no such file or folder": {
+        "model_name_or_path": "./gone",
+        "config_name": None,
+        "train_tokenizer": None,
+    },
+    "expected exactly one of them": {"model_name_or_path": "gpt2"},
+    "prompt_template: expected": {"prompt_template": "no place"},
+    "max_prompt_length: found 99": {"max_prompt_length": 99, "max_length": 99},
+    "zero_stage: found 0 with dtype bfloat16": {"dtype": "bfloat16", "zero_stage": 0},
+    "save_steps: found 15": {"save_steps": 15, "logging_steps": 10},
+    "method sft takes sft_steps": {"method": "sft", "inner_steps": 3},
+    "gradient_checkpointing: found 'x', expected a valid boolean.* or 'selective'": {"gradient_checkpointing": "x"},
+    "activation_offloading: found true with gradient_checkpointing 'selective'": {
+        "activation_offloading": True,
+        "gradient_checkpointing": "selective",
+    },
+    "activation_offloading: found true with torch_compile": {"activation_offloading": True, "torch_compile": True},
+    "activation_offloading: found true with zero_stage 3": {"activation_offloading": True, "zero_stage": 3},
+    "reward_combine: found 'min' with one head": {"method": "rft", "reward_combine": "min"},
+    "kl_in: found 'reward' with align bon; expected it left out": {"method": "rft", "align": "bon", "kl_in": "reward"},
+    "kl_in: found 'reward' with reference 'stage' and align_rounds 1": {"method": "rft", "kl_in": "reward"},
+    "load_in_4bit: found true without use_peft": {"load_in_4bit": True},
+    "load_in_4bit: found true with zero_stage 3": {"load_in_4bit": True, "use_peft": True, "zero_stage": 3},
+    "bnb_4bit_quant_type: found 'int4', expected 'nf4' or 'fp4'": {"bnb_4bit_quant_type": "int4"},
+    "needs tokenizer_name_or_path or train_tokenizer": {"train_tokenizer": None},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_values_are_named(given, message):
+    with pytest.raises(InputError, match=message):
+        make_config(given | WRONG[message])
+
+
+def test_compiling_takes_a_compiler(given, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(InputError, match=r"torch_compile: found no compiler /nowhere/c\+\+, expected one"):
+        make_config(given | {"torch_compile": True})
+
+
+def test_four_bits_take_bitsandbytes(given, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="bitsandbytes is not installed; pip install"):
+        make_config(given | {"load_in_4bit": True, "use_peft": True})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\xff"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
+    (tmp_path / "bad.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"bad.yaml"):
+        load_config([str(tmp_path / "bad.yaml")])
+
+
+def test_unknown_option_on_the_command_line():
+    with pytest.raises(InputError, match="unknown key 'learning_rat' on the command line; did you mean learning_rate"):
+        load_config(["--learning-rat", "3"])
+
+
+def test_help_lists_every_key_quickly():
+    """Nothing heavy is imported before the configuration is known to be good."""
+    code = (
+        "import sys; sys.argv = ['train', '--help']\n"
+        "from irlfast.train import main\n"
+        "try: main()\n"
+        "finally: print('HEAVY', [m for m in ('torch', 'transformers', 'deepspeed', 'datasets') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "HEAVY []" in shown
+    for name in FIELDS:
+        assert f"--{name} " in shown
+
+
+def test_every_key_is_described():
+    assert all(field.description for field in Config.__pydantic_fields__.values())

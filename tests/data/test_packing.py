@@ -1,0 +1,248 @@
+"""Packing: answers that share a prompt are scored, and pull on the model, as if each had a sequence of its own."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from irlfast import ops
+from irlfast.common.files import InputError
+from irlfast.config import make_config
+from irlfast.data.packing import PAD, Layout, Segment, cost_of, micro_batches, pack, tokens, work
+from irlfast.losses.inputs import arguments
+from irlfast.models.attention import APART, arrange, check_model, choose, hidden_of, hidden_states, operations, sharing
+from irlfast.ops import lm_head
+from irlfast.sampling.scoring import score_share, token_logps
+
+VOCABULARY = 61
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "Llama": transformers.LlamaConfig(**SHAPE),
+    "Mistral, window 4": transformers.MistralConfig(**SHAPE, sliding_window=4),
+    "Qwen2": transformers.Qwen2Config(**SHAPE),
+    "Qwen3, one layer with window 5": transformers.Qwen3Config(
+        **SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "Gemma2, soft-cap, window 4": transformers.Gemma2Config(
+        **SHAPE, sliding_window=4, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=8
+    ),
+    "GPT-NeoX": transformers.GPTNeoXConfig(**{key: SHAPE[key] for key in SHAPE if "key_value" not in key}),
+    "GPT-2, learned positions": transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ),
+}
+
+
+def model_of(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name])).eval()
+
+
+def ragged() -> list[Segment]:
+    """Three answers each: long ones, of one token, with a prompt of one token, and an empty one."""
+    draw = np.random.default_rng(0)
+    lengths = [(7, (6, 9, 2)), (1, (5, 1, 12)), (15, (1, 1, 3)), (4, (8, 0, 8))]
+    return [
+        Segment(
+            draw.integers(1, VOCABULARY, prompt).tolist(),
+            tuple(draw.integers(1, VOCABULARY, length).tolist() for length in answers),
+        )
+        for prompt, answers in lengths
+    ]
+
+
+def scored(model, batch) -> torch.Tensor:
+    return ops.log_ratio(hidden_states(model, batch), **arguments(lm_head(model), batch), backend="plain").token_logps
+
+
+def with_gradients(model, batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    logps = torch.cat([scored(model, batch) for batch in batches])
+    (logps * torch.linspace(-1, 1, logps.numel(), device=logps.device)).sum().backward()
+    return logps.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def separate(segments: list[Segment]) -> list:
+    """The oracle: every answer in a batch of its own, with no mask, no padding and no shared prompt."""
+    answers = [Segment(segment.prompt, (answer,)) for segment in segments for answer in segment.answers]
+    return [pack([answer]) for answer in answers]
+
+
+LAYOUTS = [Layout(), Layout(shared=False), Layout(one_row=True), Layout(shared=False, one_row=True)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_answers_have_the_log_probabilities_and_gradients_of_separate_ones(name, layout):
+    model, segments = model_of(name), ragged()
+    expected, gradients = with_gradients(model, separate(segments))
+    found, packed_gradients = with_gradients(model, [pack(segments, layout)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(packed_gradients, gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral, window 4", "GPT-NeoX"])
+def test_flex_attention_sees_what_the_dense_mask_does(name):
+    model, batch = model_of(name), pack(ragged(), Layout(one_row=True))
+    with torch.no_grad():
+        expected = hidden_states(model, batch)[batch.rows]
+        model.set_attn_implementation("flex_attention")
+        found = hidden_states(model, batch)[batch.rows]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_are_sent_to_other_processes_without_what_else_their_batch_scored(tmp_path):
+    """A tensor would be sent with all of the memory that it is a view of."""
+    model_of("Llama").save_pretrained(tmp_path)
+    config = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": "float32"})
+    segments = [segment._replace(answers=segment.answers * 50) for segment in ragged()]
+    found = score_share(config, tmp_path, segments, tmp_path / "scores", token_logps, heads=0, in_4bit=False)
+    answers = [(ids, logps) for i, x in enumerate(segments) for ids, logps in zip(x.answers, found[i], strict=True)]
+    assert len(answers) >= 150
+    assert all(len(ids) == len(logps) for ids, logps in answers)
+    assert all(len(pickle.dumps(logps)) < logps.nbytes + 200 for _, logps in answers)
+
+
+def test_a_prompt_is_computed_once_and_last_tokens_not_at_all():
+    [segment] = [Segment([1] * 10, ([2] * 4, [3] * 6))]
+    batch = pack([segment])
+    assert tokens(segment) == batch.input_ids.numel() == 10 + 3 + 5
+    assert batch.rows.tolist() == [9, 10, 11, 12, 9, 13, 14, 15, 16, 17]
+    assert batch.position_ids[0, [9, 10, 13]].tolist() == [9, 10, 10]
+
+
+class Recurrent(transformers.LlamaForCausalLM):
+    """Each token's state takes up the one before it in the row, whatever a mask says."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.register_forward_hook(lambda module, given, states: states.cumsum(1))
+
+
+def test_a_model_that_cannot_share_is_found_and_warned_of_once(capsys):
+    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+    model = Recurrent(copy.deepcopy(FAMILIES["Llama"])).eval()
+    sharing_model = model_of("Llama")
+    assert check_model(sharing_model, hidden_of(sharing_model, APART))
+    assert [arrange(model, config, ragged()).shared for _ in range(2)] == [False, False]
+    assert capsys.readouterr().err.count("cannot share a prompt between answers; each gets its own") == 1
+
+
+def of_lengths(prompt: int, *answers: int) -> list[Segment]:
+    return [Segment([1] * prompt, tuple([2] * answer for answer in answers))] * 3
+
+
+def test_what_sharing_saves_follows_from_the_lengths():
+    model = model_of("Llama")
+    several = ((80, 20), (20, 80, 80), (80, 20, 20), (80, *[20] * 4))
+    gains = [sharing(model, of_lengths(*lengths))[0] for lengths in several]
+    assert gains[0] == 0  # an answer alone shares with none
+    assert gains == sorted(gains)
+    assert sharing(model, of_lengths(400, 1, 1))[0] == pytest.approx(0.5, abs=0.01)  # of two prompts one
+    assert sharing(model, of_lengths(80, 20, 40))[1] == "on average prompts of 80 tokens with 2 answers of 30"
+    assert sharing(model, of_lengths(80, 20))[1] == "on average prompts of 80 tokens with 1 answer of 20"
+
+
+def test_the_choice_of_an_attention_is_said_with_the_lengths_behind_it(capsys):
+    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+    model = model_of("Llama")
+    layouts = [arrange(model, config, of_lengths(80, 20, 20)) for _ in range(2)]
+    assert layouts[0] == layouts[1]
+    assert layouts[0][:3] == Layout()[:3]
+    gain = sharing(model, of_lengths(80, 20, 20))[0]
+    said = (
+        f"attention: sdpa; sharing prompts saves {gain:.0%} of the operations: on average prompts of 80 tokens with 2"
+    )
+    assert capsys.readouterr().err.count(said) == 1
+
+
+CHOICES = [
+    (True, 0.4, "varlen", "flex_attention"),
+    (True, 0.0, "varlen", "varlen"),
+    (True, 0.0, None, "flex_attention"),
+    (False, 0.4, "flash_attention_2", "flash_attention_2"),
+    (False, 0.4, None, "sdpa"),
+]
+
+
+@pytest.mark.parametrize("shared, gain, unshared, expected", CHOICES)
+def test_a_gpus_attention_follows_from_what_sharing_saves(shared, gain, unshared, expected):
+    assert choose(shared, gain, unshared) == expected
+
+
+def test_a_model_without_a_linear_head_is_one_sentence():
+    model = model_of("Llama")
+    model.set_output_embeddings(torch.nn.Identity())
+    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+    with pytest.raises(InputError, match=r"found head Identity, expected torch\.nn\.Linear"):
+        arrange(model, config, ragged())
+
+
+def drawn(count: int) -> list[Segment]:
+    draw = np.random.default_rng(1)
+    sizes = draw.integers(1, 60, (count, 3))
+    return [Segment([1] * prompt, ([1] * first, [1] * second)) for prompt, first, second in sizes]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_get_as_many_batches_of_like_cost_within_the_limit(layout, ranks):
+    segments, step, layout = drawn(48), list(range(3, 45)), layout._replace(answer_cost=2.0, seen_cost=0.01)
+    each = [micro_batches(step, segments, layout, 400, rank, ranks) for rank in range(ranks)]
+    assert sorted(i for batches in each for batch in batches for i in batch) == step
+    assert len({len(batches) for batches in each}) == 1
+    for batch in (batch for batches in each for batch in batches):
+        packed = pack([segments[i] for i in batch], layout)
+        assert packed.input_ids.numel() <= (512 if layout.one_row else 400)  # one row ends on a multiple of 128
+    costs = [sum(cost_of(segments[i], layout) for batch in batches for i in batch) for batches in each]
+    assert max(costs) <= 1.02 * min(costs)
+    reversed_step = [micro_batches(step[::-1], segments, layout, 400, rank, ranks) for rank in range(ranks)]
+    assert reversed_step == each
+
+
+def test_what_a_segment_costs_is_what_its_operations_are():
+    model = model_of("Llama")
+    layout = arrange(model, make_config({"dataset_name": __file__, "model_name_or_path": "."}), drawn(4))
+    short, long = of_lengths(10, 5, 5)[0], of_lengths(60, 50, 7)[0]
+    ratio = operations(model, work([long], layout)) / operations(model, work([short], layout))
+    assert cost_of(long, layout) / cost_of(short, layout) == pytest.approx(ratio)
+
+
+def test_rows_of_like_length_leave_few_pads_and_one_row_next_to_none():
+    segments = drawn(64)
+    for layout, share in ((Layout(), 0.1), (Layout(one_row=True), 0.07)):
+        batches = [
+            pack([segments[i] for i in chosen], layout) for chosen in micro_batches(range(64), segments, layout, 1024)
+        ]
+        pads = sum(int((batch.segment == PAD).sum()) for batch in batches)
+        assert pads <= share * sum(batch.segment.numel() for batch in batches)
+
+
+def test_fewer_segments_than_ranks_leave_empty_batches():
+    assert sorted(micro_batches([0], drawn(1), Layout(), 400, rank, 2) for rank in (0, 1)) == [[[]], [[0]]]
+
+
+def test_a_reward_models_rows_are_the_answers_own_tokens():
+    """The last one included, whether answers share a prompt or not; a policy's rows are those before."""
+    segments = [Segment([7, 8], ([1, 2, 3], [4])), Segment([9], ([5, 6], []))]
+    for shared in (True, False):
+        batch = pack(segments, Layout(shared=shared, whole=True))
+        own = batch.input_ids.flatten()[batch.rows]
+        assert own.tolist() == batch.targets.tolist() == [1, 2, 3, 4, 5, 6]
+        assert batch.cu_seqlens.tolist() == [0, 3, 4, 6, 6]
+        assert batch.position_ids.flatten()[batch.rows].tolist() == [2, 3, 4, 2, 1, 2]

@@ -1,0 +1,177 @@
+"""How many tokens a batch may have: as configured, as a step's memory tells, and fewer after memory ran out."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from irlfast.common.files import InputError
+from irlfast.config import make_config
+from irlfast.data.packing import Layout, Segment, longest_of, token_limit
+from irlfast.engine import memory
+from irlfast.engine.memory import Limit, RanOut, allowed, fitting
+from irlfast.engine.step import prepare
+from irlfast.sampling import scoring
+from tests.data.test_packing import model_of, ragged
+from tests.helpers.runs import ended, printed, settings
+
+AUTO = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+
+
+def test_a_segment_beyond_the_limit_is_one_sentence():
+    config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 16})
+    with pytest.raises(InputError, match="max_tokens_per_batch: found 16, but the longest prompt has 18 tokens"):
+        token_limit(config, longest_of([Segment([1] * 10, ([2] * 4, [3] * 6))], Layout()), 1)
+
+
+def test_half_of_what_was_too_much_is_the_most_but_a_segment_the_least():
+    segments = [Segment([1] * 10, ([2] * 4, [3] * 6))] * 3  # 18 tokens
+    longest = longest_of(segments, Layout())
+    found = {most: token_limit(AUTO, longest, 3, most) for most in (2000, 512, 20, 10)}
+    assert found == {2000: 1024, 512: 512, 20: 20, 10: 18}
+
+
+def test_one_segment_that_is_too_large_leaves_no_note_as_another_machine_may_hold_it(tmp_path):
+    folder = tmp_path / "sft" / "checkpoint"
+    for tokens, error in ((40, RanOut), (18, InputError)):
+        with pytest.raises(error), Limit(AUTO, tokens, 18).backing_off(folder):
+            raise torch.OutOfMemoryError
+        assert allowed(folder) == 20
+
+
+# ---------------------------------------------------------------- measured
+
+
+def test_what_fits_takes_nine_tenths_of_the_memory_if_it_grows_with_the_tokens():
+    base, each, fixed, total = 10_000, 30, 5_000, 200_000
+    count = 1000
+    fits = fitting(count, base, base + fixed + each * count, total)
+    assert 0.8 * total < base + fixed + each * fits <= 0.9 * total  # what does not grow is on the safe side
+    assert fitting(count, base, base + each * count, total) == (0.9 * total - base) // each
+    assert fitting(count, int(0.95 * total), total, total) < 0  # no room at all: the caller keeps what it had
+    assert fitting(count, base, base, total) > count  # nothing was seen to grow
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU's memory of 10,000 bytes, of which 1,000 are always taken, and 2 a token."""
+    largest = [0]
+    monkeypatch.setattr(memory, "gpu_memory", lambda: (1000, 1000 + 2 * largest[0], 10_000))
+    return largest
+
+
+@pytest.mark.parametrize("most", [10_000, 2000])
+def test_batches_grow_to_what_fits_once_the_second_step_has_told(gpu, most, capsys):
+    segments = [Segment([1] * 30, ([2] * 20, [3] * 20))] * 64  # 68 tokens each
+    steps, tokens = [np.arange(64)] * 5, []
+    for prepared in prepare(steps, segments, Layout(), Limit(AUTO, 140, most=most)):
+        tokens.append([batch.input_ids.numel() for batch in prepared.batches])
+        gpu[0] = max(tokens[-1])
+    assert tokens[:3] == [[136] * 32] * 3  # the third is made while the second runs
+    fits = min(4000, most)
+    assert tokens[3] == tokens[4]
+    assert fits - 68 < max(tokens[3]) <= fits
+    assert sum(tokens[3]) == sum(tokens[0])
+    assert f"140 tokens to start with, {fits:,} after" in capsys.readouterr().err
+
+
+def after_steps(limit):
+    found = []
+    for step in (1, 2, 3):
+        limit.refit(step, 100)
+        found.append(limit.tokens)
+    return found
+
+
+def test_batches_never_shrink_by_measuring_nor_change_where_they_are_given(gpu):
+    given = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 500})
+    gpu[0] = 100
+    assert after_steps(Limit(AUTO, 9000)) == [9000] * 3
+    assert after_steps(Limit(AUTO, 200)) == [200, 4000, 4000]
+    assert after_steps(Limit(given, 500)) == [500] * 3
+
+
+def test_a_cpu_measures_nothing():
+    assert memory.gpu_memory() is None
+    assert after_steps(Limit(AUTO, 1024)) == [1024] * 3
+
+
+# ---------------------------------------------------------------- out of memory
+
+SHORT_OF_MEMORY = """
+import sys, torch
+import irlfast.engine.fit as engine
+from irlfast.common import dist
+from irlfast.train import main
+whole = engine.train_step
+def train_step(model, prepared, *rest):
+    if dist.rank() == dist.world_size() - 1 and max(batch.input_ids.numel() for batch in prepared.batches) > {most}:
+        raise torch.OutOfMemoryError("too much")
+    return whole(model, prepared, *rest)
+engine.train_step = train_step
+sys.exit(main())
+"""
+SFT = {"method": "sft", "inner_steps": "null", "per_device_train_batch_size": 32}
+
+
+def short_of_memory(folder, most, **keys):
+    script = folder / "short.py"
+    script.write_text(SHORT_OF_MEMORY.format(most=most))
+    return [str(script), *settings(folder / "run", **SFT | keys)]
+
+
+@pytest.mark.parametrize("most, code", [(300, 0), (10, 2)])
+def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, most, code):
+    _, err = printed(short_of_memory(tmp_path, most), code=code)
+    assert "sft: out of memory with 1,024 tokens a batch; goes on from the last checkpoint with half of them" in err
+    if code:
+        assert re.search(
+            r"out of memory with \d+ tokens a batch, one prompt and its answers; exp", err.splitlines()[-1]
+        )
+        assert not (tmp_path / "run" / "sft" / "policy").exists()
+
+
+def test_of_several_processes_the_one_out_of_memory_says_so_and_all_start_again_with_half(tmp_path):
+    """The same command, until what is left fits."""
+    said = r"irlfast, process 1: sft: out of memory with [\d,]+ tokens a batch; the same command goes on from the last"
+    for _ in range(4):
+        code, _, err = ended(short_of_memory(tmp_path, 700), 2)
+        if code == 0:
+            break
+        assert re.search(said, err), err
+    assert code == 0
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "sft" / "checkpoint").exists()
+
+
+def test_given_tokens_a_batch_are_not_halved(tmp_path):
+    _, err = printed(short_of_memory(tmp_path, 300, max_tokens_per_batch=400), code=2)
+    assert "sft: out of memory with 400 tokens a batch; expected a lower max_tokens_per_batch" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("most", [40, 10])
+def test_scores_are_made_in_halves_of_a_batch_that_is_too_large(tmp_path, monkeypatch, most):
+    model_of("Llama").save_pretrained(tmp_path)
+    segments = [segment for segment in ragged() if all(segment.answers)]
+    share = tmp_path, segments, tmp_path / "stage" / "scores", scoring.token_logps, 0, False
+    whole = scoring.score_share(AUTO, *share)
+    hidden_states, sizes = scoring.hidden_states, []
+
+    def short(model, batch):
+        sizes.append(batch.input_ids.numel())
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("too much")
+        return hidden_states(model, batch)
+
+    monkeypatch.setattr(scoring, "hidden_states", short)
+    if most == 10:
+        with pytest.raises(InputError, match="stage/scores: out of memory with one prompt; expected a lower max_len"):
+            scoring.score_share(AUTO, *share)
+        return
+    found = scoring.score_share(AUTO, *share)
+    assert max(sizes) > most
+    assert found.keys() == whole.keys()
+    for i in whole:
+        for one, other in zip(found[i], whole[i], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,146 @@
+"""What a step does and costs: figures of its meters, and no waiting for the device."""
+
+import json
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.comm import comm
+from torch.utils.flop_counter import FlopCounterMode
+
+from irlfast import ops
+from irlfast.common import dist
+from irlfast.data.packing import Layout, Segment, pack, work
+from irlfast.engine.step import Stopwatch, prepare
+from irlfast.losses.pairs import irft_loss
+from irlfast.losses.policy import align_loss
+from irlfast.losses.rewards import reward_loss
+from irlfast.losses.sft import sft_loss
+from irlfast.models.attention import hidden_states, operations
+from tests.data.test_packing import model_of, ragged
+from tests.helpers.runs import printed, run
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_operations_are_those_that_torch_counts(shared):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=61, attn_implementation="eager", **shape)
+    model, layout = LlamaForCausalLM(config), Layout(shared)
+    segments = [Segment([1] * 9, ([2] * 5, [3] * 5))]  # no padding, which counts as no work
+    batch = pack(segments, layout)
+    with FlopCounterMode(display=False) as counter:
+        rows = hidden_states(model, batch)[batch.rows]
+        (rows @ model.lm_head.weight.T).sum().backward()
+    found = work(segments, layout)
+    assert found["answer_tokens"] == 10
+    assert found["tokens"] == batch.input_ids.numel()
+    unseen = sum(row.numel() ** 2 for row in batch.input_ids) - found["seen"]  # eager attention computes whole squares
+    counted = counter.get_total_flops()
+    assert operations(model, found) + 12 * 2 * 32 * unseen == pytest.approx(counted, rel=0.01)  # norms are no products
+
+
+def test_what_is_seen_is_what_the_mask_shows():
+    segments = [segment for segment in ragged() if all(segment.answers)]
+    seen = 0
+    for segment in segments:
+        for k, answer in enumerate([segment.prompt, *(answer[:-1] for answer in segment.answers)]):
+            seen += sum(range(1, len(answer) + 1)) + (len(answer) * len(segment.prompt) if k else 0)
+    assert work(segments, Layout())["seen"] == seen
+    assert work([], Layout()) == Counter()
+
+
+ALIGN = {"answers": 2, "beta": 0.1, "kl_in_loss": True, "clip_range": 0.2}
+REWARD = {"level": "sequence", "alpha": 0.5, "regularization": 0.1}
+LOSSES = {
+    "sft": partial(sft_loss, remaining=True),
+    "irft": partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1),
+    **{align: partial(align_loss, align=align, **ALIGN) for align in ("rloo", "ppo", "apa")},
+    **{kind: partial(reward_loss, kind=kind, **REWARD) for kind in ("linear", "gail", "bradley_terry")},
+    "gail, tokens": partial(reward_loss, kind="gail", **REWARD | {"level": "token"}),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_process_without_segments_adds_nothing(name, monkeypatch):
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    model, heads = model_of("Llama"), torch.nn.Linear(32, 2)
+    logps = torch.full((4,), -1.0)
+    segments = [Segment([1, 2], ([3] * 4, [4] * 4), (logps, logps), (logps, logps), (1.0, -1.0))]
+    limit = SimpleNamespace(tokens=8, refit=lambda *_: None)
+    [prepared] = prepare([np.array([0])], segments, Layout(), limit)
+    [batch] = prepared.batches
+    head = ops.Head(heads.weight, heads.bias, 1.0, None) if LOSSES[name].func is reward_loss else ops.lm_head(model)
+    loss, figures = LOSSES[name](hidden_states(model, batch), head, batch, prepared.share)
+    loss.backward()
+    assert loss == 0 and all(value == 0 for value in figures.values())
+    trained = [parameter.grad for parameter in model.base_model.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in trained)
+
+
+def test_meters_split_the_time_and_a_profile_is_written(tmp_path):
+    run(tmp_path / "run", profile="true", stages=1)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        parts = [row[f"time/{part}"] for part in ("data", "forward", "backward", "optimizer", "communication")]
+        assert sum(parts) == pytest.approx(1)
+        assert min(parts) >= 0
+        assert 0 < row["answer_tokens_per_second"] < row["tokens_per_second"]
+        assert row["tflops"] > 0
+    trace = json.loads((tmp_path / "run" / "sft" / "trace.json").read_text())
+    assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_time_in_collectives_is_taken_from_the_part_that_calls_them(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 5.0, 7.0, 8.0, 10.0, 20.0, 21.0])
+    monkeypatch.setattr(Stopwatch, "now", lambda _: next(clock))
+
+    class Backend:
+        def __getattr__(self, name):
+            return lambda *arguments: (name, *arguments)
+
+    monkeypatch.setattr(comm, "cdb", Backend())
+    watch = Stopwatch()
+    with watch.telling_communication():
+        watch.lap("data")  # at 1
+        assert comm.cdb.all_reduce(3) == ("all_reduce", 3)  # from 2 to 5
+        assert comm.cdb.broadcast(4) == ("broadcast", 4)  # from 7 to 8
+        watch.lap("backward")  # at 10
+        watch.lap("optimizer")  # at 20
+    assert not vars(comm.cdb)
+    assert watch.read() == {"data": 2.0, "backward": 5.0, "optimizer": 10.0, "communication": 4.0, "all": 21.0}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
+def test_a_batch_goes_to_the_gpu_without_waiting():
+    batch = pack([Segment([1] * 9, ([2] * 5, [3] * 5))]).pinned()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = batch.to(torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(value.is_cuda for value in moved if isinstance(value, torch.Tensor))
+
+
+def test_a_step_waits_for_the_device_at_known_places_only_and_reduces_gradients_once(tmp_path):
+    out, _ = printed(["-m", "tests.helpers.waits", str(tmp_path)])
+    alone, *zero = (json.loads(out.splitlines()[-1])[stage] for stage in "012")
+    batches = alone["batches"]
+    assert batches > 1
+    known = {
+        "slab.py:plan": batches,  # how long the answers are: the one wait of the loss
+        "slab.py:add_gradients": batches,  # does a slab weigh at all? Asked on a CPU only
+        "registered.py:scaled": 2 * batches,  # is a gradient multiplied by 1? Asked on a CPU only
+    }
+    assert alone["places"] == known
+    assert alone["operations"] == 3 * batches  # the latter two's: nothing waits unseen
+    for found in zero:
+        assert found["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed looks at the norm
+        assert found["operations"] <= 3 * batches + 2 + 1  # and fills one value by another that lies on the CPU
+    assert alone["collectives"] == 0
+    assert [found["collectives"] for found in zero] == [2, 2]  # of the gradients and of what the norm is made of

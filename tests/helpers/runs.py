@@ -1,0 +1,147 @@
+"""Runs of the real commands, small enough for a test."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import connection
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
+# A process that has imported what every run does, and is forked for each: half of a small run's time is imports.
+SERVER = multiprocessing.get_context("forkserver")
+OURS = ("engine", "final", "leaks", "methods.irft", "methods.rft", "prepare", "report")
+THEIRS = ("deepspeed", "matplotlib.pyplot", "peft", "sklearn.linear_model", "transformers.models.llama.modeling_llama")
+SERVER.set_forkserver_preload([*(f"irlfast.{name}" for name in OURS), *THEIRS, "bitsandbytes"])  # if it is there
+PORT = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # any that is free
+PYTHON = (sys.executable,)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *PORT)
+SMALL = {
+    "config_name": "irlfast/demo/config.json",
+    "train_tokenizer": 300,
+    "dataset_name": "irlfast/demo/train.jsonl",
+    "eval_dataset_name": "irlfast/demo/test.jsonl",
+    "max_train_samples": 96,
+    "max_eval_samples": 24,
+    "max_prompt_length": 64,
+    "max_length": 96,
+    "max_new_tokens": 12,
+    "sft_steps": 6,
+    "sft_learning_rate": 1e-3,
+    "sft_optim": "adamw_torch",
+    "stages": 2,
+    "inner_steps": 4,
+    "learning_rate": 1e-5,
+    "beta": 0.5,
+    "per_device_train_batch_size": 8,
+    "logging_steps": 2,
+    "save_steps": 2,
+}
+
+
+def command(output: Path, **keys) -> list[str]:
+    return ["-m", "irlfast.train", *settings(output, **keys)]
+
+
+def settings(output: Path, **keys) -> list[str]:
+    pairs = {**SMALL, "output_dir": str(output), **keys}
+    return [f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in pairs.items()]
+
+
+class Forked:
+    """``python ARGUMENTS`` in forks of a process that has imported what runs do: one, or several as torchrun has."""
+
+    def __init__(self, arguments: list[str], count: int = 1):
+        self.folder = tempfile.TemporaryDirectory()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        self.processes = []
+        for rank in map(str, range(count)):
+            own = several | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+            given = arguments, os.environ | own, Path(self.folder.name)
+            self.processes.append(SERVER.Process(target=forked, args=given))
+            self.processes[-1].start()
+
+    def wait(self, timeout: float) -> tuple[int, str, str]:
+        """The exit code of the first that failed, and what all printed; those that still run are killed then."""
+        end, left = time.monotonic() + timeout, self.processes
+        while left and not self.failed() and connection.wait([each.sentinel for each in left], end - time.monotonic()):
+            left = [process for process in left if process.is_alive()]
+        failed = self.failed()
+        for process in left:
+            process.kill()
+            process.join()
+        printed = (Path(self.folder.name, name).read_text() for name in ("out", "err"))
+        return [*failed, *self.failed(), 0][0], *printed
+
+    def failed(self) -> list[int]:
+        return [process.exitcode for process in self.processes if process.exitcode]
+
+
+def forked(arguments: list[str], environment: dict[str, str], folder: Path) -> None:
+    for descriptor, name in enumerate(("out", "err"), 1):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    import torch
+
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = arguments[arguments[0] == "-m" :]
+    if arguments[0] == "-m":
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def run_killed_at(output: Path, moment: str, **keys) -> None:
+    """Start a run and kill it as soon as the file or folder ``moment`` of its output exists."""
+    run = Forked(command(output, **keys))
+    while not (output / moment).exists():
+        assert run.processes[0].is_alive(), run.wait(0)
+        time.sleep(0.002)
+    run.wait(0)
+    assert not (output / "final").exists()
+
+
+def resumed_bytes(output: Path, moment: str, **keys) -> dict[str, bytes]:
+    """``final/`` of a run that was killed at ``moment`` and started again."""
+    run_killed_at(output, moment, **keys)
+    run(output, **keys)
+    return contents(output / "final")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def run(output: Path, how: int | tuple[str, ...] = 1, code: int = 0, **keys) -> tuple[str, str]:
+    """What training printed; see :func:`printed`."""
+    return printed(command(output, **keys), how, code)
+
+
+def printed(arguments: list[str], how: int | tuple[str, ...] = 1, code: int = 0) -> tuple[str, str]:
+    """What ``python ARGUMENTS`` printed before it ended with ``code``; see :func:`ended`."""
+    found, out, err = ended(arguments, how)
+    assert found == code, out + err
+    return out, err
+
+
+def ended(arguments: list[str], how: int | tuple[str, ...] = 1) -> tuple[int, str, str]:
+    """The exit code of ``python ARGUMENTS``, and what it printed.
+
+    ``how`` is the number of processes, which are forked, or what starts it in earnest: ``PYTHON`` or ``TORCHRUN``.
+    """
+    if isinstance(how, int):
+        return Forked(arguments, how).wait(600)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([*how, *arguments], **options)
+    return done.returncode, done.stdout, done.stderr

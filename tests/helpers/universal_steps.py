@@ -1,0 +1,84 @@
+"""Started by test_zero.py: FusedRMSprop through DeepSpeed's universal checkpoints, from two processes to one.
+
+``save FOLDER`` trains, keeps a checkpoint of every case half-way, and prints its parameters at the end as JSON;
+``load FOLDER`` goes on from the converted checkpoints, and prints the same.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irlfast.common import dist
+from irlfast.config import make_config
+from irlfast.engine.fit import deepspeed_settings
+from irlfast.optim import FusedRMSprop
+from irlfast.startup.prepare import quiet
+from tests.helpers.zero_steps import batches, network
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "1": (1, {"weight_decay": 0.1}),
+    "2-momentum": (2, {"momentum": 0.9}),
+    "3": (3, {"weight_decay": 0.1}),
+}
+HALF = 4
+
+
+def make_engine(folder: Path, case: str, universal: bool) -> Any:
+    import deepspeed
+
+    stage, options = CASES[case]
+    own = folder / f"{dist.rank()}.json"
+    keys = {"zero_optimization": {"stage": stage}, "checkpoint": {"load_universal": universal}}
+    own.write_text(json.dumps(keys | {"gradient_clipping": 0.0}))
+    config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "deepspeed": str(own)})
+    model = network()
+    optimizer = FusedRMSprop(model.parameters(), lr=1e-3, **options)
+    settings = deepspeed_settings(config)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def steps(engine: Any, batches: list[torch.Tensor]) -> None:
+    for batch in batches:
+        engine.backward(engine(batch.chunk(dist.world_size())[dist.rank()]).square().mean())
+        engine.step()
+
+
+def parameters(engine: Any) -> list[Any]:
+    import deepspeed
+
+    found = []
+    for parameter in engine.module.parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+            found.append(parameter.detach().clone().tolist())
+    return found
+
+
+def main() -> None:
+    action, folder = sys.argv[1], Path(sys.argv[2])
+    quiet()
+    dist.start()
+    found = {}
+    for case in CASES:
+        engine = make_engine(folder, case, universal=action == "load")
+        if action == "save":
+            steps(engine, batches()[:HALF])
+            engine.save_checkpoint(str(folder / case), tag="half")
+        else:
+            engine.load_checkpoint(str(folder / case), tag="universal")
+        steps(engine, batches()[HALF : 2 * HALF])
+        found[case] = {
+            "parameters": parameters(engine),
+            "states": sorted({name for state in engine.optimizer.optimizer.state.values() for name in state}),
+        }
+        engine.destroy()
+    if dist.is_main():
+        print(json.dumps(found))
+    dist.barrier()
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main()

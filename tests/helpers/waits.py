@@ -1,0 +1,86 @@
+"""Started by test_step.py: where training steps make the host wait for values of tensors, as they would for a GPU's.
+
+Prints JSON: for ZeRO stages 0 to 2, how often a step waits at each place (file and function), and how often by
+operations that no place accounts for (indexing by a mask, or what C++ calls itself); and how many collectives it calls.
+"""
+
+import functools
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from irlfast.common import dist
+from irlfast.config import make_config
+from irlfast.data.packing import Segment
+from irlfast.engine.fit import Plan, make_engine
+from irlfast.engine.memory import Limit
+from irlfast.engine.step import Stopwatch, prepare, train_step
+from irlfast.losses.pairs import irft_loss
+from irlfast.ops.common import checks
+from irlfast.startup.prepare import quiet
+
+METHODS = ("item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "tolist", "numpy", "cpu")
+OPERATIONS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")  # what most of them become
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+STEPS, BATCH = 3, 8
+
+
+def recorded(method: Callable, places: Counter[str]) -> Callable:
+    """The method of Tensor, its callers counted."""
+
+    @functools.wraps(method)
+    def call(*given: Any, **options: Any) -> Any:
+        caller = sys._getframe(1).f_code
+        places[f"{Path(caller.co_filename).name}:{caller.co_name}"] += 1
+        return method(*given, **options)
+
+    return call
+
+
+def main() -> None:
+    quiet()
+    dist.start()
+    folder = Path(sys.argv[1])
+    LlamaForCausalLM(LlamaConfig(vocab_size=61, **SHAPE)).save_pretrained(folder / "model")
+    checks.values_visible = lambda _: False  # values are checked where they are at hand: on a CPU
+    logps = (torch.zeros(5), torch.zeros(6))
+    segments = [Segment([1] * 9, ([2] * 5, [3] * 6), logps)] * BATCH
+    print(json.dumps({stage: count(folder, segments, stage) for stage in (0, 1, 2)}))
+    dist.stop()
+
+
+def count(folder: Path, segments: list[Segment], stage: int) -> dict[str, Any]:
+    own = folder / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    keys = {"dataset_name": ".", "model_name_or_path": str(folder), "max_tokens_per_batch": 64}
+    config = make_config(keys | ({"deepspeed": str(own)} if stage else {}))
+    steps = [np.arange(BATCH)] * STEPS
+    loss = functools.partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1)
+    engine, layout = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config, segments)
+    watch, places = Stopwatch(), Counter[str]()
+    *_, prepared = prepare(steps, segments, layout, Limit(config, config.max_tokens_per_batch))
+    train_step(engine, prepared, config.max_grad_norm, watch)
+    methods = {name: getattr(torch.Tensor, name) for name in METHODS}
+    try:
+        for name, method in methods.items():
+            setattr(torch.Tensor, name, recorded(method, places))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, watch.telling_communication():
+            train_step(engine, prepared, config.max_grad_norm, watch)
+    finally:
+        for name, method in methods.items():
+            setattr(torch.Tensor, name, method)
+    found = sum(event.count for event in profiler.key_averages() if event.key in OPERATIONS)
+    collectives = sum(len(inside) for *_, inside in watch.marks)
+    return {"batches": len(prepared.batches), "places": places, "operations": found, "collectives": collectives}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The kernels of log_ratio and pair_loss compile for sm_80 and sm_90, without spills and within shared memory."""
+
+import pytest
+import torch
+from torch.torch_version import TorchVersion
+
+pytest.importorskip("triton")
+
+from irlfast.kernels import linear, linear_backward
+from irlfast.kernels.slab import softmax
+from irlfast.ops.pair_loss import triton_slab
+from tests.kernels.aot import ARCHITECTURES, check_compiles, launches_of
+
+SLOW = pytest.mark.slow
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
+
+
+@pytest.mark.parametrize("vocabulary", [7, 50257, 128256])
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
+    z = torch.empty(2, -(-vocabulary // 16) * 16)[:, :vocabulary]  # as the slab allocates it
+    targets = torch.zeros(2, dtype=torch.long)
+    bias = torch.empty(vocabulary, dtype=dtype) if bias else None
+    for slopes in (False, True):
+        [launch] = launches_of(softmax, z, targets, bias, dtype, 1.0, softcap, slopes)
+        registers = 65536 // (32 * launch.options["num_warps"])  # as many as a multiprocessor has for one program
+        check_compiles(launch, vocabulary, dtype, registers=min(registers, 255))
+
+
+SHAPES = pytest.mark.parametrize(
+    ("n", "vocabulary", "size", "ref_size"), [(8192, 128256, 4096, 4096), (63, 50257, 96, 1000)]
+)
+FORMS_OF_LOGITS = pytest.mark.parametrize(
+    ("bias", "softcap"),
+    [(False, None), (True, 30.0), pytest.param(False, 30.0, marks=SLOW), pytest.param(True, None, marks=SLOW)],
+)
+ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def side(n: int, vocabulary: int, size: int, dtype: torch.dtype, bias: bool) -> tuple:
+    head = empty(vocabulary, size, dtype=dtype)
+    return empty(n, size, dtype=dtype), head, empty(vocabulary, dtype=dtype) if bias else None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("version", ["2.9.1", torch.__version__])
+def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype, version, monkeypatch):
+    """No CPU kernel does; torch's own shape functions take the same arguments."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    n, vocabulary, size = 63, 50257, 96
+    hidden, weight, _ = side(n, vocabulary, size, dtype, bias=False)
+    z = empty(n, 50272)[:, :vocabulary]
+    slope = z.view(dtype)[:, :vocabulary]
+    triton_slab.logits(hidden, weight, z)
+    assert triton_slab.by_weight(slope, weight).shape == (n, size)
+    triton_slab.by_hidden(empty(vocabulary, size), slope, hidden.float(), new=True)
+    triton_slab.by_hidden(empty(vocabulary, size), slope, hidden.float(), new=False)
+    with pytest.raises(RuntimeError, match="shape"):
+        triton_slab.by_hidden(empty(vocabulary, size + 1), slope, hidden.float(), new=False)
+
+
+@SHAPES
+@DTYPES
+@FORMS_OF_LOGITS
+@ARCHITECTURE
+def test_fused_projection_compiles(n, vocabulary, size, ref_size, dtype, bias, softcap, architecture, monkeypatch):
+    monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
+    targets, tiles = empty(n, dtype=torch.long), empty(-(-vocabulary // linear.columns(dtype)), n)
+    sides = [side(n, vocabulary, columns, dtype, bias) for columns in (size, ref_size)]
+    for kept in (None, tiles):
+        launches = launches_of(linear.token_logps, sides, targets, targets, 0.5, softcap, kept)
+        assert [launch.kernel.__name__ for launch in launches] == ["parts_kernel", "fold_kernel"]
+        for launch in launches:
+            check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])
+
+
+@DTYPES
+@ARCHITECTURE
+def test_every_tile_that_tuning_may_choose_compiles(dtype, architecture):
+    targets, sides = empty(8192, dtype=torch.long), [side(8192, 128256, 4096, dtype, bias=True)] * 2
+    launch, _ = launches_of(linear.token_logps, sides, targets, targets, 0.5, None)
+    for tile in linear.WIDE if dtype == torch.float32 else linear.NARROW:
+        if architecture == 80 and tile == linear.NARROW[0]:
+            continue  # Triton 3.6 spills 8 bytes
+        options = launch.options | {"num_stages": tile.num_stages}
+        other = launch._replace(values=launch.values | {"M": tile.M, "K": tile.K}, options=options)
+        check_compiles(other, tile, dtype, architectures=[architecture])
+
+
+@pytest.mark.parametrize("wanted", ["all", *(pytest.param(name, marks=SLOW) for name in ("hidden", "weight"))])
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@ARCHITECTURE
+def test_skipping_backward_compiles(n, vocabulary, size, ref_size, dtype, softcap, wanted, architecture, monkeypatch):
+    monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
+    policy = side(n, vocabulary, size, dtype, bias=True)
+    sums = [
+        empty(*tensor.shape) if wanted in ("all", name) else None
+        for name, tensor in zip(("hidden", "weight", "bias"), policy, strict=True)
+    ]
+    targets, tiles = empty(n, dtype=torch.long), empty(-(-vocabulary // linear.columns(dtype)), n)
+    options = targets, targets, (empty(n), empty(n), tiles), empty(n), 0.5, softcap, 1e-6
+    [launch] = launches_of(linear_backward.add_gradients, *sums, policy, *options)
+    check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])

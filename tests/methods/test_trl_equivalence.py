@@ -1,0 +1,96 @@
+"""Stage 0 of SPIN is DPO with the expert's answer chosen and the synthetic one rejected: TRL must agree."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from trl import DPOConfig, DPOTrainer
+
+from irlfast import ops
+from irlfast.config import make_config
+from irlfast.data.encoding import make_format
+from irlfast.data.packing import Segment, pack
+from irlfast.engine.module import Policy
+from irlfast.losses.inputs import Share, arguments
+from irlfast.losses.pairs import irft_loss
+from irlfast.models.attention import hidden_states
+from irlfast.ops import lm_head
+from tests.helpers.rows import examples_of, pair
+from tests.helpers.tokenizers_like import pythia
+
+BETA = 0.3
+ROWS = [
+    ("What is the capital of France?", " The capital of France is Paris.", " It is Rome, the capital"),
+    ("a b c", " d", " e f g h i j k l m n o p"),
+    ("user assistant, and a rather longer prompt than the others", " yes", " no"),
+    ("What", " The capital", " The"),
+]
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def tiny(config_class: type, vocab_size: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = config_class(vocab_size=vocab_size, initializer_range=0.2, max_position_embeddings=128, **SHAPE)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def perturbed(model: torch.nn.Module) -> torch.nn.Module:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return other
+
+
+def irlfast_loss(policy, reference, tokenizer, file) -> torch.Tensor:
+    config = make_config({"dataset_name": str(file), "model_name_or_path": str(file.parent), "prompt_template": "{}"})
+    form = make_format(tokenizer, config)
+    experts, _ = examples_of([pair(prompt, expert) for prompt, expert, _ in ROWS], form, config)
+    synthetic, _ = examples_of([pair(prompt, answer) for prompt, _, answer in ROWS], form, config)
+    pairs = [Segment(y.prompt_ids, (y.answer_ids, z.answer_ids)) for y, z in zip(experts, synthetic, strict=True)]
+    batch = pack(pairs)
+    with torch.no_grad():
+        hidden = hidden_states(reference, batch)
+        ref_logps = ops.log_ratio(hidden, **arguments(lm_head(reference), batch)).token_logps
+    loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
+    return Policy(policy, loss)(batch._replace(ref_logps=ref_logps), Share(len(pairs), 1.0))[0]
+
+
+def trl_loss(policy, reference, tokenizer, folder) -> torch.Tensor:
+    rows = [{"prompt": prompt, "chosen": expert, "rejected": synthetic} for prompt, expert, synthetic in ROWS]
+    arguments_ = DPOConfig(
+        output_dir=str(folder),
+        beta=BETA,
+        loss_type=["sigmoid"],
+        per_device_train_batch_size=len(ROWS),
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = DPOTrainer(
+        policy, reference, args=arguments_, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    [batch] = trainer.get_train_dataloader()
+    return trainer.compute_loss(trainer.model, batch)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, GPTNeoXConfig])
+def test_spin_stage_0_has_dpos_loss_and_gradients(tmp_path, config_class):
+    tokenizer = pythia()
+    tokenizer.pad_token = tokenizer.eos_token
+    (tmp_path / "config.json").write_text("{}")
+    ours = tiny(config_class, len(tokenizer))
+    theirs, reference = copy.deepcopy(ours), perturbed(ours)
+    loss = irlfast_loss(ours, reference, tokenizer, tmp_path / "config.json")
+    loss.backward()
+    expected = trl_loss(theirs, reference, tokenizer, tmp_path)
+    expected.backward()
+    assert abs(loss.item() - 0.6931) > 0.01, "the reference must differ, or the test sees nothing"
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for (name, ours_), theirs_ in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        scale = theirs_.grad.abs().max().item()
+        torch.testing.assert_close(ours_.grad, theirs_.grad, rtol=1e-4, atol=1e-5 * max(scale, 1), msg=name)

@@ -1,0 +1,55 @@
+"""Which blocks of a packed row see which: none is missed, and none that is masked passes for whole."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import pad
+
+from irlfast.data.packing import Layout, Segment, pack
+from irlfast.models.masks import BLOCK, block_mask, dense_mask
+
+LENGTH = st.integers(1, 3 * BLOCK)
+SEGMENTS = st.lists(st.tuples(LENGTH, st.lists(LENGTH, min_size=1, max_size=3)), min_size=1, max_size=5)
+
+
+def segments_of(lengths) -> list[Segment]:
+    return [Segment([1] * prompt, tuple([2] * answer for answer in answers)) for prompt, answers in lengths]
+
+
+def by_blocks(batch, window) -> torch.Tensor:
+    """What the dense mask lets see, ``[B, blocks, blocks, BLOCK * BLOCK]``."""
+    seen = dense_mask(torch.float32, batch, window)[:, 0] == 0
+    padding = -seen.shape[1] % BLOCK
+    seen = pad(seen, (0, padding, 0, padding))
+    return seen.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3).flatten(3)
+
+
+def found_blocks(numbers: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """``[B, blocks, blocks]`` bool."""
+    kept = torch.arange(indices.shape[-1]) < numbers[..., None]
+    return torch.zeros_like(kept).scatter(-1, indices.long(), kept)[:, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEGMENTS, st.sampled_from([None, 1, 100, 300]), st.booleans(), st.booleans())
+def test_blocks_are_those_of_the_dense_mask(lengths, window, shared, one_row):
+    batch = pack(segments_of(lengths), Layout(shared=shared, one_row=one_row))
+    exact, mask = by_blocks(batch, window), block_mask(batch, window)
+    part = found_blocks(mask.kv_num_blocks, mask.kv_indices)
+    whole = found_blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (part & whole).any()
+    assert torch.equal(exact.any(-1) | part | whole, part | whole)
+    assert torch.equal(whole & exact.all(-1), whole)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_few_blocks_are_looked_at_in_vain(window):
+    draw = np.random.default_rng(0)
+    lengths = [(draw.integers(1, 600), draw.integers(1, 400, 3)) for _ in range(9)]
+    batch = pack(segments_of(lengths), Layout(one_row=True))
+    exact, mask = by_blocks(batch, window), block_mask(batch, window)
+    part, whole = int(mask.kv_num_blocks.sum()), int(mask.full_kv_num_blocks.sum())
+    assert part + whole <= 1.1 * exact.any(-1).sum()
+    assert whole >= 0.9 * exact.all(-1).sum() > 0

@@ -1,0 +1,139 @@
+"""What a run saves is what it was given and trained: every tensor, adapters, and more embeddings where asked for."""
+
+import copy
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from irlfast.common.files import InputError
+from irlfast.config import make_config
+from irlfast.models.load import load_model, load_tokenizer, resize_model
+from irlfast.models.lora import base_and_adapter, check_adapter
+from irlfast.startup.prepare import check_weights
+from tests.data.test_packing import FAMILIES, model_of
+
+
+def config_of(folder, **keys):
+    return make_config({"dataset_name": __file__, "model_name_or_path": str(folder), "dtype": "float32"} | keys)
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused_and_one_that_has_more_is_told_of(tmp_path, capsys):
+    model_of("Llama").save_pretrained(tmp_path)
+    path, kept = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    save_file(kept | {"vision.weight": torch.ones(2), "vision.bias": torch.ones(2)}, path)
+    load_model(tmp_path, config_of(tmp_path))
+    assert "has no place for 2 tensors of its checkpoint, such as vision.bias; they are not" in capsys.readouterr().err
+    save_file({name: tensor for name, tensor in kept.items() if "layers.1.mlp" not in name}, path)
+    with pytest.raises(InputError, match=r"found no model\.layers\.1\.mlp\.\S+ \(3 tensors missing\), expected all of"):
+        load_model(tmp_path, config_of(tmp_path))
+
+
+def test_tensors_that_transformers_ignores_in_a_checkpoint_are_told_of(tmp_path, capsys):
+    model_of("GPT-NeoX").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {"gpt_neox.layers.0.attention.bias": torch.ones(2)}, path)
+    load_model(tmp_path, config_of(tmp_path))
+    assert "for 1 tensors of its checkpoint, such as gpt_neox.layers.0.attention.bias" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_embeddings_are_the_mean_of_the_old_ones_which_stay(tmp_path, tied):
+    config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, tie_word_embeddings=tied)
+    given = transformers.LlamaForCausalLM(config)
+    given.save_pretrained(tmp_path / "given")
+    tokenizer = load_tokenizer(
+        make_config({"dataset_name": __file__, "config_name": __file__, "train_tokenizer": 300}), ["some text"]
+    )
+    resize_model(config_of(tmp_path / "given"), tokenizer, tmp_path / "grown")
+    grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    assert grown.config.vocab_size == 1 + max(tokenizer.get_vocab().values()) > 61
+    for old, new in zip(*((x.get_input_embeddings(), x.get_output_embeddings()) for x in (given, grown)), strict=True):
+        assert torch.equal(new.weight[:61], old.weight)
+        assert torch.equal(new.weight[61:], old.weight.mean(0).expand_as(new.weight[61:]))
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def adapter_of(folder, base, **settings):
+    """The folder of a LoRA by PEFT whose every tensor is drawn, and the logits of the model with it."""
+    torch.manual_seed(1)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(base)
+    own = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | settings
+    model = peft.get_peft_model(loaded, peft.LoraConfig(**own)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter).abs())
+        logits = model(torch.arange(3, 12)[None]).logits
+    model.save_pretrained(folder)
+    return folder, logits
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({}, {"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"lora_dropout": 0.5}),
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ],
+    ids=str,
+)
+def test_adapters_that_are_taken_load_as_peft_loads_them(tmp_path, settings):
+    config = copy.deepcopy(FAMILIES["Qwen2"])
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")  # its projections have biases
+    folder, logits = adapter_of(tmp_path / "adapter", tmp_path / "base", **settings)
+    keys = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
+    check_adapter(folder, config_of(folder, **keys))
+    model = load_model(folder, config_of(folder, **keys)).eval()
+    torch.testing.assert_close(model(torch.arange(3, 12)[None]).logits, logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}, {"lora_bias": True}],
+    ids=str,
+)
+def test_adapters_that_hold_more_are_refused_by_the_name_of_the_setting(tmp_path, settings):
+    model_of("Llama").save_pretrained(tmp_path / "base")
+    folder, _ = adapter_of(tmp_path / "adapter", tmp_path / "base", **settings)
+    [name] = settings
+    with pytest.raises(InputError, match=rf"adapter \S+: found {name}: .*, which training cannot go on with; expected"):
+        check_weights(config_of(folder, use_peft=True, lora_r=4, lora_alpha=8))
+
+
+@pytest.mark.parametrize("adapter, base", [("stage-00/policy", "initial/policy"), ("adapter", "base"), ("a", "b/c/d")])
+def test_the_base_of_a_moved_adapter_is_found_where_it_moved_to(tmp_path, adapter, base):
+    first, moved = tmp_path / "first", tmp_path / "elsewhere" / "moved"
+    model_of("Llama").save_pretrained(first / base)
+    adapter_of(first / adapter, first / base)
+    moved.parent.mkdir()
+    shutil.move(first, moved)
+    assert base_and_adapter(moved / adapter) == (str(moved / base), moved / adapter)
+    shutil.rmtree(moved / base)
+    with pytest.raises(InputError, match=r"adapter \S+: found no \S+, expected its base as adapter_config.json says"):
+        base_and_adapter(moved / adapter)
+
+
+def test_a_revision_is_asked_for_of_the_given_model_and_of_an_adapters_base(tmp_path, monkeypatch):
+    asked = []
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(
+            kind, "from_pretrained", lambda name, revision, **_: asked.append((name, revision)) or 1 / 0
+        )
+    config = config_of("owner/model", model_revision="v2")
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "owner/base", "revision": "v3"})
+    )
+    for load, *given in (
+        (load_tokenizer, config, []),
+        (load_model, "owner/model", config),
+        (load_model, tmp_path, config),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            load(*given)
+    assert asked == [("owner/model", "v2"), ("owner/model", "v2"), ("owner/base", "v3")]

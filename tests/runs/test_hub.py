@@ -1,0 +1,94 @@
+"""The upload to the hub: tried before training, private unless told otherwise, with a card that the hub accepts.
+
+There is no hub here. What is replaced is the three calls of huggingface_hub that reach it.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
+
+from irlfast.config import make_config
+from irlfast.common.files import InputError
+from irlfast.reports.final import model_card, reward_card
+from irlfast.runs.hub import try_upload, upload
+from irlfast.train import main
+from tests.helpers.runs import ROOT, command
+
+FIGURES = {"phase": "sft", "exact_match": 0.5, "reward_accuracy": None, "nll": 2.0, "answer_length": 3.0}
+
+
+def config_of(**keys):
+    given = {"dataset_name": __file__, "model_name_or_path": ".", "push_to_hub": True, "hub_model_id": "me/policy"}
+    return make_config(given | keys)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What was asked of the hub, which has repositories as ``private`` says."""
+    asked = SimpleNamespace(created=[], uploaded=[], private=True)
+
+    def create_repo(name, private, exist_ok):
+        assert exist_ok
+        asked.created.append((name, private))
+        return SimpleNamespace(repo_id=name)
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "repo_info", lambda name: SimpleNamespace(private=asked.private))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **given: asked.uploaded.append(given))
+    return asked
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_the_repository_is_private_unless_told_otherwise(hub, tmp_path, private):
+    hub.private = private
+    config = config_of(**({} if private else {"hub_private": False}))
+    try_upload(config)
+    assert hub.created == [("me/policy", private)]
+    upload(config, tmp_path)
+    assert hub.uploaded == [{"repo_id": "me/policy", "folder_path": tmp_path}]
+
+
+def test_a_public_repository_gets_nothing_of_a_run_that_is_to_be_private(hub):
+    hub.private = False
+    with pytest.raises(InputError, match="hub_model_id me/policy: found a public repository, expected a private one"):
+        try_upload(config_of())
+
+
+def test_a_hub_out_of_reach_ends_the_run_before_it_starts(tmp_path, monkeypatch, capsys):
+    """HF_HUB_OFFLINE is set for all tests, so huggingface_hub itself refuses."""
+    monkeypatch.chdir(ROOT)
+    arguments = command(tmp_path / "run", push_to_hub="true", hub_model_id="me/policy")[1:]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert main() == 2
+    message = capsys.readouterr().err
+    assert message.startswith("irlfast: push_to_hub: me/policy cannot be written (") and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_upload_that_fails_says_where_the_policy_is(hub, tmp_path, monkeypatch):
+    def fails(**_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", fails)
+    with pytest.raises(InputError, match=r"its upload failed \(no route\); the same command tries again"):
+        upload(config_of(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [(".", None), ("owner/model", "owner/model"), ("gpt2", "gpt2"), (str(ROOT), None), ("a: b", None)],
+)
+@pytest.mark.parametrize(("dataset", "listed"), [(__file__, None), ("owner/rows", ["owner/rows"]), ("x" * 99, None)])
+def test_the_cards_metadata_names_what_the_hub_can_know_alone(model, base, dataset, listed):
+    config = config_of(model_name_or_path=model, dataset_name=dataset)
+    policy = ModelCard(model_card(config, "sft", "the last", [FIGURES])).data
+    reward = ModelCard(reward_card(config, {"phase": "reward", "reward_accuracy": 0.5})).data
+    for data, task in ((policy, "text-generation"), (reward, "text-classification")):
+        assert (data.base_model, data.datasets, data.pipeline_tag) == (base, listed, task)
+        assert data.library_name == "transformers" and "irlfast" in data.tags
+        for name in filter(None, [data.base_model, *(data.datasets or [])]):
+            validate_repo_id(name)

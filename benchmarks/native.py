@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.conftest import interleaved, write_result
 from irlfast import native
-from irlfast.ops.common.types import Problem, Side
+from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.logits import public as ops
 from irlfast.ops.pair_loss import cpu_slab
 from irlfast.optim import FusedRMSprop
@@ -43,15 +43,15 @@ def rmsprop(tensors: int, size: int) -> dict[str, float]:
 def softmax(softcap: float | None, n: int, vocabulary: int) -> dict[str, float]:
     logits, targets = torch.randn(n, vocabulary) * 4, torch.randint(vocabulary, (n,))
     head = torch.empty(vocabulary, 1)
-    problem = Problem(targets, None, targets, 1, 1.0, softcap, torch.float32, 64)
+    scored = ScoredTokens(targets, None, targets, 1, 1.0, softcap, torch.float32, 64)
     z, copy = logits.clone(), torch.empty_like(logits)
 
     def by_torch() -> None:
         with mock.patch.object(native, "cpu", None):
-            cpu_slab.softmax(z, targets, Side(head, head, None), problem)
+            cpu_slab.softmax(z, targets, HeadInputs(head, head, None), scored)
 
     steps = {
-        "irlfast": lambda: cpu_slab.native_softmax(z, targets, Side(head, head, None), problem),
+        "irlfast": lambda: cpu_slab.native_softmax(z, targets, HeadInputs(head, head, None), scored),
         "refill": lambda: z.copy_(logits),
         "torch": by_torch,
         "refill again": lambda: z.copy_(logits),

@@ -16,15 +16,15 @@ import torch
 from benchmarks.conftest import goal_lines, write_result
 from benchmarks.test_throughput import QUICK, SHAPE, VOCABULARY
 from irlfast import ops
-from irlfast.data.packing import Layout, Segment, micro_batches, pack, work
+from irlfast.data.packing import Layout, PromptGroup, micro_batches, pack, token_counts
 from irlfast.losses.inputs import arguments
 from irlfast.models.attention import hidden_states, operations
 from irlfast.ops import lm_head
 
 PROMPTS, SYNTHETIC = (0.25, 0.5, 1, 2, 4), (1, 2, 4)  # of the answers' length, and their number
 GPU_SHAPE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16}
-ON_CPU = {"answer": 64, "segments": 4, "limit": 1024, "rounds": 5}
-ON_GPU = {"answer": 256, "segments": 32, "limit": 16384, "rounds": 3}
+ON_CPU = {"answer": 64, "groups": 4, "limit": 1024, "rounds": 5}
+ON_GPU = {"answer": 256, "groups": 32, "limit": 16384, "rounds": 3}
 GOAL = 0.15  # the count may be this far off
 
 
@@ -40,11 +40,11 @@ def make_model(shape: dict[str, int], vocabulary: int, device: torch.device) -> 
     return model
 
 
-def seconds(model: Any, segments: list[Segment], layout: Layout, limit: int) -> float:
-    """Of all passes over ``segments``: CPU seconds, or a GPU's by the clock."""
-    answers = len(segments[0].answers)
-    chosen = micro_batches(range(len(segments)), segments, layout, limit)
-    batches = [pack([segments[i] for i in part], layout).to(model.device) for part in chosen]
+def seconds(model: Any, groups: list[PromptGroup], layout: Layout, limit: int) -> float:
+    """Of all passes over ``groups``: CPU seconds, or a GPU's by the clock."""
+    answers = len(groups[0].answers)
+    chosen = micro_batches(range(len(groups)), groups, layout, limit)
+    batches = [pack([groups[i] for i in part], layout).to(model.device) for part in chosen]
     now = time.perf_counter if model.device.type == "cuda" else time.process_time
     begun = now()
     for batch in batches:
@@ -67,14 +67,14 @@ def curve(model: Any, sizes: dict[str, int]) -> list[dict[str, Any]]:
         for ratio in PROMPTS:
             prompt = [1 + i % 200 for i in range(round(ratio * sizes["answer"]))]
             answer = [1 + i * 7 % 200 for i in range(sizes["answer"])]
-            segments = [Segment(prompt, (answer,) * (n + 1))] * sizes["segments"]
+            groups = [PromptGroup(prompt, (answer,) * (n + 1))] * sizes["groups"]
             times: dict[str, list[float]] = {name: [] for name in layouts}
             for _ in range(sizes["rounds"] + 1):
                 for name, layout in layouts.items():
-                    times[name].append(seconds(model, segments, layout, sizes["limit"]))
+                    times[name].append(seconds(model, groups, layout, sizes["limit"]))
             middle = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first warms up
-            tokens = sizes["answer"] * (n + 1) * sizes["segments"]
-            counted = {name: operations(model, work(segments, layout)) for name, layout in layouts.items()}
+            tokens = sizes["answer"] * (n + 1) * sizes["groups"]
+            counted = {name: operations(model, token_counts(groups, layout)) for name, layout in layouts.items()}
             gain, predicted = (both["separate"] / both["shared"] for both in (middle, counted))
             rates = {name: tokens / spent for name, spent in middle.items()}
             points.append({"n": n, "ratio": ratio, "rates": rates, "gain": gain, "predicted": predicted})
@@ -83,7 +83,7 @@ def curve(model: Any, sizes: dict[str, int]) -> list[dict[str, Any]]:
 
 def test_sharing(pytestconfig):
     quick, gpu = pytestconfig.getoption("quick"), torch.cuda.is_available()
-    sizes = {"answer": 8, "segments": 2, "limit": 64, "rounds": 1} if quick else ON_GPU if gpu else ON_CPU
+    sizes = {"answer": 8, "groups": 2, "limit": 64, "rounds": 1} if quick else ON_GPU if gpu else ON_CPU
     shape = QUICK if quick else GPU_SHAPE if gpu else SHAPE
     model = make_model(shape, 300 if quick else VOCABULARY, torch.device("cuda" if gpu else "cpu"))
     points = curve(model, sizes)

@@ -26,7 +26,7 @@ def memory(what: str) -> int:
     """KiB of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
     found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found
-    return int(found.group(1))
+    return int(found.part(1))
 
 
 def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], best: bool) -> dict[str, Any]:
@@ -119,11 +119,11 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     from irlfast.common import dist
     from irlfast.common.files import remove
     from irlfast.config import make_config
-    from irlfast.data.encoding import Format
-    from irlfast.data.packing import Segment
+    from irlfast.data.encoding import Encoder
+    from irlfast.data.packing import PromptGroup
     from irlfast.engine.fit import Plan, fit
     from irlfast.losses.pairs import irft_loss
-    from irlfast.runs.metrics_log import Log
+    from irlfast.runs.metrics_log import MetricsLog
     from irlfast.runs.run import Run
     from irlfast.sampling.scoring import score
 
@@ -131,7 +131,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     moments: list[Moment] = []
     peaks: list[int] = []
 
-    class Clock(Log):
+    class Clock(MetricsLog):
         def begin(self, *given: Any) -> None:
             super().begin(*given)
             moments.append(now())
@@ -156,21 +156,21 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
         config,
         output,
         folder / "policy",
-        Format(no_words(), None, [], 0, (0,), True),
+        Encoder(no_words(), None, [], 0, (0,), True),
         [],
         [],
         Clock(output, config),
         None,
     )
-    segments = [Segment(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
+    groups = [PromptGroup(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
     begun = now()
-    ref_logps = score(run, folder / "reference", segments, output / "reference.safetensors")
+    ref_logps = score(run, folder / "reference", groups, output / "reference.safetensors")
     scoring = [begun, now()]
-    segments = [segment._replace(ref_logps=own) for segment, own in zip(segments, ref_logps, strict=True)]
+    groups = [group._replace(ref_logps=own) for group, own in zip(groups, ref_logps, strict=True)]
     loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
     steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
     plan = Plan(0, steps, workload["batch"], RATE, "rmsprop")
-    fit(run, output / "stage-00", folder / "policy", segments, loss, plan)
+    fit(run, output / "stage-00", folder / "policy", groups, loss, plan)
     dist.stop()
     return report(losses[0], scoring, moments, peaks[-1] - base)
 

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from irlfast.common import dist
 from irlfast.common.command import exit_code, writing_to
 from irlfast.common.files import write, write_json, write_jsonl
-from irlfast.common.messages import say
+from irlfast.common.messages import log
 from irlfast.config import Config, load_config
 from irlfast.data.store import Example
 from irlfast.evaluation.heldout import text
@@ -58,7 +58,7 @@ def best_of_n(config: Config) -> None:
         curve = best_of_each(*(np.concatenate([part[name] for part in scores]) for name in names))
         write_json(run.output / "curve.json", curve)
         show(curve)
-        say(f"best of {config.num_generations}: {run.output / 'best.jsonl'}")
+        log(f"best of {config.num_generations}: {run.output / 'best.jsonl'}")
     dist.barrier()
     dist.stop()
 

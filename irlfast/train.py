@@ -26,13 +26,13 @@ def train(config: Config) -> None:
     run = prepare(config)
     policy = run.initial
     policies: dict[str, Path | str] = {}
-    figures = []
+    metrics = []
 
     def hold_out(phase: str) -> None:
         """Hold the policy against the held-out demonstrations, and against the first policy that was."""
         policies[phase] = policy
         first = next(iter(policies))
-        figures.append(evaluate(run, run.output / phase, policy, run.output / first, policies[first]))
+        metrics.append(evaluate(run, run.output / phase, policy, run.output / first, policies[first]))
 
     if not wants_sft(config) or (config.method == "sft" and config.model_name_or_path):
         hold_out("initial")
@@ -48,7 +48,7 @@ def train(config: Config) -> None:
     for stage in range(0 if config.method == "sft" else config.stages):
         policy = stage_of(run, stage, policy, policy if config.reference == "stage" else first)
         hold_out(stage_name(stage))
-    finish(run, policies, figures)
+    finish(run, policies, metrics)
 
 
 def command() -> None:

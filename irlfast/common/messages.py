@@ -9,15 +9,15 @@ from tqdm import tqdm
 from irlfast.common import dist
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Print one line, by one process, without breaking a progress bar."""
     if dist.is_main():
         tqdm.write(message, file=sys.stderr)
 
 
 @functools.cache
-def say_once(message: str) -> None:
-    say(message)
+def log_once(message: str) -> None:
+    log(message)
 
 
 class Progress:
@@ -44,11 +44,11 @@ class Progress:
         self.done += count
         self.bar.update(count)
 
-    def tell(self, figures: str = "") -> None:
-        self.bar.set_postfix_str(figures, refresh=False)
+    def tell(self, metrics: str = "") -> None:
+        self.bar.set_postfix_str(metrics, refresh=False)
         now = time.monotonic()
         if self.lines and (now - self.told >= self.seconds or self.done == self.total):
             self.told = now
             whole = "" if self.total is None else f"/{self.total:,}"
             line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.phase}: {self.unit} {self.done:,}{whole}"
-            print(f"{line}, {figures}" if figures else line, file=sys.stderr, flush=True)
+            print(f"{line}, {metrics}" if metrics else line, file=sys.stderr, flush=True)

@@ -38,8 +38,8 @@ APART = (
 EXAMPLES = 100  # rows left out that are shown in data/dropped.jsonl
 
 
-class Format(NamedTuple):
-    """How a run writes conversations for its tokenizer. See :func:`make_format`."""
+class Encoder(NamedTuple):
+    """How a run writes conversations for its tokenizer. See :func:`make_encoder`."""
 
     tokenizer: Any
     template: Template
@@ -70,9 +70,9 @@ class Ids(NamedTuple):
 # ---------------------------------------------------------------- what the tokenizer and its template are
 
 
-def make_format(
+def make_encoder(
     tokenizer: Any, config: Config, begun: datetime.datetime | None = None, stops: Sequence[int] = ()
-) -> Format:
+) -> Encoder:
     """The run's format: its chat template, BOS and end tokens. ``stops``: end tokens that the model's own files name.
 
     Raises:
@@ -86,7 +86,7 @@ def make_format(
     if end_id is None:
         raise InputError("the tokenizer has no end token; expected an eos_token, so that answers can end")
     writes_end = end_id in tokenizer(template.after, add_special_tokens=False).input_ids
-    return Format(tokenizer, template, bos, end_id, tuple(sorted({end_id, *named})), writes_end)
+    return Encoder(tokenizer, template, bos, end_id, tuple(sorted({end_id, *named})), writes_end)
 
 
 def template_end(template: Template, stops: set[int]) -> int | None:
@@ -107,27 +107,27 @@ def template_end(template: Template, stops: set[int]) -> int | None:
 
 
 def encode(
-    rows: Iterable[Demonstration], form: Format, config: Config, tally: Tally
+    rows: Iterable[Demonstration], encoder: Encoder, config: Config, tally: Tally
 ) -> Iterator[tuple[Demonstration, Ids]]:
     """Every demonstration that is kept, with its token ids. Duplicates, empty and too long ones are counted.
 
     Raises:
         InputError: naming the row that the template refuses, where ``bad_rows`` is refuse.
     """
-    written = form.template.header + form.template.after
-    control = control_tokens(form.tokenizer, written) if config.split_special_tokens else []
-    speller, seen = make_speller(form.tokenizer, control), set[int]()
+    written = encoder.template.header + encoder.template.after
+    control = control_tokens(encoder.tokenizer, written) if config.split_special_tokens else []
+    speller, seen = make_speller(encoder.tokenizer, control), set[int]()
     stream = iter(rows)
     while batch := list(itertools.islice(stream, BATCH)):
         tally.counts["rows"] += len(batch)
-        texts = [pair for row in batch if (pair := written_row(row, form, speller, config, tally))]
-        for (row, text), ids in zip(texts, encode_texts(texts, form, speller, tally), strict=True):
+        texts = [pair for row in batch if (pair := written_row(row, encoder, speller, config, tally))]
+        for (row, text), ids in zip(texts, encode_texts(texts, encoder, speller, tally), strict=True):
             same = hash((text.prompt, text.answer, text.rejected))
             if row.answer is not None and is_empty(row.answer, ids.answer):
                 leave_out(tally, "empty_answers", row)
             elif same in seen:
                 leave_out(tally, "duplicates", row)
-            elif fitting := fitted(row, ids, form, speller, config, tally):
+            elif fitting := fitted(row, ids, encoder, speller, config, tally):
                 seen.add(same)
                 tally.counts["kept"] += 1
                 tally.counts["prompt_tokens"] += len(fitting.prompt)
@@ -148,7 +148,7 @@ def leave_out(tally: Tally, reason: str, row: Demonstration) -> None:
 
 
 def written_row(
-    row: Demonstration, form: Format, speller: Speller, config: Config, tally: Tally
+    row: Demonstration, encoder: Encoder, speller: Speller, config: Config, tally: Tally
 ) -> tuple[Demonstration, Written] | None:
     """A row with its text; None where the template refuses the row and ``bad_rows`` leaves such rows out."""
     if not row.prompt:  # a text without turns, which is the model's own
@@ -158,7 +158,7 @@ def written_row(
     refusal = None
     for attempt in [safe, safe._replace(prompt=mended(safe.prompt))] if config.bad_rows == "mend" else [safe]:
         try:
-            text = write(form.template, attempt, tally.remarks, config.turns == "all")
+            text = write(encoder.template, attempt, tally.remarks, config.turns == "all")
         except Refused as error:
             refusal = refusal or error
         else:
@@ -175,7 +175,7 @@ def written_row(
 
 
 def encode_texts(
-    rows: Sequence[tuple[Demonstration, Written]], form: Format, speller: Speller, tally: Tally
+    rows: Sequence[tuple[Demonstration, Written]], encoder: Encoder, speller: Speller, tally: Tally
 ) -> list[Ids]:
     """Token ids of prompts and answers, end tokens included.
 
@@ -186,28 +186,29 @@ def encode_texts(
     """
     texts = [text for _, text in rows]
     prompts = speller.encode([text.prompt for text in texts])
-    answers = encode_answers([(text.prompt, text.answer) for text in texts], prompts, form, speller, tally)
+    answers = encode_answers([(text.prompt, text.answer) for text in texts], prompts, encoder, speller, tally)
     with_rejected = [i for i, text in enumerate(texts) if text.rejected is not None]
     pairs = [(texts[i].prompt, str(texts[i].rejected)) for i in with_rejected]
-    others = encode_answers(pairs, [prompts[i] for i in with_rejected], form, speller, tally)
+    others = encode_answers(pairs, [prompts[i] for i in with_rejected], encoder, speller, tally)
     rejected = dict(zip(with_rejected, others, strict=True))
     found = []
     for i, ((row, text), prompt, answer) in enumerate(zip(rows, prompts, answers, strict=True)):
         if not row.prompt:
-            found.append(text_ids(text.answer, form))
+            found.append(text_ids(text.answer, encoder))
             continue
-        shift = form.bos if prompt.ids[:1] != form.bos else []
-        earlier = [len(shift) + at for at in positions(text, prompt, form, speller)]
+        shift = encoder.bos if prompt.ids[:1] != encoder.bos else []
+        earlier = [len(shift) + at for at in positions(text, prompt, encoder, speller)]
         found.append(Ids([*shift, *prompt.ids], answer if row.answer else [], rejected.get(i, []), earlier))
     return found
 
 
 def encode_answers(
-    pairs: Sequence[tuple[str, str]], prompts: Sequence[Encoded], form: Format, speller: Speller, tally: Tally
+    pairs: Sequence[tuple[str, str]], prompts: Sequence[Encoded], encoder: Encoder, speller: Speller, tally: Tally
 ) -> list[list[int]]:
     """Token ids of answers to prompts, with their end tokens."""
     pairs = [
-        (prompt, answer if form.ends_itself else answer.removesuffix(form.template.after)) for prompt, answer in pairs
+        (prompt, answer if encoder.ends_itself else answer.removesuffix(encoder.template.after))
+        for prompt, answer in pairs
     ]
     wholes = speller.encode([prompt + answer for prompt, answer in pairs])
     joined = [
@@ -216,13 +217,13 @@ def encode_answers(
     ]
     apart = iter(speller.encode([answer for (_, answer), fits in zip(pairs, joined, strict=True) if not fits]))
     tally.counts["tokenised_apart"] += joined.count(False)
-    if form.template.own:  # prompt_template says where the answer begins, so that this loses nothing
+    if encoder.template.own:  # prompt_template says where the answer begins, so that this loses nothing
         tally.remarks[APART] += joined.count(False)
     found = [
         whole.ids[len(prompt.ids) :] if fits else next(apart).ids
         for whole, prompt, fits in zip(wholes, prompts, joined, strict=True)
     ]
-    return [ended(ids, form, tally) for ids in found]
+    return [ended(ids, encoder, tally) for ids in found]
 
 
 def continues(whole: Encoded, prompt: Encoded, characters: int) -> bool:
@@ -232,28 +233,28 @@ def continues(whole: Encoded, prompt: Encoded, characters: int) -> bool:
     return whole.ids[:count] == prompt.ids and not eaten
 
 
-def ended(ids: list[int], form: Format, tally: Tally) -> list[int]:
+def ended(ids: list[int], encoder: Encoder, tally: Tally) -> list[int]:
     """An answer up to its first end token, where sampling would stop; one that has none gets the template's."""
-    ends = [at for at, token in enumerate(ids) if token in form.ends]
+    ends = [at for at, token in enumerate(ids) if token in encoder.ends]
     tally.counts["cut_at_end_token"] += len(ends) > 1
-    return ids[: ends[0] + 1] if ends else [*ids, form.end_id]
+    return ids[: ends[0] + 1] if ends else [*ids, encoder.end_id]
 
 
-def text_ids(text: str, form: Format) -> Ids:
+def text_ids(text: str, encoder: Encoder) -> Ids:
     """A text of the model's own, special tokens and all: from the BOS, or else its first token, to the EOS."""
-    tokenizer = form.tokenizer
-    ids = [*form.bos, *tokenizer(text, add_special_tokens=False).input_ids]
-    ids = ids[1:] if ids[1:2] == form.bos else ids
-    end = form.end_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    tokenizer = encoder.tokenizer
+    ids = [*encoder.bos, *tokenizer(text, add_special_tokens=False).input_ids]
+    ids = ids[1:] if ids[1:2] == encoder.bos else ids
+    end = encoder.end_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     return Ids(ids[:1], ids[1:] if ids[-1:] == [end] else [*ids[1:], end], [], [])
 
 
-def positions(text: Written, prompt: Encoded, form: Format, speller: Speller) -> list[int]:
+def positions(text: Written, prompt: Encoded, encoder: Encoder, speller: Speller) -> list[int]:
     """Positions of the prompt's tokens that are earlier answers, each with its end token."""
     found: list[int] = []
     if not text.turns:
         return found
-    special = {*form.tokenizer.all_special_ids, *form.tokenizer.added_tokens_decoder}
+    special = {*encoder.tokenizer.all_special_ids, *encoder.tokenizer.added_tokens_decoder}
     for start, end in text.turns:
         first, behind = len(speller.rename(text.prompt[:start])), len(speller.rename(text.prompt[:end]))
         renamed = speller.rename(text.prompt)
@@ -272,7 +273,9 @@ def positions(text: Written, prompt: Encoded, form: Format, speller: Speller) ->
 # ---------------------------------------------------------------- lengths
 
 
-def fitted(row: Demonstration, ids: Ids, form: Format, speller: Speller, config: Config, tally: Tally) -> Ids | None:
+def fitted(
+    row: Demonstration, ids: Ids, encoder: Encoder, speller: Speller, config: Config, tally: Tally
+) -> Ids | None:
     """A demonstration within ``max_prompt_length`` and ``max_length``; None where it is left out.
 
     A long prompt loses its first turns, but never its system text, and then the beginning of its last turn. A long
@@ -285,7 +288,7 @@ def fitted(row: Demonstration, ids: Ids, form: Format, speller: Speller, config:
         return None
     long_prompt = len(ids.prompt) > config.max_prompt_length
     if long_prompt and config.overlong == "cut":
-        cut = shortened(row, form, speller, config)
+        cut = shortened(row, encoder, speller, config)
         if cut is None:
             leave_out(tally, "too_long", row)
             return None
@@ -300,16 +303,16 @@ def fitted(row: Demonstration, ids: Ids, form: Format, speller: Speller, config:
     return ids._replace(answer=ids.answer[:room], rejected=ids.rejected[:room])
 
 
-def shortened(row: Demonstration, form: Format, speller: Speller, config: Config) -> Ids | None:
+def shortened(row: Demonstration, encoder: Encoder, speller: Speller, config: Config) -> Ids | None:
     """The demonstration's ids with as much of its prompt as fits, from the end; None where nothing of it does."""
 
     def attempt(prompt: list[Message]) -> Ids | None:
         cut = row._replace(prompt=prompt)
         try:
-            text = write(form.template, cut, Counter(), config.turns == "all")
+            text = write(encoder.template, cut, Counter(), config.turns == "all")
         except Refused:
             return None
-        ids = encode_texts([(cut, text)], form, speller, Tally())[0]
+        ids = encode_texts([(cut, text)], encoder, speller, Tally())[0]
         return ids if len(ids.prompt) <= config.max_prompt_length else None
 
     later = shorter(row.prompt)

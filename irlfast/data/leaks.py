@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from irlfast.data.encoding import Format
-from irlfast.data.packing import Segment
+from irlfast.data.encoding import Encoder
+from irlfast.data.packing import PromptGroup
 
 MOST_PAIRS = 4000  # enough to see an accuracy of 0.9; more only takes time
 FOLDS = 5
@@ -25,17 +25,17 @@ REMEDIES = {
 }
 
 
-def find_leaks(pairs: Sequence[Segment], form: Format, max_new_tokens: int) -> dict[str, float]:
+def find_leaks(pairs: Sequence[PromptGroup], encoder: Encoder, max_new_tokens: int) -> dict[str, float]:
     """Accuracy of each check, from 0.5 (tells nothing) to 1 (tells all) apart; empty where pairs are too few to say."""
     pairs = pairs[:: -(-len(pairs) // MOST_PAIRS)]
     if len(pairs) < 2 * FOLDS:
         return {}
     answers = [answer for pair in pairs for answer in pair.answers[:2]]
-    special = {*form.tokenizer.all_special_ids}.difference(form.ends)
+    special = {*encoder.tokenizer.all_special_ids}.difference(encoder.ends)
     scalars = {
         "length": [len(answer) for answer in answers],
-        "end token": [answer[-1] in form.ends for answer in answers],
-        "truncation": [answer[-1] not in form.ends and len(answer) >= max_new_tokens for answer in answers],
+        "end token": [answer[-1] in encoder.ends for answer in answers],
+        "truncation": [answer[-1] not in encoder.ends and len(answer) >= max_new_tokens for answer in answers],
         "special tokens": [sum(token in special for token in answer) for answer in answers],
     }
     labels, groups = np.tile([1, 0], len(pairs)), np.repeat(np.arange(len(pairs)), 2)
@@ -68,7 +68,7 @@ def held_out_accuracy(model, features, labels: np.ndarray, groups: np.ndarray) -
     return float(cross_val_score(model, features, labels, groups=groups, cv=GroupKFold(FOLDS)).mean())
 
 
-def say_leaks(leaks: dict[str, float], phase: str) -> None:
+def log_leaks(leaks: dict[str, float], phase: str) -> None:
     """Print the accuracies, and for those above ``HIGH`` what to do."""
     if not leaks:
         return

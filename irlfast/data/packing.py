@@ -24,7 +24,7 @@ CPU_TOKENS = 1024  # of a micro-batch: more is no faster there, and takes memory
 ROW_MULTIPLE = 128  # tokens; few different lengths of one row, so that a GPU's kernels are seldom made anew
 
 
-class Segment(NamedTuple):
+class PromptGroup(NamedTuple):
     """One prompt with its answers: the expert's (SFT), the expert's and synthetic ones (IRFT), synthetic ones (RFT)."""
 
     prompt: Sequence[int]
@@ -41,9 +41,9 @@ class Layout(NamedTuple):
 
     shared: bool = True  # answers share their prompt; else each is a segment of its own
     one_row: bool = False  # all in one row; else a row a segment, padded to the longest
-    whole: bool = False  # with each answer's last token, and its tokens' own rows: what a reward model reads
+    keep_last_token: bool = False  # with each answer's last token, and its tokens' own rows: what a reward model reads
     answer_cost: float = 0.0  # operations of an answer token at the head, relative to a token's in the layers
-    seen_cost: float = 0.0  # of attention, for each token that a token sees
+    attended_cost: float = 0.0  # of attention, for each token that a token sees
 
 
 SHARED = Layout()
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
     input_ids: Tensor  # [B, L] int64
     position_ids: Tensor  # [B, L] int64
-    segment: Tensor  # [B, L] int32, number of the segment in its row, PAD at a row's end
+    group: Tensor  # [B, L] int32, number of the segment in its row, PAD at a row's end
     answer: Tensor  # [B, L] int32, 0 in a prompt, k in its k-th answer
     causal: bool  # every row is one sequence, so that a causal mask alone is right
     starts: Tensor  # [Q + 1] int32, where segments begin in the flattened [B * L], and their end; pads are the last's
@@ -85,10 +85,10 @@ class Batch(NamedTuple):
         return self._replace(**changed)
 
 
-def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
+def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
     """All answers of all segments in turn, in the rows that ``layout`` says."""
-    pieces = [piece for segment in segments for piece in parts(segment, layout)]
-    lengths = np.array([tokens(piece) for piece in pieces])
+    pieces = [piece for group in groups for piece in packed_groups(group, layout)]
+    lengths = np.array([count_tokens(piece) for piece in pieces])
     if layout.one_row:
         width = -(-int(lengths.sum()) // ROW_MULTIPLE) * ROW_MULTIPLE
         shape, starts = (1, width), lengths.cumsum() - lengths
@@ -106,10 +106,12 @@ def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
         for k, answer in enumerate(piece.answers, 1):
             put(flat, at, answer[:-1], prompt, number if layout.one_row else 0, k)
             predicting = [first + prompt - 1, *range(at, at + len(answer) - 1)]
-            rows.append(np.array(learned(predicting[layout.whole : len(answer)], piece), dtype=np.int64))
+            rows.append(np.array(learned(predicting[layout.keep_last_token : len(answer)], piece), dtype=np.int64))
             at += max(len(answer) - 1, 0)
-    answers = [learned(answer[: len(answer) - layout.whole], piece) for piece in pieces for answer in piece.answers]
-    advantages = [advantage for segment in segments for advantage in segment.advantages]
+    answers = [
+        learned(answer[: len(answer) - layout.keep_last_token], piece) for piece in pieces for answer in piece.answers
+    ]
+    advantages = [advantage for group in groups for advantage in group.advantages]
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(position_ids),
@@ -121,52 +123,52 @@ def pack(segments: Sequence[Segment], layout: Layout = SHARED) -> Batch:
         rows=torch.from_numpy(np.concatenate(rows)),
         targets=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
         cu_seqlens=torch.tensor([0, *np.cumsum([len(answer) for answer in answers])], dtype=torch.int32),
-        ref_logps=joined([segment.ref_logps for segment in segments]),
-        old_logps=joined([segment.old_logps for segment in segments]),
+        ref_logps=joined([group.ref_logps for group in groups]),
+        old_logps=joined([group.old_logps for group in groups]),
         advantages=torch.tensor(advantages, dtype=torch.float32) if advantages else None,
     )
 
 
-def learned(values: Sequence[int], segment: Segment) -> Sequence[int]:
+def learned(values: Sequence[int], group: PromptGroup) -> Sequence[int]:
     """Of an answer's values, one a token, those of the tokens that a loss is on."""
-    return values if segment.learned is None else [values[at] for at in segment.learned]
+    return values if group.learned is None else [values[at] for at in group.learned]
 
 
 def joined(logps: Sequence[tuple[Tensor, ...]]) -> Tensor | None:
     """Those of all segments' answers ``[N]``; None where segments have none."""
-    flat = [answer for segment in logps for answer in segment]
+    flat = [answer for group in logps for answer in group]
     return torch.cat(flat) if flat else None
 
 
-def put(flat: Sequence[np.ndarray], at: int, ids: Sequence[int], position: int, segment: int, answer: int) -> None:
+def put(flat: Sequence[np.ndarray], at: int, ids: Sequence[int], position: int, group: int, answer: int) -> None:
     """Write one prompt or answer into the flattened input, position, segment and answer ids."""
-    for array, values in zip(flat, (ids, np.arange(position, position + len(ids)), segment, answer), strict=True):
+    for array, values in zip(flat, (ids, np.arange(position, position + len(ids)), group, answer), strict=True):
         array[at : at + len(ids)] = values
 
 
-def parts(segment: Segment, layout: Layout) -> list[Segment]:
+def packed_groups(group: PromptGroup, layout: Layout) -> list[PromptGroup]:
     """What is packed for a segment: itself, or a segment for each answer with a prompt of its own.
 
     Where answers are to be whole, a token more stands behind each, to be left out in the place of its last.
     """
-    answers = tuple([*answer, 0] for answer in segment.answers) if layout.whole else segment.answers
-    shared = Segment(segment.prompt, answers, learned=segment.learned)
+    answers = tuple([*answer, 0] for answer in group.answers) if layout.keep_last_token else group.answers
+    shared = PromptGroup(group.prompt, answers, learned=group.learned)
     return [shared] if layout.shared else [shared._replace(answers=(answer,)) for answer in answers]
 
 
-def tokens(segment: Segment) -> int:
+def count_tokens(group: PromptGroup) -> int:
     """Tokens that a packed segment is."""
-    return len(segment.prompt) + sum(max(len(answer) - 1, 0) for answer in segment.answers)
+    return len(group.prompt) + sum(max(len(answer) - 1, 0) for answer in group.answers)
 
 
-def work(segments: Sequence[Segment], layout: Layout) -> Counter[str]:
+def token_counts(groups: Sequence[PromptGroup], layout: Layout) -> Counter[str]:
     """Tokens, answer tokens, and how many tokens each token sees, summed."""
     found: Counter[str] = Counter()
-    for part in (part for segment in segments for part in parts(segment, layout)):
+    for part in (part for group in groups for part in packed_groups(group, layout)):
         prompt, lengths = len(part.prompt), [max(len(answer) - 1, 0) for answer in part.answers]
-        found["tokens"] += tokens(part)
-        found["answer_tokens"] += sum(len(learned(answer, part)) - layout.whole for answer in part.answers)
-        found["seen"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
+        found["tokens"] += count_tokens(part)
+        found["answer_tokens"] += sum(len(learned(answer, part)) - layout.keep_last_token for answer in part.answers)
+        found["attended"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
     return found
 
 
@@ -187,34 +189,34 @@ def plan_steps(count: int, batch: int, *, epochs: float | None, steps: int | Non
 
 
 def micro_batches(
-    step: Sequence[int], segments: Sequence[Segment], layout: Layout, limit: int, rank: int = 0, ranks: int = 1
+    step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout, limit: int, rank: int = 0, ranks: int = 1
 ) -> list[list[int]]:
     """This rank's micro-batches of a step, at most ``limit`` tokens each, padding counted; a longer segment goes alone.
 
     All ranks' segments cost about the same together, and every rank has as many micro-batches, its k-th much like the
     others' k-th; some are empty where segments are few.
     """
-    cost = {i: cost_of(segments[i], layout) for i in step}
-    fill = first_fit if layout.one_row else like_lengths
+    cost = {i: cost_of(groups[i], layout) for i in step}
+    fill = first_fit if layout.one_row else similar_lengths
     bins: list[list[list[int]]] = [
-        fill(share, segments, layout, limit) if share else [[]] for share in dealt(step, cost, ranks)
+        fill(share, groups, layout, limit) if share else [[]] for share in balanced_shares(step, cost, ranks)
     ]
     own, most = bins[rank], max(map(len, bins))
     while len(own) < most:
         own.sort(key=lambda chosen: (len(chosen) < 2, -sum(cost[i] for i in chosen)))
-        own[:1] = dealt(own[0], cost, 2)
+        own[:1] = balanced_shares(own[0], cost, 2)
     return sorted(own, key=lambda chosen: (-sum(cost[i] for i in chosen), chosen))
 
 
-def cost_of(segment: Segment, layout: Layout) -> float:
+def cost_of(group: PromptGroup, layout: Layout) -> float:
     """Operations relative to a token's in the layers."""
-    found = work([segment], layout)
-    return found["tokens"] + layout.answer_cost * found["answer_tokens"] + layout.seen_cost * found["seen"]
+    found = token_counts([group], layout)
+    return found["tokens"] + layout.answer_cost * found["answer_tokens"] + layout.attended_cost * found["attended"]
 
 
-def first_fit(step: Sequence[int], segments: Sequence[Segment], layout: Layout, limit: int) -> list[list[int]]:
+def first_fit(step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout, limit: int) -> list[list[int]]:
     """First-fit decreasing: each, from the largest, goes into the first bin that has room."""
-    sizes = {i: sum(map(tokens, parts(segments[i], layout))) for i in step}
+    sizes = {i: sum(map(count_tokens, packed_groups(groups[i], layout))) for i in step}
     bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(step, key=lambda i: (-sizes[i], i)):
@@ -227,10 +229,10 @@ def first_fit(step: Sequence[int], segments: Sequence[Segment], layout: Layout, 
     return bins
 
 
-def like_lengths(step: Sequence[int], segments: Sequence[Segment], layout: Layout, limit: int) -> list[list[int]]:
+def similar_lengths(step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout, limit: int) -> list[list[int]]:
     """From the longest on, as many as fit into ``limit`` when padded to the first's length."""
-    longest = {i: max(map(tokens, parts(segments[i], layout))) for i in step}
-    rows = 1 if layout.shared else len(segments[step[0]].answers)
+    longest = {i: max(map(count_tokens, packed_groups(groups[i], layout))) for i in step}
+    rows = 1 if layout.shared else len(groups[step[0]].answers)
     bins: list[list[int]] = []
     width = 0
     for i in sorted(step, key=lambda i: (-longest[i], i)):
@@ -241,7 +243,7 @@ def like_lengths(step: Sequence[int], segments: Sequence[Segment], layout: Layou
     return bins
 
 
-def dealt(chosen: Sequence[int], cost: dict[int, float], parts: int) -> list[list[int]]:
+def balanced_shares(chosen: Sequence[int], cost: dict[int, float], parts: int) -> list[list[int]]:
     """Parts of about the same cost: each, from the costliest, goes to the part that has the least."""
     each: list[list[int]] = [[] for _ in range(parts)]
     loads = [0.0] * parts
@@ -270,6 +272,6 @@ def token_limit(config: Config, longest: int, count: int, most: int = sys.maxsiz
     return config.max_tokens_per_batch
 
 
-def longest_of(segments: Sequence[Segment], layout: Layout) -> int:
+def longest_of(groups: Sequence[PromptGroup], layout: Layout) -> int:
     """Tokens of the longest segment."""
-    return max(sum(map(tokens, parts(segment, layout))) for segment in segments)
+    return max(sum(map(count_tokens, packed_groups(group, layout))) for group in groups)

@@ -8,7 +8,7 @@ from typing import IO, NamedTuple
 
 from irlfast.common.files import InputError
 from irlfast.config import Config
-from irlfast.data.encoding import Format, Ids, Tally, encode
+from irlfast.data.encoding import Encoder, Ids, Tally, encode
 from irlfast.data.read import read_demonstrations
 from irlfast.data.reading import Reading
 from irlfast.data.rows import Demonstration
@@ -23,7 +23,7 @@ class Sets(NamedTuple):
     readings: list[Reading]
 
 
-def read_sets(config: Config, form: Format, lines: IO[str] | None = None, prompts_only: bool = False) -> Sets:
+def read_sets(config: Config, encoder: Encoder, lines: IO[str] | None = None, prompts_only: bool = False) -> Sets:
     """Read and encode both sets; every kept row becomes one of ``lines``, of which an example's ``row`` is the number.
 
     The held-out set is another source, another split, or a share of the rows. With ``prompts_only`` there is none, and
@@ -38,13 +38,13 @@ def read_sets(config: Config, form: Format, lines: IO[str] | None = None, prompt
     found = read_demonstrations(
         config, sources_of(config), readings, limit=config.max_train_samples, prompts_only=prompts_only
     )
-    train = collected(encode(found, form, config, tallies["train"]), lines, 0)
+    train = collected(encode(found, encoder, config, tallies["train"]), lines, 0)
     held_out: list[Example] = []
     if apart:
         tallies["eval"] = Tally()
         sources = sources_of(config, held_out=True)
         found = read_demonstrations(config, sources, readings, limit=config.max_eval_samples)
-        held_out = collected(encode(found, form, config, tallies["eval"]), lines, len(train))
+        held_out = collected(encode(found, encoder, config, tallies["eval"]), lines, len(train))
     for name, part in (("training", train), ("held-out", held_out)):
         if not part and (name == "training" or apart):
             raise InputError(f"dataset {names(config, name == 'held-out')}: no {name} row is left; expected some")

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from irlfast.common import dist
 from irlfast.common.files import InputError, find, read_json, remove, write, write_json, write_text
-from irlfast.common.messages import Progress, say
+from irlfast.common.messages import Progress, log
 from irlfast.config import Config
-from irlfast.data.encoding import Format
-from irlfast.data.packing import Layout, Segment, pack, plan_steps
-from irlfast.engine.memory import RanOut, phase_limit
+from irlfast.data.encoding import Encoder
+from irlfast.data.packing import Layout, PromptGroup, pack, plan_steps
+from irlfast.engine.memory import OutOfMemory, phase_limit
 from irlfast.engine.module import Policy
 from irlfast.engine.step import Stopwatch, add, meters, prepare, profiled, train_step
-from irlfast.losses.inputs import Figures, Loss
+from irlfast.losses.inputs import Loss, Metrics
 from irlfast.models.attention import arrange
 from irlfast.models.load import freeze, load_model, save_pretrained
 from irlfast.models.lora import add_lora, base_and_adapter, is_adapted, merge, revision, save_lora
@@ -69,7 +69,7 @@ def plan_phase(
     return Plan(stage, chosen, micro_batch, learning_rate, optim, reward)
 
 
-def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment], loss: Loss, plan: Plan) -> Path:
+def fit(run: Run, folder: Path, policy: Path | str, groups: Sequence[PromptGroup], loss: Loss, plan: Plan) -> Path:
     """Train ``policy`` as planned; the result is ``folder/policy``, or a reward model in ``folder/model``.
 
     A kill loses at most ``save_steps`` steps: the same call goes on from the last checkpoint in ``folder``. So does one
@@ -79,8 +79,8 @@ def fit(run: Run, folder: Path, policy: Path | str, segments: Sequence[Segment],
         InputError: where the loss or its gradient is no number any more; no policy is written then.
     """
     while not (folder / "DONE").exists():
-        with contextlib.suppress(RanOut):
-            train_phase(run, folder, policy, segments, loss, plan)
+        with contextlib.suppress(OutOfMemory):
+            train_phase(run, folder, policy, groups, loss, plan)
         forget_engines()
         dist.free_memory()
     return folder / result_name(plan)
@@ -105,22 +105,22 @@ def train_phase(
     run: Run,
     folder: Path,
     policy: Path | str,
-    segments: Sequence[Segment],
+    groups: Sequence[PromptGroup],
     loss: Loss,
     plan: Plan,
 ) -> None:
     config = run.config
-    engine, layout = make_engine(policy, loss, plan, config, segments)
-    limit = phase_limit(config, segments, layout, plan.micro_batch, folder / "checkpoint")
+    engine, layout = make_engine(policy, loss, plan, config, groups)
+    limit = phase_limit(config, groups, layout, plan.micro_batch, folder / "checkpoint")
     first = resume(engine, folder / "checkpoint", config)
     phase = folder.relative_to(run.output).as_posix()
-    run.log.begin(phase, first)
-    window: Figures = {}
+    run.metrics_log.begin(phase, first)
+    window: Metrics = {}
     done: Counter[str] = Counter()
     steps = len(plan.steps)
     warned = False
     watch = Stopwatch()
-    batches = prepare(plan.steps[first:], segments, layout, limit)
+    batches = prepare(plan.steps[first:], groups, layout, limit)
     with (
         Progress(phase, steps, "step", first) as progress,
         profiled(config.profile and dist.is_main(), folder / "trace.json") as profile_step,
@@ -128,8 +128,8 @@ def train_phase(
         limit.backing_off(folder / "checkpoint"),
     ):
         for step, prepared in enumerate(batches, first + 1):
-            figures, grad_norm = train_step(engine, prepared, config.max_grad_norm, watch)
-            window, done = add(window, figures), done + prepared.work
+            metrics, grad_norm = train_step(engine, prepared, config.max_grad_norm, watch)
+            window, done = add(window, metrics), done + prepared.work
             profile_step()
             progress.advance()
             # On a CPU every norm is looked at; a GPU would be waited for, so there it is those of logged steps.
@@ -137,11 +137,11 @@ def train_phase(
             if sound and step % config.logging_steps and step < steps:
                 continue
             row: dict[str, Any] = {"phase": phase, "stage": plan.stage, "step": step}
-            row["epoch"] = step * plan.steps[0].size / len(segments)
+            row["epoch"] = step * plan.steps[0].size / len(groups)
             row |= summarise(window) | {"grad_norm": float(grad_norm or 0.0), "learning_rate": engine.get_lr()[0]}
             row |= meters(engine.module.model, done, watch.read())
             window, done = {}, Counter()
-            run.log.write(row)
+            run.metrics_log.write(row)
             progress.tell(postfix(row))
             for name in ("loss", "grad_norm"):  # clipping would turn an infinite gradient into none
                 if not math.isfinite(row[name]):
@@ -149,13 +149,13 @@ def train_phase(
             drop = row["logps/reference"] - row["logps/chosen"] if "logps/reference" in row else 0.0
             if drop > NOTABLE_DROP and not warned:
                 warned = True
-                say(f"warning: {phase}, step {step}: {FALLEN.format(drop)}")
+                log(f"warning: {phase}, step {step}: {FALLEN.format(drop)}")
             if config.max_expert_drop and drop > config.max_expert_drop:
-                say(f"{phase} ends at step {step}: {drop:.2f} nats are more than max_expert_drop")
+                log(f"{phase} ends at step {step}: {drop:.2f} nats are more than max_expert_drop")
                 break
             if config.save_steps and step % config.save_steps == 0 and step < steps:
                 save_checkpoint(engine, folder / "checkpoint", step, config)
-    save_model(engine, policy, folder / result_name(plan), run.form, plan, config)
+    save_model(engine, policy, folder / result_name(plan), run.encoder, plan, config)
     engine.destroy()
     if dist.is_main():
         write_text(folder / "DONE", "")
@@ -163,7 +163,7 @@ def train_phase(
     dist.barrier()
 
 
-def summarise(window: Figures) -> dict[str, float]:
+def summarise(window: Metrics) -> dict[str, float]:
     """Means over the segments of all processes. Only here do figures leave the device."""
     names = sorted(window)
     values = dist.sum_over_ranks(torch.stack([window[name].double() for name in names])).tolist()
@@ -175,34 +175,34 @@ def summarise(window: Figures) -> dict[str, float]:
 def postfix(row: dict[str, Any]) -> str:
     """The figures that matter, for the progress bar."""
     shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies", "logp": "logps/chosen"}
-    figures = [f"{label} {row[name]:.3g}" for label, name in shown.items() if name in row]
+    metrics = [f"{label} {row[name]:.3g}" for label, name in shown.items() if name in row]
     utilisation = [f"MFU {row['mfu']:.0%}"] if "mfu" in row else []
-    return "  ".join([*figures, f"{row['answer_tokens_per_second']:,.0f} answer tokens/s", *utilisation])
+    return "  ".join([*metrics, f"{row['answer_tokens_per_second']:,.0f} answer tokens/s", *utilisation])
 
 
 # ---------------------------------------------------------------- DeepSpeed
 
 
 def make_engine(
-    policy: Path | str, loss: Loss, plan: Plan, config: Config, segments: Sequence[Segment]
+    policy: Path | str, loss: Loss, plan: Plan, config: Config, groups: Sequence[PromptGroup]
 ) -> tuple[Any, Layout]:
     """A DeepSpeed engine around the policy, its optimiser in its first state; and how segments are packed for it."""
     import deepspeed
     import transformers
 
     model = new_model(policy, plan, config, in_4bit=config.load_in_4bit).to(dist.device()).eval()
-    layout = arrange(model, config, segments)
+    layout = arrange(model, config, groups)
     balance = 0.0 if plan.reward else config.router_aux_loss_coef
     if balance:
         check_router(unwrapped(model), balance)
     if config.gradient_checkpointing:
         recompute_layers(model, selective=config.gradient_checkpointing == "selective")
-    check_steady(model, pack(segments[:1], layout).to(dist.device()))
+    check_steady(model, pack(groups[:1], layout).to(dist.device()))
     if config.torch_compile:
         compile_layers(model)
     offload = config.activation_offloading and dist.device().type != "cpu"
     if config.activation_offloading and not offload:
-        say("activation_offloading: activations are in host memory already, on a CPU")
+        log("activation_offloading: activations are in host memory already, on a CPU")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kinds = {"rmsprop": FusedRMSprop, "adamw_torch": torch.optim.AdamW}
     optimizer = kinds[plan.optim](parameters, lr=plan.learning_rate, weight_decay=config.weight_decay)
@@ -311,7 +311,7 @@ def resume(engine: Any, folder: Path, config: Config) -> int:
         return 0
     progress = read_json(path)
     if progress["processes"] != dist.world_size():
-        say(
+        log(
             f"{folder.parent.name} starts anew: its checkpoint was written by {progress['processes']} processes, "
             f"and these are {dist.world_size()}"
         )
@@ -320,7 +320,7 @@ def resume(engine: Any, folder: Path, config: Config) -> int:
     return progress["step"]
 
 
-def save_model(engine: Any, start: Path | str, folder: Path, form: Format, plan: Plan, config: Config) -> None:
+def save_model(engine: Any, start: Path | str, folder: Path, encoder: Encoder, plan: Plan, config: Config) -> None:
     """Write the trained weights in Hugging Face's format, gathered from all processes.
 
     Of LoRA it is the policy's adapter alone; a reward model's is merged into what it began as, ``start``.
@@ -331,14 +331,14 @@ def save_model(engine: Any, start: Path | str, folder: Path, form: Format, plan:
     if config.use_peft and not plan.reward:
         base, _ = base_and_adapter(start)
         at = revision(start, config)
-        write(folder, lambda temporary: save_lora(temporary, model, state, base, at, form.tokenizer))
+        write(folder, lambda temporary: save_lora(temporary, model, state, base, at, encoder.tokenizer))
         return
     if config.use_peft:
         adapted = new_model(start, plan, config)
         adapted.load_state_dict(state, strict=False)
         model = merge(adapted, str(folder))
         state = model.state_dict()
-    tokenizer = padded_apart(model, form, state) if plan.reward else form.tokenizer
+    tokenizer = padded_apart(model, encoder, state) if plan.reward else encoder.tokenizer
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))
 
 

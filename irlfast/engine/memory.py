@@ -9,15 +9,15 @@ import torch
 
 from irlfast.common import dist
 from irlfast.common.files import LocalError, read_json, write_json
-from irlfast.common.messages import say
+from irlfast.common.messages import log
 from irlfast.config import Config
-from irlfast.data.packing import Layout, Segment, longest_of, token_limit
+from irlfast.data.packing import Layout, PromptGroup, longest_of, token_limit
 
 GPU_TOKENS = 32768  # at the most: more is no faster there, and a mask grows with their square
 SAFE = 0.9  # of a GPU's memory; what lies between its blocks is lost
 
 
-class RanOut(Exception):
+class OutOfMemory(Exception):
     """Memory did, in a phase that is to go on from its last checkpoint with smaller batches."""
 
 
@@ -42,7 +42,7 @@ class Limit:
             return
         found = min(dist.all_gather(fitting(largest, *memory)))
         fits = max(self.tokens, min(found, GPU_TOKENS, self.most))
-        say(f"max_tokens_per_batch: {self.tokens:,} tokens to start with, {fits:,} after measuring a step")
+        log(f"max_tokens_per_batch: {self.tokens:,} tokens to start with, {fits:,} after measuring a step")
         self.tokens = fits
 
     @contextlib.contextmanager
@@ -67,8 +67,8 @@ class Limit:
                 raise LocalError(
                     f"{ran_out}; the same command goes on from the last checkpoint with half of them"
                 ) from error
-            say(f"{ran_out}; goes on from the last checkpoint with half of them")
-            raise RanOut from error
+            log(f"{ran_out}; goes on from the last checkpoint with half of them")
+            raise OutOfMemory from error
 
 
 def allowed(checkpoint: Path) -> int:
@@ -77,9 +77,9 @@ def allowed(checkpoint: Path) -> int:
     return min(dist.all_gather(min(found, default=sys.maxsize)))
 
 
-def phase_limit(config: Config, segments: Sequence[Segment], layout: Layout, count: int, checkpoint: Path) -> Limit:
+def phase_limit(config: Config, groups: Sequence[PromptGroup], layout: Layout, count: int, checkpoint: Path) -> Limit:
     """Of the phase whose checkpoints are in this folder."""
-    longest, most = longest_of(segments, layout), allowed(checkpoint)
+    longest, most = longest_of(groups, layout), allowed(checkpoint)
     return Limit(config, token_limit(config, longest, count, most), longest, most)
 
 

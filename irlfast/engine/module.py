@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from irlfast.data.packing import Batch
-from irlfast.losses.inputs import Figures, Loss, Share
+from irlfast.losses.inputs import Loss, Metrics, Normalisers
 from irlfast.models.attention import body_output
 from irlfast.models.load import head_of
 from irlfast.models.moe import balancing_loss
@@ -26,18 +26,18 @@ class Policy(torch.nn.Module):
         self.offload = offload
         self.router_aux_loss_coef = router_aux_loss_coef
 
-    def forward(self, batch: Batch, share: Share) -> tuple[Tensor, Figures]:
+    def forward(self, batch: Batch, normalisers: Normalisers) -> tuple[Tensor, Metrics]:
         balanced = {"output_router_logits": True} if self.router_aux_loss_coef else {}
         with offloaded(self.model) if self.offload else contextlib.nullcontext():
             output = body_output(self.model, batch, **balanced)
         hidden = output.last_hidden_state.flatten(0, 1)
-        loss, figures = self.loss(hidden, head_of(self.model), batch, share)
+        loss, metrics = self.loss(hidden, head_of(self.model), batch, normalisers)
         if not balanced:
-            return loss, figures
-        auxiliary = balancing_loss(self.model, output.router_logits, batch) * figures["count"]
+            return loss, metrics
+        auxiliary = balancing_loss(self.model, output.router_logits, batch) * metrics["count"]
         weighted = self.router_aux_loss_coef * auxiliary
-        figures |= {"aux_loss": auxiliary.detach(), "loss": figures["loss"] + weighted.detach()}
-        return loss + weighted / share.pairs, figures
+        metrics |= {"aux_loss": auxiliary.detach(), "loss": metrics["loss"] + weighted.detach()}
+        return loss + weighted / normalisers.pairs, metrics
 
 
 def offloaded(model: torch.nn.Module) -> saved_tensors_hooks:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from irlfast.common import dist
-from irlfast.data.packing import Batch, Layout, Segment, learned, micro_batches, pack, work
+from irlfast.data.packing import Batch, Layout, PromptGroup, learned, micro_batches, pack, token_counts
 from irlfast.engine.memory import Limit
-from irlfast.losses.inputs import Figures, Share
+from irlfast.losses.inputs import Metrics, Normalisers
 from irlfast.models.attention import operations
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, from the data sheets
@@ -33,25 +33,25 @@ class Prepared(NamedTuple):
     """A step before it runs: this process's batches in host memory, and what all processes' are together."""
 
     batches: list[Batch]
-    share: Share
+    share: Normalisers
     work: Counter[str]  # tokens, answer_tokens, and seen: tokens that a token sees, summed
 
 
 def prepare(
-    steps: Sequence[np.ndarray], segments: Sequence[Segment], layout: Layout, limit: Limit
+    steps: Sequence[np.ndarray], groups: Sequence[PromptGroup], layout: Layout, limit: Limit
 ) -> Iterator[Prepared]:
     """Every step with its batches, made by a thread one step ahead, of at most ``limit.tokens`` each."""
 
     def batch_of(part: list[int]) -> Batch:
         # Without segments, a process goes through one all the same: the others wait for its gradients.
-        return pack([segments[i] for i in part], layout) if part else pack(segments[:1], layout).unscored()
+        return pack([groups[i] for i in part], layout) if part else pack(groups[:1], layout).unscored()
 
     def make(step: np.ndarray, limit: int) -> Prepared:
-        chosen = [segments[i] for i in step]
-        micro = micro_batches(step.tolist(), segments, layout, limit, dist.rank(), dist.world_size())
-        experts = sum(len(learned(segment.answers[0], segment)) for segment in chosen)
-        share = Share(step.size / dist.world_size(), experts / dist.world_size())
-        return Prepared([batch_of(part).pinned() for part in micro], share, work(chosen, layout))
+        chosen = [groups[i] for i in step]
+        micro = micro_batches(step.tolist(), groups, layout, limit, dist.rank(), dist.world_size())
+        experts = sum(len(learned(group.answers[0], group)) for group in chosen)
+        share = Normalisers(step.size / dist.world_size(), experts / dist.world_size())
+        return Prepared([batch_of(part).pinned() for part in micro], share, token_counts(chosen, layout))
 
     with ThreadPoolExecutor(1) as worker:
         ahead = worker.submit(make, steps[0], limit.tokens)
@@ -63,18 +63,18 @@ def prepare(
             limit.refit(number, max(batch.input_ids.numel() for batch in prepared.batches))
 
 
-def train_step(engine: Any, prepared: Prepared, max_grad_norm: float, watch: "Stopwatch") -> tuple[Figures, Any]:
+def train_step(engine: Any, prepared: Prepared, max_grad_norm: float, watch: "Stopwatch") -> tuple[Metrics, Any]:
     """One optimiser step through this process's micro-batches; returns their summed figures and the gradient's norm."""
-    total: Figures = {}
+    total: Metrics = {}
     with reduced_together(engine):
         for number, batch in enumerate(prepared.batches, 1):
             on_device = batch.to(dist.device())
             watch.lap("data")
             engine.set_gradient_accumulation_boundary(number == len(prepared.batches))
-            loss, figures = engine(on_device, prepared.share)
+            loss, metrics = engine(on_device, prepared.share)
             watch.lap("forward")
             engine.backward(loss)
-            total = add(total, figures)
+            total = add(total, metrics)
             watch.lap("backward")
     watch.lap("backward")
     norm = None
@@ -92,8 +92,8 @@ def reduced_together(engine: Any) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def add(total: Figures, figures: Figures) -> Figures:
-    return {name: total.get(name, 0) + value for name, value in figures.items()}
+def add(total: Metrics, metrics: Metrics) -> Metrics:
+    return {name: total.get(name, 0) + value for name, value in metrics.items()}
 
 
 # ---------------------------------------------------------------- what it cost

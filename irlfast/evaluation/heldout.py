@@ -9,7 +9,7 @@ from torch import Tensor
 
 from irlfast.common import dist
 from irlfast.common.files import read_json, write_json, write_jsonl
-from irlfast.data.packing import Segment
+from irlfast.data.packing import PromptGroup
 from irlfast.data.store import TokenIds
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import DRAWN, GREEDY, prompt_of, sample
@@ -32,13 +32,13 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
     begun = time.perf_counter()
     greedy = sample(run, policy, run.held_out, folder / "greedy", GREEDY)
     drawn = sample(run, first, run.held_out, first_folder / "drawn", DRAWN)
-    pairs = [Segment(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(run.held_out, drawn, strict=True)]
+    pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(run.held_out, drawn, strict=True)]
     scores = score(run, policy, pairs, folder / "held_out.safetensors")
     answers = [
         {"prompt": prompt_of(run, example), "expert": text(run, example.answer_ids), "answer": text(run, answer)}
         for example, answer in zip(run.held_out, greedy, strict=True)
     ]
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "phase": folder.name,
         "exact_match": mean([row["expert"] == row["answer"] for row in answers]),
         "nll": mean([-expert.sum().item() for expert, _ in scores]),
@@ -53,32 +53,32 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
         differ = [pair.answers[0] != pair.answers[1] for pair in pairs]
         margins = [margin(*both) for *both, differs in zip(scores, ref_scores, differ, strict=True) if differs]
         if margins:
-            figures |= {"reward_accuracy": mean([value > 0 for value in margins]), "margin": mean(margins)}
-    figures |= preferences(run, folder, policy, first_folder, first)
+            metrics |= {"reward_accuracy": mean([value > 0 for value in margins]), "margin": mean(margins)}
+    metrics |= preferences(run, folder, policy, first_folder, first)
     if dist.is_main():
-        run.log.hold_out(figures, answers)
+        run.metrics_log.hold_out(metrics, answers)
         write_jsonl(folder / "answers.jsonl", answers)
-        write_json(path, figures | {"seconds": time.perf_counter() - begun})
+        write_json(path, metrics | {"seconds": time.perf_counter() - begun})
     dist.barrier()
-    return figures
+    return metrics
 
 
 def preferences(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, float]:
     """Figures on held-out (chosen, rejected) pairs; none where there are no such."""
-    pairs = [Segment(x.prompt_ids, (x.answer_ids, x.rejected_ids)) for x in run.held_out if x.rejected_ids]
+    pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, x.rejected_ids)) for x in run.held_out if x.rejected_ids]
     if not pairs:
         return {}
     scores = score(run, policy, pairs, folder / "preferences.safetensors")
-    figures = {"preference_gap": mean([(chosen.sum() - rejected.sum()).item() for chosen, rejected in scores])}
+    metrics = {"preference_gap": mean([(chosen.sum() - rejected.sum()).item() for chosen, rejected in scores])}
     if folder != first_folder:
         ref_scores = score(run, first, pairs, first_folder / "preferences.safetensors")
         margins = [margin(*both) for both in zip(scores, ref_scores, strict=True)]
-        figures["preference_accuracy"] = mean([value > 0 for value in margins])
-    return figures
+        metrics["preference_accuracy"] = mean([value > 0 for value in margins])
+    return metrics
 
 
 def text(run: Run, ids: TokenIds) -> str:
-    return run.form.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
+    return run.encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
 
 
 def margin(logps: tuple[Tensor, ...], ref_logps: tuple[Tensor, ...]) -> float:

@@ -72,7 +72,7 @@ class DPOTrainer(trl.DPOTrainer):
     def log_pairs(self, result: ops.PairLoss, inputs: dict[str, Tensor]) -> None:
         mode = "train" if cast(Any, self.model).training else "eval"
         rewards, logps = (self.beta * result.log_ratio).chunk(2), result.policy_logps.chunk(2)
-        figures = {
+        metrics = {
             "rewards/chosen": rewards[0],
             "rewards/rejected": rewards[1],
             "rewards/accuracies": (rewards[0] > rewards[1]).float(),
@@ -80,8 +80,8 @@ class DPOTrainer(trl.DPOTrainer):
             "logps/chosen": logps[0],
             "logps/rejected": logps[1],
         }
-        gathered = self.accelerator.gather(torch.stack(list(figures.values()), dim=1)).mean(0).tolist()
-        for name, value in zip(figures, gathered, strict=True):
+        gathered = self.accelerator.gather(torch.stack(list(metrics.values()), dim=1)).mean(0).tolist()
+        for name, value in zip(metrics, gathered, strict=True):
             self._metrics[mode][name].append(value)
         if mode == "train":
             self._total_train_tokens += self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()

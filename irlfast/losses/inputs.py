@@ -13,15 +13,15 @@ from irlfast.ops import Head
 from irlfast.ops.common.types import sequence_of
 
 
-class Share(NamedTuple):
+class Normalisers(NamedTuple):
     """What a micro-batch's sums are divided by: a step's segments and expert tokens, over its processes."""
 
     pairs: float
     tokens: float
 
 
-Figures = dict[str, Tensor]
-Loss = Callable[[Tensor, Head, Batch, Share], tuple[Tensor, Figures]]
+Metrics = dict[str, Tensor]
+Loss = Callable[[Tensor, Head, Batch, Normalisers], tuple[Tensor, Metrics]]
 
 
 def arguments(head: Head, batch: Batch) -> dict[str, Any]:

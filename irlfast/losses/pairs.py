@@ -4,13 +4,20 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.data.packing import Batch
-from irlfast.losses.inputs import Figures, Share, arguments
+from irlfast.losses.inputs import Metrics, Normalisers, arguments
 from irlfast.ops import Head
 
 
 def irft_loss(
-    hidden: Tensor, head: Head, batch: Batch, share: Share, *, beta: float, loss_type: str, nll_weight: float
-) -> tuple[Tensor, Figures]:
+    hidden: Tensor,
+    head: Head,
+    batch: Batch,
+    normalisers: Normalisers,
+    *,
+    beta: float,
+    loss_type: str,
+    nll_weight: float,
+) -> tuple[Tensor, Metrics]:
     """IRFT's inner loss (arXiv 2405.17888; SPIN, arXiv 2401.01335, eq. 4.7, with ``sigmoid``) on pairs (y, ỹ)."""
     result = ops.pair_loss(
         hidden,
@@ -19,16 +26,16 @@ def irft_loss(
         beta=beta,
         loss_type=loss_type,
         nll_weight=nll_weight,
-        num_pairs=share.pairs,
-        num_tokens=share.tokens,
+        num_pairs=normalisers.pairs,
+        num_tokens=normalisers.tokens,
     )
     rewards, logps, lengths = beta * result.log_ratio, result.policy_logps, batch.cu_seqlens.diff()
     chosen, rejected = rewards[0::2], rewards[1::2]
     pairs = chosen.numel()
-    figures = {
+    metrics = {
         "count": lengths.new_full((), pairs),
-        "loss": result.loss.detach() * share.pairs,
-        "nll_loss": result.nll_loss.detach() * share.pairs,
+        "loss": result.loss.detach() * normalisers.pairs,
+        "nll_loss": result.nll_loss.detach() * normalisers.pairs,
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
         "rewards/margins": (chosen - rejected).sum(),
@@ -39,4 +46,4 @@ def irft_loss(
         "length/chosen": lengths[0::2].sum(),
         "length/rejected": lengths[1::2].sum(),
     }
-    return result.loss, figures
+    return result.loss, metrics

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.data.packing import Batch
-from irlfast.losses.inputs import Figures, Share, arguments, per_sequence
+from irlfast.losses.inputs import Metrics, Normalisers, arguments, per_sequence
 from irlfast.ops import Head
 
 
@@ -13,14 +13,14 @@ def align_loss(
     hidden: Tensor,
     head: Head,
     batch: Batch,
-    share: Share,
+    normalisers: Normalisers,
     *,
     align: str,
     answers: int,
     beta: float,
     kl_in_loss: bool,
     clip_range: float,
-) -> tuple[Tensor, Figures]:
+) -> tuple[Tensor, Metrics]:
     """Loss of n ``answers`` to each prompt that the policy sampled, A their advantages (DESIGN §3, RFT); mean over all.
 
     - ``rloo``: −A·log π(y) (arXiv 2402.14740, eq. 7): the policy gradient, unbiased at the policy that sampled.
@@ -48,16 +48,16 @@ def align_loss(
             losses = beta / 2 * (gap - gap.mean(1, keepdim=True)).flatten() ** 2
     if kl_in_loss:
         losses = losses + beta / 2 * result.log_ratio**2
-    loss = losses.sum() / (share.pairs * answers)
-    figures = {
+    loss = losses.sum() / (normalisers.pairs * answers)
+    metrics = {
         "count": lengths.new_full((), len(lengths) // answers),
-        "loss": loss.detach() * share.pairs,
+        "loss": loss.detach() * normalisers.pairs,
         "logps/synthetic": logps.detach().sum() / answers,
         "length/synthetic": lengths.sum() / answers,
     }
     if batch.ref_logps is not None:
-        figures["kl"] = result.log_ratio.detach().sum() / answers
-    return loss, figures
+        metrics["kl"] = result.log_ratio.detach().sum() / answers
+    return loss, metrics
 
 
 def clipped(change: Tensor, advantages: Tensor, clip_range: float) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.data.packing import Batch
-from irlfast.losses.inputs import Figures, Share, per_sequence
+from irlfast.losses.inputs import Metrics, Normalisers, per_sequence
 from irlfast.ops import Head
 
 
@@ -15,13 +15,13 @@ def reward_loss(
     hidden: Tensor,
     head: Head,
     batch: Batch,
-    share: Share,
+    normalisers: Normalisers,
     *,
     kind: str,
     level: str,
     alpha: float,
     regularization: float,
-) -> tuple[Tensor, Figures]:
+) -> tuple[Tensor, Metrics]:
     """Loss of a reward model's M heads on pairs (expert, synthetic), the mean over heads (DESIGN §3, RFT and AfD).
 
     ``kind``: ``linear`` is −(r(y) − r(ỹ)) + λ·(r(y)² + r(ỹ)²), λ the ``regularization``; the others are those of
@@ -49,17 +49,17 @@ def reward_loss(
             alpha=alpha,
             **options,
         )
-    loss = loss * (pairs / share.pairs)
+    loss = loss * (pairs / normalisers.pairs)
     rewards = logits.detach().mean(1)
     if level == "token":
         rewards = per_sequence(rewards, batch.cu_seqlens)
     chosen, rejected = rewards[0::2], rewards[1::2]
-    figures = {
+    metrics = {
         "count": batch.cu_seqlens.new_full((), pairs),
-        "loss": loss.detach() * share.pairs,
+        "loss": loss.detach() * normalisers.pairs,
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
         "rewards/margins": (chosen - rejected).sum(),
         "rewards/accuracies": (chosen > rejected).sum(),
     }
-    return loss, figures
+    return loss, metrics

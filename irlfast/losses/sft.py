@@ -5,13 +5,13 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.data.packing import Batch
-from irlfast.losses.inputs import Figures, Share, arguments
+from irlfast.losses.inputs import Metrics, Normalisers, arguments
 from irlfast.ops import Head
 
 
 def sft_loss(
-    hidden: Tensor, head: Head, batch: Batch, share: Share, *, remaining: bool = False
-) -> tuple[Tensor, Figures]:
+    hidden: Tensor, head: Head, batch: Batch, normalisers: Normalisers, *, remaining: bool = False
+) -> tuple[Tensor, Metrics]:
     """Mean over the step's answer tokens of −log π(y): forward KL to the expert.
 
     With ``remaining``, that of states and actions (Inverse-RLignment): token k of T, from 0, weighs (T − k)/T, for all
@@ -19,16 +19,16 @@ def sft_loss(
     """
     result = ops.log_ratio(hidden, **arguments(head, batch))
     logps, lengths = result.policy_logps, batch.cu_seqlens.diff()
-    loss = -logps.sum() / share.tokens
+    loss = -logps.sum() / normalisers.tokens
     if remaining:
         size = len(batch.targets)
         ends, whole = (x.repeat_interleave(lengths, output_size=size) for x in (batch.cu_seqlens[1:], lengths))
         left = ends - torch.arange(size, device=hidden.device)
-        loss = -(result.token_logps * left / whole).sum() / share.tokens
-    figures = {
+        loss = -(result.token_logps * left / whole).sum() / normalisers.tokens
+    metrics = {
         "count": lengths.new_full((), lengths.numel()),
-        "loss": loss.detach() * share.pairs,
+        "loss": loss.detach() * normalisers.pairs,
         "logps/chosen": logps.detach().sum(),
         "length/chosen": lengths.sum(),
     }
-    return loss, figures
+    return loss, metrics

@@ -9,9 +9,9 @@ import numpy as np
 
 from irlfast.common import dist
 from irlfast.common.files import InputError, write_json
-from irlfast.common.messages import say
+from irlfast.common.messages import log
 from irlfast.config import Config
-from irlfast.data.packing import Segment
+from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example, TokenIds
 from irlfast.engine.fit import Plan, fit, plan_phase
 from irlfast.losses.pairs import irft_loss
@@ -63,7 +63,7 @@ def with_rejected(examples: list[Example]) -> tuple[list[Example], list[TokenIds
     if not found:
         raise InputError("no demonstration has a rejected answer to the prompt; expected rows of chosen and rejected")
     if len(found) < len(examples):
-        say(f"{len(examples) - len(found):,} of {len(examples):,} rows have no rejected answer to the prompt: left out")
+        log(f"{len(examples) - len(found):,} of {len(examples):,} rows have no rejected answer to the prompt: left out")
     kept, answers = zip(*found, strict=True)
     return list(kept), list(answers)
 
@@ -75,18 +75,18 @@ def sampling(config: Config, stage: int) -> Sampling:
 
 def make_pairs(
     run: Run, stage: int, examples: list[Example], answers: Sequence[TokenIds], keep_identical: bool = False
-) -> tuple[list[Segment], dict[str, int]]:
+) -> tuple[list[PromptGroup], dict[str, int]]:
     """Segments (prompt, (expert, synthetic)) of this stage and of ``history`` earlier ones.
 
     An empty synthetic answer has no tokens, and one equal to the expert's teaches a loss of differences nothing: its
     pair's gradient is zero. A discriminator must see it (``keep_identical``), or it would learn another density.
     """
-    pairs = [Segment(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(examples, answers, strict=True)]
+    pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(examples, answers, strict=True)]
     fresh = len(pairs)
     for earlier in range(max(0, stage - run.config.history), stage):
         old = read_samples(run.output / stage_name(earlier) / "samples")
         prompts = stage_examples(run.train, run.config, earlier)
-        pairs += [Segment(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(prompts, old, strict=True)]
+        pairs += [PromptGroup(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(prompts, old, strict=True)]
     counts = {
         "dropped_identical": 0 if keep_identical else sum(pair.answers[0] == pair.answers[1] for pair in pairs),
         "dropped_empty": sum(not pair.answers[1] for pair in pairs),

@@ -7,10 +7,10 @@ from typing import Any
 
 from irlfast.common import dist
 from irlfast.common.files import read_json, write_json
-from irlfast.common.messages import say
+from irlfast.common.messages import log
 from irlfast.config import Config
-from irlfast.data.leaks import find_leaks, say_leaks
-from irlfast.data.packing import Segment
+from irlfast.data.leaks import find_leaks, log_leaks
+from irlfast.data.packing import PromptGroup
 from irlfast.engine.fit import Plan, fit, plan_phase
 from irlfast.losses.rewards import reward_loss
 from irlfast.methods.irft import make_pairs, sampling, stage_examples, stage_name, with_rejected
@@ -28,9 +28,9 @@ def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
     if not (folder / "DONE").exists():
         pairs = reward_pairs(run, stage, policy)
         if dist.is_main() and not (folder / "leaks.json").exists():
-            leaks = find_leaks(pairs, run.form, config.max_new_tokens)
+            leaks = find_leaks(pairs, run.encoder, config.max_new_tokens)
             write_json(folder / "leaks.json", leaks)
-            say_leaks(leaks, stage_name(stage))
+            log_leaks(leaks, stage_name(stage))
         dist.barrier()
         start = run.output / stage_name(stage - 1) / "reward" / "model" if stage else policy
         fit(run, folder, start, pairs, loss_of(config), reward_plan(config, stage, len(pairs)))
@@ -38,7 +38,7 @@ def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
     return folder / "model"
 
 
-def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[Segment]:
+def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
     """Segments (prompt, (better, worse)) as ``reward_data`` says; the policy is the SFT one at the first stage."""
     config, folder = run.config, run.output / stage_name(stage)
     begun = time.perf_counter()
@@ -94,21 +94,21 @@ def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any
         return read_json(path)
     begun = time.perf_counter()
     drawn = sample(run, policy, run.held_out, folder / "drawn", DRAWN)
-    figures: dict[str, Any] = {"phase": f"{folder.parent.name}/reward"}
+    metrics: dict[str, Any] = {"phase": f"{folder.parent.name}/reward"}
     rejected_ids = [example.rejected_ids for example in run.held_out]
     for name, part, others in (("reward", "drawn", drawn), ("preference", "rejected", rejected_ids)):
         both = zip(run.held_out, others, strict=True)
-        pairs = [Segment(x.prompt_ids, (x.answer_ids, ids)) for x, ids in both if ids and ids != x.answer_ids]
+        pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, ids)) for x, ids in both if ids and ids != x.answer_ids]
         if pairs:
             heads = reward_of(run, str(folder / "model"), pairs, folder / part / "reward.safetensors")
             rewards = combine([heads], run.config).view(-1, 2)
-            figures[f"{name}_accuracy"] = (rewards[:, 0] > rewards[:, 1]).double().mean().item()
-            figures[f"{name}_margin"] = (rewards[:, 0] - rewards[:, 1]).mean().item()
-            figures[f"{name}_pairs"] = len(pairs)
+            metrics[f"{name}_accuracy"] = (rewards[:, 0] > rewards[:, 1]).double().mean().item()
+            metrics[f"{name}_margin"] = (rewards[:, 0] - rewards[:, 1]).mean().item()
+            metrics[f"{name}_pairs"] = len(pairs)
     if dist.is_main():
-        run.log.hold_out(figures, kind="eval_reward")
-        write_json(path, figures | {"seconds": time.perf_counter() - begun})
+        run.metrics_log.hold_out(metrics, kind="eval_reward")
+        write_json(path, metrics | {"seconds": time.perf_counter() - begun})
     dist.barrier()
-    shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items() if "accuracy" in name)
-    say(f"{figures['phase']}: held-out {shown}")
-    return figures
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if "accuracy" in name)
+    log(f"{metrics['phase']}: held-out {shown}")
+    return metrics

@@ -16,7 +16,7 @@ from torch import Tensor
 from irlfast.common import dist
 from irlfast.common.files import remove, write_json
 from irlfast.config import Config
-from irlfast.data.packing import Segment
+from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example
 from irlfast.engine.fit import fit
 from irlfast.losses.policy import align_loss
@@ -79,18 +79,18 @@ def align(
     ref = (
         old if reference == policy else score(run, reference, groups, folder / "reference.safetensors", in_4bit=in_4bit)
     )
-    values = found - penalties(groups, config, run.form.ends)
+    values = found - penalties(groups, config, run.encoder.ends)
     kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])
     if dist.is_main() and not (folder / "round.json").exists():
-        ended = [answer[-1] in run.form.ends for group in groups for answer in group.answers]
-        figures = {"reward": found.mean().item(), "reward_std": found.std(1).mean().item(), "kl": kl.mean().item()}
-        figures |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
+        ended = [answer[-1] in run.encoder.ends for group in groups for answer in group.answers]
+        metrics = {"reward": found.mean().item(), "reward_std": found.std(1).mean().item(), "kl": kl.mean().item()}
+        metrics |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
-        write_json(folder / "round.json", figures | seconds)
+        write_json(folder / "round.json", metrics | seconds)
     plan = irft_plan(config, stage, len(groups))
     if config.align == "bon":
         best = values.argmax(1).tolist()
-        chosen = [Segment(x.prompt, (x.answers[i],)) for x, i in zip(groups, best, strict=True)]
+        chosen = [PromptGroup(x.prompt, (x.answers[i],)) for x, i in zip(groups, best, strict=True)]
         fit(run, folder, policy, chosen, sft_loss, plan)
         return
     beta = config.at("beta", stage)
@@ -106,7 +106,7 @@ def align(
     fit(run, folder, policy, groups, loss, plan)
 
 
-def penalties(groups: Sequence[Segment], config: Config, ends: Sequence[int]) -> Tensor:
+def penalties(groups: Sequence[PromptGroup], config: Config, ends: Sequence[int]) -> Tensor:
     """What each answer ``[P, n]`` loses: for its length, and for having been cut before its end token."""
     lengths = torch.tensor([[len(answer) for answer in group.answers] for group in groups], dtype=torch.float64)
     unended = torch.tensor([[answer[-1] not in ends for answer in group.answers] for group in groups]).double()

@@ -5,7 +5,7 @@ from array import array
 from pathlib import Path
 
 from irlfast.config import Config
-from irlfast.data.packing import Segment
+from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example
 from irlfast.engine.fit import Plan, fit, plan_phase
 from irlfast.losses.sft import sft_loss
@@ -14,19 +14,19 @@ from irlfast.runs.run import Run
 
 def sft(run: Run, policy: Path | str) -> Path:
     """Maximum likelihood of the demonstrations: minimises KL(π_E ‖ π_θ)."""
-    segments = [segment_of(example) for example in run.train]
+    groups = [group_of(example) for example in run.train]
     loss = functools.partial(sft_loss, remaining=run.config.token_weighting == "remaining")
-    return fit(run, run.output / "sft", policy, segments, loss, sft_plan(run.config, len(segments)))
+    return fit(run, run.output / "sft", policy, groups, loss, sft_plan(run.config, len(groups)))
 
 
-def segment_of(example: Example) -> Segment:
+def group_of(example: Example) -> PromptGroup:
     """The answer after its prompt; where earlier answers are learned, all from the first of them on."""
     if not len(example.earlier):
-        return Segment(example.prompt_ids, (example.answer_ids,))
+        return PromptGroup(example.prompt_ids, (example.answer_ids,))
     first, prompt = max(1, example.earlier[0]), len(example.prompt_ids)
     rest = array("i", [*example.prompt_ids[first:], *example.answer_ids])
     learned = [at - first for at in [*example.earlier, *range(prompt, prompt + len(example.answer_ids))] if at >= first]
-    return Segment(example.prompt_ids[:first], (rest,), learned=learned)
+    return PromptGroup(example.prompt_ids[:first], (rest,), learned=learned)
 
 
 def sft_plan(config: Config, count: int) -> Plan:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from irlfast.common.files import InputError
-from irlfast.common.messages import say_once
+from irlfast.common.messages import log_once
 from irlfast.config import Config
-from irlfast.data.packing import SHARED, Batch, Layout, Segment, pack, work
+from irlfast.data.packing import SHARED, Batch, Layout, PromptGroup, pack, token_counts
 from irlfast.models import varlen
 from irlfast.models.load import first_sentence, head_of, head_size, is_reward
 from irlfast.models.masks import masks
@@ -76,7 +76,7 @@ def operations(model: Any, found: Counter[str]) -> float:
     return (
         body * found["tokens"]
         + (6 if head.requires_grad else 4) * size_of(head) * found["answer_tokens"]
-        + 12 * text.num_hidden_layers * text.hidden_size * found["seen"]
+        + 12 * text.num_hidden_layers * text.hidden_size * found["attended"]
     )
 
 
@@ -89,8 +89,8 @@ def size_of(parameter: Tensor) -> int:
 # ---------------------------------------------------------------- what a model can do
 
 
-def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
-    """Check ``model``, choose its attention for ``segments``, and say how they are packed for it and why.
+def arrange(model: Any, config: Config, groups: Sequence[PromptGroup]) -> Layout:
+    """Check ``model``, choose its attention for ``groups``, and say how they are packed for it and why.
 
     Raises:
         InputError: as :func:`check_model` and :func:`check_layout`, or the model does not run on token ids alone.
@@ -107,22 +107,22 @@ def arrange(model: Any, config: Config, segments: Sequence[Segment]) -> Layout:
         raise InputError(f"{name}: its forward pass of token ids alone fails ({found})") from error
     shared = check_model(model, apart)
     if not shared and not by_sequences(model):
-        say_once(f"warning: {type(model).__name__} cannot share a prompt between answers; each gets its own")
+        log_once(f"warning: {type(model).__name__} cannot share a prompt between answers; each gets its own")
     on_cpu = model.device.type == "cpu"
     auto = config.attn_implementation == "auto"
     if auto:
-        gain, lengths = sharing(model, segments)
+        gain, lengths = sharing(model, groups)
         if not on_cpu:
             model.set_attn_implementation(choose(shared and head_size(model) >= FLEX_HEAD, gain, varlen_of(model)))
     shared = shared and not by_sequences(model)
     if auto:
         saves = f"sharing prompts {'saves' if shared else 'would save'} {gain:.0%} of the operations"
-        say_once(f"attention: {attention_of(model)}; {saves}: {lengths}")
+        log_once(f"attention: {attention_of(model)}; {saves}: {lengths}")
     layout = Layout(shared, one_row=not on_cpu and (by_sequences(model) or attention_of(model) == "flex_attention"))
     if layout.one_row:
         check_layout(model, layout, apart)
-    token, answer, seen = (operations(model, Counter({what: 1})) for what in ("tokens", "answer_tokens", "seen"))
-    return layout._replace(whole=is_reward(model), answer_cost=answer / token, seen_cost=seen / token)
+    token, answer, seen = (operations(model, Counter({what: 1})) for what in ("tokens", "answer_tokens", "attended"))
+    return layout._replace(keep_last_token=is_reward(model), answer_cost=answer / token, attended_cost=seen / token)
 
 
 def check_layout(model: Any, layout: Layout, apart: Tensor) -> None:
@@ -158,11 +158,11 @@ def varlen_of(model: Any) -> str | None:
     return varlen.NAME if varlen.offer(model) else None
 
 
-def sharing(model: Any, segments: Sequence[Segment]) -> tuple[float, str]:
+def sharing(model: Any, groups: Sequence[PromptGroup]) -> tuple[float, str]:
     """Which part of forward and backward passes' operations shared prompts save, and the mean lengths behind it."""
-    some = segments[:: -(-len(segments) // SAMPLED)]
-    together, apart = (operations(model, work(some, Layout(shared=shared))) for shared in (True, False))
-    lengths = [len(answer) for segment in some for answer in segment.answers]
+    some = groups[:: -(-len(groups) // SAMPLED)]
+    together, apart = (operations(model, token_counts(some, Layout(shared=shared))) for shared in (True, False))
+    lengths = [len(answer) for group in some for answer in group.answers]
     prompt, answer, answers = sum(len(x.prompt) for x in some) / len(some), sum(lengths) / len(lengths), len(lengths)
     each = f"{answers / len(some):.0f} answer{'s' * (answers > len(some))} of {answer:.0f}"
     return 1 - together / apart, f"on average prompts of {prompt:.0f} tokens with {each}"
@@ -187,8 +187,8 @@ def check_model(model: Any, apart: Tensor) -> bool:
 def probe(model: Any, layout: Layout) -> Batch:
     """Two prompts with two answers each, to try a model with."""
     ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size).tolist()
-    segments = [Segment(ids[:3], (ids[3:6], ids[5:8])), Segment(ids[7:9], (ids[1:3], ids[8:12]))]
-    return pack(segments, layout).to(model.device)
+    groups = [PromptGroup(ids[:3], (ids[3:6], ids[5:8])), PromptGroup(ids[7:9], (ids[1:3], ids[8:12]))]
+    return pack(groups, layout).to(model.device)
 
 
 @torch.no_grad()

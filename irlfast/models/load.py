@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from irlfast.common.files import InputError, find, write
-from irlfast.common.messages import say_once
+from irlfast.common.messages import log_once
 from irlfast.config import Config
 from irlfast.models.lora import base_and_adapter, load_lora, revision
 from irlfast.ops import Head, lm_head
@@ -60,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     )
 
 
-def count_tokens(tokenizer: Any) -> int:
+def vocabulary_size(tokenizer: Any) -> int:
     """Embeddings that a tokenizer asks for: ids may have gaps, and ``len`` does not count them."""
     return 1 + max(tokenizer.get_vocab().values())
 
@@ -90,7 +90,7 @@ def resize_model(config: Config, tokenizer: Any, folder: Path) -> None:
         InputError: the model has more tensors than those of embedding and LM head that would have to grow.
     """
     model = load_model(str(config.model_name_or_path), config)
-    tokens, rows = count_tokens(tokenizer), rows_of(config)
+    tokens, rows = vocabulary_size(tokenizer), rows_of(config)
     model.resize_token_embeddings(tokens, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         for tensor in (module.weight, getattr(module, "bias", None)):
@@ -188,7 +188,7 @@ def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool =
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"model {base}: cannot be loaded ({first_sentence(error)})") from error
     check_loaded(base, model, found["missing_keys"])
-    say_left_out(base, model, found["unexpected_keys"], revision(name, config))
+    log_left_out(base, model, found["unexpected_keys"], revision(name, config))
     if in_4bit:
         keep_4bit_layout(model)
     if adapter:
@@ -210,7 +210,7 @@ def check_loaded(name: str, model: Any, missing: set[str]) -> None:
         )
 
 
-def say_left_out(name: str, model: Any, unexpected: set[str], at: str) -> None:
+def log_left_out(name: str, model: Any, unexpected: set[str], at: str) -> None:
     """Name the tensors of a language model's checkpoint that the model has no place for, ``unexpected`` or known so."""
     if is_reward(model):  # of a language model it takes all but the head
         return
@@ -220,7 +220,7 @@ def say_left_out(name: str, model: Any, unexpected: set[str], at: str) -> None:
     known = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     left_out = {key for key in tensor_names(folder) - own if any(pattern.search(key) for pattern in known)} | unexpected
     if left_out:
-        say_once(
+        log_once(
             f"model {name}: {type(model).__name__} has no place for {len(left_out)} tensors of its checkpoint, such as "
             f"{min(left_out)}; they are not trained, and not in final/"
         )

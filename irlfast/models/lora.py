@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from irlfast.common.files import InputError, find, read_json
-from irlfast.common.messages import say
+from irlfast.common.messages import log
 from irlfast.config import Config
 
 SETTINGS = "adapter_config.json"  # PEFT's
@@ -172,7 +172,7 @@ def merge(model: Any, what: str) -> Any:
     share = kept_by_merging(model)
     if share >= LEAST_KEPT:
         return model.merge_and_unload()
-    say(f"{what}: {LOST.format(str(model.dtype).removeprefix('torch.'), share)}")
+    log(f"{what}: {LOST.format(str(model.dtype).removeprefix('torch.'), share)}")
     layers = [layer for layer in model.modules() if hasattr(layer, "get_delta_weight")]
     dtypes = {parameter: parameter.dtype for layer in layers for parameter in layer.get_base_layer().parameters()}
     for layer in layers:

@@ -41,9 +41,9 @@ def layer_kinds(config: Any) -> dict[str, int | None]:
 def dense_mask(dtype: torch.dtype, batch: Batch, window: int | None) -> Tensor:
     """``[B, 1, L, L]``: 0 where a token sees another, else ``dtype``'s least value. A pad sees the pads before it."""
     length = batch.input_ids.shape[1]
-    segment, answer, position = batch.segment, batch.answer, batch.position_ids
-    seen = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-    seen = seen & (segment[:, :, None] == segment[:, None, :])
+    group, answer, position = batch.group, batch.answer, batch.position_ids
+    seen = torch.ones(length, length, dtype=torch.bool, device=group.device).tril()
+    seen = seen & (group[:, :, None] == group[:, None, :])
     seen &= (answer[:, None, :] == 0) | (answer[:, :, None] == answer[:, None, :])
     if window:
         seen &= position[:, :, None] - position[:, None, :] < window
@@ -59,16 +59,16 @@ def block_mask(batch: Batch, window: int | None) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     length = batch.input_ids.shape[1]
-    tokens = (batch.segment, batch.answer, batch.position_ids)
-    segment, answer, position = (pad(x, (0, -length % BLOCK), value=PAD) for x in tokens)
+    tokens = (batch.group, batch.answer, batch.position_ids)
+    group, answer, position = (pad(x, (0, -length % BLOCK), value=PAD) for x in tokens)
 
     def seen(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = (segment[b, query] == segment[b, key]) & (query >= key)
+        same = (group[b, query] == group[b, key]) & (query >= key)
         own = (answer[b, key] == 0) | (answer[b, query] == answer[b, key])
         near = position[b, query] - position[b, key] < window if window else True
         return same & own & near
 
-    some, whole = seen_blocks(segment, answer, position, window)
+    some, whole = seen_blocks(group, answer, position, window)
     if length % BLOCK:
         whole[:, -1] = False  # its last tokens do not exist
     return BlockMask.from_kv_blocks(
@@ -76,19 +76,19 @@ def block_mask(batch: Batch, window: int | None) -> Any:
     )
 
 
-def seen_blocks(segment: Tensor, answer: Tensor, position: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+def seen_blocks(group: Tensor, answer: Tensor, position: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     """Of tokens ``[B, L]``, which blocks of keys a block of queries may see, and which each of its tokens sees whole.
 
     ``[B, L / BLOCK, L / BLOCK]`` bool, queries before keys. A block's ends tell, as answers ascend in a segment.
     """
-    segments, answers, positions = (x.unflatten(1, (-1, BLOCK)) for x in (segment, answer, position))
+    groups, answers, positions = (x.unflatten(1, (-1, BLOCK)) for x in (group, answer, position))
     # Below, unsqueeze(2) makes of a block its queries, unsqueeze(1) its keys.
-    diagonal = torch.eye(segments.shape[1], dtype=torch.bool, device=segment.device)
+    diagonal = torch.eye(groups.shape[1], dtype=torch.bool, device=group.device)
     earlier = torch.ones_like(diagonal).tril(-1)
     with_prompt = answers.amin(2) <= 0
-    some = earlier & (segments[..., 0].unsqueeze(2) == segments[..., -1].unsqueeze(1))
+    some = earlier & (groups[..., 0].unsqueeze(2) == groups[..., -1].unsqueeze(1))
     some &= with_prompt.unsqueeze(1) | (answers[..., 0].unsqueeze(2) == answers[..., -1].unsqueeze(1))
-    in_one = earlier & (segments[..., -1].unsqueeze(2) == segments[..., 0].unsqueeze(1))
+    in_one = earlier & (groups[..., -1].unsqueeze(2) == groups[..., 0].unsqueeze(1))
     first_answer = answers.masked_fill(answers <= 0, torch.iinfo(answers.dtype).max).amin(2)
     only_prompt = answers[..., -1] <= 0
     whole = in_one & (only_prompt.unsqueeze(1) | (answers[..., -1].unsqueeze(2) == first_answer.unsqueeze(1)))

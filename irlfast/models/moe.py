@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from irlfast.common.files import InputError
-from irlfast.data.packing import PAD, Batch, Segment, pack
+from irlfast.data.packing import PAD, Batch, PromptGroup, pack
 from irlfast.models.attention import APART, body_output
 
 
@@ -17,7 +17,7 @@ def balancing_loss(model: Any, router_logits: tuple[Tensor, ...], batch: Batch) 
 
     logits: Any = tuple(each.flatten(0, -2) for each in router_logits)
     chosen = model.config.get_text_config().num_experts_per_tok
-    loss = load_balancing_loss_func(logits, logits[0].shape[-1], chosen, batch.segment != PAD)
+    loss = load_balancing_loss_func(logits, logits[0].shape[-1], chosen, batch.group != PAD)
     assert isinstance(loss, Tensor)
     return loss
 
@@ -30,7 +30,7 @@ def check_router(model: Any, coefficient: float) -> None:
         InputError: the model has no router, or another loss for it.
     """
     name = type(model).__name__
-    batch = pack([Segment([0, 1, 2], ([3, 4, 5],))], APART).to(model.device)
+    batch = pack([PromptGroup([0, 1, 2], ([3, 4, 5],))], APART).to(model.device)
     found = getattr(body_output(model, batch, output_router_logits=True), "router_logits", None)
     if not found:
         raise InputError(f"router_aux_loss_coef: found {coefficient}, but {name} has no router; expected 0")

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irlfast.data.encoding import Format
+from irlfast.data.encoding import Encoder
 
 NAMES = (r"\W*((finetune_)?(right|left)_)?pad(ding)?(_id|_token)?\W*", r".*(reserved|unused).*", r"\W*unk\W*")
 PLANES = "".join(map(chr, [*range(32, 127), *range(128, 0xD800, 61), *range(0xE000, 0x20000, 997)]))  # of Unicode
 
 
-def padded_apart(model: Any, form: Format, state: dict[str, Tensor]) -> Any:
+def padded_apart(model: Any, encoder: Encoder, state: dict[str, Tensor]) -> Any:
     """The tokenizer with such a padding token, of which the model's configuration has the id.
 
     The token is the tokenizer's own, a special token that is kept for later, or else a new one; where the embedding in
     ``state`` has no row for a new token, it gets one of zeros.
     """
-    tokenizer = copy.deepcopy(form.tokenizer)
+    tokenizer = copy.deepcopy(encoder.tokenizer)
     text_config = model.config.get_text_config()
-    name = unused_token(tokenizer, form)
+    name = unused_token(tokenizer, encoder)
     if name is None:
         known = tokenizer.get_vocab()
         name = "<|pad|>" if "<|pad|>" not in known else f"<|pad_{len(known)}|>"
@@ -41,9 +41,9 @@ def padded_apart(model: Any, form: Format, state: dict[str, Tensor]) -> Any:
     return tokenizer
 
 
-def unused_token(tokenizer: Any, form: Format) -> str | None:
+def unused_token(tokenizer: Any, encoder: Encoder) -> str | None:
     """The first special token for padding or for later that neither texts nor templates nor ends of answers have."""
-    ends = {*form.ends, tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}
+    ends = {*encoder.ends, tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}
     templates = str(tokenizer.chat_template)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     named = [name for pattern in NAMES for name in special if re.fullmatch(pattern, name, re.IGNORECASE)]

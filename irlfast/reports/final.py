@@ -12,9 +12,9 @@ from rich.table import Table
 import irlfast
 from irlfast.common import dist
 from irlfast.common.files import read_json, write, write_json, write_text
-from irlfast.common.messages import say
+from irlfast.common.messages import log
 from irlfast.config import Config
-from irlfast.data.encoding import Format
+from irlfast.data.encoding import Encoder
 from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import base_and_adapter, merge
 from irlfast.reports.page import write_report
@@ -29,16 +29,16 @@ COLUMNS = {
 }
 
 
-def finish(run: Run, policies: dict[str, Path | str], figures: list[dict[str, Any]]) -> None:
+def finish(run: Run, policies: dict[str, Path | str], metrics: list[dict[str, Any]]) -> None:
     """Write ``final/`` and ``report.html``, print the closing table, and push to the hub if asked."""
-    kept, why = choose(run.config, figures)
+    kept, why = choose(run.config, metrics)
     final = run.output / "final"
     if dist.is_main():
-        if not final.exists() or read_json(final / "policy.json") != choice(kept, why, figures):
-            write(final, lambda temporary: save_final(temporary, run, policies[kept], kept, why, figures))
+        if not final.exists() or read_json(final / "policy.json") != choice(kept, why, metrics):
+            write(final, lambda temporary: save_final(temporary, run, policies[kept], kept, why, metrics))
         report = write_report(run.output)
-        print_table(figures, kept)
-        say(f"policy: {final} (from {kept}: {why})\nreport: {report}")
+        print_table(metrics, kept)
+        log(f"policy: {final} (from {kept}: {why})\nreport: {report}")
         if run.config.push_to_hub:
             upload(run.config, final)
     dist.barrier()
@@ -49,23 +49,23 @@ def finish_reward(run: Run, reward: Path) -> None:
     """Write ``final/``, a reward model that ``AutoModelForSequenceClassification`` loads."""
     final = run.output / "final"
     if dist.is_main():
-        figures = read_json(reward.parent / "eval.json")
+        metrics = read_json(reward.parent / "eval.json")
         if not final.exists():
-            write(final, lambda temporary: save_reward(temporary, run, reward, figures))
-        say(f"reward model: {final}")
+            write(final, lambda temporary: save_reward(temporary, run, reward, metrics))
+        log(f"reward model: {final}")
         if run.config.push_to_hub:
             upload(run.config, final)
     dist.barrier()
     dist.stop()
 
 
-def save_reward(folder: Path, run: Run, reward: Path, figures: dict[str, Any]) -> None:
+def save_reward(folder: Path, run: Run, reward: Path, metrics: dict[str, Any]) -> None:
     shutil.copytree(reward, folder)
-    write_text(folder / "README.md", reward_card(run.config, figures))
+    write_text(folder / "README.md", reward_card(run.config, metrics))
 
 
-def reward_card(config: Config, figures: dict[str, Any]) -> str:
-    numbers = {name.replace("_", " "): value for name, value in figures.items() if name != "phase"}
+def reward_card(config: Config, metrics: dict[str, Any]) -> str:
+    numbers = {name.replace("_", " "): value for name, value in metrics.items() if name != "phase"}
     rows = "\n".join(f"| {name} | {value:,.3f} |" for name, value in numbers.items())
     return f"""{card_head(config, "text-classification", "reward-model")}
 # A reward model learned from demonstrations with irlfast {irlfast.__version__}
@@ -79,34 +79,34 @@ reads prompt and answer, end token included, in the policy's template; several l
 """
 
 
-def choose(config: Config, figures: list[dict[str, Any]]) -> tuple[str, str]:
+def choose(config: Config, metrics: list[dict[str, Any]]) -> tuple[str, str]:
     """The phase whose policy is kept, and why."""
     if config.keep == "last":
-        return figures[-1]["phase"], "the last"
+        return metrics[-1]["phase"], "the last"
     name = config.metric_for_best_model
     sign = -1 if name == "nll" else 1
-    best = max(figures, key=lambda row: -math.inf if row[name] is None else sign * row[name])
+    best = max(metrics, key=lambda row: -math.inf if row[name] is None else sign * row[name])
     if best[name] is None:
-        return figures[-1]["phase"], f"the last; no phase has a held-out {name}"
+        return metrics[-1]["phase"], f"the last; no phase has a held-out {name}"
     return best["phase"], f"the best held-out {name}, {best[name]:.3f}"
 
 
-def choice(kept: str, why: str, figures: list[dict[str, Any]]) -> dict[str, Any]:
+def choice(kept: str, why: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of ``policy.json``. It changes where a run goes on to more stages; then ``final/`` is made anew."""
-    return {"kept": kept, "why": why, "phases": [row["phase"] for row in figures]}
+    return {"kept": kept, "why": why, "phases": [row["phase"] for row in metrics]}
 
 
-def save_final(folder: Path, run: Run, policy: Path | str, kept: str, why: str, figures: list[dict[str, Any]]) -> None:
+def save_final(folder: Path, run: Run, policy: Path | str, kept: str, why: str, metrics: list[dict[str, Any]]) -> None:
     if isinstance(policy, Path) and not base_and_adapter(policy)[1]:
         shutil.copytree(policy, folder)
     else:
-        save_pretrained(folder, merge(load_model(policy, run.config), str(policy)), run.form.tokenizer)
-    name_end_tokens(folder, run.form)
-    write_json(folder / "policy.json", choice(kept, why, figures))
-    write_text(folder / "README.md", model_card(run.config, kept, why, figures))
+        save_pretrained(folder, merge(load_model(policy, run.config), str(policy)), run.encoder.tokenizer)
+    name_end_tokens(folder, run.encoder)
+    write_json(folder / "policy.json", choice(kept, why, metrics))
+    write_text(folder / "README.md", model_card(run.config, kept, why, metrics))
 
 
-def name_end_tokens(folder: Path, form: Format) -> None:
+def name_end_tokens(folder: Path, encoder: Encoder) -> None:
     """Name the token that answers were trained to end with, so that ``generate`` and servers stop at it.
 
     The generation config names it, beside the model's other end tokens. So does the tokenizer as its EOS, unless the
@@ -118,19 +118,19 @@ def name_end_tokens(folder: Path, form: Format) -> None:
         settings = transformers.GenerationConfig.from_pretrained(folder)
     except OSError:
         settings = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(folder))
-    others = [token for token in form.ends if token != form.end_id]
-    settings.eos_token_id = [form.end_id, *others] if others else form.end_id
+    others = [token for token in encoder.ends if token != encoder.end_id]
+    settings.eos_token_id = [encoder.end_id, *others] if others else encoder.end_id
     settings.save_pretrained(folder)
-    tokenizer = copy.deepcopy(form.tokenizer)
+    tokenizer = copy.deepcopy(encoder.tokenizer)
     question = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     before = tokenizer.apply_chat_template(question, tokenize=False)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(form.end_id)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(encoder.end_id)
     if tokenizer.apply_chat_template(question, tokenize=False) == before:
         tokenizer.save_pretrained(folder)
 
 
-def model_card(config: Config, kept: str, why: str, figures: list[dict[str, Any]]) -> str:
-    rows = [f"| {row['phase']} | " + " | ".join(cells(row)) + " |" for row in figures]
+def model_card(config: Config, kept: str, why: str, metrics: list[dict[str, Any]]) -> str:
+    rows = [f"| {row['phase']} | " + " | ".join(cells(row)) + " |" for row in metrics]
     return f"""{card_head(config, "text-generation", config.method)}
 # A policy trained from demonstrations with irlfast {irlfast.__version__}
 
@@ -154,11 +154,11 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [show(name, pattern) for name, pattern in COLUMNS.values()]
 
 
-def print_table(figures: list[dict[str, Any]], kept: str) -> None:
-    table = Table(title=f"{figures[0]['count']:,} held-out demonstrations")
+def print_table(metrics: list[dict[str, Any]], kept: str) -> None:
+    table = Table(title=f"{metrics[0]['count']:,} held-out demonstrations")
     table.add_column("after")
     for column in COLUMNS:
         table.add_column(column, justify="right")
-    for row in figures:
+    for row in metrics:
         table.add_row(row["phase"] + (" (kept)" if row["phase"] == kept else ""), *cells(row))
     Console(width=100).print(table)

@@ -7,8 +7,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from irlfast.config import Config
 from irlfast.common.files import InputError, find
+from irlfast.config import Config
 
 PATIENCE = 3.0  # seconds
 

@@ -4,24 +4,20 @@ import dataclasses
 import functools
 import json
 import os
-import sys
-import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from irlfast.common import dist
-from irlfast.config import Config, dump
 from irlfast.common.files import InputError, read_jsonl, write_jsonl
+from irlfast.config import Config, dump
 
 STEP = "global_step"  # Transformers' name of W&B's x-axis
 SAMPLES = 8  # held-out prompts whose answers are shown
 
 
-class Log:
+class MetricsLog:
     """Writes rows of figures. Only the main process's writes anything.
 
     TensorBoard and W&B show them over the optimiser steps of the whole run, under the kind of the phase: ``sft/loss``,
@@ -75,9 +71,9 @@ class Log:
         kind = {"sft": "sft", "reward": "reward"}.get(row["phase"].rpartition("/")[2], self.method)
         self.show(kind, {name: value for name, value in row.items() if name not in ("step", "stage")})
 
-    def hold_out(self, figures: dict[str, Any], answers: Sequence[dict[str, str]] = (), kind: str = "eval") -> None:
+    def hold_out(self, metrics: dict[str, Any], answers: Sequence[dict[str, str]] = (), kind: str = "eval") -> None:
         """Held-out figures after the last step that was logged, and a few answers beside the expert's."""
-        self.show(kind, figures)
+        self.show(kind, metrics)
         names, rows = ["prompt", "expert", "answer"], answers[:SAMPLES]
         if self.tensorboard and rows:
             cells = [[row[name].replace("|", "\\|").replace("\n", "<br>") for name in names] for row in rows]
@@ -90,9 +86,9 @@ class Log:
             table = wandb.Table(columns=names, data=[[row[name] for name in names] for row in rows])
             self.wandb.log({"eval/samples": table, STEP: self.step})
 
-    def show(self, kind: str, figures: dict[str, Any]) -> None:
+    def show(self, kind: str, metrics: dict[str, Any]) -> None:
         """Figures after the last step that was logged, on TensorBoard and W&B."""
-        numbers = {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, int | float)}
+        numbers = {f"{kind}/{name}": value for name, value in metrics.items() if isinstance(value, int | float)}
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, self.step)

@@ -9,10 +9,10 @@ from typing import IO, Any
 
 import yaml
 
+from irlfast.common.files import InputError
+from irlfast.common.messages import log
 from irlfast.config import Config, difference, dump
 from irlfast.config.checks import PER_STAGE
-from irlfast.common.files import InputError
-from irlfast.common.messages import say
 
 # Keys that may change in a run that was begun, and what changes with them; never what was trained or how.
 HARMLESS = {
@@ -53,7 +53,7 @@ def check_output(output: Path, config: Config) -> None:
     if harmful:
         raise InputError(f"output_dir {output}: its run has another configuration ({'; '.join(harmful)})")
     if harmless:
-        say(f"{output} goes on with {', '.join(harmless)}")
+        log(f"{output} goes on with {', '.join(harmless)}")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -108,7 +108,7 @@ def hold(output: Path) -> None:
         file.close()
         raise InputError(f"output_dir {output}: {owner} is at work in it; expected another folder") from error
     except OSError as error:
-        say(f"warning: output_dir {output} cannot be locked ({error.strerror}); let no second run use it")
+        log(f"warning: output_dir {output} cannot be locked ({error.strerror}); let no second run use it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {time.strftime('%Y-%m-%d %H:%M:%S')},")
     file.flush()

@@ -16,7 +16,7 @@ import torch
 from irlfast.common import dist
 from irlfast.common.files import read_json, read_jsonl, remove, write, write_json, write_jsonl
 from irlfast.common.messages import Progress
-from irlfast.data.packing import Segment
+from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example, TokenIds
 from irlfast.models.load import load_model, no_tokens, rows_of, save_pretrained
 from irlfast.models.lora import merge
@@ -57,7 +57,7 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
     if mine:
         generate = vllm_answers if run.config.sampler == "vllm" else transformers_answers
         for number, answers in with_progress(generate(run, policy, mine, sampling), mine, folder):
-            texts = run.form.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            texts = run.encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
             rows = [
                 {"index": i, "prompt": prompt_of(run, examples[i]), "answer": text, "answer_ids": ids}
                 for i, ids, text in zip(cuts[number], answers, texts, strict=True)
@@ -84,15 +84,15 @@ def shard_size(folder: Path, count: int, sampler: str) -> int:
 
 def sample_groups(
     run: Run, policy: Path | str, examples: list[Example], n: int, folder: Path, sampling: Sampling
-) -> list[Segment]:
+) -> list[PromptGroup]:
     """``n`` answers to each example's prompt, as segments of the prompt with its answers."""
     answers = sample(run, policy, [x for x in examples for _ in range(n)], folder, sampling)
-    return [Segment(x.prompt_ids, tuple(answers[i * n : i * n + n]), row=x.row) for i, x in enumerate(examples)]
+    return [PromptGroup(x.prompt_ids, tuple(answers[i * n : i * n + n]), row=x.row) for i, x in enumerate(examples)]
 
 
 def prompt_of(run: Run, example: Example) -> str:
     """A prompt as the model reads it, cut to ``max_prompt_length`` and in its template."""
-    return run.form.tokenizer.decode(example.prompt_ids.tolist())
+    return run.encoder.tokenizer.decode(example.prompt_ids.tolist())
 
 
 def read_samples(folder: Path) -> list[TokenIds]:
@@ -130,8 +130,8 @@ def vllm_answers(
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_new_tokens=config.max_new_tokens,
-        ends=run.form.ends,
-        never=no_tokens(run.form.tokenizer, rows_of(config, policy)),
+        ends=run.encoder.ends,
+        never=no_tokens(run.encoder.tokenizer, rows_of(config, policy)),
         dtype=config.dtype,
         max_model_len=config.max_prompt_length + config.max_new_tokens,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
@@ -142,7 +142,7 @@ def vllm_answers(
     except NoLora:
         merged = run.output / f"merged-{dist.rank()}"
         model = merge(load_model(policy, config), str(policy))
-        write(merged, lambda temporary: save_pretrained(temporary, model, run.form.tokenizer))
+        write(merged, lambda temporary: save_pretrained(temporary, model, run.encoder.tokenizer))
         del model
         yield from answers_of(merged)
         remove(merged)
@@ -154,13 +154,13 @@ def transformers_answers(
 ) -> Iterator[tuple[int, list[list[int]]]]:
     config = run.config
     model = load_model(policy, config).to(dist.device()).eval()
-    never = no_tokens(run.form.tokenizer, model.get_output_embeddings().weight.shape[0])
+    never = no_tokens(run.encoder.tokenizer, model.get_output_embeddings().weight.shape[0])
     for shard in shards:
         torch.manual_seed(shard.seed)
         answers: list[list[int]] = []
         for start in range(0, len(shard.prompts), config.per_device_eval_batch_size):
             prompts = shard.prompts[start : start + config.per_device_eval_batch_size]
-            answers += generate_batch(model, prompts, run.form.ends, sampling, config.max_new_tokens, never)
+            answers += generate_batch(model, prompts, run.encoder.ends, sampling, config.max_new_tokens, never)
         yield shard.number, answers
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from irlfast.common import dist
 from irlfast.common.files import InputError, LocalError, find
-from irlfast.common.messages import Progress, say
+from irlfast.common.messages import Progress, log
 from irlfast.config import Config
-from irlfast.data.packing import Segment
+from irlfast.data.packing import PromptGroup
 from irlfast.data.rows import Demonstration
 from irlfast.data.spelling import Speller, broken_texts, control_tokens, make_speller
 from irlfast.data.templates import Refused, Template, mended, plain_text, render, shorter
@@ -48,17 +48,17 @@ class Read(NamedTuple):
 # ---------------------------------------------------------------- the rewards of a run
 
 
-def external(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
+def external(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) -> Tensor:
     """The logit ``[S, 1]`` of every answer. Each process scores its share.
 
     NaN where the text was cut and ``reward_overlong`` is drop.
     """
 
     def share() -> dict[int, float]:
-        answers = [(segment.row, answer) for segment in segments for answer in segment.answers]
+        answers = [(group.row, answer) for group in groups for answer in group.answers]
         numbers = range(len(answers))[dist.rank() :: dist.world_size()]
         rows = [answered(run, *answers[number]) for number in numbers]
-        score = load_external(reward, run.config, run.form.template.begun)
+        score = load_external(reward, run.config, run.encoder.template.begun)
         return dict(zip(numbers, score(rows).tolist(), strict=True))
 
     return cached(path, share)
@@ -144,9 +144,9 @@ def tell(reader: Reader, texts: Sequence[Read], config: Config) -> None:
     count, cut, mended = (sum(column) for column in zip(*dist.all_gather(own), strict=True))
     if cut:
         result = "their prompts are left out" if config.reward_overlong == "drop" else "their beginnings were cut"
-        say(f"reward {reader.name}: {cut:,} of {count:,} texts were longer than its {reader.limit:,} tokens; {result}")
+        log(f"reward {reader.name}: {cut:,} of {count:,} texts were longer than its {reader.limit:,} tokens; {result}")
     if mended:
-        say(
+        log(
             f"reward {reader.name}: {mended:,} of {count:,} conversations were mended, as its chat template refuses "
             "them: system text is in the user's turn, and turns of one role are joined"
         )

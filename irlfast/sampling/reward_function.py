@@ -20,7 +20,7 @@ from torch import Tensor
 
 from irlfast.common import dist
 from irlfast.common.files import InputError, LocalError, find
-from irlfast.data.packing import Segment
+from irlfast.data.packing import PromptGroup
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_texts import cached, row_of, text_of
 
@@ -28,7 +28,7 @@ CALL = 64  # answers that a call is given, about
 OURS = ("prompt", "prompts", "completion", "completions", "completion_ids")  # no columns, as with TRL
 
 
-def function_rewards(run: Run, name: str, segments: Sequence[Segment], path: Path) -> Tensor:
+def function_rewards(run: Run, name: str, groups: Sequence[PromptGroup], path: Path) -> Tensor:
     """One reward of every answer, ``[S, 1]`` fp64 and cached in ``path``; NaN where the function returned None.
 
     Raises:
@@ -36,12 +36,12 @@ def function_rewards(run: Run, name: str, segments: Sequence[Segment], path: Pat
     """
 
     def share() -> dict[int, float]:
-        function, n = load_function(name), len(segments[0].answers)
+        function, n = load_function(name), len(groups[0].answers)
         found: dict[int, float] = {}
-        groups = max(1, CALL // n)
-        starts = range(0, len(segments), groups)
+        batches = max(1, CALL // n)
+        starts = range(0, len(groups), batches)
         for start in starts[dist.rank() :: dist.world_size()]:
-            values = call(function, name, run, segments[start : start + groups])
+            values = call(function, name, run, groups[start : start + batches])
             found |= dict(enumerate(values, start * n))
         return found
 
@@ -77,14 +77,14 @@ def from_file(path: Path) -> Any:
     return module
 
 
-def call(function: Callable, name: str, run: Run, segments: Sequence[Segment]) -> list[float]:
+def call(function: Callable, name: str, run: Run, groups: Sequence[PromptGroup]) -> list[float]:
     """The function's rewards of all answers of some segments; NaN for None.
 
     Raises:
         LocalError: the function raises, or returns other than a number or None for each answer.
     """
-    rows = [row for segment in segments for row in [row_of(run, segment.row)] * len(segment.answers)]
-    answers = [answer for segment in segments for answer in segment.answers]
+    rows = [row for group in groups for row in [row_of(run, group.row)] * len(group.answers)]
+    answers = [answer for group in groups for answer in group.answers]
     texts = [text_of(run, answer) for answer in answers]
     names = {column: None for row in rows for column in row["row"] if column not in OURS}
     columns = {column: [row["row"].get(column) for row in rows] for column in names}

@@ -28,7 +28,7 @@ def cached(path: Path, share: Callable[[], dict[int, float]]) -> Tensor:
 
 def text_of(run: Run, answer: Sequence[int]) -> str:
     """An answer without its end token and other special tokens."""
-    return run.form.tokenizer.decode([*answer], skip_special_tokens=True)
+    return run.encoder.tokenizer.decode([*answer], skip_special_tokens=True)
 
 
 def row_of(run: Run, number: int) -> dict[str, Any]:

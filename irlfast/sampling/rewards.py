@@ -23,9 +23,9 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.common.files import InputError, find
-from irlfast.common.messages import say
+from irlfast.common.messages import log
 from irlfast.config import Config
-from irlfast.data.packing import Batch, Segment
+from irlfast.data.packing import Batch, PromptGroup
 from irlfast.models.load import first_sentence
 from irlfast.models.lora import base_and_adapter
 from irlfast.ops import Head
@@ -42,7 +42,7 @@ def recipe(config: Config) -> dict[str, Any]:
     return {"level": config.reward_level, "divergence": config.divergence, "alpha": config.divergence_alpha}
 
 
-def rewards_of(run: Run, rewards: Sequence[Path | str], segments: Sequence[Segment], folder: Path) -> Tensor:
+def rewards_of(run: Run, rewards: Sequence[Path | str], groups: Sequence[PromptGroup], folder: Path) -> Tensor:
     """Reward ``[S]`` of every answer of every segment, fp64: of ``rewards`` and the run's functions, combined.
 
     Each is cached in ``folder``. NaN is an answer that ``reward_overlong`` leaves out.
@@ -56,7 +56,7 @@ def rewards_of(run: Run, rewards: Sequence[Path | str], segments: Sequence[Segme
     each = []
     for number, name in enumerate(names):
         measure = reward_of if number < len(rewards) else function_rewards
-        each.append(measure(run, name, segments, folder / f"reward-{number}.safetensors"))
+        each.append(measure(run, name, groups, folder / f"reward-{number}.safetensors"))
     if config.reward_combine != "mean" and sum(values.shape[1] for values in each) < 2:
         raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
     each[len(rewards) :] = without_none(each[len(rewards) :], alone=not rewards, combined=config.reward_combine)
@@ -91,27 +91,27 @@ def complete(rewards: Tensor) -> list[int]:
         raise InputError("reward_overlong: found drop, and every prompt has an answer of which the text is too long")
     if len(found) < len(rewards):
         left_out = len(rewards) - len(found)
-        say(f"reward_overlong: {left_out:,} of {len(rewards):,} prompts are left out, as an answer's text was too long")
+        log(f"reward_overlong: {left_out:,} of {len(rewards):,} prompts are left out, as an answer's text was too long")
     return found
 
 
-def reward_of(run: Run, reward: str, segments: Sequence[Segment], path: Path) -> Tensor:
+def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) -> Tensor:
     """One reward of every answer by each of its heads, ``[S, M]`` fp64, cached in ``path``; others have M = 1.
 
     Raises:
         InputError: where there is no such model, it is of another kind, or it has another tokenizer.
     """
     if "," in reward and not find(reward):  # a folder may have a comma in its name
-        return implicit(run, reward.split(",", 1), segments, path)
+        return implicit(run, reward.split(",", 1), groups, path)
     config = reward_config(reward, run.config)
     if not config.architectures[0].endswith("ForSequenceClassification"):
-        return implicit(run, [reward], segments, path)
+        return implicit(run, [reward], groups, path)
     how = getattr(config, "irlfast_reward", None)
     if how is None:
-        return external(run, reward, segments, path)
+        return external(run, reward, groups, path)
     check_tokenizer(run, reward)
     measure = functools.partial(head_rewards, **how)
-    scores = score(run, reward, segments, path, measure, heads=config.num_labels)
+    scores = score(run, reward, groups, path, measure, heads=config.num_labels)
     return torch.stack([answer[0] for answers in scores for answer in answers]).double()
 
 
@@ -156,7 +156,7 @@ def combine(rewards: Sequence[Tensor], config: Config) -> Tensor:
     return every.mean(1) - config.reward_std_weight * every.std(1, correction=min(1, every.shape[1] - 1))
 
 
-def implicit(run: Run, policies: Sequence[str], segments: Sequence[Segment], path: Path) -> Tensor:
+def implicit(run: Run, policies: Sequence[str], groups: Sequence[PromptGroup], path: Path) -> Tensor:
     """β·ρ of each answer ``[S, 1]``, of a policy to its reference if there is one: the per-token differences, summed.
 
     Raises:
@@ -165,7 +165,7 @@ def implicit(run: Run, policies: Sequence[str], segments: Sequence[Segment], pat
     for policy in policies:
         check_tokenizer(run, policy)
     paths = [path, path.with_name(f"{path.stem}-reference.safetensors")]
-    new, *references = (score(run, policy, segments, each) for policy, each in zip(policies, paths, strict=False))
+    new, *references = (score(run, policy, groups, each) for policy, each in zip(policies, paths, strict=False))
     old = references[0] if references else [[torch.zeros_like(logps) for logps in found] for found in new]
     return run.config.at("beta", 0) * torch.cat([log_ratios(*both) for both in zip(new, old, strict=True)])[:, None]
 
@@ -178,6 +178,6 @@ def check_tokenizer(run: Run, policy: str) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=run.config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"reward model {policy}: its tokenizer cannot be loaded ({first_sentence(error)})") from error
-    padding = {(each.pad_token, each.pad_token_id) for each in (tokenizer, run.form.tokenizer)}
-    if (tokenizer.get_vocab().items() ^ run.form.tokenizer.get_vocab().items()) - padding:
+    padding = {(each.pad_token, each.pad_token_id) for each in (tokenizer, run.encoder.tokenizer)}
+    if (tokenizer.get_vocab().items() ^ run.encoder.tokenizer.get_vocab().items()) - padding:
         raise InputError(f"reward model {policy}: found another tokenizer than the policy's; expected the same")

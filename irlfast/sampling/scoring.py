@@ -17,7 +17,7 @@ from irlfast.common import dist
 from irlfast.common.files import LocalError, write
 from irlfast.common.messages import Progress
 from irlfast.config import Config
-from irlfast.data.packing import Batch, Segment, longest_of, micro_batches, pack, token_limit
+from irlfast.data.packing import Batch, PromptGroup, longest_of, micro_batches, pack, token_limit
 from irlfast.losses.inputs import arguments
 from irlfast.models.attention import arrange, hidden_states
 from irlfast.models.load import head_of, load_model
@@ -39,7 +39,7 @@ def token_logps(hidden: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
 def score(
     run: Run,
     model: Path | str,
-    segments: Sequence[Segment],
+    groups: Sequence[PromptGroup],
     path: Path,
     measure: Measure = token_logps,
     heads: int = 0,
@@ -51,8 +51,8 @@ def score(
     its share.
     """
     if not path.exists():
-        starts = ((x, first) for x in segments for first in range(0, len(x.answers), ANSWERS))
-        pieces = [Segment(x.prompt, x.answers[first : first + ANSWERS]) for x, first in starts]
+        starts = ((x, first) for x in groups for first in range(0, len(x.answers), ANSWERS))
+        pieces = [PromptGroup(x.prompt, x.answers[first : first + ANSWERS]) for x, first in starts]
         scores: dict[int, list[np.ndarray]] = {}
         for part in dist.all_gather(score_share(run.config, model, pieces, path, measure, heads, in_4bit)):
             scores |= part
@@ -61,7 +61,7 @@ def score(
         dist.barrier()
     flat = load_file(path)
     answers = iter(flat["values"].split(flat["lengths"].tolist()))
-    return [tuple(next(answers) for _ in segment.answers) for segment in segments]
+    return [tuple(next(answers) for _ in group.answers) for group in groups]
 
 
 def log_ratios(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
@@ -73,7 +73,7 @@ def log_ratios(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
 def score_share(
     config: Config,
     name: Path | str,
-    segments: Sequence[Segment],
+    groups: Sequence[PromptGroup],
     path: Path,
     measure: Measure,
     heads: int,
@@ -84,16 +84,16 @@ def score_share(
     Arrays, because 100,000 small tensors would take a minute to other processes, each with its whole batch's memory.
     """
     model = load_model(name, config, heads, in_4bit).to(dist.device()).eval()
-    layout, head = arrange(model, config, segments), head_of(model)
-    limit = token_limit(config, longest_of(segments, layout), config.per_device_eval_batch_size)
-    batches = micro_batches(range(len(segments)), segments, layout, limit, dist.rank(), dist.world_size())
+    layout, head = arrange(model, config, groups), head_of(model)
+    limit = token_limit(config, longest_of(groups, layout), config.per_device_eval_batch_size)
+    batches = micro_batches(range(len(groups)), groups, layout, limit, dist.rank(), dist.world_size())
     scores: dict[int, list[np.ndarray]] = {}
     label = f"{path.parent.name}/{path.stem}"
     todo = [chosen for chosen in reversed(batches) if chosen]
     with Progress(label, sum(map(len, batches)), "segment", seconds=10.0) as progress:
         while todo:
             chosen = todo.pop()
-            batch = pack([segments[i] for i in chosen], layout).to(dist.device())
+            batch = pack([groups[i] for i in chosen], layout).to(dist.device())
             try:
                 answers = iter(measure(hidden_states(model, batch), head, batch))
             except torch.OutOfMemoryError as error:
@@ -103,7 +103,7 @@ def score_share(
                 todo += [chosen[half:], chosen[:half]]
                 continue
             for i in chosen:
-                scores[i] = [next(answers).numpy() for _ in segments[i].answers]
+                scores[i] = [next(answers).numpy() for _ in groups[i].answers]
             progress.advance(len(chosen))
             progress.tell()
     return scores

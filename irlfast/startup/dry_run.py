@@ -16,8 +16,8 @@ from rich.markup import escape
 from irlfast.common import dist
 from irlfast.common.files import InputError, find, read_jsonl
 from irlfast.config import Config, dump
-from irlfast.data.encoding import Format
-from irlfast.data.packing import Segment
+from irlfast.data.encoding import Encoder
+from irlfast.data.packing import PromptGroup
 from irlfast.data.sets import read_sets
 from irlfast.data.sources import locate, sources_of
 from irlfast.data.store import Example
@@ -28,10 +28,10 @@ from irlfast.methods.reward import reward_plan
 from irlfast.methods.rft import round_name
 from irlfast.methods.sft import sft_plan, wants_sft
 from irlfast.models.load import build_model, load_model_config
-from irlfast.runs.metrics_log import Log
+from irlfast.runs.metrics_log import MetricsLog
 from irlfast.runs.run import Run
 from irlfast.startup.limits import check_sizes
-from irlfast.startup.prepare import check_model, check_rows, describe, quiet, read_format
+from irlfast.startup.prepare import check_model, check_rows, describe, quiet, read_encoder
 
 EXAMPLES = 3
 EFFICIENCY = 0.4  # of a matrix product's rate that a whole training step reaches
@@ -50,33 +50,35 @@ def show(config: Config) -> None:
     quiet()
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"[bold]configuration[/]\n{escape(dump(config))}")
-    size, train, form = model_size(config), None, None
+    size, train, encoder = model_size(config), None, None
     if size:
         check_model(config)
     try:
-        form = read_format(config, datetime.datetime.now())
-        sets = read_sets(config, form)
+        encoder = read_encoder(config, datetime.datetime.now())
+        sets = read_sets(config, encoder)
         train = sets.train
         if config.model_name_or_path:
-            check_rows(config, form, [*train, *sets.held_out])
+            check_rows(config, encoder, [*train, *sets.held_out])
         check_sizes(config, train, sets.held_out)
         out.print(f"[bold]data[/]\n{escape(describe(sets))}\n")
-        show_examples(out, train[:EXAMPLES], form)
-        size = model_size(config, len(form.tokenizer))
+        show_examples(out, train[:EXAMPLES], encoder)
+        size = model_size(config, len(encoder.tokenizer))
     except InputError as error:
         if all(locate(source.name) for source in sources_of(config)) and size:  # all is at hand, so the data is wrong
             raise
         out.print(f"[bold]data[/]\nnot checked: {escape(str(error))}\n")
     out.print(f"[bold]model[/]\n{size.parameters:,} parameters\n" if size else "[bold]model[/]\ncannot be had here\n")
-    rate, how = rate_of(config, form, train, size) if train and form and size else (matrix_rate(config), BY_MATRICES)
+    rate, how = (
+        rate_of(config, encoder, train, size) if train and encoder and size else (matrix_rate(config), BY_MATRICES)
+    )
     show_estimates(out, config, train, size, rate, how)
 
 
-def show_examples(out: Console, examples: list[Example], form: Format) -> None:
+def show_examples(out: Console, examples: list[Example], encoder: Encoder) -> None:
     out.print("[bold]examples[/] (the loss is on the tokens in ⟦ ⟧ alone)")
     for example in examples:
         prompt, answer = (
-            escape(form.tokenizer.decode(ids.tolist())) for ids in (example.prompt_ids, example.answer_ids)
+            escape(encoder.tokenizer.decode(ids.tolist())) for ids in (example.prompt_ids, example.answer_ids)
         )
         out.print(f"[dim]{prompt}[/][green]⟦{answer}⟧[/]")
         out.print(f"[dim]{len(example.prompt_ids)} prompt tokens + {len(example.answer_ids)} answer tokens[/]\n")
@@ -178,7 +180,7 @@ def memory(config: Config, model: Size, length: float) -> float:
     return weights + gradients + optimiser + activations
 
 
-def rate_of(config: Config, form: Format, train: list[Example], size: Size) -> tuple[float, str]:
+def rate_of(config: Config, encoder: Encoder, train: list[Example], size: Size) -> tuple[float, str]:
     """Operations a second of training, and how they were found: by a step of the model, where it is here and fits."""
     policy = weights_at_hand(config)
     if dist.world_size() > 1:
@@ -190,7 +192,7 @@ def rate_of(config: Config, form: Format, train: list[Example], size: Size) -> t
     room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if memory(config, size, mean_length(train)) > SAFE * room:
         return matrix_rate(config), f"{BY_MATRICES}: the model does not fit into {room / 2**30:.1f} GiB"
-    return measured_rate(config, policy, form, train), "measured on a step of SFT of this model"
+    return measured_rate(config, policy, encoder, train), "measured on a step of SFT of this model"
 
 
 def weights_at_hand(config: Config) -> str | None:
@@ -207,23 +209,23 @@ def weights_at_hand(config: Config) -> str | None:
     return folder if any(Path(folder).glob("*.safetensors")) else None
 
 
-def measured_rate(config: Config, policy: str | None, form: Format, train: list[Example]) -> float:
+def measured_rate(config: Config, policy: str | None, encoder: Encoder, train: list[Example]) -> float:
     """Operations a second of the second step of SFT on the first rows, one micro-batch a step."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         if policy is None:
             policy = str(output / "initial")
-            build_model(config, form.tokenizer, output / "initial")
+            build_model(config, encoder.tokenizer, output / "initial")
         alone = dataclasses.replace(
             config, logging_steps=1, save_steps=0, gradient_accumulation_steps=1, profile=False, report_to=[]
         )
         dist.start()
-        run = Run(alone, output, policy, form, train, [], Log(output, alone), None)
+        run = Run(alone, output, policy, encoder, train, [], MetricsLog(output, alone), None)
         plan = plan_phase(
             alone, len(train), stage=-1, epochs=None, steps=2, learning_rate=1e-9, optim=config.optim, seed=[0]
         )
-        segments = [Segment(example.prompt_ids, (example.answer_ids,)) for example in train]
-        fit(run, output / "sft", policy, segments, sft_loss, plan)
+        groups = [PromptGroup(example.prompt_ids, (example.answer_ids,)) for example in train]
+        fit(run, output / "sft", policy, groups, sft_loss, plan)
         dist.stop()
         *_, (_, last) = read_jsonl(output / "metrics.jsonl")
         return last["tflops"] * 1e12

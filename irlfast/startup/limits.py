@@ -9,7 +9,7 @@ import torch
 
 from irlfast.common.files import InputError, find
 from irlfast.config import Config
-from irlfast.data.packing import Segment, tokens
+from irlfast.data.packing import PromptGroup, count_tokens
 from irlfast.data.store import Example
 from irlfast.methods.irft import stage_examples, stage_name
 from irlfast.models.lora import add_lora
@@ -45,7 +45,7 @@ def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -
                 "expected at least a row a round"
             )
     if config.max_tokens_per_batch != "auto":
-        longest = max(tokens(segment) for row in [*train, *held_out] for segment in segments_of(config, row))
+        longest = max(count_tokens(group) for row in [*train, *held_out] for group in groups_of(config, row))
         if longest > config.max_tokens_per_batch:
             raise InputError(
                 f"max_tokens_per_batch: found {config.max_tokens_per_batch}, but a prompt with its answers can have "
@@ -53,7 +53,7 @@ def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -
             )
 
 
-def segments_of(config: Config, row: Example) -> list[Segment]:
+def groups_of(config: Config, row: Example) -> list[PromptGroup]:
     """What this row can become, with sampled answers of the greatest length."""
     sampled: Any = range(config.max_new_tokens)
     answers: list[tuple[Sequence[int], ...]] = [(row.answer_ids, sampled)]
@@ -62,7 +62,7 @@ def segments_of(config: Config, row: Example) -> list[Segment]:
     if config.method in ("rft", "afd"):
         together = config.num_generations
         answers.append((sampled,) * (min(ANSWERS, together) if config.align == "bon" else together))
-    return [Segment(row.prompt_ids, each) for each in answers]
+    return [PromptGroup(row.prompt_ids, each) for each in answers]
 
 
 def check_rewards(config: Config) -> None:

@@ -10,25 +10,25 @@ from typing import IO
 
 from irlfast.common import dist
 from irlfast.common.files import InputError, find, read_json, write, write_json, write_jsonl, write_text
-from irlfast.common.messages import say
+from irlfast.common.messages import log
 from irlfast.config import Config, dump
-from irlfast.data.encoding import Format, make_format
+from irlfast.data.encoding import Encoder, make_encoder
 from irlfast.data.reading import describe as reading_line
 from irlfast.data.reading import dropped_rows
 from irlfast.data.sets import Sets, read_sets, tokenizer_texts
 from irlfast.data.store import Example, Rows, fingerprint, load_examples, save_examples
 from irlfast.models.load import (
     build_model,
-    count_tokens,
     load_model_config,
     load_tokenizer,
     resize_model,
     rows_of,
     stop_tokens,
+    vocabulary_size,
 )
 from irlfast.models.lora import base_and_adapter, check_adapter
 from irlfast.runs.hub import try_upload
-from irlfast.runs.metrics_log import Log
+from irlfast.runs.metrics_log import MetricsLog
 from irlfast.runs.output import check_output, hold
 from irlfast.runs.run import Run
 from irlfast.startup.limits import check_lora, check_rewards, check_sizes, check_vllm
@@ -59,22 +59,31 @@ def prepare(config: Config, prompts_only: bool = False) -> Run:
         try_upload(config)
     found = write_data(config, output, prompts_only) if dist.is_main() else None
     dist.start()
-    form, lines = dist.from_main(found)
+    encoder, lines = dist.from_main(found)
     train, held_out = (load_examples(output / "data" / f"{name}.safetensors") for name in ("train", "eval"))
-    say(lines)
+    log(lines)
     rows = Rows(output / "data" / "rows.jsonl")
-    return Run(config, output, starting_policy(config, output, form), form, train, held_out, Log(output, config), rows)
+    return Run(
+        config,
+        output,
+        starting_policy(config, output, encoder),
+        encoder,
+        train,
+        held_out,
+        MetricsLog(output, config),
+        rows,
+    )
 
 
-def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Format, str]:
+def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Encoder, str]:
     """Tokenise the demonstrations into ``data/``; returns their format and what is to be said of them."""
     known = read_json(output / "data.json") if (output / "data.json").exists() else {}
     begun = datetime.datetime.fromisoformat(known.get("begun") or datetime.datetime.now().isoformat())
-    form = read_format(config, begun)
+    encoder = read_encoder(config, begun)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as rows:
-        sets = read_sets(config, form, rows, prompts_only)
+        sets = read_sets(config, encoder, rows, prompts_only)
         if config.model_name_or_path:
-            check_rows(config, form, [*sets.train, *sets.held_out])
+            check_rows(config, encoder, [*sets.train, *sets.held_out])
         check_sizes(config, sets.train, sets.held_out)
         hold(output)
         rows.seek(0)
@@ -93,7 +102,7 @@ def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Format
     dropped = [*dropped_rows(sets.readings), *(row for tally in sets.tallies.values() for row in tally.dropped)]
     write_jsonl(output / "data" / "dropped.jsonl", dropped)
     write_json(output / "data.json", found)
-    return form, describe(sets)
+    return encoder, describe(sets)
 
 
 def copy_lines(lines: IO[str], path: Path) -> None:
@@ -141,19 +150,19 @@ def check_weights(config: Config) -> None:
         check_adapter(adapter, config)
 
 
-def read_format(config: Config, begun: datetime.datetime) -> Format:
+def read_encoder(config: Config, begun: datetime.datetime) -> Encoder:
     """The run's tokenizer, a new one where ``train_tokenizer`` asks for it, and how it writes conversations."""
     tokenizer = load_tokenizer(config, tokenizer_texts(config) if config.train_tokenizer else [])
-    return make_format(tokenizer, config, begun, stop_tokens(config))
+    return make_encoder(tokenizer, config, begun, stop_tokens(config))
 
 
-def check_rows(config: Config, form: Format, examples: list[Example]) -> None:
+def check_rows(config: Config, encoder: Encoder, examples: list[Example]) -> None:
     """Whether the model has an embedding for every token in use, or is to get it.
 
     Raises:
         InputError: a token of an example, or one of the tokenizer's own that was not added to it, has none.
     """
-    tokens, rows = count_tokens(form.tokenizer), rows_of(config)
+    tokens, rows = vocabulary_size(encoder.tokenizer), rows_of(config)
     if tokens <= rows:
         return
     found = f"tokenizer: found {tokens:,} tokens, but the model's embedding has {rows:,} rows"
@@ -164,22 +173,22 @@ def check_rows(config: Config, form: Format, examples: list[Example]) -> None:
     ids = (part for x in examples for part in (x.prompt_ids, x.answer_ids, x.rejected_ids) if part is not None)
     used = max(int(max(part)) for part in ids if len(part))
     if config.resize_embeddings:
-        say(f"{found}: {tokens - rows:,} new ones, the mean of the others")
-    elif form.tokenizer.vocab_size > rows or max(used, form.end_id) >= rows:
+        log(f"{found}: {tokens - rows:,} new ones, the mean of the others")
+    elif encoder.tokenizer.vocab_size > rows or max(used, encoder.end_id) >= rows:
         raise InputError(f"{found}; expected the model's own tokenizer, or resize_embeddings: true")
     else:
-        say(f"{found}; no example has one of the {tokens - rows:,} tokens without a row")
+        log(f"{found}; no example has one of the {tokens - rows:,} tokens without a row")
 
 
-def starting_policy(config: Config, output: Path, form: Format) -> Path | str:
+def starting_policy(config: Config, output: Path, encoder: Encoder) -> Path | str:
     """The given model, or in ``initial/policy`` with its tokenizer a new one, or the given one with more embeddings."""
     given = config.model_name_or_path
-    if given and not (config.resize_embeddings and count_tokens(form.tokenizer) > rows_of(config)):
+    if given and not (config.resize_embeddings and vocabulary_size(encoder.tokenizer) > rows_of(config)):
         return find(given) or given
     built = output / "initial" / "policy"
     if dist.is_main() and not built.exists():
         make = resize_model if given else build_model
-        make(config, form.tokenizer, built)
+        make(config, encoder.tokenizer, built)
     dist.barrier()
     return built
 

@@ -80,7 +80,7 @@ def test_a_log_that_is_no_terminal_has_a_line_a_logging_step_and_no_bar(finished
     steps = [(phase, int(done), int(total)) for phase, unit, done, total, _ in found if unit == "step"]
     trained = [("stage-00", 2, 4), ("stage-00", 4, 4), ("stage-01", 2, 4), ("stage-01", 4, 4)]
     assert steps == [("sft", 2, 6), ("sft", 4, 6), ("sft", 6, 6), *trained]
-    assert all("loss" in figures for _, unit, _, _, figures in found if unit == "step")
+    assert all("loss" in metrics for _, unit, _, _, metrics in found if unit == "step")
     assert {("stage-00/samples", "48", "48"), ("stage-01/reference", "48", "48")} <= {
         (phase, done, total) for phase, _, done, total, _ in found
     }

@@ -217,8 +217,8 @@ def test_spin_with_adamw_zero_0_tensorboard_own_deepspeed_json_and_the_best_poli
     assert pairs[0]["from_history"] == 0
     assert pairs[1]["from_history"] == 96  # every prompt again, and the stage before mixed in
     assert list((output / "tensorboard").glob("events*"))
-    figures = {path.parent.name: json.loads(path.read_text())["nll"] for path in output.glob("*/eval.json")}
-    best = min(figures, key=figures.__getitem__)
+    metrics = {path.parent.name: json.loads(path.read_text())["nll"] for path in output.glob("*/eval.json")}
+    best = min(metrics, key=metrics.__getitem__)
     assert json.loads((output / "final" / "policy.json").read_text())["kept"] == best
     assert f"from {best}" in out + err
 

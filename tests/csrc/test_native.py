@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from irlfast import native, ops
-from irlfast.ops.common.types import Problem, Side
+from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.pair_loss import cpu_slab
 from tests.helpers.ops_cases import gradients, make
 
@@ -18,18 +18,20 @@ ROOT = Path(__file__).parents[2]
 needs_module = pytest.mark.skipif(native.cpu is None, reason="irlfast._cpu is not built here")
 
 
-def problem(targets: torch.Tensor, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None) -> Problem:
-    return Problem(targets, None, targets, 1, scale, softcap, dtype, 64)
+def scored(targets: torch.Tensor, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None) -> ScoredTokens:
+    return ScoredTokens(targets, None, targets, 1, scale, softcap, dtype, 64)
 
 
 def both(z: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, **options: float | None) -> tuple:
     """Log-probabilities, v, slab: natively in fp32, and by PyTorch in fp64."""
     head = torch.empty(z.shape[1], 1)
     ours = cpu_slab.native_softmax(
-        z.clone(), targets, Side(head, head, bias), problem(targets, torch.float32, **options)
+        z.clone(), targets, HeadInputs(head, head, bias), scored(targets, torch.float32, **options)
     )
     double = None if bias is None else bias.double()
-    exact = cpu_slab.softmax(z.double(), targets, Side(head, head, double), problem(targets, torch.float64, **options))
+    exact = cpu_slab.softmax(
+        z.double(), targets, HeadInputs(head, head, double), scored(targets, torch.float64, **options)
+    )
     return ours, exact
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.encoding import make_format
+from irlfast.data.encoding import make_encoder
 from irlfast.data.sets import read_sets
 from irlfast.data.store import Example, Rows, fingerprint, load_examples, save_examples
 from tests.helpers.rows import examples_of, pair
@@ -38,83 +38,83 @@ def config(tmp_path):
 
 
 def encode_one(family, config, prompt=QUESTION, answer=ANSWER):
-    form = make_format(FAMILIES[family](), config)
-    examples, counts = examples_of([pair(prompt, answer)], form, config)
-    return form, [Example(x.prompt_ids.tolist(), x.answer_ids.tolist()) for x in examples], counts
+    encoder = make_encoder(FAMILIES[family](), config)
+    examples, counts = examples_of([pair(prompt, answer)], encoder, config)
+    return encoder, [Example(x.prompt_ids.tolist(), x.answer_ids.tolist()) for x in examples], counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exactly_one_bos_and_one_end_token(family, config):
-    form, [example], _ = encode_one(family, config())
-    assert form.tokenizer.convert_ids_to_tokens(form.end_id) == ENDS[family]
-    assert example.answer_ids[-1] == form.end_id
-    assert example.answer_ids.count(form.end_id) == 1
+    encoder, [example], _ = encode_one(family, config())
+    assert encoder.tokenizer.convert_ids_to_tokens(encoder.end_id) == ENDS[family]
+    assert example.answer_ids[-1] == encoder.end_id
+    assert example.answer_ids.count(encoder.end_id) == 1
     uses_bos = family in ("llama", "gemma", "zephyr")
-    bos = form.tokenizer.bos_token_id
+    bos = encoder.tokenizer.bos_token_id
     assert (example.prompt_ids + example.answer_ids[:-1]).count(bos) == uses_bos
     assert (example.prompt_ids[0] == bos) == uses_bos
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_decode_to_the_rendered_text(family, config):
-    form, [example], _ = encode_one(family, config())
+    encoder, [example], _ = encode_one(family, config())
     ids = example.prompt_ids + example.answer_ids
-    text = form.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert text.endswith(ANSWER)
     assert QUESTION in text
-    answer = form.tokenizer.decode(example.answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    answer = encoder.tokenizer.decode(example.answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert answer.strip() == ANSWER
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_prompt_is_the_same_without_its_answer(family, config):
     """Sampling sees the prompt alone; training must condition on the same ids."""
-    form, [one], _ = encode_one(family, config())
+    encoder, [one], _ = encode_one(family, config())
     _, [other], _ = encode_one(family, config(), answer=" a quite different\n\nanswer")
     assert one.prompt_ids == other.prompt_ids
-    assert form.tokenizer.decode(other.answer_ids, skip_special_tokens=True).strip() == "a quite different\n\nanswer"
+    assert encoder.tokenizer.decode(other.answer_ids, skip_special_tokens=True).strip() == "a quite different\n\nanswer"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_end_token_in_the_answer_is_not_doubled(family, config):
     """SPIN's published data holds answers that end in the end token's text already."""
     tokens = config(split_special_tokens=False)
-    form, [example], counts = encode_one(family, tokens, answer=ANSWER + ENDS[family])
-    assert example.answer_ids.count(form.end_id) == 1
+    encoder, [example], counts = encode_one(family, tokens, answer=ANSWER + ENDS[family])
+    assert example.answer_ids.count(encoder.end_id) == 1
     assert counts["cut_at_end_token"] == 1
-    form, [example], counts = encode_one(family, tokens, answer=f"one{ENDS[family]}two")
-    assert example.answer_ids.count(form.end_id) == 1
-    assert example.answer_ids[-1] == form.end_id
+    encoder, [example], counts = encode_one(family, tokens, answer=f"one{ENDS[family]}two")
+    assert example.answer_ids.count(encoder.end_id) == 1
+    assert example.answer_ids[-1] == encoder.end_id
     assert counts["cut_at_end_token"] == 1
 
 
 def test_zephyr_answer_starts_as_in_running_text(config):
     """SentencePiece would write ▁The for a text that starts with The; after a newline it is The."""
-    form, [example], _ = encode_one("zephyr", config())
-    assert not form.tokenizer.convert_ids_to_tokens(example.answer_ids[0]).startswith("▁")
+    encoder, [example], _ = encode_one("zephyr", config())
+    assert not encoder.tokenizer.convert_ids_to_tokens(example.answer_ids[0]).startswith("▁")
 
 
 def test_long_answers_are_cut_and_counted_and_do_not_end(config):
-    form, [whole], _ = encode_one("pythia", config())
+    encoder, [whole], _ = encode_one("pythia", config())
     length = len(whole.prompt_ids)
-    form, [example], counts = encode_one("pythia", config(max_prompt_length=length, max_length=length + 4))
+    encoder, [example], counts = encode_one("pythia", config(max_prompt_length=length, max_length=length + 4))
     assert example.answer_ids == whole.answer_ids[:4]
-    assert form.end_id not in example.answer_ids
+    assert encoder.end_id not in example.answer_ids
     assert counts["cut_answers"] == 1
 
 
 def test_empty_answers_and_duplicates_are_dropped_and_counted(config):
-    form = make_format(FAMILIES["pythia"](), config())
+    encoder = make_encoder(FAMILIES["pythia"](), config())
     rows = [pair("a", "b"), pair("a", "b"), pair("a", "c"), pair("d", " \n")]
-    examples, counts = examples_of(rows, form, config())
-    assert [form.tokenizer.decode(example.answer_ids[:-1].tolist()) for example in examples] == ["b", "c"]
+    examples, counts = examples_of(rows, encoder, config())
+    assert [encoder.tokenizer.decode(example.answer_ids[:-1].tolist()) for example in examples] == ["b", "c"]
     assert (counts["rows"], counts["kept"], counts["duplicates"], counts["empty_answers"]) == (4, 2, 1, 1)
 
 
 def test_examples_come_back_from_their_file_as_they_were_and_so_does_their_fingerprint(tmp_path, config):
-    form = make_format(FAMILIES["pythia"](), config())
+    encoder = make_encoder(FAMILIES["pythia"](), config())
     rows = [pair("a", "b"), pair("c", "d and e", "f"), pair("g", "h", "")]
-    examples, _ = examples_of(rows, form, config())
+    examples, _ = examples_of(rows, encoder, config())
     save_examples(tmp_path / "train.safetensors", examples)
     loaded = load_examples(tmp_path / "train.safetensors")
     assert loaded == examples
@@ -142,7 +142,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(config):
     tokenizer = FAMILIES["pythia"]()
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no end token"):
-        make_format(tokenizer, config())
+        make_encoder(tokenizer, config())
 
 
 def test_a_share_is_held_out_and_never_trained_on(tmp_path, config):
@@ -151,7 +151,7 @@ def test_a_share_is_held_out_and_never_trained_on(tmp_path, config):
     run = config(dataset_name=str(file), eval_fraction=0.1)
     rows = tmp_path / "kept.jsonl"
     with rows.open("w") as lines:
-        sets = read_sets(run, make_format(FAMILIES["pythia"](), run), lines)
+        sets = read_sets(run, make_encoder(FAMILIES["pythia"](), run), lines)
     assert len(sets.train) == 36
     assert len(sets.held_out) == 4
     assert not {bytes(x.prompt_ids) for x in sets.train} & {bytes(x.prompt_ids) for x in sets.held_out}
@@ -167,12 +167,12 @@ def test_held_out_rows_that_are_training_rows_are_refused_left_out_or_allowed(tm
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     given = {"dataset_name": str(tmp_path / "train.jsonl"), "eval_dataset_name": str(tmp_path / "test.jsonl")}
     run = config(**given, eval_overlap=overlap)
-    form = make_format(FAMILIES["pythia"](), run)
+    encoder = make_encoder(FAMILIES["pythia"](), run)
     if overlap == "refuse":
         with pytest.raises(InputError, match=r"test.jsonl: 2 of 4 held-out rows are also training rows"):
-            read_sets(run, form)
+            read_sets(run, encoder)
     else:
-        sets = read_sets(run, form)
+        sets = read_sets(run, encoder)
         assert len(sets.held_out) == {"drop": 2, "allow": 4}[overlap]
         assert sets.tallies["eval"].counts["also_in_train"] == (2 if overlap == "drop" else 0)
 

@@ -11,7 +11,7 @@ import transformers
 from irlfast import ops
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.packing import PAD, Layout, Segment, cost_of, micro_batches, pack, tokens, work
+from irlfast.data.packing import PAD, Layout, PromptGroup, cost_of, count_tokens, micro_batches, pack, token_counts
 from irlfast.losses.inputs import arguments
 from irlfast.models.attention import APART, arrange, check_model, choose, hidden_of, hidden_states, operations, sharing
 from irlfast.ops import lm_head
@@ -52,12 +52,12 @@ def model_of(name: str) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name])).eval()
 
 
-def ragged() -> list[Segment]:
+def ragged() -> list[PromptGroup]:
     """Three answers each: long ones, of one token, with a prompt of one token, and an empty one."""
     draw = np.random.default_rng(0)
     lengths = [(7, (6, 9, 2)), (1, (5, 1, 12)), (15, (1, 1, 3)), (4, (8, 0, 8))]
     return [
-        Segment(
+        PromptGroup(
             draw.integers(1, VOCABULARY, prompt).tolist(),
             tuple(draw.integers(1, VOCABULARY, length).tolist() for length in answers),
         )
@@ -76,9 +76,9 @@ def with_gradients(model, batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return logps.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def separate(segments: list[Segment]) -> list:
+def separate(groups: list[PromptGroup]) -> list:
     """The oracle: every answer in a batch of its own, with no mask, no padding and no shared prompt."""
-    answers = [Segment(segment.prompt, (answer,)) for segment in segments for answer in segment.answers]
+    answers = [PromptGroup(group.prompt, (answer,)) for group in groups for answer in group.answers]
     return [pack([answer]) for answer in answers]
 
 
@@ -88,9 +88,9 @@ LAYOUTS = [Layout(), Layout(shared=False), Layout(one_row=True), Layout(shared=F
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_answers_have_the_log_probabilities_and_gradients_of_separate_ones(name, layout):
-    model, segments = model_of(name), ragged()
-    expected, gradients = with_gradients(model, separate(segments))
-    found, packed_gradients = with_gradients(model, [pack(segments, layout)])
+    model, groups = model_of(name), ragged()
+    expected, gradients = with_gradients(model, separate(groups))
+    found, packed_gradients = with_gradients(model, [pack(groups, layout)])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(packed_gradients, gradients, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
@@ -110,18 +110,18 @@ def test_scores_are_sent_to_other_processes_without_what_else_their_batch_scored
     """A tensor would be sent with all of the memory that it is a view of."""
     model_of("Llama").save_pretrained(tmp_path)
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": "float32"})
-    segments = [segment._replace(answers=segment.answers * 50) for segment in ragged()]
-    found = score_share(config, tmp_path, segments, tmp_path / "scores", token_logps, heads=0, in_4bit=False)
-    answers = [(ids, logps) for i, x in enumerate(segments) for ids, logps in zip(x.answers, found[i], strict=True)]
+    groups = [group._replace(answers=group.answers * 50) for group in ragged()]
+    found = score_share(config, tmp_path, groups, tmp_path / "scores", token_logps, heads=0, in_4bit=False)
+    answers = [(ids, logps) for i, x in enumerate(groups) for ids, logps in zip(x.answers, found[i], strict=True)]
     assert len(answers) >= 150
     assert all(len(ids) == len(logps) for ids, logps in answers)
     assert all(len(pickle.dumps(logps)) < logps.nbytes + 200 for _, logps in answers)
 
 
 def test_a_prompt_is_computed_once_and_last_tokens_not_at_all():
-    [segment] = [Segment([1] * 10, ([2] * 4, [3] * 6))]
-    batch = pack([segment])
-    assert tokens(segment) == batch.input_ids.numel() == 10 + 3 + 5
+    [group] = [PromptGroup([1] * 10, ([2] * 4, [3] * 6))]
+    batch = pack([group])
+    assert count_tokens(group) == batch.input_ids.numel() == 10 + 3 + 5
     assert batch.rows.tolist() == [9, 10, 11, 12, 9, 13, 14, 15, 16, 17]
     assert batch.position_ids[0, [9, 10, 13]].tolist() == [9, 10, 10]
 
@@ -143,8 +143,8 @@ def test_a_model_that_cannot_share_is_found_and_warned_of_once(capsys):
     assert capsys.readouterr().err.count("cannot share a prompt between answers; each gets its own") == 1
 
 
-def of_lengths(prompt: int, *answers: int) -> list[Segment]:
-    return [Segment([1] * prompt, tuple([2] * answer for answer in answers))] * 3
+def of_lengths(prompt: int, *answers: int) -> list[PromptGroup]:
+    return [PromptGroup([1] * prompt, tuple([2] * answer for answer in answers))] * 3
 
 
 def test_what_sharing_saves_follows_from_the_lengths():
@@ -193,25 +193,25 @@ def test_a_model_without_a_linear_head_is_one_sentence():
         arrange(model, config, ragged())
 
 
-def drawn(count: int) -> list[Segment]:
+def drawn(count: int) -> list[PromptGroup]:
     draw = np.random.default_rng(1)
     sizes = draw.integers(1, 60, (count, 3))
-    return [Segment([1] * prompt, ([1] * first, [1] * second)) for prompt, first, second in sizes]
+    return [PromptGroup([1] * prompt, ([1] * first, [1] * second)) for prompt, first, second in sizes]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_get_as_many_batches_of_like_cost_within_the_limit(layout, ranks):
-    segments, step, layout = drawn(48), list(range(3, 45)), layout._replace(answer_cost=2.0, seen_cost=0.01)
-    each = [micro_batches(step, segments, layout, 400, rank, ranks) for rank in range(ranks)]
+    groups, step, layout = drawn(48), list(range(3, 45)), layout._replace(answer_cost=2.0, attended_cost=0.01)
+    each = [micro_batches(step, groups, layout, 400, rank, ranks) for rank in range(ranks)]
     assert sorted(i for batches in each for batch in batches for i in batch) == step
     assert len({len(batches) for batches in each}) == 1
     for batch in (batch for batches in each for batch in batches):
-        packed = pack([segments[i] for i in batch], layout)
+        packed = pack([groups[i] for i in batch], layout)
         assert packed.input_ids.numel() <= (512 if layout.one_row else 400)  # one row ends on a multiple of 128
-    costs = [sum(cost_of(segments[i], layout) for batch in batches for i in batch) for batches in each]
+    costs = [sum(cost_of(groups[i], layout) for batch in batches for i in batch) for batches in each]
     assert max(costs) <= 1.02 * min(costs)
-    reversed_step = [micro_batches(step[::-1], segments, layout, 400, rank, ranks) for rank in range(ranks)]
+    reversed_step = [micro_batches(step[::-1], groups, layout, 400, rank, ranks) for rank in range(ranks)]
     assert reversed_step == each
 
 
@@ -219,18 +219,18 @@ def test_what_a_segment_costs_is_what_its_operations_are():
     model = model_of("Llama")
     layout = arrange(model, make_config({"dataset_name": __file__, "model_name_or_path": "."}), drawn(4))
     short, long = of_lengths(10, 5, 5)[0], of_lengths(60, 50, 7)[0]
-    ratio = operations(model, work([long], layout)) / operations(model, work([short], layout))
+    ratio = operations(model, token_counts([long], layout)) / operations(model, token_counts([short], layout))
     assert cost_of(long, layout) / cost_of(short, layout) == pytest.approx(ratio)
 
 
 def test_rows_of_like_length_leave_few_pads_and_one_row_next_to_none():
-    segments = drawn(64)
+    groups = drawn(64)
     for layout, share in ((Layout(), 0.1), (Layout(one_row=True), 0.07)):
         batches = [
-            pack([segments[i] for i in chosen], layout) for chosen in micro_batches(range(64), segments, layout, 1024)
+            pack([groups[i] for i in chosen], layout) for chosen in micro_batches(range(64), groups, layout, 1024)
         ]
-        pads = sum(int((batch.segment == PAD).sum()) for batch in batches)
-        assert pads <= share * sum(batch.segment.numel() for batch in batches)
+        pads = sum(int((batch.group == PAD).sum()) for batch in batches)
+        assert pads <= share * sum(batch.group.numel() for batch in batches)
 
 
 def test_fewer_segments_than_ranks_leave_empty_batches():
@@ -239,9 +239,9 @@ def test_fewer_segments_than_ranks_leave_empty_batches():
 
 def test_a_reward_models_rows_are_the_answers_own_tokens():
     """The last one included, whether answers share a prompt or not; a policy's rows are those before."""
-    segments = [Segment([7, 8], ([1, 2, 3], [4])), Segment([9], ([5, 6], []))]
+    groups = [PromptGroup([7, 8], ([1, 2, 3], [4])), PromptGroup([9], ([5, 6], []))]
     for shared in (True, False):
-        batch = pack(segments, Layout(shared=shared, whole=True))
+        batch = pack(groups, Layout(shared=shared, keep_last_token=True))
         own = batch.input_ids.flatten()[batch.rows]
         assert own.tolist() == batch.targets.tolist() == [1, 2, 3, 4, 5, 6]
         assert batch.cu_seqlens.tolist() == [0, 3, 4, 6, 6]

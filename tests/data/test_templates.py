@@ -7,7 +7,7 @@ import pytest
 
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.encoding import Tally, encode, make_format
+from irlfast.data.encoding import Tally, encode, make_encoder
 from irlfast.data.rows import Demonstration
 from tests.helpers.templates import KINDS, tokenizer_of
 
@@ -74,41 +74,41 @@ def conversation(draw: random.Random, more: list[str] | None = None) -> Demonstr
 
 def encoded(name: str, rows: list[Demonstration], stops: tuple[str, ...] = (), **keys):
     tokenizer, config, tally = tokenizer_of(KINDS[name]), config_of(**keys), Tally()
-    form = make_format(tokenizer, config, BEGUN, tokenizer.convert_tokens_to_ids(stops))
-    return form, list(encode(rows, form, config, tally)), tally
+    encoder = make_encoder(tokenizer, config, BEGUN, tokenizer.convert_tokens_to_ids(stops))
+    return encoder, list(encode(rows, encoder, config, tally)), tally
 
 
-def template_ids(form, row: Demonstration) -> list[int]:
+def template_ids(encoder, row: Demonstration) -> list[int]:
     """The ids of the template for a whole conversation, up to the end token of its answer, after the one BOS."""
     from irlfast.data.templates import prepared, unmarked
 
-    tokenizer = form.tokenizer
+    tokenizer = encoder.tokenizer
     text = unmarked(
         tokenizer.apply_chat_template(
             [*row.prompt, row.answer], tokenize=False, chat_template=prepared(tokenizer.get_chat_template(), BEGUN)
         )
     )
-    if not form.ends_itself:
-        text = text.removesuffix(form.template.after)
+    if not encoder.ends_itself:
+        text = text.removesuffix(encoder.template.after)
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    ids = ids if ids[:1] == form.bos else [*form.bos, *ids]
-    last = len(ids) - ids[::-1].index(form.end_id) if form.end_id in ids[::-1] and form.ends_itself else None
-    return ids[:last] if last else [*ids, form.end_id]
+    ids = ids if ids[:1] == encoder.bos else [*encoder.bos, *ids]
+    last = len(ids) - ids[::-1].index(encoder.end_id) if encoder.end_id in ids[::-1] and encoder.ends_itself else None
+    return ids[:last] if last else [*ids, encoder.end_id]
 
 
 def check_conversations(name: str, count: int, seed: int) -> tuple[int, int]:
     draw = random.Random(seed)
     rows = [conversation(draw) for _ in range(count)]
     same = 0
-    form, found, tally = encoded(name, rows)
+    encoder, found, tally = encoded(name, rows)
     for row, ids in found:
         whole = [*ids.prompt, *ids.answer]
-        same += whole == template_ids(form, row)
-        bos = form.tokenizer.bos_token_id
+        same += whole == template_ids(encoder, row)
+        bos = encoder.tokenizer.bos_token_id
         assert whole.count(bos) == (bos is not None)
         assert bos is None or whole[0] == bos
-        assert ids.answer[-1] == form.end_id
-        assert ids.answer.count(form.end_id) == 1
+        assert ids.answer[-1] == encoder.end_id
+        assert ids.answer.count(encoder.end_id) == 1
     told = tally.counts["tokenised_apart"] + sum(n for remark, n in tally.remarks.items() if "close it" in remark)
     assert len(found) == tally.counts["kept"] == count - tally.counts["duplicates"]
     assert same + told >= len(found)
@@ -134,9 +134,9 @@ def test_a_text_that_spells_special_tokens_adds_none(name):
     rows = [conversation(draw, [f"x{token}y" for token in spelled]) for _ in range(200)]
     texts = [[{**m, "content": plain(m["content"], spelled)} for m in [*row.prompt, row.answer]] for row in rows]
     others = [row._replace(prompt=text[:-1], answer=text[-1]) for row, text in zip(rows, texts, strict=True)]
-    form, found, tally = encoded(name, rows)
+    encoder, found, tally = encoded(name, rows)
     neutral = {row.where: ids for row, ids in encoded(name, numbered(others))[1]}
-    control = {form.tokenizer.convert_tokens_to_ids(token) for token in spelled}
+    control = {encoder.tokenizer.convert_tokens_to_ids(token) for token in spelled}
     checked = 0
     for row, ids in encoded(name, numbered(rows))[1]:
         other = neutral[row.where]
@@ -168,11 +168,11 @@ def plain(text: str, spelled: list[str]) -> str:
 def test_a_texts_special_tokens_are_decoded_as_they_were_spelled(name):
     token = KINDS[name].special[-1]
     row = Demonstration([user(f"what is {token}?")], reply(f"it ends {token}"))
-    form, [(_, ids)], _ = encoded(name, [row])
-    assert form.tokenizer.decode(ids.prompt).count(token) >= 1
-    assert f"it ends {token}" in form.tokenizer.decode(ids.answer)
-    form, [(_, ids)], _ = encoded(name, [row], split_special_tokens=False)
-    assert form.tokenizer.convert_tokens_to_ids(token) in ids.prompt
+    encoder, [(_, ids)], _ = encoded(name, [row])
+    assert encoder.tokenizer.decode(ids.prompt).count(token) >= 1
+    assert f"it ends {token}" in encoder.tokenizer.decode(ids.answer)
+    encoder, [(_, ids)], _ = encoded(name, [row], split_special_tokens=False)
+    assert encoder.tokenizer.convert_tokens_to_ids(token) in ids.prompt
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -192,17 +192,17 @@ def test_sft_on_conversations_learns_exactly_the_answers_and_their_end_tokens(na
         ("user", "more?"),
     ]
     row = Demonstration([{"role": role, "content": text} for role, text in turns], reply("third"))
-    form, [(_, ids)], tally = encoded(name, [row], method="sft")
-    learned = form.tokenizer.decode([ids.prompt[at] for at in ids.earlier])
+    encoder, [(_, ids)], tally = encoded(name, [row], method="sft")
+    learned = encoder.tokenizer.decode([ids.prompt[at] for at in ids.earlier])
     for text, kind in words.items():
         assert (text in learned) == (kind == "answer"), learned
     assert not any("not learned" in remark for remark, n in tally.remarks.items() if n)
-    if form.ends_itself and KINDS[name].template:
-        special = {*form.tokenizer.all_special_ids}
+    if encoder.ends_itself and KINDS[name].template:
+        special = {*encoder.tokenizer.all_special_ids}
         assert sum(ids.prompt[at] in special and ids.prompt[at + 1 : at + 2] != [] for at in ids.earlier) >= 2
     row.prompt[1]["weight"] = 0
-    form, [(_, ids)], _ = encoded(name, [row], method="sft")
-    learned = form.tokenizer.decode([ids.prompt[at] for at in ids.earlier])
+    encoder, [(_, ids)], _ = encoded(name, [row], method="sft")
+    learned = encoder.tokenizer.decode([ids.prompt[at] for at in ids.earlier])
     assert "first answer" not in learned
     assert "second one" in learned
 
@@ -215,9 +215,9 @@ def test_a_long_prompt_loses_whole_turns_from_the_front_and_then_the_start_of_it
         turns += [user(f"question {i}? " + "so " * draw.randrange(8)), reply(f"reply {i}")]
     long = Demonstration([*turns, user("last?")], reply("yes"))
     endless = Demonstration([user("word " * 400 + "the end")], reply("yes"))
-    form, found, tally = encoded(name, [long, endless], max_prompt_length=120, max_length=200)
+    encoder, found, tally = encoded(name, [long, endless], max_prompt_length=120, max_length=200)
     (_, several), (_, one) = found
-    text = form.tokenizer.decode(several.prompt)
+    text = encoder.tokenizer.decode(several.prompt)
     assert tally.counts["cut_prompts"] == 2
     assert len(several.prompt) <= 120
     assert "last?" in text
@@ -226,7 +226,7 @@ def test_a_long_prompt_loses_whole_turns_from_the_front_and_then_the_start_of_it
     assert all(f"question {i}?" in text and f"reply {i}" in text for i in range(first, 12))
     start = encoded(name, [Demonstration(turns[:1], reply("a"))])[1][0][1]
     assert several.prompt[:2] == start.prompt[:2]  # the header of a conversation
-    assert "the end" in form.tokenizer.decode(one.prompt)
+    assert "the end" in encoder.tokenizer.decode(one.prompt)
     assert 100 < len(one.prompt) <= 120
     assert one.prompt[:1] == start.prompt[:1]
     _, found, tally = encoded(name, [long, endless], max_prompt_length=120, max_length=200, overlong="drop")
@@ -237,17 +237,17 @@ def test_a_long_prompt_loses_whole_turns_from_the_front_and_then_the_start_of_it
 def test_the_system_text_stays_where_turns_are_lost():
     turns = [{"role": role, "content": f"{role} " * 10} for _ in range(10) for role in ("user", "assistant")]
     row = Demonstration([system("be brief"), *turns, user("last?")], reply("a"))
-    form, [(_, ids)], _ = encoded("ChatML", [row], max_prompt_length=100, max_length=120)
-    text = form.tokenizer.decode(ids.prompt)
+    encoder, [(_, ids)], _ = encoded("ChatML", [row], max_prompt_length=100, max_length=120)
+    text = encoder.tokenizer.decode(ids.prompt)
     assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n")
     assert text.endswith("last?<|im_end|>\n<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].template])
 def test_an_answer_ends_in_the_token_that_ends_it_in_the_template(name):
-    form, [(_, ids)], _ = encoded(name, [Demonstration([user("q")], reply("a"))])
-    assert form.tokenizer.convert_ids_to_tokens(ids.answer[-1]) == KINDS[name].end
-    assert {form.end_id, form.tokenizer.eos_token_id} <= {*form.ends}
+    encoder, [(_, ids)], _ = encoded(name, [Demonstration([user("q")], reply("a"))])
+    assert encoder.tokenizer.convert_ids_to_tokens(ids.answer[-1]) == KINDS[name].end
+    assert {encoder.end_id, encoder.tokenizer.eos_token_id} <= {*encoder.ends}
 
 
 def test_an_answer_ends_at_whichever_end_token_the_template_writes_behind_it():
@@ -258,8 +258,8 @@ def test_an_answer_ends_at_whichever_end_token_the_template_writes_behind_it():
     question = [user("q")]
     call = {"role": "assistant", "content": "f()", "tool_calls": [{"function": {"name": "f"}}]}
     rows = [Demonstration(question, call), Demonstration(question, reply("plain"))]
-    form, found, _ = encoded("gpt-oss, channels", rows, ("<|endoftext|>",), chat_template=template)
-    assert [form.tokenizer.decode(ids.answer[-1:]) for _, ids in found] == ["<|endoftext|>", "<|return|>"]
+    encoder, found, _ = encoded("gpt-oss, channels", rows, ("<|endoftext|>",), chat_template=template)
+    assert [encoder.tokenizer.decode(ids.answer[-1:]) for _, ids in found] == ["<|endoftext|>", "<|return|>"]
 
 
 def test_an_answer_that_the_template_does_not_write_at_all_is_left_out_and_told():
@@ -273,9 +273,9 @@ def test_an_answer_that_the_template_does_not_write_at_all_is_left_out_and_told(
 def test_an_opened_thinking_block_is_told_and_an_answer_that_closes_it_goes_on_from_it():
     question = [user("q")]
     rows = [Demonstration(question, reply(text)) for text in ("plain", "hm</think>so", "<think>\noh</think>so")]
-    form, found, tally = encoded("QwQ, which opens a thinking block", rows)
-    prompts = [form.tokenizer.decode(ids.prompt) for _, ids in found]
-    answers = [form.tokenizer.decode(ids.answer) for _, ids in found]
+    encoder, found, tally = encoded("QwQ, which opens a thinking block", rows)
+    prompts = [encoder.tokenizer.decode(ids.prompt) for _, ids in found]
+    answers = [encoder.tokenizer.decode(ids.answer) for _, ids in found]
     assert [prompt.endswith("<think>\n") for prompt in prompts] == [False, True, True]
     assert answers == ["plain<|im_end|>", "hm</think>so<|im_end|>", "oh</think>so<|im_end|>"]
     assert any("<think>" in remark and "template" in remark for remark in tally.remarks)
@@ -285,8 +285,8 @@ def test_a_template_that_leaves_something_out_is_told_by_the_messages_key():
     answer = {"role": "assistant", "content": "so", "reasoning_content": "a long thought"}
     rows = [Demonstration([user("q")], answer)]
     assert any("reasoning_content" in remark for remark in encoded("ChatML", rows)[2].remarks)
-    form, [(_, ids)], tally = encoded("Qwen 3", rows)
-    assert "a long thought" in form.tokenizer.decode(ids.answer)
+    encoder, [(_, ids)], tally = encoded("Qwen 3", rows)
+    assert "a long thought" in encoder.tokenizer.decode(ids.answer)
     assert not any("reasoning" in remark for remark in tally.remarks)
 
 
@@ -300,8 +300,8 @@ def test_a_row_that_the_template_refuses_is_named_left_out_or_mended():
         encoded("Gemma", rows, bad_rows="refuse")
     _, found, tally = encoded("Gemma", rows, bad_rows="skip")
     assert (len(found), tally.counts["rows_that_the_chat_template_refuses"], len(tally.dropped)) == (0, 3, 3)
-    form, found, tally = encoded("Gemma", rows)
-    assert [form.tokenizer.decode(ids.prompt, skip_special_tokens=True).strip() for _, ids in found] == [
+    encoder, found, tally = encoded("Gemma", rows)
+    assert [encoder.tokenizer.decode(ids.prompt, skip_special_tokens=True).strip() for _, ids in found] == [
         "user\nbe brief\n\nq\nmodel",
         "user\none\n\ntwo\nmodel",
     ]
@@ -319,14 +319,14 @@ def test_where_no_reading_is_safe_both_texts_are_shown():
     row = Demonstration([system("be brief"), user("q")], reply("a"), where="m.jsonl, line 2")
     with pytest.raises(InputError, match=r"m.jsonl, line 2.*\[INST\]q\[/INST\]a.*\[INST\]be brief"):
         encoded("Mistral, without", [row], chat_template=template, bad_rows="refuse")
-    form, [(_, ids)], _ = encoded("Mistral, without", [row], chat_template=template)
-    assert form.tokenizer.decode(ids.prompt) == "<s>[INST]be brief\n\nq[/INST]"
+    encoder, [(_, ids)], _ = encoded("Mistral, without", [row], chat_template=template)
+    assert encoder.tokenizer.decode(ids.prompt) == "<s>[INST]be brief\n\nq[/INST]"
 
 
 def test_the_clock_of_a_template_stands_still():
     row = [Demonstration([user("q")], reply("a"))]
-    form, [(_, ids)], _ = encoded("with a date", row)
-    assert "Today is 04 Mar 2026, 05:06:07." in form.tokenizer.decode(ids.prompt)
+    encoder, [(_, ids)], _ = encoded("with a date", row)
+    assert "Today is 04 Mar 2026, 05:06:07." in encoder.tokenizer.decode(ids.prompt)
 
 
 @pytest.mark.parametrize("name", ["none", "none, no BOS"])
@@ -334,29 +334,29 @@ def test_a_prompt_template_is_the_chat_template_of_the_tokenizer_that_is_saved(n
     from transformers import AutoTokenizer
 
     row = Demonstration([user('what is it\'s \\ "this"?\n')], reply("a"))
-    form, [(_, ids)], _ = encoded(name, [row], prompt_template="Q: 'x' \\n {}\nA:\n")
-    form.tokenizer.save_pretrained(tmp_path)
+    encoder, [(_, ids)], _ = encoded(name, [row], prompt_template="Q: 'x' \\n {}\nA:\n")
+    encoder.tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.apply_chat_template(row.prompt, add_generation_prompt=True, return_dict=False) == ids.prompt
 
 
 def test_a_text_without_turns_is_learned_from_its_first_token_to_the_eos():
     row = Demonstration([], reply("<|im_start|>user\nq<|im_end|>\n"))
-    form, [(_, ids)], _ = encoded("ChatML", [row])
-    expected = form.tokenizer("<|im_start|>user\nq<|im_end|>\n").input_ids
-    assert [*ids.prompt, *ids.answer] == [*expected, form.tokenizer.eos_token_id]
-    form, [(_, ids)], _ = encoded("Mistral, without", [row])
-    assert ids.prompt == form.bos
+    encoder, [(_, ids)], _ = encoded("ChatML", [row])
+    expected = encoder.tokenizer("<|im_start|>user\nq<|im_end|>\n").input_ids
+    assert [*ids.prompt, *ids.answer] == [*expected, encoder.tokenizer.eos_token_id]
+    encoder, [(_, ids)], _ = encoded("Mistral, without", [row])
+    assert ids.prompt == encoder.bos
 
 
 def test_keys_of_the_run_reach_the_template():
     row = [Demonstration([user("q")], reply("a"))]
-    form, [(_, ids)], _ = encoded("ChatML", row, system_prompt="be kind")
-    assert form.tokenizer.decode(ids.prompt).startswith("<|im_start|>system\nbe kind<|im_end|>\n")
+    encoder, [(_, ids)], _ = encoded("ChatML", row, system_prompt="be kind")
+    assert encoder.tokenizer.decode(ids.prompt).startswith("<|im_start|>system\nbe kind<|im_end|>\n")
     template = "{% for m in messages %}{{ name }}: {{ m.content }}<|im_end|>{% endfor %}"
     template += "{% if add_generation_prompt %}{{ name }}: {% endif %}"
-    form, [(_, ids)], _ = encoded("ChatML", row, chat_template=template, chat_template_kwargs={"name": "Ann"})
-    assert form.tokenizer.decode([*ids.prompt, *ids.answer]) == "Ann: q<|im_end|>Ann: a<|im_end|>"
+    encoder, [(_, ids)], _ = encoded("ChatML", row, chat_template=template, chat_template_kwargs={"name": "Ann"})
+    assert encoder.tokenizer.decode([*ids.prompt, *ids.answer]) == "Ann: q<|im_end|>Ann: a<|im_end|>"
     with pytest.raises(InputError, match="chat_template: found 'no such'"):
         encoded("ChatML", row, chat_template="no such")
     with pytest.raises(InputError, match="chat_template: it is no Jinja template"):

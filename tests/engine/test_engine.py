@@ -40,9 +40,9 @@ def test_gradients_are_those_of_the_plain_layers(name, way):
     model = copy.deepcopy(plain)
     for change in WAYS[way]:
         change(model)
-    for segments in (ragged(), ragged()[1:]):  # two shapes
-        expected, gradients = with_gradients(plain, [pack(segments)])
-        found, others = with_gradients(model, [pack(segments)])
+    for groups in (ragged(), ragged()[1:]):  # two shapes
+        expected, gradients = with_gradients(plain, [pack(groups)])
+        found, others = with_gradients(model, [pack(groups)])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(others, gradients, strict=True):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6

@@ -8,9 +8,9 @@ import torch
 
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.packing import Layout, Segment, longest_of, token_limit
+from irlfast.data.packing import Layout, PromptGroup, longest_of, token_limit
 from irlfast.engine import memory
-from irlfast.engine.memory import Limit, RanOut, allowed, fitting
+from irlfast.engine.memory import Limit, OutOfMemory, allowed, fitting
 from irlfast.engine.step import prepare
 from irlfast.sampling import scoring
 from tests.data.test_packing import model_of, ragged
@@ -22,19 +22,19 @@ AUTO = make_config({"dataset_name": __file__, "model_name_or_path": "."})
 def test_a_segment_beyond_the_limit_is_one_sentence():
     config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 16})
     with pytest.raises(InputError, match="max_tokens_per_batch: found 16, but the longest prompt has 18 tokens"):
-        token_limit(config, longest_of([Segment([1] * 10, ([2] * 4, [3] * 6))], Layout()), 1)
+        token_limit(config, longest_of([PromptGroup([1] * 10, ([2] * 4, [3] * 6))], Layout()), 1)
 
 
 def test_half_of_what_was_too_much_is_the_most_but_a_segment_the_least():
-    segments = [Segment([1] * 10, ([2] * 4, [3] * 6))] * 3  # 18 tokens
-    longest = longest_of(segments, Layout())
+    groups = [PromptGroup([1] * 10, ([2] * 4, [3] * 6))] * 3  # 18 tokens
+    longest = longest_of(groups, Layout())
     found = {most: token_limit(AUTO, longest, 3, most) for most in (2000, 512, 20, 10)}
     assert found == {2000: 1024, 512: 512, 20: 20, 10: 18}
 
 
 def test_one_segment_that_is_too_large_leaves_no_note_as_another_machine_may_hold_it(tmp_path):
     folder = tmp_path / "sft" / "checkpoint"
-    for tokens, error in ((40, RanOut), (18, InputError)):
+    for tokens, error in ((40, OutOfMemory), (18, InputError)):
         with pytest.raises(error), Limit(AUTO, tokens, 18).backing_off(folder):
             raise torch.OutOfMemoryError
         assert allowed(folder) == 20
@@ -63,9 +63,9 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("most", [10_000, 2000])
 def test_batches_grow_to_what_fits_once_the_second_step_has_told(gpu, most, capsys):
-    segments = [Segment([1] * 30, ([2] * 20, [3] * 20))] * 64  # 68 tokens each
+    groups = [PromptGroup([1] * 30, ([2] * 20, [3] * 20))] * 64  # 68 tokens each
     steps, tokens = [np.arange(64)] * 5, []
-    for prepared in prepare(steps, segments, Layout(), Limit(AUTO, 140, most=most)):
+    for prepared in prepare(steps, groups, Layout(), Limit(AUTO, 140, most=most)):
         tokens.append([batch.input_ids.numel() for batch in prepared.batches])
         gpu[0] = max(tokens[-1])
     assert tokens[:3] == [[136] * 32] * 3  # the third is made while the second runs
@@ -153,8 +153,8 @@ def test_given_tokens_a_batch_are_not_halved(tmp_path):
 @pytest.mark.parametrize("most", [40, 10])
 def test_scores_are_made_in_halves_of_a_batch_that_is_too_large(tmp_path, monkeypatch, most):
     model_of("Llama").save_pretrained(tmp_path)
-    segments = [segment for segment in ragged() if all(segment.answers)]
-    share = tmp_path, segments, tmp_path / "stage" / "scores", scoring.token_logps, 0, False
+    groups = [group for group in ragged() if all(group.answers)]
+    share = tmp_path, groups, tmp_path / "stage" / "scores", scoring.token_logps, 0, False
     whole = scoring.score_share(AUTO, *share)
     hidden_states, sizes = scoring.hidden_states, []
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from irlfast import ops
 from irlfast.common import dist
-from irlfast.data.packing import Layout, Segment, pack, work
+from irlfast.data.packing import Layout, PromptGroup, pack, token_counts
 from irlfast.engine.step import Stopwatch, prepare
 from irlfast.losses.pairs import irft_loss
 from irlfast.losses.policy import align_loss
@@ -31,27 +31,29 @@ def test_operations_are_those_that_torch_counts(shared):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=61, attn_implementation="eager", **shape)
     model, layout = LlamaForCausalLM(config), Layout(shared)
-    segments = [Segment([1] * 9, ([2] * 5, [3] * 5))]  # no padding, which counts as no work
-    batch = pack(segments, layout)
+    groups = [PromptGroup([1] * 9, ([2] * 5, [3] * 5))]  # no padding, which counts as no work
+    batch = pack(groups, layout)
     with FlopCounterMode(display=False) as counter:
         rows = hidden_states(model, batch)[batch.rows]
         (rows @ model.lm_head.weight.T).sum().backward()
-    found = work(segments, layout)
+    found = token_counts(groups, layout)
     assert found["answer_tokens"] == 10
     assert found["tokens"] == batch.input_ids.numel()
-    unseen = sum(row.numel() ** 2 for row in batch.input_ids) - found["seen"]  # eager attention computes whole squares
+    unseen = (
+        sum(row.numel() ** 2 for row in batch.input_ids) - found["attended"]
+    )  # eager attention computes whole squares
     counted = counter.get_total_flops()
     assert operations(model, found) + 12 * 2 * 32 * unseen == pytest.approx(counted, rel=0.01)  # norms are no products
 
 
 def test_what_is_seen_is_what_the_mask_shows():
-    segments = [segment for segment in ragged() if all(segment.answers)]
+    groups = [group for group in ragged() if all(group.answers)]
     seen = 0
-    for segment in segments:
-        for k, answer in enumerate([segment.prompt, *(answer[:-1] for answer in segment.answers)]):
-            seen += sum(range(1, len(answer) + 1)) + (len(answer) * len(segment.prompt) if k else 0)
-    assert work(segments, Layout())["seen"] == seen
-    assert work([], Layout()) == Counter()
+    for group in groups:
+        for k, answer in enumerate([group.prompt, *(answer[:-1] for answer in group.answers)]):
+            seen += sum(range(1, len(answer) + 1)) + (len(answer) * len(group.prompt) if k else 0)
+    assert token_counts(groups, Layout())["attended"] == seen
+    assert token_counts([], Layout()) == Counter()
 
 
 ALIGN = {"answers": 2, "beta": 0.1, "kl_in_loss": True, "clip_range": 0.2}
@@ -71,14 +73,14 @@ def test_a_process_without_segments_adds_nothing(name, monkeypatch):
     monkeypatch.setattr(dist, "rank", lambda: 1)
     model, heads = model_of("Llama"), torch.nn.Linear(32, 2)
     logps = torch.full((4,), -1.0)
-    segments = [Segment([1, 2], ([3] * 4, [4] * 4), (logps, logps), (logps, logps), (1.0, -1.0))]
+    groups = [PromptGroup([1, 2], ([3] * 4, [4] * 4), (logps, logps), (logps, logps), (1.0, -1.0))]
     limit = SimpleNamespace(tokens=8, refit=lambda *_: None)
-    [prepared] = prepare([np.array([0])], segments, Layout(), limit)
+    [prepared] = prepare([np.array([0])], groups, Layout(), limit)
     [batch] = prepared.batches
     head = ops.Head(heads.weight, heads.bias, 1.0, None) if LOSSES[name].func is reward_loss else ops.lm_head(model)
-    loss, figures = LOSSES[name](hidden_states(model, batch), head, batch, prepared.share)
+    loss, metrics = LOSSES[name](hidden_states(model, batch), head, batch, prepared.share)
     loss.backward()
-    assert loss == 0 and all(value == 0 for value in figures.values())
+    assert loss == 0 and all(value == 0 for value in metrics.values())
     trained = [parameter.grad for parameter in model.base_model.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in trained)
 
@@ -118,7 +120,7 @@ def test_time_in_collectives_is_taken_from_the_part_that_calls_them(monkeypatch)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
 def test_a_batch_goes_to_the_gpu_without_waiting():
-    batch = pack([Segment([1] * 9, ([2] * 5, [3] * 5))]).pinned()
+    batch = pack([PromptGroup([1] * 9, ([2] * 5, [3] * 5))]).pinned()
     torch.cuda.set_sync_debug_mode("error")
     try:
         moved = batch.to(torch.device("cuda"))
@@ -135,7 +137,7 @@ def test_a_step_waits_for_the_device_at_known_places_only_and_reduces_gradients_
     known = {
         "slab.py:plan": batches,  # how long the answers are: the one wait of the loss
         "slab.py:add_gradients": batches,  # does a slab weigh at all? Asked on a CPU only
-        "registered.py:scaled": 2 * batches,  # is a gradient multiplied by 1? Asked on a CPU only
+        "custom_op.py:scaled": 2 * batches,  # is a gradient multiplied by 1? Asked on a CPU only
     }
     assert alone["places"] == known
     assert alone["operations"] == 3 * batches  # the latter two's: nothing waits unseen

@@ -8,7 +8,7 @@ from typing import Any
 
 from irlfast.config import make_config
 from irlfast.data.demonstrations import to_demonstration
-from irlfast.data.encoding import Tally, encode, make_format
+from irlfast.data.encoding import Tally, encode, make_encoder
 from irlfast.data.rows import Demonstration
 from irlfast.data.templates import prepared
 from tests.helpers.templates import KINDS, tokenizer_of
@@ -71,8 +71,8 @@ def template_table() -> str:
     ]
     for name, kind in KINDS.items():
         tokenizer, tally = tokenizer_of(kind), Tally()
-        form = make_format(tokenizer, config, BEGUN)
-        [(_, ids)] = encode([TALK], form, config, tally)
+        encoder = make_encoder(tokenizer, config, BEGUN)
+        [(_, ids)] = encode([TALK], encoder, config, tally)
         still = prepared(kind.template, BEGUN) if "strftime" in str(kind.template) else None  # with the run's clock
         own = tokenizer.apply_chat_template([*TALK.prompt, TALK.answer], chat_template=still, return_dict=False)
         text = f"{tokenizer.decode(ids.prompt)}⟦{tokenizer.decode(ids.answer)}⟧"

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from irlfast import ops
-from irlfast.data.packing import Segment, pack
+from irlfast.data.packing import PromptGroup, pack
 from irlfast.engine.module import Policy
-from irlfast.losses.inputs import Loss, Share, arguments
+from irlfast.losses.inputs import Loss, Normalisers, arguments
 from irlfast.models.attention import hidden_states
 from irlfast.ops import lm_head
 
@@ -36,12 +36,12 @@ def model(seed: int) -> GPT2LMHeadModel:
 
 def answer_logps(policy: GPT2LMHeadModel, prompt: list[int]) -> Tensor:
     """log π(answer | prompt) of every answer, ``[len(ANSWERS)]``, differentiable, by the plain oracle."""
-    batch = pack([Segment(prompt, (answer,)) for answer in ANSWERS])
+    batch = pack([PromptGroup(prompt, (answer,)) for answer in ANSWERS])
     hidden = hidden_states(policy, batch)
     return ops.log_ratio(hidden, **arguments(lm_head(policy), batch), backend="plain").policy_logps
 
 
-def scored(reference: GPT2LMHeadModel, pairs: Sequence[Segment]) -> list[Segment]:
+def scored(reference: GPT2LMHeadModel, pairs: Sequence[PromptGroup]) -> list[PromptGroup]:
     """The pairs with the reference's log-probability of every answer token."""
     batch = pack(pairs)
     with torch.no_grad():
@@ -51,10 +51,10 @@ def scored(reference: GPT2LMHeadModel, pairs: Sequence[Segment]) -> list[Segment
     return [pair._replace(ref_logps=tuple(next(each) for _ in pair.answers)) for pair in pairs]
 
 
-def loss_of(policy: GPT2LMHeadModel, loss: Loss, pairs: Sequence[Segment]) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(policy: GPT2LMHeadModel, loss: Loss, pairs: Sequence[PromptGroup]) -> tuple[Tensor, dict[str, Tensor]]:
     """The trainer's own loss of a batch: what its engine calls."""
     expert_tokens = sum(len(pair.answers[0]) for pair in pairs)
-    return Policy(policy, loss)(pack(pairs), Share(len(pairs), expert_tokens))
+    return Policy(policy, loss)(pack(pairs), Normalisers(len(pairs), expert_tokens))
 
 
 def flat_gradient(value: Tensor, policy: GPT2LMHeadModel) -> Tensor:

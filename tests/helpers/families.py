@@ -23,12 +23,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.packing import Segment, plan_steps
+from irlfast.data.packing import PromptGroup, plan_steps
 from irlfast.engine.fit import Plan, fit
 from irlfast.losses.sft import sft_loss
 from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import merge
-from irlfast.runs.metrics_log import Log
+from irlfast.runs.metrics_log import MetricsLog
 from irlfast.runs.run import Run
 from irlfast.startup.prepare import quiet
 
@@ -174,14 +174,14 @@ def train(given: Path, output: Path, zero_stage: int | None = None, **keys: Any)
         keys["deepspeed"] = str(output / "deepspeed.json")
         Path(keys["deepspeed"]).write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(given), "method": "sft"} | keys)
-    segments = [Segment(list(range(3, 9)), (list(range(20 + i, 30 + i)),)) for i in range(4)]
-    form: Any = SimpleNamespace(tokenizer=Silent())  # a step reads nothing else of it
-    run = Run(config, output, given, form, [], [], Log(output, config), None)
-    plan = Plan(-1, plan_steps(len(segments), 4, epochs=None, steps=1, seed=[0]), 4, 0.0, config.optim)
-    policy = fit(run, output / "sft", given, segments, sft_loss, plan)
+    groups = [PromptGroup(list(range(3, 9)), (list(range(20 + i, 30 + i)),)) for i in range(4)]
+    encoder: Any = SimpleNamespace(tokenizer=Silent())  # a step reads nothing else of it
+    run = Run(config, output, given, encoder, [], [], MetricsLog(output, config), None)
+    plan = Plan(-1, plan_steps(len(groups), 4, epochs=None, steps=1, seed=[0]), 4, 0.0, config.optim)
+    policy = fit(run, output / "sft", given, groups, sft_loss, plan)
     if not config.use_peft:
         return policy
-    save_pretrained(output / "merged", merge(load_model(policy, config), "the adapter"), form.tokenizer)
+    save_pretrained(output / "merged", merge(load_model(policy, config), "the adapter"), encoder.tokenizer)
     return output / "merged"
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from irlfast.config import Config
-from irlfast.data.encoding import Format, Tally, encode
+from irlfast.data.encoding import Encoder, Tally, encode
 from irlfast.data.rows import Demonstration
 from irlfast.data.sets import collected
 from irlfast.data.store import Example
@@ -16,6 +16,6 @@ def pair(prompt: str, answer: str, rejected: str | None = None) -> Demonstration
     return Demonstration([{"role": "user", "content": prompt}], *answers)
 
 
-def examples_of(rows: list[Demonstration], form: Format, config: Config) -> tuple[list[Example], Counter[str]]:
+def examples_of(rows: list[Demonstration], encoder: Encoder, config: Config) -> tuple[list[Example], Counter[str]]:
     tally = Tally()
-    return collected(encode(rows, form, config, tally), None, 0), tally.counts
+    return collected(encode(rows, encoder, config, tally), None, 0), tally.counts

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from irlfast.common import dist
 from irlfast.config import make_config
-from irlfast.data.packing import Segment
+from irlfast.data.packing import PromptGroup
 from irlfast.engine.fit import Plan, make_engine
 from irlfast.engine.memory import Limit
 from irlfast.engine.step import Stopwatch, prepare, train_step
@@ -52,21 +52,21 @@ def main() -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=61, **SHAPE)).save_pretrained(folder / "model")
     checks.values_visible = lambda _: False  # values are checked where they are at hand: on a CPU
     logps = (torch.zeros(5), torch.zeros(6))
-    segments = [Segment([1] * 9, ([2] * 5, [3] * 6), logps)] * BATCH
-    print(json.dumps({stage: count(folder, segments, stage) for stage in (0, 1, 2)}))
+    groups = [PromptGroup([1] * 9, ([2] * 5, [3] * 6), logps)] * BATCH
+    print(json.dumps({stage: count(folder, groups, stage) for stage in (0, 1, 2)}))
     dist.stop()
 
 
-def count(folder: Path, segments: list[Segment], stage: int) -> dict[str, Any]:
+def count(folder: Path, groups: list[PromptGroup], stage: int) -> dict[str, Any]:
     own = folder / "own.json"
     own.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     keys = {"dataset_name": ".", "model_name_or_path": str(folder), "max_tokens_per_batch": 64}
     config = make_config(keys | ({"deepspeed": str(own)} if stage else {}))
     steps = [np.arange(BATCH)] * STEPS
     loss = functools.partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1)
-    engine, layout = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config, segments)
+    engine, layout = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config, groups)
     watch, places = Stopwatch(), Counter[str]()
-    *_, prepared = prepare(steps, segments, layout, Limit(config, config.max_tokens_per_batch))
+    *_, prepared = prepare(steps, groups, layout, Limit(config, config.max_tokens_per_batch))
     train_step(engine, prepared, config.max_grad_norm, watch)
     methods = {name: getattr(torch.Tensor, name) for name in METHODS}
     try:

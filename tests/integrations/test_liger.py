@@ -43,10 +43,10 @@ def test_same_loss_figures_and_gradients(options, reference, bias):
     results = []
     for make in (LigerFusedLinearDPOLoss, theirs):
         given = arguments(reference, bias)
-        loss, figures = make(**options, compiled=False)(**given)
+        loss, metrics = make(**options, compiled=False)(**given)
         (2 * loss).backward()
         leaves = [given[name].grad for name in ("lin_weight", "_input", "bias") if given[name] is not None]
-        results.append([loss.detach(), *figures, *leaves])
+        results.append([loss.detach(), *metrics, *leaves])
     assert len(results[0]) == len(results[1]) == 1 + len(FIGURES) + 2 + bias
     for ours, liger in zip(*results, strict=True):
         torch.testing.assert_close(ours, liger.reshape(ours.shape), rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from irlfast.config import make_config
-from irlfast.data.packing import Layout, Segment, pack
+from irlfast.data.packing import Layout, PromptGroup, pack
 from irlfast.models import varlen
 from irlfast.models.attention import arrange, varlen_of
 from tests.data.test_packing import separate, with_gradients
@@ -32,11 +32,11 @@ def model_of(config: transformers.PretrainedConfig) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).cuda().eval()
 
 
-def segments() -> list[Segment]:
+def groups() -> list[PromptGroup]:
     draw = np.random.default_rng(0)
     lengths = [(200, (300, 90)), (1, (70, 1)), (350, (5, 128)), (40, (130, 260))]
     return [
-        Segment(draw.integers(1, 1000, prompt).tolist(), tuple(draw.integers(1, 1000, n).tolist() for n in answers))
+        PromptGroup(draw.integers(1, 1000, prompt).tolist(), tuple(draw.integers(1, 1000, n).tolist() for n in answers))
         for prompt, answers in lengths
     ]
 
@@ -51,7 +51,7 @@ def errors(found: tuple, exact: tuple) -> list[float]:
 @pytest.mark.parametrize("kind", ["flex_attention", "flash-attn", varlen.NAME])
 def test_packed_segments_are_no_worse_than_separate_ones(config, kind):
     model = model_of(config).to(torch.bfloat16).float()
-    apart = [batch.to(model.device) for batch in separate(segments())]
+    apart = [batch.to(model.device) for batch in separate(groups())]
     exact = with_gradients(model, apart)
     plain = errors(with_gradients(model.to(torch.bfloat16), apart), exact)
     if kind == "flash-attn":
@@ -62,17 +62,17 @@ def test_packed_segments_are_no_worse_than_separate_ones(config, kind):
         pytest.skip("this torch has no varlen attention with windows and shared heads")
     model.set_attn_implementation(kind)
     layout = Layout(shared=kind == "flex_attention", one_row=True)
-    found = errors(with_gradients(model, [pack(segments(), layout).to(model.device)]), exact)
+    found = errors(with_gradients(model, [pack(groups(), layout).to(model.device)]), exact)
     assert all(ours <= 2 * theirs + 1e-3 for ours, theirs in zip(found, plain, strict=True)), (found, plain)
 
 
 def test_a_phase_takes_what_the_lengths_ask_for_and_tries_it():
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = model_of(LLAMA).to(torch.bfloat16)
-    shared = arrange(model, config, segments())
+    shared = arrange(model, config, groups())
     assert shared.shared and shared.one_row and model.config._attn_implementation == "flex_attention"
     if varlen_of(model) is None:
         pytest.skip("neither flash-attn nor torch's own varlen attention is here")
-    short = [Segment([1], ([2] * 200, [3] * 200))] * 4
+    short = [PromptGroup([1], ([2] * 200, [3] * 200))] * 4
     model = model_of(LLAMA).to(torch.bfloat16)
     assert not arrange(model, config, short).shared and model.config._attn_implementation == varlen_of(model)

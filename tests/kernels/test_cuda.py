@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from irlfast import native
-from irlfast.ops.common.types import Problem, Side
+from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.pair_loss import cpu_slab
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,11 +69,11 @@ def test_slopes_in_the_memory_of_the_logits(vocabulary, dtype, softcap, offset, 
     random = torch.Generator().manual_seed(offset)
     plain, bias = torch.randn(3, vocabulary, generator=random) * 3, torch.randn(vocabulary, generator=random)
     targets = torch.tensor([0, vocabulary // 2, vocabulary - 1])
-    problem = Problem(targets, None, targets, 1, 0.5, softcap, torch.float64, 64)
+    scored = ScoredTokens(targets, None, targets, 1, 0.5, softcap, torch.float64, 64)
     head = torch.empty(vocabulary, 1, dtype=dtype)
-    exact, v, slab = cpu_slab.softmax(plain.double(), targets, Side(head, head, bias.to(dtype).double()), problem)
+    exact, v, slab = cpu_slab.softmax(plain.double(), targets, HeadInputs(head, head, bias.to(dtype).double()), scored)
     z, memory = framed(plain, offset, vocabulary + offset + vocabulary % 2)
-    logps, ones, slope = cuda.softmax(z, targets.to(DEVICE), Side(head, head, bias.to(dtype).to(DEVICE)), problem)
+    logps, ones, slope = cuda.softmax(z, targets.to(DEVICE), HeadInputs(head, head, bias.to(dtype).to(DEVICE)), scored)
     assert ones.eq(1).all() and slope.dtype == dtype and slope.data_ptr() == z.data_ptr()
     torch.testing.assert_close(logps.double().cpu(), exact, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(slope.double().cpu(), slab * v[:, None], rtol=torch.finfo(dtype).eps, atol=1e-6)

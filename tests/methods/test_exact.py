@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from irlfast.data.packing import Segment
+from irlfast.data.packing import PromptGroup
 from irlfast.losses.pairs import irft_loss
 from irlfast.sampling.generation import Sampling, generate_batch
 from tests.helpers.exact import ANSWERS, END, LONGEST, PROMPTS, answer_logps, flat_gradient, kl, loss_of, model, scored
@@ -31,8 +31,8 @@ def expert_gradient(expert, policy, prompt):
 
 def pair_gradients(policy, reference, prompt, pairs):
     """∇ of the linear loss of every pair of ANSWERS' indices, one row each."""
-    segments = scored(reference, [Segment(prompt, (ANSWERS[i], ANSWERS[j])) for i, j in pairs])
-    return torch.stack([flat_gradient(loss_of(policy, irft("linear"), [pair])[0], policy) for pair in segments])
+    groups = scored(reference, [PromptGroup(prompt, (ANSWERS[i], ANSWERS[j])) for i, j in pairs])
+    return torch.stack([flat_gradient(loss_of(policy, irft("linear"), [pair])[0], policy) for pair in groups])
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +93,16 @@ def test_a_step_raises_the_margin_and_lowers_the_loss(bed, loss_type):
     policy = model(2)
     torch.manual_seed(0)
     experts, synthetic = draw(expert, PROMPTS[0], 64), draw(policy, PROMPTS[0], 64)
-    pairs = [Segment(PROMPTS[0], (ANSWERS[i], ANSWERS[j])) for i, j in zip(experts, synthetic, strict=True) if i != j]
+    pairs = [
+        PromptGroup(PROMPTS[0], (ANSWERS[i], ANSWERS[j])) for i, j in zip(experts, synthetic, strict=True) if i != j
+    ]
     pairs = scored(policy, pairs)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
     losses, margins = [], []
     for _ in range(3):
-        loss, figures = loss_of(policy, irft(loss_type), pairs)
+        loss, metrics = loss_of(policy, irft(loss_type), pairs)
         losses.append(loss.item())
-        margins.append(figures["rewards/margins"].item() / len(pairs))
+        margins.append(metrics["rewards/margins"].item() / len(pairs))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -120,7 +122,7 @@ def test_self_play_brings_the_policy_to_the_expert(bed, loss_type, inner_steps):
     stages = 100
     for stage in range(stages):
         drawn = [(p, *both) for p in PROMPTS for both in zip(draw(expert, p, 128), draw(policy, p, 128), strict=True)]
-        pairs = scored(policy, [Segment(p, (ANSWERS[i], ANSWERS[j])) for p, i, j in drawn if i != j])
+        pairs = scored(policy, [PromptGroup(p, (ANSWERS[i], ANSWERS[j])) for p, i, j in drawn if i != j])
         for _ in range(inner_steps):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 * (1 - stage / stages)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from irlfast import ops
-from irlfast.data.packing import Segment, pack
+from irlfast.data.packing import PromptGroup, pack
 from irlfast.engine.module import Policy
-from irlfast.losses.inputs import Share
+from irlfast.losses.inputs import Normalisers
 from irlfast.losses.policy import align_loss
 from irlfast.losses.rewards import reward_loss
 from irlfast.methods.rft import advantages_of
@@ -47,7 +47,7 @@ def learned(kind: str, expert: torch.Tensor, policy: torch.Tensor, divergence: s
     def pair(i: int, j: int) -> torch.Tensor:
         batch = SimpleNamespace(rows=torch.tensor([i, j]), cu_seqlens=ends)
         options = {"kind": kind, "level": "sequence", "alpha": alpha, "regularization": 0.1}
-        return reward_loss(logits, head, batch, Share(1, 1), **options)[0]
+        return reward_loss(logits, head, batch, Normalisers(1, 1), **options)[0]
 
     def closure():
         optimizer.zero_grad()
@@ -126,7 +126,7 @@ def groups_of(policy, reference, chosen: list[tuple[int, ...]], reward: torch.Te
     advantages = advantages_of(values, config).tolist()
     scored = {m: tokens_of(m) for m in (policy, reference)}
     return [
-        Segment(
+        PromptGroup(
             PROMPT,
             tuple(ANSWERS[i] for i in group),
             old_logps=tuple(scored[policy][i] for i in group),
@@ -142,7 +142,7 @@ def tokens_of(policy) -> list[torch.Tensor]:
     from irlfast.losses.inputs import arguments
     from irlfast.models.attention import hidden_states
 
-    batch = pack([Segment(PROMPT, (answer,)) for answer in ANSWERS])
+    batch = pack([PromptGroup(PROMPT, (answer,)) for answer in ANSWERS])
     with torch.no_grad():
         logps = ops.log_ratio(hidden_states(policy, batch), **arguments(ops.lm_head(policy), batch), backend="plain")
     return list(logps.token_logps.split([len(answer) for answer in ANSWERS]))
@@ -151,7 +151,7 @@ def tokens_of(policy) -> list[torch.Tensor]:
 def aligned_loss(policy, groups, align: str, kl_in: str) -> torch.Tensor:
     options = {"align": align, "answers": len(groups[0].answers), "beta": BETA, "kl_in_loss": kl_in == "loss"}
     loss = functools.partial(align_loss, **options, clip_range=0.2)
-    return Policy(policy, loss)(pack(groups), Share(len(groups), 1))[0]
+    return Policy(policy, loss)(pack(groups), Normalisers(len(groups), 1))[0]
 
 
 def objective(policy, reference, reward):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from irlfast.config import make_config
-from irlfast.data.encoding import make_format
+from irlfast.data.encoding import make_encoder
 from irlfast.data.sets import read_sets
 from irlfast.data.store import load_examples
 from irlfast.reports.files import TIMES, read_metrics, read_phases, split_time
@@ -70,11 +70,11 @@ def test_the_files_and_figures_of_a_run(rft):
 
 def test_rewards_and_advantages_of_a_round_are_those_of_its_rollouts(rft):
     output, *_ = rft
-    figures = json.loads((output / "stage-00" / "round.json").read_text())
+    metrics = json.loads((output / "stage-00" / "round.json").read_text())
     rewards = load_file(output / "stage-00" / "reward-0.safetensors")["values"]
     rows = [json.loads(line) for path in (output / "stage-00" / "rollouts").glob("*.jsonl") for line in path.open()]
-    assert figures["answers"] == len(rows) == len(rewards) == 48 * 3  # half of 96 prompts, three answers each
-    assert figures["reward"] == pytest.approx(rewards.mean().item(), abs=1e-6)
+    assert metrics["answers"] == len(rows) == len(rewards) == 48 * 3  # half of 96 prompts, three answers each
+    assert metrics["reward"] == pytest.approx(rewards.mean().item(), abs=1e-6)
 
 
 MOMENTS = [
@@ -156,11 +156,11 @@ def test_a_reward_model_loads_with_plain_transformers_and_scores_as_it_was_train
     run(output, method="reward", reward_data="preference", stages=1, sft_steps=2, reward_steps=30, **keys)
     model = AutoModelForSequenceClassification.from_pretrained(output / "final")
     tokenizer = AutoTokenizer.from_pretrained(output / "final")
-    figures = json.loads((output / "stage-00" / "reward" / "eval.json").read_text())
-    assert figures["preference_accuracy"] == 1.0  # "never" is easy to tell
+    metrics = json.loads((output / "stage-00" / "reward" / "eval.json").read_text())
+    assert metrics["preference_accuracy"] == 1.0  # "never" is easy to tell
     config = make_config(yaml.safe_load((output / "config.yaml").read_text()))
-    form = make_format(AutoTokenizer.from_pretrained(output / "sft" / "policy"), config)
-    examples = read_sets(config, form).held_out
+    encoder = make_encoder(AutoTokenizer.from_pretrained(output / "sft" / "policy"), config)
+    examples = read_sets(config, encoder).held_out
     ids = [
         [*example.prompt_ids, *answer] for example in examples for answer in (example.answer_ids, example.rejected_ids)
     ]

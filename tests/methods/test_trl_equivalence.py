@@ -11,10 +11,10 @@ from trl import DPOConfig, DPOTrainer
 
 from irlfast import ops
 from irlfast.config import make_config
-from irlfast.data.encoding import make_format
-from irlfast.data.packing import Segment, pack
+from irlfast.data.encoding import make_encoder
+from irlfast.data.packing import PromptGroup, pack
 from irlfast.engine.module import Policy
-from irlfast.losses.inputs import Share, arguments
+from irlfast.losses.inputs import Normalisers, arguments
 from irlfast.losses.pairs import irft_loss
 from irlfast.models.attention import hidden_states
 from irlfast.ops import lm_head
@@ -47,16 +47,16 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
 
 def irlfast_loss(policy, reference, tokenizer, file) -> torch.Tensor:
     config = make_config({"dataset_name": str(file), "model_name_or_path": str(file.parent), "prompt_template": "{}"})
-    form = make_format(tokenizer, config)
-    experts, _ = examples_of([pair(prompt, expert) for prompt, expert, _ in ROWS], form, config)
-    synthetic, _ = examples_of([pair(prompt, answer) for prompt, _, answer in ROWS], form, config)
-    pairs = [Segment(y.prompt_ids, (y.answer_ids, z.answer_ids)) for y, z in zip(experts, synthetic, strict=True)]
+    encoder = make_encoder(tokenizer, config)
+    experts, _ = examples_of([pair(prompt, expert) for prompt, expert, _ in ROWS], encoder, config)
+    synthetic, _ = examples_of([pair(prompt, answer) for prompt, _, answer in ROWS], encoder, config)
+    pairs = [PromptGroup(y.prompt_ids, (y.answer_ids, z.answer_ids)) for y, z in zip(experts, synthetic, strict=True)]
     batch = pack(pairs)
     with torch.no_grad():
         hidden = hidden_states(reference, batch)
         ref_logps = ops.log_ratio(hidden, **arguments(lm_head(reference), batch)).token_logps
     loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
-    return Policy(policy, loss)(batch._replace(ref_logps=ref_logps), Share(len(pairs), 1.0))[0]
+    return Policy(policy, loss)(batch._replace(ref_logps=ref_logps), Normalisers(len(pairs), 1.0))[0]
 
 
 def trl_loss(policy, reference, tokenizer, folder) -> torch.Tensor:

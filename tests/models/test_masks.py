@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from irlfast.data.packing import Layout, Segment, pack
+from irlfast.data.packing import Layout, PromptGroup, pack
 from irlfast.models.masks import BLOCK, block_mask, dense_mask
 
 LENGTH = st.integers(1, 3 * BLOCK)
 SEGMENTS = st.lists(st.tuples(LENGTH, st.lists(LENGTH, min_size=1, max_size=3)), min_size=1, max_size=5)
 
 
-def segments_of(lengths) -> list[Segment]:
-    return [Segment([1] * prompt, tuple([2] * answer for answer in answers)) for prompt, answers in lengths]
+def groups_of(lengths) -> list[PromptGroup]:
+    return [PromptGroup([1] * prompt, tuple([2] * answer for answer in answers)) for prompt, answers in lengths]
 
 
 def by_blocks(batch, window) -> torch.Tensor:
@@ -35,7 +35,7 @@ def found_blocks(numbers: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(SEGMENTS, st.sampled_from([None, 1, 100, 300]), st.booleans(), st.booleans())
 def test_blocks_are_those_of_the_dense_mask(lengths, window, shared, one_row):
-    batch = pack(segments_of(lengths), Layout(shared=shared, one_row=one_row))
+    batch = pack(groups_of(lengths), Layout(shared=shared, one_row=one_row))
     exact, mask = by_blocks(batch, window), block_mask(batch, window)
     part = found_blocks(mask.kv_num_blocks, mask.kv_indices)
     whole = found_blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
@@ -48,7 +48,7 @@ def test_blocks_are_those_of_the_dense_mask(lengths, window, shared, one_row):
 def test_few_blocks_are_looked_at_in_vain(window):
     draw = np.random.default_rng(0)
     lengths = [(draw.integers(1, 600), draw.integers(1, 400, 3)) for _ in range(9)]
-    batch = pack(segments_of(lengths), Layout(one_row=True))
+    batch = pack(groups_of(lengths), Layout(one_row=True))
     exact, mask = by_blocks(batch, window), block_mask(batch, window)
     part, whole = int(mask.kv_num_blocks.sum()), int(mask.full_kv_num_blocks.sum())
     assert part + whole <= 1.1 * exact.any(-1).sum()

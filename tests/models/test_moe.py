@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from irlfast.common.files import InputError
-from irlfast.data.packing import PAD, Layout, Segment, pack
+from irlfast.data.packing import PAD, Layout, PromptGroup, pack
 from irlfast.engine.module import Policy
-from irlfast.losses.inputs import Share
+from irlfast.losses.inputs import Normalisers
 from irlfast.losses.sft import sft_loss
 from irlfast.models.attention import APART, body_output
 from irlfast.models.moe import balancing_loss, check_router
@@ -37,7 +37,7 @@ def routed(name: str) -> torch.nn.Module:
 @pytest.mark.parametrize("name", ROUTED)
 def test_it_is_the_models_own_loss_without_the_padding(name):
     model, batch = routed(name), pack(ragged(), APART)
-    seen = (batch.segment != PAD).long()
+    seen = (batch.group != PAD).long()
     assert not seen.all()
     check_router(model, 0.1)
     found = balancing_loss(model, body_output(model, batch, output_router_logits=True).router_logits, batch)
@@ -57,8 +57,8 @@ def test_one_row_of_all_segments_has_the_loss_of_rows_apart(name):
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_step_adds_it_weighted_by_the_micro_batches_segments(recomputed):
     model = routed("Mixtral")
-    segments = [Segment(x.prompt, x.answers[:1]) for x in ragged()]
-    parts, share = [pack(segments[:1]), pack(segments[1:])], Share(4, 10)
+    groups = [PromptGroup(x.prompt, x.answers[:1]) for x in ragged()]
+    parts, share = [pack(groups[:1]), pack(groups[1:])], Normalisers(4, 10)
     auxiliary = [
         balancing_loss(model, body_output(model, part, output_router_logits=True).router_logits, part) for part in parts
     ]
@@ -69,12 +69,12 @@ def test_a_step_adds_it_weighted_by_the_micro_batches_segments(recomputed):
     results, gradients = {}, {}
     for coefficient in (0.0, 0.5):
         policy = Policy(model, partial(sft_loss), router_aux_loss_coef=coefficient)
-        losses, figures = zip(*(policy(part, share) for part in parts), strict=True)
+        losses, metrics = zip(*(policy(part, share) for part in parts), strict=True)
         results[coefficient] = sum(losses)
         gradients[coefficient] = torch.autograd.grad(sum(losses), model.model.layers[0].mlp.gate.weight)[0]
     torch.testing.assert_close(results[0.5] - results[0.0], 0.5 * mean)
     torch.testing.assert_close(gradients[0.5] - gradients[0.0], 0.5 * expected, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(sum(each["aux_loss"] for each in figures) / 4, mean.detach())
+    torch.testing.assert_close(sum(each["aux_loss"] for each in metrics) / 4, mean.detach())
 
 
 def test_a_model_without_a_router_is_refused_in_one_sentence(tmp_path):

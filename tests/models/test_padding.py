@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from irlfast.config import Config
-from irlfast.data.encoding import make_format
+from irlfast.data.encoding import make_encoder
 from irlfast.models.load import save_pretrained
 from irlfast.models.padding import padded_apart
 from irlfast.sampling.generation import GREEDY, generate_batch
@@ -53,20 +53,20 @@ def drawn_texts(count: int) -> list[str]:
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def saved(request, tmp_path_factory):
     """Name, the policy's format, and the folder of a reward model made from it."""
-    form = make_format(TOKENIZERS[request.param](), Config(dataset_name="any"))
+    encoder = make_encoder(TOKENIZERS[request.param](), Config(dataset_name="any"))
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(form.tokenizer), num_labels=1, pad_token_id=None, **size)
+    config = LlamaConfig(vocab_size=len(encoder.tokenizer), num_labels=1, pad_token_id=None, **size)
     model = LlamaForSequenceClassification(config)
     state = dict(model.state_dict())
     folder = tmp_path_factory.mktemp("model")
-    save_pretrained(folder, model, padded_apart(model, form, state), state)
-    return request.param, form, folder
+    save_pretrained(folder, model, padded_apart(model, encoder, state), state)
+    return request.param, encoder, folder
 
 
 def test_the_saved_tokenizer_reads_and_writes_texts_as_the_policys(saved):
-    name, form, folder = saved
-    tokenizer, policys = AutoTokenizer.from_pretrained(folder), form.tokenizer
+    name, encoder, folder = saved
+    tokenizer, policys = AutoTokenizer.from_pretrained(folder), encoder.tokenizer
     texts = drawn_texts(300)
     ids = policys(texts).input_ids
     assert tokenizer(texts).input_ids == ids
@@ -78,12 +78,12 @@ def test_the_saved_tokenizer_reads_and_writes_texts_as_the_policys(saved):
 
 
 def test_the_padding_is_in_no_text_template_or_end(saved):
-    _, form, folder = saved
+    _, encoder, folder = saved
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    read = form.tokenizer(drawn_texts(300), split_special_tokens=True).input_ids
-    if form.tokenizer.chat_template:
-        read.append(form.tokenizer.apply_chat_template(TURNS, return_dict=False))
-    assert tokenizer.pad_token_id not in {form.end_id, *(token for ids in read for token in ids)}
+    read = encoder.tokenizer(drawn_texts(300), split_special_tokens=True).input_ids
+    if encoder.tokenizer.chat_template:
+        read.append(encoder.tokenizer.apply_chat_template(TURNS, return_dict=False))
+    assert tokenizer.pad_token_id not in {encoder.end_id, *(token for ids in read for token in ids)}
 
 
 def test_the_padding_of_a_batch_of_prompts_changes_no_answer():
@@ -100,9 +100,9 @@ def test_the_padding_of_a_batch_of_prompts_changes_no_answer():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_scores_as_each_text_alone(saved, side):
-    _, form, folder = saved
+    _, encoder, folder = saved
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = [[*each, form.end_id] for each in form.tokenizer(drawn_texts(12)).input_ids]
+    ids = [[*each, encoder.end_id] for each in encoder.tokenizer(drawn_texts(12)).input_ids]
     tokenizer.padding_side = side
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     assert batch.input_ids.max() < len(model.get_input_embeddings().weight)

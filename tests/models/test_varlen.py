@@ -54,10 +54,10 @@ def with_varlen(model):
 @pytest.mark.parametrize("name", UNCAPPED)
 def test_answers_have_the_log_probabilities_and_gradients_of_separate_ones(name, layout, kernel):
     kernel(plain)
-    model, segments = model_of(name), ragged()
+    model, groups = model_of(name), ragged()
     model.to(torch.bfloat16).float()  # rounded, as with_varlen does
-    expected, gradients = with_gradients(model, separate(segments))
-    found, packed_gradients = with_gradients(with_varlen(model), [pack(segments, layout)])
+    expected, gradients = with_gradients(model, separate(groups))
+    found, packed_gradients = with_gradients(with_varlen(model), [pack(groups, layout)])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(packed_gradients, gradients, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6

@@ -344,7 +344,7 @@ def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
 def test_a_machine_without_triton_imports_and_runs():
     program = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from irlfast.ops import checks, logits as ops\n"
+        "import torch; from irlfast import ops; from irlfast.ops.common import checks\n"
         "print(checks.HAS_TRITON, ops.token_logps(torch.zeros(1, 2), torch.zeros(1).long()).item())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -10,6 +10,7 @@ import torch
 from torch.autograd import gradcheck
 
 from irlfast import ops
+from irlfast.ops.common import checks
 from tests.helpers.ops_cases import Recorder, converted, gradients, make, sequences, token_by_token
 
 BACKENDS = ["plain", "cpu"]
@@ -271,6 +272,6 @@ def test_triton_on_cpu_tensors_says_what_it_needs():
 
 
 def test_a_missing_triton_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(ops.checks, "HAS_TRITON", False)
+    monkeypatch.setattr(checks, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="pip install 'triton"):
         ops.log_ratio(**make([3, 2]), backend="triton")

@@ -100,8 +100,8 @@ def problems(draw):
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(problems())
-def test_both_backends_match_loops_over_tokens_and_pairs(problem):
-    case, pairs, loss, buffer_mb = problem
+def test_both_backends_match_loops_over_tokens_and_pairs(scored):
+    case, pairs, loss, buffer_mb = scored
     expected, ratio = looped_pair_loss(case, pairs, **loss)
     # A loss that does not reach a leaf (no pairs, no tokens) has gradient zero there.
     anchor = expected + sum(0 * leaf.sum() for leaf in case.values() if getattr(leaf, "requires_grad", False))

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from irlfast import ops
 from irlfast.ops.common import checks
-from irlfast.ops.common.types import Coupling, Problem, Side
+from irlfast.ops.common.types import HeadInputs, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss import custom_op
 from tests.helpers.ops_cases import gradients, make
 
@@ -41,27 +41,27 @@ def test_compiles_as_one_graph_of_any_length(form):
             assert torch.equal(gradient, exact[name]), name
 
 
-def arguments(form: dict) -> tuple[Side, Side | None, Problem]:
+def arguments(form: dict) -> tuple[HeadInputs, HeadInputs | None, ScoredTokens]:
     case = make([5, 3, 2, 7], vocabulary=33, dtype=torch.float32, **form)
-    policy = Side(case["hidden"], case["weight"], case["bias"])
-    reference = checks.check_reference(*(case.get(f"ref_{name}") for name in Side._fields), policy)
+    policy = HeadInputs(case["hidden"], case["weight"], case["bias"])
+    reference = checks.check_reference(*(case.get(f"ref_{name}") for name in HeadInputs._fields), policy)
     options = (case[name] for name in ("targets", "cu_seqlens", "rows", "logit_scale", "logit_softcap"))
-    problem = checks.check_problem(policy, *options, 1024, 0.0)
-    return policy, reference, checks.check_ref_logps(case.get("ref_logps"), reference is not None, problem)
+    scored = checks.check_scored(policy, *options, 1024, 0.0)
+    return policy, reference, checks.check_ref_logps(case.get("ref_logps"), reference is not None, scored)
 
 
 @forms
 def test_opcheck(form):
-    policy, reference, problem = arguments(form)
+    policy, reference, scored = arguments(form)
     sides = *policy, *(reference or custom_op.NOTHING)
     wanted = custom_op.wanted(policy)
     keep = wanted == [True, False, False]
-    torch.library.opcheck(custom_op.forward, (*sides, *problem, "cpu", keep, 0))
+    torch.library.opcheck(custom_op.forward, (*sides, *scored, "cpu", keep, 0))
     detached = [None if side is None else side.detach() for side in sides]
-    upstream = torch.randn(len(problem.targets))
-    torch.library.opcheck(custom_op.backward, (upstream, None, *detached, *problem, "cpu", wanted))
-    coupling = Coupling(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
-    torch.library.opcheck(custom_op.pair_slabs, (None, *detached, *problem, *coupling, "cpu", wanted))
+    upstream = torch.randn(len(scored.targets))
+    torch.library.opcheck(custom_op.backward, (upstream, None, *detached, *scored, "cpu", wanted))
+    spec = PairLossSpec(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
+    torch.library.opcheck(custom_op.pair_slabs, (None, *detached, *scored, *spec, "cpu", wanted))
 
 
 @forms

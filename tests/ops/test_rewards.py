@@ -316,7 +316,7 @@ def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
 def test_a_machine_without_triton_imports_and_runs():
     program = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from irlfast.ops import rewards as ops\n"
+        "import torch; from irlfast import ops\n"
         "cu = torch.tensor([0, 1], dtype=torch.int32)\n"
         "print(ops.reward_head(torch.ones(1, 2), torch.ones(1, 2), cu).item())"
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from irlfast import ops
-from irlfast.ops.common.types import Coupling
+from irlfast.ops.common.types import PairLossSpec
 from irlfast.ops.pair_loss import cpu_slab, custom_op
 from tests.helpers.ops_cases import Recorder, gradients, make
 from tests.ops.test_registered import FORMS, arguments, forms
@@ -85,11 +85,11 @@ def test_no_other_tensor_of_the_weights_size_is_made(dtype):
 
 @forms
 def test_opcheck(form):
-    policy, reference, problem = arguments(form)
+    policy, reference, scored = arguments(form)
     detached = [None if x is None else x.detach() for x in (*policy, *(reference or custom_op.NOTHING))]
-    coupling = Coupling(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
+    spec = PairLossSpec(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
     wanted = [True, False, policy.bias is not None]
-    given = torch.zeros_like(policy.weight), *detached, *problem, *coupling, "cpu", wanted
+    given = torch.zeros_like(policy.weight), *detached, *scored, *spec, "cpu", wanted
     torch.library.opcheck(custom_op.pair_slabs, given)
 
 

@@ -80,9 +80,9 @@ def test_a_finished_run_shows_its_own_figures_and_answers(copied):
     text, page = page_of(copied)
     words = " ".join(" ".join(page.words).split())
     for phase in ("sft", "stage-00", "stage-01"):
-        figures = json.loads((copied / phase / "eval.json").read_text())
-        assert f"{figures['nll']:,.2f}" in words
-        assert f"{figures['exact_match']:.1%}" in words
+        metrics = json.loads((copied / phase / "eval.json").read_text())
+        assert f"{metrics['nll']:,.2f}" in words
+        assert f"{metrics['exact_match']:.1%}" in words
     for line in (copied / "sft" / "answers.jsonl").read_text().splitlines()[:20]:
         assert json.loads(line)["expert"] in words
     for count in json.loads((copied / "data.json").read_text())["train"].values():

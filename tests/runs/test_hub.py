@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from irlfast.config import make_config
 from irlfast.common.files import InputError
+from irlfast.config import make_config
 from irlfast.reports.final import model_card, reward_card
 from irlfast.runs.hub import try_upload, upload
 from irlfast.train import main

@@ -10,9 +10,9 @@ import sys
 import pytest
 import yaml
 
+from irlfast.common.files import InputError
 from irlfast.config import dump, make_config
 from irlfast.config.checks import PER_STAGE
-from irlfast.common.files import InputError
 from irlfast.runs.output import HARMLESS, HELD, differences, hold
 from tests.helpers.runs import ROOT, contents, run
 

@@ -8,20 +8,20 @@ from collections.abc import Iterator
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from irlfast.config import make_config
 from irlfast.common.files import InputError
-from irlfast.runs.metrics_log import Log
+from irlfast.config import make_config
+from irlfast.runs.metrics_log import MetricsLog
 from tests.helpers.runs import ROOT
 
 WANDB = next(iter((ROOT / ".venv").glob("wandb-*")), None)  # `make test` installs it there, apart from all else
 ANSWERS = [{"prompt": "a|b", "expert": "two\nlines", "answer": "c"}]
 
 
-def row(phase: str, step: int, **figures) -> dict:
-    return {"phase": phase, "stage": 0, "step": step, **figures}
+def row(phase: str, step: int, **metrics) -> dict:
+    return {"phase": phase, "stage": 0, "step": step, **metrics}
 
 
-def write_all(log: Log) -> None:
+def write_all(log: MetricsLog) -> None:
     """A run of SFT and two stages, the second of which was killed after step 4 and goes on from step 2."""
     log.hold_out({"phase": "initial", "nll": 9.0})
     log.begin("sft", 0)
@@ -36,7 +36,7 @@ def write_all(log: Log) -> None:
     log.write(row("stage-00", 4, loss=99.0))
 
 
-def go_on(log: Log) -> None:
+def go_on(log: MetricsLog) -> None:
     log.begin("stage-00", 2)
     log.write(row("stage-00", 4, loss=0.4))
     log.hold_out({"phase": "stage-00", "nll": 7.0}, ANSWERS)
@@ -58,8 +58,8 @@ def config_of(report_to: str, **keys):
 
 def test_tensorboard_has_curves_by_kind_over_the_steps_of_the_run_and_none_that_a_kill_took(tmp_path):
     config = config_of("tensorboard")
-    write_all(Log(tmp_path, config))
-    go_on(Log(tmp_path, config))
+    write_all(MetricsLog(tmp_path, config))
+    go_on(MetricsLog(tmp_path, config))
     found = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     curves = {name: [(x.step, pytest.approx(x.value)) for x in found.Scalars(name)] for name in CURVES}
     assert curves == CURVES
@@ -107,7 +107,7 @@ def pieces(log: bytes, block: int = 32768) -> Iterator[bytes]:
 def test_wandb_has_the_same_curves_over_the_same_axis_with_config_project_and_samples(wandb, tmp_path):
     config = config_of("wandb", run_name="mine")
     for write in (write_all, go_on):
-        write(Log(tmp_path, config))
+        write(MetricsLog(tmp_path, config))
         wandb.teardown()
     found = records(tmp_path)
     runs = [record.run for record in found if record.HasField("run")]
@@ -129,7 +129,7 @@ def test_wandb_has_the_same_curves_over_the_same_axis_with_config_project_and_sa
 
 
 def test_the_project_of_the_configuration_goes_before_the_environments(wandb, tmp_path):
-    Log(tmp_path, config_of("wandb", project="of-the-run"))
+    MetricsLog(tmp_path, config_of("wandb", project="of-the-run"))
     wandb.teardown()
     assert {record.run.project for record in records(tmp_path) if record.HasField("run")} == {"of-the-run"}
 
@@ -140,4 +140,4 @@ def test_wandb_that_cannot_start_is_one_sentence(wandb, tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", fails)
     with pytest.raises(InputError, match=r"report_to: wandb cannot start \(no API key\); `wandb login`, or"):
-        Log(tmp_path, config_of("wandb"))
+        MetricsLog(tmp_path, config_of("wandb"))

@@ -165,25 +165,25 @@ def given(tmp_path):
     rows = Rows({"messages": prompt, "row": row} for prompt, row in zip(asked, ROWS, strict=True))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     answers = [tuple([*tokenizer(text).input_ids, end] for text in texts) for texts in (("yes", "so"), ("no", "nay"))]
-    segments = [SimpleNamespace(row=number, answers=pair) for number, pair in enumerate(answers)]
-    return SimpleNamespace(rows=rows, form=SimpleNamespace(tokenizer=tokenizer)), segments, tmp_path / "mine.py"
+    groups = [SimpleNamespace(row=number, answers=pair) for number, pair in enumerate(answers)]
+    return SimpleNamespace(rows=rows, encoder=SimpleNamespace(tokenizer=tokenizer)), groups, tmp_path / "mine.py"
 
 
 def test_a_function_is_called_as_trl_calls_it(given):
-    a_run, segments, file = given
+    a_run, groups, file = given
     file.write_text("seen = []\nasync def reward(**given):\n    seen.append(given)\n    return [0, 1.5, None, True]\n")
-    found = function_rewards(a_run, f"{file}:reward", segments, file.with_name("cache.safetensors"))
+    found = function_rewards(a_run, f"{file}:reward", groups, file.with_name("cache.safetensors"))
     assert found[:2].flatten().tolist() == [0.0, 1.5]
     assert found[2].isnan()
-    again = function_rewards(a_run, "nowhere:reward", segments, file.with_name("cache.safetensors"))
+    again = function_rewards(a_run, "nowhere:reward", groups, file.with_name("cache.safetensors"))
     torch.testing.assert_close(again, found, equal_nan=True)
     file.write_text(file.read_text().replace("seen.append(given)", "open(__file__ + '.json', 'w').write(repr(given))"))
-    function_rewards(a_run, f"{file}:reward", segments, file.with_name("other.safetensors"))
+    function_rewards(a_run, f"{file}:reward", groups, file.with_name("other.safetensors"))
     said = [[{"role": "assistant", "content": text}] for text in ("no", "nay")]
     assert eval((file.parent / "mine.py.json").read_text()) == {
         "prompts": ["say yes"] * 2 + [ROWS[1]["prompt"]] * 2,
         "completions": ["yes", "so", *said],
-        "completion_ids": [answer for segment in segments for answer in segment.answers],
+        "completion_ids": [answer for group in groups for answer in group.answers],
         "wanted": ["y", "y", None, None],
     }
 
@@ -204,10 +204,10 @@ BAD = {
 
 @pytest.mark.parametrize("code", BAD)
 def test_what_a_function_does_wrong_is_one_sentence(given, code):
-    a_run, segments, file = given
+    a_run, groups, file = given
     file.write_text(code)
     with pytest.raises(InputError) as caught:
-        function_rewards(a_run, f"{file}:reward", segments, file.with_name("cache.safetensors"))
+        function_rewards(a_run, f"{file}:reward", groups, file.with_name("cache.safetensors"))
     assert str(caught.value).startswith(f"reward_function {file}:reward: ")
     assert BAD[code] in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -131,8 +131,8 @@ def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_i
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(stand_in / "base"), "sampler": "vllm"})
     words = {str(token): token for token in range(VOCABULARY)}
     tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: None, get_vocab=lambda: words)
-    form = types.SimpleNamespace(tokenizer=tokenizer, ends=(2,))
-    run = types.SimpleNamespace(config=config, form=form, output=stand_in)
+    encoder = types.SimpleNamespace(tokenizer=tokenizer, ends=(2,))
+    run = types.SimpleNamespace(config=config, encoder=encoder, output=stand_in)
 
     def job_of(policy):
         found = dict(generation.vllm_answers(run, policy, [Shard(0, [[16]], 0)], generation.GREEDY))
@@ -188,8 +188,8 @@ def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
     monkeypatch.setattr(generation, "vllm_answers", lambda *_: calls.append("vllm") or iter([(0, [[5, 2]])]))
     tokenizer = types.SimpleNamespace(decode=lambda ids: "p", batch_decode=lambda answers, **_: ["a"] * len(answers))
-    form = types.SimpleNamespace(tokenizer=tokenizer)
-    run = types.SimpleNamespace(config=types.SimpleNamespace(sampler="vllm"), form=form)
+    encoder = types.SimpleNamespace(tokenizer=tokenizer)
+    run = types.SimpleNamespace(config=types.SimpleNamespace(sampler="vllm"), encoder=encoder)
     example = types.SimpleNamespace(prompt_ids=np.array([3, 4]))
     [answer] = generation.sample(run, tmp_path, [example], tmp_path / "samples", generation.DRAWN)
     assert list(answer) == [5, 2]

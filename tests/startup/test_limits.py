@@ -7,9 +7,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from irlfast.config import make_config
-from irlfast.data.packing import tokens
+from irlfast.data.packing import count_tokens
 from irlfast.data.store import Example
-from irlfast.startup.limits import segments_of
+from irlfast.startup.limits import groups_of
 from irlfast.train import main
 from tests.helpers.runs import ROOT, command
 
@@ -74,5 +74,5 @@ def test_no_segment_is_longer_than_what_was_reckoned_with(method, finished):
     for path in finished[0].glob("stage-*/samples/*.jsonl"):
         for row in map(json.loads, path.open()):
             row_ids = Example(memoryview(bytes(9)), memoryview(bytes(5)))
-            [longest] = [max(map(tokens, segments_of(config, row_ids)))]
+            [longest] = [max(map(count_tokens, groups_of(config, row_ids)))]
             assert longest >= 9 + 4 + len(row["answer_ids"]) - 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from irlfast import native
-from irlfast.ops.common.types import IGNORE, Problem, Side, sequence_of
+from irlfast.ops.common.types import IGNORE, HeadInputs, ScoredTokens, sequence_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -88,12 +88,14 @@ def emulated(backend: str) -> bool:
 # ---------------------------------------------------------------- policy and reference
 
 
-def check_policy(policy: Side) -> Side:
+def check_policy(policy: HeadInputs) -> HeadInputs:
     check_side(policy, "", getattr(policy.hidden, "device", torch.device("cpu")))
     return policy
 
 
-def check_reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, policy: Side) -> Side | None:
+def check_reference(
+    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, policy: HeadInputs
+) -> HeadInputs | None:
     """The reference that is computed from hidden states, detached; None without ``ref_hidden``."""
     if hidden is None:
         require(weight is None, "ref_weight", weight, "None where ref_hidden is None")
@@ -101,14 +103,14 @@ def check_reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor |
         return None
     if weight is None:
         raise ValueError("ref_weight: found None, expected a tensor [V, H'] where ref_hidden is given")
-    check_side(Side(hidden, weight, bias), "ref_", policy.hidden.device)
+    check_side(HeadInputs(hidden, weight, bias), "ref_", policy.hidden.device)
     rows, vocabulary = policy.hidden.shape[0], policy.weight.shape[0]
     require(hidden.shape[0] == rows, "ref_hidden", hidden, "{} rows, as hidden has", rows)
     require(weight.shape[0] == vocabulary, "ref_weight", weight, "{} rows, as weight has", vocabulary)
-    return Side(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+    return HeadInputs(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
 
 
-def check_side(side: Side, prefix: str, device: torch.device) -> None:
+def check_side(side: HeadInputs, prefix: str, device: torch.device) -> None:
     hidden, weight, bias = side
     check_tensor(hidden, f"{prefix}hidden", "[R, H]", FLOATS, device)
     check_tensor(weight, f"{prefix}weight", "[V, H]", (hidden.dtype,), device)
@@ -120,13 +122,13 @@ def check_side(side: Side, prefix: str, device: torch.device) -> None:
         require(bias.shape[0] == size, f"{prefix}bias", bias, f"[{{}}], as {prefix}weight has that many rows", size)
 
 
-def check_ref_logps(ref_logps: Tensor | None, has_ref_hidden: bool, problem: Problem) -> Problem:
+def check_ref_logps(ref_logps: Tensor | None, has_ref_hidden: bool, scored: ScoredTokens) -> ScoredTokens:
     """The problem with its cached reference, per token ``[N]`` or per sequence ``[S]``, detached."""
     if ref_logps is None:
-        return problem
+        return scored
     require(not has_ref_hidden, "ref_logps", ref_logps, "None where ref_hidden is given (one reference, not two)")
-    check_cached(ref_logps, problem.targets.device, problem.targets.shape[0], problem.sequences)
-    return problem._replace(ref_logps=ref_logps.detach())
+    check_cached(ref_logps, scored.targets.device, scored.targets.shape[0], scored.sequences)
+    return scored._replace(ref_logps=ref_logps.detach())
 
 
 def check_cached(ref_logps: Tensor, device: torch.device, tokens: int, sequences: int) -> None:
@@ -138,8 +140,8 @@ def check_cached(ref_logps: Tensor, device: torch.device, tokens: int, sequences
 # ---------------------------------------------------------------- tokens and sequences
 
 
-def check_problem(
-    policy: Side,
+def check_scored(
+    policy: HeadInputs,
     targets: Tensor,
     cu_seqlens: Tensor,
     rows: Tensor | None,
@@ -147,7 +149,7 @@ def check_problem(
     logit_softcap: float | None,
     buffer_mb: float,
     skip_mass: float,
-) -> Problem:
+) -> ScoredTokens:
     """What is scored, with ``cu_seqlens`` turned into the sequence of each target."""
     hidden, device = policy.hidden, policy.hidden.device
     check_tensor(targets, "targets", "[N]", INTEGERS, device)
@@ -164,7 +166,7 @@ def check_problem(
     require(number and 0 <= skip_mass < 1, "skip_mass", skip_mass, "a number >= 0 and < 1")
     if values_visible(device):
         check_values(targets, cu_seqlens, rows, hidden.shape[0], policy.weight.shape[0])
-    return Problem(
+    return ScoredTokens(
         targets.long(),
         None if rows is None else rows.long(),
         sequence_of(cu_seqlens, tokens),
@@ -233,12 +235,12 @@ def check_pairs(pairs: Tensor | None, cu_seqlens: Tensor) -> None:
         check_range(pairs, "pairs", 0, sequences, ", the sequences of cu_seqlens")
 
 
-def check_weight_grad(weight_grad: Tensor, policy: Side, problem: Problem) -> None:
-    check_tensor(weight_grad, "weight_grad", "[V, H]", (problem.dtype,), policy.hidden.device)
+def check_weight_grad(weight_grad: Tensor, policy: HeadInputs, scored: ScoredTokens) -> None:
+    check_tensor(weight_grad, "weight_grad", "[V, H]", (scored.dtype,), policy.hidden.device)
     fits = weight_grad.shape == policy.weight.shape and weight_grad.is_contiguous() and not weight_grad.requires_grad
     height, width = policy.weight.shape
     require(fits, "weight_grad", weight_grad, "[{}, {}], as weight has, contiguous, without a gradient", height, width)
-    require(problem.skip_mass == 0, "skip_mass", problem.skip_mass, "0 where weight_grad is given")
+    require(scored.skip_mass == 0, "skip_mass", scored.skip_mass, "0 where weight_grad is given")
 
 
 def check_loss(

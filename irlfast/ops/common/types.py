@@ -8,7 +8,7 @@ from torch import Tensor
 IGNORE = -100  # a target that is skipped
 
 
-class Side(NamedTuple):
+class HeadInputs(NamedTuple):
     """Policy or reference: its logits are ``softcap(scale · (hidden @ weightᵀ + bias))``."""
 
     hidden: Tensor  # [R, H]
@@ -16,7 +16,7 @@ class Side(NamedTuple):
     bias: Tensor | None  # [V]
 
 
-class Problem(NamedTuple):
+class ScoredTokens(NamedTuple):
     """Which tokens are scored, and how."""
 
     targets: Tensor  # [N] int64, IGNORE where skipped
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
         """A log-probability ``[N]`` for each target."""
         return torch.zeros(self.targets.shape, dtype=self.dtype, device=self.targets.device)
 
-    def scored(self) -> Tensor:
+    def indices(self) -> Tensor:
         """Indices of the targets that are not skipped."""
         return (self.targets != IGNORE).nonzero().flatten()
 
@@ -53,7 +53,7 @@ def default_pairs(sequences: int, device: torch.device) -> Tensor:
     return torch.arange(sequences, device=device).view(-1, 2)
 
 
-class Coupling(NamedTuple):
+class PairLossSpec(NamedTuple):
     """The loss on pairs of sequences, see :func:`irlfast.ops.pair_loss`; those in no common pair are independent."""
 
     pairs: Tensor  # [P, 2] int64
@@ -83,58 +83,58 @@ class PairLoss(NamedTuple):
     nll_loss: Tensor  # [] −Σ log π_θ(y_t) of the experts / num_tokens
 
 
-def per_sequence(values: Tensor, problem: Problem) -> Tensor:
+def per_sequence(values: Tensor, scored: ScoredTokens) -> Tensor:
     """Sums ``[S]`` of per-token ``values`` ``[N]``, in fp64: a thousand fp32 additions near 3,000 nats lose 1e-3."""
-    sums = values.new_zeros(problem.sequences, dtype=torch.float64)
-    return sums.index_add(0, problem.sequence, values.double())
+    sums = values.new_zeros(scored.sequences, dtype=torch.float64)
+    return sums.index_add(0, scored.sequence, values.double())
 
 
-def summarise(token_logps: Tensor, computed: Tensor | None, problem: Problem) -> LogRatio:
+def summarise(token_logps: Tensor, computed: Tensor | None, scored: ScoredTokens) -> LogRatio:
     """Sequence statistics from token log-probabilities ``[N]`` of the policy and, if computed, of the reference.
 
     Per token, the difference is taken before the sum: it is small, so that nothing is lost by adding it up.
     """
-    ref_logps = problem.ref_logps if computed is None else computed
-    policy = per_sequence(token_logps, problem)
+    ref_logps = scored.ref_logps if computed is None else computed
+    policy = per_sequence(token_logps, scored)
     if ref_logps is None:
         reference, ratio = torch.zeros_like(policy), policy
-    elif ref_logps.numel() == problem.targets.numel():  # also where N = S: the trainer caches per token
-        ref_logps = torch.where(problem.targets == IGNORE, 0, ref_logps.to(token_logps.dtype))
-        reference, ratio = per_sequence(ref_logps, problem), per_sequence(token_logps - ref_logps, problem)
+    elif ref_logps.numel() == scored.targets.numel():  # also where N = S: the trainer caches per token
+        ref_logps = torch.where(scored.targets == IGNORE, 0, ref_logps.to(token_logps.dtype))
+        reference, ratio = per_sequence(ref_logps, scored), per_sequence(token_logps - ref_logps, scored)
     else:
         reference, ratio = ref_logps.double(), policy - ref_logps
-    return LogRatio(ratio.to(problem.dtype), policy.to(problem.dtype), reference.to(problem.dtype), token_logps)
+    return LogRatio(ratio.to(scored.dtype), policy.to(scored.dtype), reference.to(scored.dtype), token_logps)
 
 
-def objective(token_logps: Tensor, ref_logps: Tensor | None, problem: Problem, coupling: Coupling) -> Tensor:
+def objective(token_logps: Tensor, ref_logps: Tensor | None, scored: ScoredTokens, spec: PairLossSpec) -> Tensor:
     """The loss ``[]`` from token log-probabilities ``[N]`` of the policy and, if computed, of the reference."""
-    statistics = summarise(token_logps, ref_logps, problem)
-    loss = pair_losses(margins(statistics, coupling), coupling.loss_type).sum() / divisor(coupling)
-    if coupling.nll_weight:
-        loss = loss + coupling.nll_weight * expert_nll(statistics.policy_logps, problem, coupling)
+    statistics = summarise(token_logps, ref_logps, scored)
+    loss = pair_losses(margins(statistics, spec), spec.loss_type).sum() / divisor(spec)
+    if spec.nll_weight:
+        loss = loss + spec.nll_weight * expert_nll(statistics.policy_logps, scored, spec)
     return loss
 
 
-def derivative(token_logps: Tensor, ref_logps: Tensor | None, problem: Problem, coupling: Coupling) -> Tensor:
+def derivative(token_logps: Tensor, ref_logps: Tensor | None, scored: ScoredTokens, spec: PairLossSpec) -> Tensor:
     """∂ objective / ∂ token_logps ``[N]``; that of a sequence needs the log-probabilities of its group only."""
-    u = margins(summarise(token_logps, ref_logps, problem), coupling)
-    slope = pair_slopes(u, coupling.loss_type) * (coupling.beta / divisor(coupling))
+    u = margins(summarise(token_logps, ref_logps, scored), spec)
+    slope = pair_slopes(u, spec.loss_type) * (spec.beta / divisor(spec))
     slopes = torch.stack([slope, -slope], 1).flatten()
-    by_sequence = slopes.new_zeros(problem.sequences).index_add(0, coupling.pairs.flatten(), slopes)
-    if coupling.nll_weight:
-        share = coupling.nll_weight / expert_tokens(problem, coupling)
-        by_sequence -= torch.where(experts(problem, coupling), share, 0)
-    return by_sequence[problem.sequence]
+    by_sequence = slopes.new_zeros(scored.sequences).index_add(0, spec.pairs.flatten(), slopes)
+    if spec.nll_weight:
+        share = spec.nll_weight / expert_tokens(scored, spec)
+        by_sequence -= torch.where(experts(scored, spec), share, 0)
+    return by_sequence[scored.sequence]
 
 
-def margins(statistics: LogRatio, coupling: Coupling) -> Tensor:
+def margins(statistics: LogRatio, spec: PairLossSpec) -> Tensor:
     """u ``[P]`` = β · (ρ(expert) − ρ(synthetic))."""
-    expert, synthetic = statistics.log_ratio[coupling.pairs].unbind(1)
-    return coupling.beta * (expert - synthetic)
+    expert, synthetic = statistics.log_ratio[spec.pairs].unbind(1)
+    return spec.beta * (expert - synthetic)
 
 
-def divisor(coupling: Coupling) -> float:
-    return coupling.num_pairs or max(coupling.pairs.shape[0], 1)
+def divisor(spec: PairLossSpec) -> float:
+    return spec.num_pairs or max(spec.pairs.shape[0], 1)
 
 
 def pair_losses(u: Tensor, loss_type: str) -> Tensor:
@@ -150,20 +150,20 @@ def pair_slopes(u: Tensor, loss_type: str) -> Tensor:
     return -(u < 1).to(u.dtype) if loss_type == "hinge" else -torch.ones_like(u)
 
 
-def expert_nll(policy_logps: Tensor, problem: Problem, coupling: Coupling) -> Tensor:
+def expert_nll(policy_logps: Tensor, scored: ScoredTokens, spec: PairLossSpec) -> Tensor:
     """Mean −log π_θ(y_t) over the experts' tokens, each distinct expert once."""
     # where, not a product: the log-probability of a synthetic answer may be NaN
-    total = -torch.where(experts(problem, coupling), policy_logps, 0).sum()
-    return total / expert_tokens(problem, coupling)
+    total = -torch.where(experts(scored, spec), policy_logps, 0).sum()
+    return total / expert_tokens(scored, spec)
 
 
-def experts(problem: Problem, coupling: Coupling) -> Tensor:
+def experts(scored: ScoredTokens, spec: PairLossSpec) -> Tensor:
     """Which sequences ``[S]`` are the expert of a pair."""
-    none = torch.zeros(problem.sequences, dtype=torch.bool, device=problem.targets.device)
-    return none.index_fill(0, coupling.pairs[:, 0], True)
+    none = torch.zeros(scored.sequences, dtype=torch.bool, device=scored.targets.device)
+    return none.index_fill(0, spec.pairs[:, 0], True)
 
 
-def expert_tokens(problem: Problem, coupling: Coupling) -> Tensor | float:
-    if coupling.num_tokens is not None:
-        return coupling.num_tokens
-    return (experts(problem, coupling)[problem.sequence] & (problem.targets != IGNORE)).sum().clamp(min=1)
+def expert_tokens(scored: ScoredTokens, spec: PairLossSpec) -> Tensor | float:
+    if spec.num_tokens is not None:
+        return spec.num_tokens
+    return (experts(scored, spec)[scored.sequence] & (scored.targets != IGNORE)).sum().clamp(min=1)

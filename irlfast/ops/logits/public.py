@@ -40,7 +40,7 @@ from irlfast.ops.common.checks import (
     require,
     values_visible,
 )
-from irlfast.ops.common.types import IGNORE, LogRatio, Problem, sequence_of, summarise
+from irlfast.ops.common.types import IGNORE, LogRatio, ScoredTokens, sequence_of, summarise
 from irlfast.ops.pair_loss import cpu_slab
 
 CHUNK_BYTES = 2**22  # of logits in fp32 that the cpu backend holds at once
@@ -111,8 +111,10 @@ def logits_log_ratio(
         log_ratio, policy, ref = sequence_sums(logps, targets, cu_seqlens, reference, backend).unbind()
         return LogRatio(log_ratio, policy, ref.detach(), logps)
     sequence, sequences = sequence_of(cu_seqlens, targets.numel()), cu_seqlens.numel() - 1
-    problem = Problem(targets, None, sequence, sequences, logit_scale, logit_softcap, logps.dtype, buffer_mb=math.inf)
-    return summarise(logps, reference, problem)
+    scored = ScoredTokens(
+        targets, None, sequence, sequences, logit_scale, logit_softcap, logps.dtype, buffer_mb=math.inf
+    )
+    return summarise(logps, reference, scored)
 
 
 def score(

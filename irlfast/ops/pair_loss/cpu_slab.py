@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from irlfast import native
-from irlfast.ops.common.types import Problem, Side
+from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.pair_loss import slab
 
 P = ParamSpec("P")
@@ -28,16 +28,16 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def softmax(
-    z: Tensor, targets: Tensor, side: Side, problem: Problem, slopes: bool = True
+    z: Tensor, targets: Tensor, side: HeadInputs, scored: ScoredTokens, slopes: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With the slopes in any case: here they are a by-product of the sums."""
     if native.cpu is not None and z.dtype == torch.float32:
-        return native_softmax(z, targets, side, problem)
+        return native_softmax(z, targets, side, scored)
     if side.bias is not None:
         z += side.bias.to(z.dtype)
-    if problem.logit_scale != 1:
-        z *= problem.logit_scale
-    cap = problem.logit_softcap
+    if scored.logit_scale != 1:
+        z *= scored.logit_scale
+    cap = scored.logit_softcap
     if cap is not None:
         z.div_(cap).tanh_().mul_(cap)
     picked, peak = z.gather(1, targets[:, None]), z.amax(1, keepdim=True)
@@ -47,14 +47,14 @@ def softmax(
     return (picked - peak - norm.log()).squeeze(1), -1 / norm.squeeze(1), z
 
 
-def native_softmax(z: Tensor, targets: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def native_softmax(z: Tensor, targets: Tensor, side: HeadInputs, scored: ScoredTokens) -> tuple[Tensor, Tensor, Tensor]:
     """The same in one pass over memory."""
     logps, sums = torch.empty(2, len(z))
     bias = None if side.bias is None else side.bias.float().contiguous()
     native.cpu.softmax_slopes(
         native.rows(z),
         0 if bias is None else bias.data_ptr(),
-        native.scoring(z, targets, problem.logit_scale, problem.logit_softcap),
+        native.scoring(z, targets, scored.logit_scale, scored.logit_softcap),
         logps.data_ptr(),
         sums.data_ptr(),
         torch.get_num_threads(),
@@ -133,11 +133,11 @@ def multiplied_as_bf16(product: Callable[P, T]) -> Callable[P, T]:
 
 
 SLAB_MB = 32  # elementwise steps stay in the last-level cache
-EXACT = slab.Arithmetic(SLAB_MB, logits, softmax, by_weight, by_hidden)
+EXACT = slab.SlabKernels(SLAB_MB, logits, softmax, by_weight, by_hidden)
 NARROW = EXACT._replace(
     logits=multiplied_as_bf16(logits), by_weight=multiplied_as_bf16(by_weight), by_hidden=multiplied_as_bf16(by_hidden)
 )
 
 
-def arithmetic(policy: Side) -> slab.Arithmetic:
+def kernels(policy: HeadInputs) -> slab.SlabKernels:
     return NARROW if policy.weight.dtype == torch.bfloat16 else EXACT

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from irlfast import native
 from irlfast.native import name, rows, scoring
-from irlfast.ops.common.types import Problem, Side
+from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.pair_loss import triton_slab
 
 
@@ -76,7 +76,7 @@ def sequence_sums(
 
 
 def softmax(
-    z: Tensor, targets: Tensor, side: Side, problem: Problem, slopes: bool = True
+    z: Tensor, targets: Tensor, side: HeadInputs, scored: ScoredTokens, slopes: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The derivatives are in the memory of ``z``, in the precision of the products that take them."""
     logps = torch.empty(len(z), dtype=torch.float32, device=z.device)
@@ -85,7 +85,7 @@ def softmax(
         rows(z),
         name(side.weight.dtype),
         0 if bias is None else bias.data_ptr(),
-        scoring(z, targets, problem.logit_scale, problem.logit_softcap),
+        scoring(z, targets, scored.logit_scale, scored.logit_softcap),
         logps.data_ptr(),
         slopes,
         native.stream(z.device),
@@ -93,4 +93,4 @@ def softmax(
     return logps, torch.ones_like(logps), z.view(side.weight.dtype)[:, : z.shape[1]]
 
 
-ARITHMETIC = triton_slab.ARITHMETIC._replace(softmax=softmax, fused=None, sparse=None)
+KERNELS = triton_slab.KERNELS._replace(softmax=softmax, fused=None, sparse=None)

@@ -1,7 +1,7 @@
 """The operations on hidden states as torch knows them: compiled code calls them whole, autograd has their gradients.
 
-Their arguments are the fields of :class:`Side` (policy, reference), :class:`Problem` and :class:`Coupling`, one after
-the other; an output that is not wanted is empty.
+Their arguments are the fields of :class:`HeadInputs` (policy, then reference), :class:`ScoredTokens` and
+:class:`PairLossSpec`, one after the other. An output that is not wanted is empty.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from irlfast.ops.common.types import Coupling, Problem, Side, objective
+from irlfast.ops.common.types import HeadInputs, PairLossSpec, ScoredTokens, objective
 from irlfast.ops.pair_loss import cpu_slab, cuda_slab, slab, triton_slab
 
 SIDE = "Tensor hidden, Tensor weight, Tensor? bias"
@@ -26,61 +26,63 @@ NOTHING = (None, None, None)  # in the place of a reference
 WAITS = (torch.Tag.cudagraph_unsafe,)  # how many tokens are scored decides on shapes: the host waits for it
 
 
-def token_logps(policy: Side, reference: Side | None, problem: Problem, backend: str) -> tuple[Tensor, Tensor | None]:
+def token_logps(
+    policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens, backend: str
+) -> tuple[Tensor, Tensor | None]:
     """See :func:`irlfast.ops.pair_loss.plain.token_logps`."""
-    tiles = triton_slab.tiles(policy) if sparse(policy, problem, backend) else 0
+    tiles = triton_slab.tiles(policy) if sparse(policy, scored, backend) else 0
     keep = wanted(policy) == [True, False, False] and not tiles
-    logps, ref_logps, _ = forward(*policy, *(reference or NOTHING), *problem, backend, keep, tiles)
+    logps, ref_logps, _ = forward(*policy, *(reference or NOTHING), *scored, backend, keep, tiles)
     return logps, None if reference is None else ref_logps
 
 
 def pair_loss(
-    policy: Side,
-    reference: Side | None,
-    problem: Problem,
-    coupling: Coupling,
+    policy: HeadInputs,
+    reference: HeadInputs | None,
+    scored: ScoredTokens,
+    spec: PairLossSpec,
     backend: str,
     weight_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`irlfast.ops.pair_loss.plain.pair_loss`."""
     if weight_grad is not None:
         policy = policy._replace(weight=policy.weight.detach())
-    elif not any(wanted(policy)[1:]) or sparse(policy, problem, backend):
-        logps, ref_logps = token_logps(policy, reference, problem, backend)
-        return objective(logps, ref_logps, problem, coupling), logps.detach(), ref_logps
-    arguments = *policy, *(reference or NOTHING), *problem, *coupling, backend, wanted(policy)
+    elif not any(wanted(policy)[1:]) or sparse(policy, scored, backend):
+        logps, ref_logps = token_logps(policy, reference, scored, backend)
+        return objective(logps, ref_logps, scored, spec), logps.detach(), ref_logps
+    arguments = *policy, *(reference or NOTHING), *scored, *spec, backend, wanted(policy)
     with torch.no_grad():
         loss, logps, ref_logps, *sums = pair_slabs(weight_grad, *arguments)
-    return Known.apply(loss, *policy, *sums), logps, None if reference is None else ref_logps
+    return PrecomputedGradient.apply(loss, *policy, *sums), logps, None if reference is None else ref_logps
 
 
-def wanted(policy: Side) -> list[bool]:
+def wanted(policy: HeadInputs) -> list[bool]:
     """Whether hidden, weight and bias need a gradient."""
     return [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in policy]
 
 
-def sparse(policy: Side, problem: Problem, backend: str) -> bool:
+def sparse(policy: HeadInputs, scored: ScoredTokens, backend: str) -> bool:
     """Whether the gradient may leave out what weighs little; its sums are not deterministic."""
-    exact = problem.skip_mass == 0 or torch.are_deterministic_algorithms_enabled()
+    exact = scored.skip_mass == 0 or torch.are_deterministic_algorithms_enabled()
     return backend == "triton" and any(wanted(policy)) and not exact
 
 
-def unpack(arguments: Sequence[Any]) -> tuple[Side, Side | None, Problem, Sequence[Any]]:
-    reference = None if arguments[3] is None else Side(*arguments[3:6])
-    return Side(*arguments[:3]), reference, Problem(*arguments[6:16]), arguments[16:]
+def unpack(arguments: Sequence[Any]) -> tuple[HeadInputs, HeadInputs | None, ScoredTokens, Sequence[Any]]:
+    reference = None if arguments[3] is None else HeadInputs(*arguments[3:6])
+    return HeadInputs(*arguments[:3]), reference, ScoredTokens(*arguments[6:16]), arguments[16:]
 
 
 @contextmanager
-def arithmetic_of(backend: str, policy: Side) -> Iterator[slab.Arithmetic]:
+def kernels_of(backend: str, policy: HeadInputs) -> Iterator[slab.SlabKernels]:
     hidden = policy.hidden
     wide = hidden.is_cuda and policy.weight.dtype == torch.float32  # not to be multiplied as TF32
     products = slab.precision("cuda", "ieee") if wide else nullcontext()
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
-        on_gpu = {"triton": triton_slab.ARITHMETIC, "cuda": cuda_slab.ARITHMETIC}
-        yield on_gpu[backend] if backend in on_gpu else cpu_slab.arithmetic(policy)
+        on_gpu = {"triton": triton_slab.KERNELS, "cuda": cuda_slab.KERNELS}
+        yield on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(policy)
 
 
-def filled(policy: Side, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def filled(policy: HeadInputs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """``tensors``, each empty where it is None."""
     return tuple(policy.hidden.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
@@ -96,16 +98,16 @@ def filled(policy: Side, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 )
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.pair_loss.slab.token_logps`."""
-    policy, reference, problem, (backend, keep, tiles) = unpack(arguments)
-    with arithmetic_of(backend, policy) as arithmetic:
-        return filled(policy, *slab.token_logps(arithmetic, policy, reference, problem, keep, tiles))
+    policy, reference, scored, (backend, keep, tiles) = unpack(arguments)
+    with kernels_of(backend, policy) as kernels:
+        return filled(policy, *slab.token_logps(kernels, policy, reference, scored, keep, tiles))
 
 
 @forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    policy, reference, problem, (_, keep, tiles) = unpack(arguments)
-    logps, tokens = problem.zeros(), problem.targets.shape[0]
-    ref_logps = None if reference is None else problem.zeros()
+    policy, reference, scored, (_, keep, tiles) = unpack(arguments)
+    logps, tokens = scored.zeros(), scored.targets.shape[0]
+    ref_logps = None if reference is None else scored.zeros()
     if keep:
         return filled(policy, logps, ref_logps, logps.new_empty(tokens, policy.hidden.shape[1]))
     return filled(policy, logps, ref_logps, logps.new_empty(2 + tiles, tokens) if tiles else None)
@@ -120,24 +122,24 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 )
 def backward(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.pair_loss.slab.gradients`; in the policy's dtype."""
-    policy, _, problem, (backend, wanted) = unpack(arguments)
-    with arithmetic_of(backend, policy) as arithmetic:
-        sums = slab.gradients(arithmetic, policy, problem, upstream, statistics, wanted)
+    policy, _, scored, (backend, wanted) = unpack(arguments)
+    with kernels_of(backend, policy) as kernels:
+        sums = slab.gradients(kernels, policy, scored, upstream, statistics, wanted)
         return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
 
 
 @backward.register_fake
 def _(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    policy, _, problem, (_, wanted) = unpack(arguments)
-    sums = slab.new_gradients(policy, problem, wanted)
+    policy, _, scored, (_, wanted) = unpack(arguments)
+    sums = slab.new_gradients(policy, scored, wanted)
     return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
 
 
 def keep_policy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    policy, _, problem, (ctx.backend, ctx.keep, ctx.tiles) = unpack(inputs)
+    policy, _, scored, (ctx.backend, ctx.keep, ctx.tiles) = unpack(inputs)
     _, ref_logps, kept = output
     ctx.mark_non_differentiable(ref_logps, kept)
-    targets, rows, sequence, *ctx.scalars, _ = problem
+    targets, rows, sequence, *ctx.scalars, _ = scored
     ctx.height, ctx.dtype = policy.hidden.shape[0], policy.hidden.dtype
     ctx.save_for_backward(kept, *(NOTHING if ctx.keep else policy), targets, rows, sequence)
 
@@ -152,8 +154,8 @@ def token_logps_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor
             d_hidden = d_hidden.new_zeros(ctx.height, d_hidden.shape[1]).index_add(0, rows, d_hidden)
         return d_hidden.to(ctx.dtype), None, None, *others
     wanted = list(ctx.needs_input_grad[:3])
-    problem = targets, rows, sequence, *ctx.scalars, None
-    grads = backward(upstream, kept if ctx.tiles else None, *policy, *NOTHING, *problem, ctx.backend, wanted)
+    scored = targets, rows, sequence, *ctx.scalars, None
+    grads = backward(upstream, kept if ctx.tiles else None, *policy, *NOTHING, *scored, ctx.backend, wanted)
     return *(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), *others
 
 
@@ -173,22 +175,22 @@ forward.register_autograd(token_logps_backward, setup_context=keep_policy)
 def pair_slabs(weight_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.pair_loss.slab.pair_loss`: what it returns, and the gradients. The weight's is added to
     ``weight_grad`` if there is one."""
-    policy, reference, problem, (*coupling, backend, wanted) = unpack(arguments)
-    sums = slab.new_gradients(policy, problem, wanted)
+    policy, reference, scored, (*spec, backend, wanted) = unpack(arguments)
+    sums = slab.new_gradients(policy, scored, wanted)
     into = sums if weight_grad is None else sums._replace(weight=weight_grad)
-    with arithmetic_of(backend, policy) as arithmetic:
-        scores = slab.pair_loss(arithmetic, policy, reference, problem, Coupling(*coupling), into, weight_grad is None)
+    with kernels_of(backend, policy) as kernels:
+        scores = slab.pair_loss(kernels, policy, reference, scored, PairLossSpec(*spec), into, weight_grad is None)
     return filled(policy, *scores, *sums)
 
 
 @pair_slabs.register_fake
 def _(weight_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    policy, reference, problem, (*_, wanted) = unpack(arguments)
-    logps, ref_logps = problem.zeros(), None if reference is None else problem.zeros()
-    return filled(policy, logps.new_empty(()), logps, ref_logps, *slab.new_gradients(policy, problem, wanted))
+    policy, reference, scored, (*_, wanted) = unpack(arguments)
+    logps, ref_logps = scored.zeros(), None if reference is None else scored.zeros()
+    return filled(policy, logps.new_empty(()), logps, ref_logps, *slab.new_gradients(policy, scored, wanted))
 
 
-class Known(torch.autograd.Function):
+class PrecomputedGradient(torch.autograd.Function):
     """A loss whose gradients by hidden, weight and bias are known already."""
 
     @staticmethod

@@ -34,7 +34,15 @@ import torch
 from torch import Tensor
 
 from irlfast.ops.common import checks
-from irlfast.ops.common.types import Coupling, LogRatio, PairLoss, Side, default_pairs, expert_nll, summarise
+from irlfast.ops.common.types import (
+    HeadInputs,
+    LogRatio,
+    PairLoss,
+    PairLossSpec,
+    default_pairs,
+    expert_nll,
+    summarise,
+)
 from irlfast.ops.pair_loss import custom_op, plain
 
 
@@ -70,17 +78,17 @@ def log_ratio(
         ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
         RuntimeError: a backend that is not installed.
     """
-    policy = checks.check_policy(Side(hidden, weight, bias))
+    policy = checks.check_policy(HeadInputs(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
-    problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
-    problem = checks.check_ref_logps(ref_logps, reference is not None, problem)
+    scored = checks.check_scored(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
+    scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
     backend = checks.choose_backend(backend, hidden, "hidden")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":
-            logps, computed = plain.token_logps(policy, reference, problem)
+            logps, computed = plain.token_logps(policy, reference, scored)
         else:
-            logps, computed = custom_op.token_logps(policy, reference, problem, backend)
-        return summarise(logps, computed, problem)
+            logps, computed = custom_op.token_logps(policy, reference, scored, backend)
+        return summarise(logps, computed, scored)
 
 
 def pair_loss(
@@ -132,23 +140,23 @@ def pair_loss(
         ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
         RuntimeError: a backend that is not installed.
     """
-    policy = checks.check_policy(Side(hidden, weight, bias))
+    policy = checks.check_policy(HeadInputs(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
-    problem = checks.check_problem(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
-    problem = checks.check_ref_logps(ref_logps, reference is not None, problem)
+    scored = checks.check_scored(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
+    scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
     checks.check_pairs(pairs, cu_seqlens)
-    pairs = default_pairs(problem.sequences, hidden.device) if pairs is None else pairs.long()
+    pairs = default_pairs(scored.sequences, hidden.device) if pairs is None else pairs.long()
     checks.check_loss(beta, loss_type, nll_weight, num_pairs, num_tokens)
-    coupling = Coupling(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens)
+    spec = PairLossSpec(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens)
     if weight_grad is not None:
-        checks.check_weight_grad(weight_grad, policy, problem)
+        checks.check_weight_grad(weight_grad, policy, scored)
         weight_grad = weight_grad if torch.is_grad_enabled() else None
     backend = checks.choose_backend(backend, hidden, "hidden")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":
-            loss, logps, computed = plain.pair_loss(policy, reference, problem, coupling, weight_grad)
+            loss, logps, computed = plain.pair_loss(policy, reference, scored, spec, weight_grad)
         else:
-            loss, logps, computed = custom_op.pair_loss(policy, reference, problem, coupling, backend, weight_grad)
-        statistics = summarise(logps, computed, problem)
-        nll = expert_nll(statistics.policy_logps, problem, coupling)
+            loss, logps, computed = custom_op.pair_loss(policy, reference, scored, spec, backend, weight_grad)
+        statistics = summarise(logps, computed, scored)
+        nll = expert_nll(statistics.policy_logps, scored, spec)
     return PairLoss(loss, *statistics[:3], nll)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.types import Problem, Side
+from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.pair_loss import slab
 
 TILE = 8192  # rows of the weight's gradient at once, where a product cannot be added to it
@@ -24,11 +24,11 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def softmax(
-    z: Tensor, targets: Tensor, side: Side, problem: Problem, slopes: bool = True
+    z: Tensor, targets: Tensor, side: HeadInputs, scored: ScoredTokens, slopes: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     from irlfast.kernels.slab import softmax as kernel
 
-    logps, slope = kernel(z, targets, side.bias, side.weight.dtype, problem.logit_scale, problem.logit_softcap, slopes)
+    logps, slope = kernel(z, targets, side.bias, side.weight.dtype, scored.logit_scale, scored.logit_softcap, slopes)
     return logps, torch.ones_like(logps), slope
 
 
@@ -51,15 +51,15 @@ def by_hidden(total: Tensor, slope: Tensor, hidden: Tensor, new: bool) -> None:
         torch.addmm(total, slope.T, hidden, out_dtype=total.dtype, out=total)
 
 
-def packed(side: Side) -> tuple[Tensor, Tensor, Tensor | None]:
+def packed(side: HeadInputs) -> tuple[Tensor, Tensor, Tensor | None]:
     return side.hidden.contiguous(), side.weight.contiguous(), side.bias
 
 
-def fused(sides: Sequence[Side], problem: Problem, tokens: Tensor, statistics: Tensor | None) -> Tensor:
+def fused(sides: Sequence[HeadInputs], scored: ScoredTokens, tokens: Tensor, statistics: Tensor | None) -> Tensor:
     """``statistics`` takes the policy's log-probabilities, log-sum-exps, and those of the tiles."""
     from irlfast.kernels.linear import token_logps
 
-    scoring = problem.rows_of(tokens), problem.targets[tokens], problem.logit_scale, problem.logit_softcap
+    scoring = scored.rows_of(tokens), scored.targets[tokens], scored.logit_scale, scored.logit_softcap
     kept = None if statistics is None else of_scored(statistics, tokens)
     logps, lse = token_logps([packed(side) for side in sides], *scoring, None if kept is None else kept[2:])
     if kept is not None:
@@ -73,7 +73,7 @@ def of_scored(statistics: Tensor, tokens: Tensor) -> Tensor:
     return statistics.flatten()[: count * len(tokens)].view(count, len(tokens))
 
 
-def tiles(policy: Side) -> int:
+def tiles(policy: HeadInputs) -> int:
     """Number of tiles that the vocabulary has in ``fused``."""
     from irlfast.kernels.linear import columns
 
@@ -81,7 +81,12 @@ def tiles(policy: Side) -> int:
 
 
 def sparse(
-    sums: slab.Gradients, policy: Side, problem: Problem, tokens: Tensor, upstream: Tensor, statistics: Tensor
+    sums: slab.Gradients,
+    policy: HeadInputs,
+    scored: ScoredTokens,
+    tokens: Tensor,
+    upstream: Tensor,
+    statistics: Tensor,
 ) -> None:
     from irlfast.kernels.linear_backward import add_gradients
 
@@ -89,14 +94,14 @@ def sparse(
     add_gradients(
         *sums,
         packed(policy),
-        problem.rows_of(tokens),
-        problem.targets[tokens],
+        scored.rows_of(tokens),
+        scored.targets[tokens],
         (kept[0], kept[1], kept[2:]),
         upstream.contiguous(),
-        problem.logit_scale,
-        problem.logit_softcap,
-        problem.skip_mass,
+        scored.logit_scale,
+        scored.logit_softcap,
+        scored.skip_mass,
     )
 
 
-ARITHMETIC = slab.Arithmetic(math.inf, logits, softmax, by_weight, by_hidden, fused, sparse)
+KERNELS = slab.SlabKernels(math.inf, logits, softmax, by_weight, by_hidden, fused, sparse)

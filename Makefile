@@ -1,11 +1,12 @@
 # make train: the default run.   make test: linters, types and tests.   make sweep: what `make test` takes a sample of.
+# make docs: the pages of docs/ as a site.
 # All need Python >= 3.10 and a package registry.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := pip install --quiet --no-compile
 
-.PHONY: train test sweep gates gpu gpu-tests gpu-benchmarks sanitized lint clean
+.PHONY: train test docs sweep gates gpu gpu-tests gpu-benchmarks sanitized lint clean
 train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
@@ -50,6 +51,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages as a site in site/; warnings are errors (mkdocs.yml: strict).
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+$(VENV)/docs-installed: requirements-docs.txt | $(VENV)/installed
+	$(BIN)/$(INSTALL) --requirement $<
+	touch $@
 
 # vLLM's CPU build pins a torch of its own, so it gets an environment of its own.
 .venv-vllm/installed:

@@ -78,7 +78,7 @@ setup(
     ext_modules=[Extension(f"irlfast.{name}", sources=[], optional=True) for name in NEEDS],
     cmdclass={"build_ext": BuildNative},
     package_data={
-        "irlfast": ["configs/*.yaml"],
+        "irlfast": ["configs/*.yaml", "py.typed"],
         "irlfast.reports": ["report.html.j2"],
         "irlfast.demo": ["*.jsonl", "*.json"],
         "irlfast.kernels": ["README.md"],

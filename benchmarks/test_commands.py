@@ -1,4 +1,4 @@
-"""Every script runs, by the READMEs' own commands, on small data: ``pytest benchmarks/test_commands.py --quick``."""
+"""Every script runs on small data, by the commands of the pages: ``pytest benchmarks/test_commands.py --quick``."""
 
 import importlib
 import json
@@ -11,17 +11,16 @@ import pytest
 from benchmarks import conftest, runs
 from benchmarks.conftest import ROOT
 
-READMES = "\n".join((ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md"))
-SCRIPTS = sorted(
-    {(name, given.strip()) for name, given in re.findall(r"python -m benchmarks\.(\w+)([^`#\n]*)", READMES)}
-)
-BENCHMARKS = sorted(set(re.findall(r"pytest (?:-\S+ )*(benchmarks/[\w/{},.]*)", READMES)))
+PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+SCRIPTS = sorted({(name, given.strip()) for name, given in re.findall(r"python -m benchmarks\.(\w+)([^`#\n]*)", TEXT)})
+BENCHMARKS = sorted(set(re.findall(r"pytest (?:-\S+ )*(benchmarks/[\w/{},.]*)", TEXT)))
 
 
 @pytest.mark.parametrize("name, arguments", SCRIPTS, ids=[" ".join(command) for command in SCRIPTS])
-def test_a_script_runs_as_a_readme_says(name, arguments, pytestconfig, data, tmp_path, monkeypatch):
+def test_a_script_runs_as_a_page_says(name, arguments, pytestconfig, data, tmp_path, monkeypatch):
     if not pytestconfig.getoption("quick"):
-        pytest.skip("hours; its command is in the README")
+        pytest.skip("hours; its command is in docs/")
     from tests.helpers.runs import printed
 
     given = [str(data) if word == "DATA" else word for word in shlex.split(arguments)]
@@ -35,14 +34,14 @@ def test_a_script_runs_as_a_readme_says(name, arguments, pytestconfig, data, tmp
     assert written and all("-quick" in path.stem and path.stat().st_size for path in written)
 
 
-def test_the_readmes_name_every_script():
+def test_the_pages_name_every_script():
     started = {"throughput"}  # by test_throughput.py
     modules = (ROOT / "benchmarks").glob("*.py")
     scripts = {path.stem for path in modules if "\nif __name__" in path.read_text()}
     assert {name for name, _ in SCRIPTS} == scripts - started
 
 
-def test_every_benchmark_that_a_readme_names_is_one_that_pytest_finds():
+def test_every_benchmark_that_a_page_names_is_one_that_pytest_finds():
     named = {path for pattern in BENCHMARKS for path in expanded(pattern)}
     assert len(named) > 5
     for path in named - {"benchmarks/"}:

@@ -26,7 +26,7 @@ sweep: $(VENV)/installed gates
 
 # The kernels compile for sm_80 and sm_90 by Triton 3.6 too (torch 2.11 comes with it), not only by the one installed.
 gates: $(VENV)/triton-3.6.0
-	PYTHONPATH=$< $(PYTEST) tests/kernels/test_aot_*.py
+	PYTHONPATH=$< $(PYTEST) tests/aot
 
 # On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
 gpu:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.kernels.aot import check_compiles, launches_of
+from tests.helpers.aot import check_compiles, launches_of
 
 TOKENS = 16
 SIZES = [1, 50257, 128256]  # a 1 is compiled in; rows that no vector fits; and that 16 bytes do

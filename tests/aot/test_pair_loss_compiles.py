@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from irlfast.kernels import linear, linear_backward
 from irlfast.kernels.slab import softmax
 from irlfast.ops.pair_loss import triton_slab
-from tests.kernels.aot import ARCHITECTURES, check_compiles, launches_of
+from tests.helpers.aot import ARCHITECTURES, check_compiles, launches_of
 
 SLOW = pytest.mark.slow
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from irlfast.ops.rewards.losses import Options
-from tests.kernels.aot import Launch, check_compiles, launches_of
+from tests.helpers.aot import Launch, check_compiles, launches_of
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16]

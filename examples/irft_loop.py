@@ -95,13 +95,13 @@ def sample(policy, prompts: list[Ids], batch_size=256, greedy=False) -> list[Ids
 
 def pack(examples: list[tuple[Ids, Ids]]) -> Batch:
     """Prompts and answers as one batch. The answer's last token predicts nothing and is left out of the input."""
-    width = max(len(prompt) + len(answer) - 1 for prompt, answer in examples)
-    padded = [(prompt + answer[:-1] + [PAD] * width)[:width] for prompt, answer in examples]
+    read = [prompt + answer[:-1] for prompt, answer in examples]
+    width = max(map(len, read))
     rows = [i * width + len(prompt) - 1 + k for i, (prompt, answer) in enumerate(examples) for k in range(len(answer))]
     lengths = torch.tensor([0] + [len(answer) for _, answer in examples])
     return Batch(
-        input_ids=torch.tensor(padded),
-        mask=torch.tensor(padded) != PAD,
+        input_ids=torch.tensor([ids + [PAD] * (width - len(ids)) for ids in read]),
+        mask=torch.tensor([[k < len(ids) for k in range(width)] for ids in read]),
         rows=torch.tensor(rows),
         targets=torch.tensor([token for _, answer in examples for token in answer]),
         cu_seqlens=lengths.cumsum(0).int(),

@@ -61,9 +61,10 @@ def commands_of(block: Block) -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with the repository's programs and none of its data."""
+    """A working folder with the repository's programs, and the file of demonstrations that the pages name."""
     for name in ("examples", "benchmarks", "tests", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "2+2?", "completion": "4"}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

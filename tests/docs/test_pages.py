@@ -30,6 +30,7 @@ TASK = {
 class Block(NamedTuple):
     page: Path
     language: str
+    options: str  # what stands behind the language, such as title="…"
     text: str
     line: int
 
@@ -39,9 +40,10 @@ class Block(NamedTuple):
 
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    fences = re.finditer(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", text, re.M | re.S)
+    fences = re.finditer(r"^( *)```(\w*)([^\n]*)\n(.*?)^\1```", text, re.M | re.S)
     return [
-        Block(page, m[2], re.sub(f"^{m[1]}", "", m[3], flags=re.M), text.count("\n", 0, m.start()) + 1) for m in fences
+        Block(page, m[2], m[3], re.sub(f"^{m[1]}", "", m[4], flags=re.M), text.count("\n", 0, m.start()) + 1)
+        for m in fences
     ]
 
 
@@ -49,7 +51,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def of(*languages: str) -> list[Block]:
-    return [block for block in BLOCKS if block.language in languages]
+    return [block for block in BLOCKS if block.language in languages and "title=" not in block.options]
 
 
 def commands_of(block: Block) -> list[list[str]]:

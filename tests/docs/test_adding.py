@@ -1,0 +1,72 @@
+"""The pages of docs/extending/ are followed to the letter in a copy of the repository.
+
+A block whose title names a file is an edit of this file: its text goes to the end, before the line that defines a name,
+or into a table as the first entry. A block of bash is run. Edits and commands come in the order of the page.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.test_pages import ROOT, Block, blocks_of, commands_of
+
+PAGES = sorted(page for page in (ROOT / "docs/extending").glob("*.md") if "title=" in page.read_text(encoding="utf-8"))
+PLACE = re.compile(r'title="(?P<file>[\w/.-]+)(?:, (?P<where>before|first in) (?P<name>\w+))?"')
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The repository's files as git has them, with what is not committed yet, and the native modules."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in [*listed.stdout.splitlines(), *(str(path.relative_to(ROOT)) for path in ROOT.glob("irlfast/*.so"))]:
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_steps_of_a_page_work_as_they_are_written(page, copy):
+    done = []
+    for block in blocks_of(page):
+        place = PLACE.search(block.options)
+        if place:
+            edit(copy, block, **place.groupdict())
+        elif block.language == "bash":
+            done += [run(copy, words) for words in commands_of(block)]
+    assert any("passed" in printed for printed in done), "no test of the page ran"
+
+
+def edit(copy: Path, block: Block, file: str, where: str | None, name: str | None) -> None:
+    path = copy / file
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if where is None:
+        path.write_text(f"{text}\n\n{block.text}" if text else block.text, encoding="utf-8")
+        return
+    definition = re.search(rf"^{name}\b.*\n", text, re.M)
+    assert definition, f"{block}: {file} has no line that begins with {name}"
+    at = definition.start() if where == "before" else definition.end()
+    added = f"{block.text}\n\n" if where == "before" else block.text
+    path.write_text(text[:at] + added + text[at:], encoding="utf-8")
+
+
+def run(copy: Path, words: list[str]) -> str:
+    """What a command of the page printed, run in the copy by this interpreter."""
+    assert words[0] == "python", shlex.join(words)
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words[1:]], cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

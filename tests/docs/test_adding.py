@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.test_pages import ROOT, Block, blocks_of, commands_of
+from tests.docs.test_pages import EXTENDING, ROOT, Block, Command, blocks_of, commands_of
 
-PAGES = sorted(page for page in (ROOT / "docs/extending").glob("*.md") if "title=" in page.read_text(encoding="utf-8"))
+PAGES = sorted(page for page in EXTENDING.glob("*.md") if "title=" in page.read_text(encoding="utf-8"))
 PLACE = re.compile(r'title="(?P<file>[\w/.-]+)(?:, (?P<where>before|first in) (?P<name>\w+))?"')
 
 
@@ -35,6 +35,8 @@ def copy(tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).exists():
             shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    (ROOT / "build").mkdir(exist_ok=True)  # where tests keep what they have built, by the state of its sources
+    (tmp_path / "build").symlink_to(ROOT / "build")
     return tmp_path
 
 
@@ -46,12 +48,13 @@ def test_the_steps_of_a_page_work_as_they_are_written(page, copy):
         if place:
             edit(copy, block, **place.groupdict())
         elif block.language == "bash":
-            done += [run(copy, words) for words in commands_of(block)]
+            done += [run(copy, command) for command in commands_of(block)]
     assert any("passed" in printed for printed in done), "no test of the page ran"
 
 
 def edit(copy: Path, block: Block, file: str, where: str | None, name: str | None) -> None:
     path = copy / file
+    path.parent.mkdir(exist_ok=True)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if where is None:
         path.write_text(f"{text}\n\n{block.text}" if text else block.text, encoding="utf-8")
@@ -63,10 +66,11 @@ def edit(copy: Path, block: Block, file: str, where: str | None, name: str | Non
     path.write_text(text[:at] + added + text[at:], encoding="utf-8")
 
 
-def run(copy: Path, words: list[str]) -> str:
+def run(copy: Path, command: Command) -> str:
     """What a command of the page printed, run in the copy by this interpreter."""
-    assert words[0] == "python", shlex.join(words)
-    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words[1:]], cwd=copy, env=environment, capture_output=True, text=True)
+    assert command.words[0] == "python", shlex.join(command.words)
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"} | command.variables
+    arguments = [sys.executable, *command.words[1:]]
+    done = subprocess.run(arguments, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -121,7 +121,8 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     from irlfast.config import make_config
     from irlfast.data.encoding import Encoder
     from irlfast.data.packing import PromptGroup
-    from irlfast.engine.fit import Plan, fit
+    from irlfast.engine.fit import fit
+    from irlfast.engine.plan import Plan
     from irlfast.losses.pairs import irft_loss
     from irlfast.runs.metrics_log import MetricsLog
     from irlfast.runs.run import Run

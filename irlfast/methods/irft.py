@@ -13,7 +13,8 @@ from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example, TokenIds
-from irlfast.engine.fit import Plan, fit, plan_phase
+from irlfast.engine.fit import fit
+from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.pairs import irft_loss
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import Sampling, read_samples, sample

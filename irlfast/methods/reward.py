@@ -11,7 +11,8 @@ from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.leaks import find_leaks, log_leaks
 from irlfast.data.packing import PromptGroup
-from irlfast.engine.fit import Plan, fit, plan_phase
+from irlfast.engine.fit import fit
+from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.rewards import reward_loss
 from irlfast.methods.irft import make_pairs, sampling, stage_examples, stage_name, with_rejected
 from irlfast.runs.run import Run

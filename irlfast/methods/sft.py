@@ -7,7 +7,8 @@ from pathlib import Path
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example
-from irlfast.engine.fit import Plan, fit, plan_phase
+from irlfast.engine.fit import fit
+from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.sft import sft_loss
 from irlfast.runs.run import Run
 
@@ -33,7 +34,7 @@ def sft_plan(config: Config, count: int) -> Plan:
     return plan_phase(
         config,
         count,
-        stage=-1,
+        stage=None,
         epochs=sft_epochs(config),
         steps=config.sft_steps,
         learning_rate=config.sft_learning_rate or config.at("learning_rate", 0),

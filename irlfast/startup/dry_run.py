@@ -21,7 +21,8 @@ from irlfast.data.packing import PromptGroup
 from irlfast.data.sets import read_sets
 from irlfast.data.sources import locate, sources_of
 from irlfast.data.store import Example
-from irlfast.engine.fit import Plan, fit, plan_phase
+from irlfast.engine.fit import fit
+from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.sft import sft_loss
 from irlfast.methods.irft import irft_plan, stage_name
 from irlfast.methods.reward import reward_plan
@@ -222,7 +223,7 @@ def measured_rate(config: Config, policy: str | None, encoder: Encoder, train: l
         dist.start()
         run = Run(alone, output, policy, encoder, train, [], MetricsLog(output, alone), None)
         plan = plan_phase(
-            alone, len(train), stage=-1, epochs=None, steps=2, learning_rate=1e-9, optim=config.optim, seed=[0]
+            alone, len(train), stage=None, epochs=None, steps=2, learning_rate=1e-9, optim=config.optim, seed=[0]
         )
         groups = [PromptGroup(example.prompt_ids, (example.answer_ids,)) for example in train]
         fit(run, output / "sft", policy, groups, sft_loss, plan)

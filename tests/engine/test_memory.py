@@ -10,7 +10,7 @@ from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.data.packing import Layout, PromptGroup, longest_of, token_limit
 from irlfast.engine import memory
-from irlfast.engine.memory import Limit, OutOfMemory, allowed, fitting
+from irlfast.engine.memory import OutOfMemory, TokenLimit, allowed_tokens, fitting_tokens, out_of_memory
 from irlfast.engine.step import prepare
 from irlfast.sampling import scoring
 from tests.data.test_packing import model_of, ragged
@@ -35,9 +35,8 @@ def test_half_of_what_was_too_much_is_the_most_but_a_segment_the_least():
 def test_one_segment_that_is_too_large_leaves_no_note_as_another_machine_may_hold_it(tmp_path):
     folder = tmp_path / "sft" / "checkpoint"
     for tokens, error in ((40, OutOfMemory), (18, InputError)):
-        with pytest.raises(error), Limit(AUTO, tokens, 18).backing_off(folder):
-            raise torch.OutOfMemoryError
-        assert allowed(folder) == 20
+        assert isinstance(out_of_memory(TokenLimit(tokens, auto=True, least=18), folder), error)
+        assert allowed_tokens(folder) == 20
 
 
 # ---------------------------------------------------------------- measured
@@ -46,11 +45,11 @@ def test_one_segment_that_is_too_large_leaves_no_note_as_another_machine_may_hol
 def test_what_fits_takes_nine_tenths_of_the_memory_if_it_grows_with_the_tokens():
     base, each, fixed, total = 10_000, 30, 5_000, 200_000
     count = 1000
-    fits = fitting(count, base, base + fixed + each * count, total)
+    fits = fitting_tokens(count, base, base + fixed + each * count, total)
     assert 0.8 * total < base + fixed + each * fits <= 0.9 * total  # what does not grow is on the safe side
-    assert fitting(count, base, base + each * count, total) == (0.9 * total - base) // each
-    assert fitting(count, int(0.95 * total), total, total) < 0  # no room at all: the caller keeps what it had
-    assert fitting(count, base, base, total) > count  # nothing was seen to grow
+    assert fitting_tokens(count, base, base + each * count, total) == (0.9 * total - base) // each
+    assert fitting_tokens(count, int(0.95 * total), total, total) < 0  # no room at all: the caller keeps what it had
+    assert fitting_tokens(count, base, base, total) > count  # nothing was seen to grow
 
 
 @pytest.fixture
@@ -65,9 +64,11 @@ def gpu(monkeypatch):
 def test_batches_grow_to_what_fits_once_the_second_step_has_told(gpu, most, capsys):
     groups = [PromptGroup([1] * 30, ([2] * 20, [3] * 20))] * 64  # 68 tokens each
     steps, tokens = [np.arange(64)] * 5, []
-    for prepared in prepare(steps, groups, Layout(), Limit(AUTO, 140, most=most)):
+    limit = TokenLimit(140, auto=True, most=most)
+    for step, prepared in enumerate(prepare(steps, groups, Layout(), limit), 1):
         tokens.append([batch.input_ids.numel() for batch in prepared.batches])
         gpu[0] = max(tokens[-1])
+        limit.fit_to_memory(step, prepared.largest())
     assert tokens[:3] == [[136] * 32] * 3  # the third is made while the second runs
     fits = min(4000, most)
     assert tokens[3] == tokens[4]
@@ -79,22 +80,21 @@ def test_batches_grow_to_what_fits_once_the_second_step_has_told(gpu, most, caps
 def after_steps(limit):
     found = []
     for step in (1, 2, 3):
-        limit.refit(step, 100)
+        limit.fit_to_memory(step, 100)
         found.append(limit.tokens)
     return found
 
 
 def test_batches_never_shrink_by_measuring_nor_change_where_they_are_given(gpu):
-    given = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 500})
     gpu[0] = 100
-    assert after_steps(Limit(AUTO, 9000)) == [9000] * 3
-    assert after_steps(Limit(AUTO, 200)) == [200, 4000, 4000]
-    assert after_steps(Limit(given, 500)) == [500] * 3
+    assert after_steps(TokenLimit(9000, auto=True)) == [9000] * 3
+    assert after_steps(TokenLimit(200, auto=True)) == [200, 4000, 4000]
+    assert after_steps(TokenLimit(500, auto=False)) == [500] * 3
 
 
 def test_a_cpu_measures_nothing():
     assert memory.gpu_memory() is None
-    assert after_steps(Limit(AUTO, 1024)) == [1024] * 3
+    assert after_steps(TokenLimit(1024, auto=True)) == [1024] * 3
 
 
 # ---------------------------------------------------------------- out of memory
@@ -124,17 +124,21 @@ def short_of_memory(folder, most, **keys):
 @pytest.mark.parametrize("most, code", [(300, 0), (10, 2)])
 def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, most, code):
     _, err = printed(short_of_memory(tmp_path, most), code=code)
-    assert "sft: out of memory with 1,024 tokens a batch; goes on from the last checkpoint with half of them" in err
+    assert (
+        "sft: out of memory with 1,024 tokens per batch; continues from the last checkpoint with half the tokens" in err
+    )
     if code:
         assert re.search(
-            r"out of memory with \d+ tokens a batch, one prompt and its answers; exp", err.splitlines()[-1]
+            r"out of memory with \d+ tokens per batch, one prompt and its answers; exp", err.splitlines()[-1]
         )
         assert not (tmp_path / "run" / "sft" / "policy").exists()
 
 
 def test_of_several_processes_the_one_out_of_memory_says_so_and_all_start_again_with_half(tmp_path):
     """The same command, until what is left fits."""
-    said = r"irlfast, process 1: sft: out of memory with [\d,]+ tokens a batch; the same command goes on from the last"
+    said = (
+        r"irlfast, process 1: sft: out of memory with [\d,]+ tokens per batch; the same command continues from the last"
+    )
     for _ in range(4):
         code, _, err = ended(short_of_memory(tmp_path, 700), 2)
         if code == 0:
@@ -147,7 +151,7 @@ def test_of_several_processes_the_one_out_of_memory_says_so_and_all_start_again_
 
 def test_given_tokens_a_batch_are_not_halved(tmp_path):
     _, err = printed(short_of_memory(tmp_path, 300, max_tokens_per_batch=400), code=2)
-    assert "sft: out of memory with 400 tokens a batch; expected a lower max_tokens_per_batch" in err.splitlines()[-1]
+    assert "sft: out of memory with 400 tokens per batch; expected a lower max_tokens_per_batch" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("most", [40, 10])

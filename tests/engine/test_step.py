@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from irlfast import ops
 from irlfast.common import dist
 from irlfast.data.packing import Layout, PromptGroup, pack, token_counts
-from irlfast.engine.step import Stopwatch, prepare
+from irlfast.engine.deepspeed_patches import timed_collectives
+from irlfast.engine.memory import TokenLimit
+from irlfast.engine.meters import Stopwatch
+from irlfast.engine.step import prepare
 from irlfast.losses.pairs import irft_loss
 from irlfast.losses.policy import align_loss
 from irlfast.losses.rewards import reward_loss
@@ -74,11 +76,10 @@ def test_a_process_without_segments_adds_nothing(name, monkeypatch):
     model, heads = model_of("Llama"), torch.nn.Linear(32, 2)
     logps = torch.full((4,), -1.0)
     groups = [PromptGroup([1, 2], ([3] * 4, [4] * 4), (logps, logps), (logps, logps), (1.0, -1.0))]
-    limit = SimpleNamespace(tokens=8, refit=lambda *_: None)
-    [prepared] = prepare([np.array([0])], groups, Layout(), limit)
+    [prepared] = prepare([np.array([0])], groups, Layout(), TokenLimit(8, auto=False))
     [batch] = prepared.batches
     head = ops.Head(heads.weight, heads.bias, 1.0, None) if LOSSES[name].func is reward_loss else ops.lm_head(model)
-    loss, metrics = LOSSES[name](hidden_states(model, batch), head, batch, prepared.share)
+    loss, metrics = LOSSES[name](hidden_states(model, batch), head, batch, prepared.normalisers)
     loss.backward()
     assert loss == 0 and all(value == 0 for value in metrics.values())
     trained = [parameter.grad for parameter in model.base_model.parameters()]
@@ -108,7 +109,7 @@ def test_time_in_collectives_is_taken_from_the_part_that_calls_them(monkeypatch)
 
     monkeypatch.setattr(comm, "cdb", Backend())
     watch = Stopwatch()
-    with watch.telling_communication():
+    with timed_collectives(watch):
         watch.lap("data")  # at 1
         assert comm.cdb.all_reduce(3) == ("all_reduce", 3)  # from 2 to 5
         assert comm.cdb.broadcast(4) == ("broadcast", 4)  # from 7 to 8

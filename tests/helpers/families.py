@@ -24,7 +24,8 @@ from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.data.packing import PromptGroup, plan_steps
-from irlfast.engine.fit import Plan, fit
+from irlfast.engine.fit import fit
+from irlfast.engine.plan import Plan
 from irlfast.losses.sft import sft_loss
 from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import merge
@@ -177,7 +178,7 @@ def train(given: Path, output: Path, zero_stage: int | None = None, **keys: Any)
     groups = [PromptGroup(list(range(3, 9)), (list(range(20 + i, 30 + i)),)) for i in range(4)]
     encoder: Any = SimpleNamespace(tokenizer=Silent())  # a step reads nothing else of it
     run = Run(config, output, given, encoder, [], [], MetricsLog(output, config), None)
-    plan = Plan(-1, plan_steps(len(groups), 4, epochs=None, steps=1, seed=[0]), 4, 0.0, config.optim)
+    plan = Plan(None, plan_steps(len(groups), 4, epochs=None, steps=1, seed=[0]), 4, 0.0, config.optim)
     policy = fit(run, output / "sft", given, groups, sft_loss, plan)
     if not config.use_peft:
         return policy

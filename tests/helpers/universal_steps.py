@@ -13,7 +13,7 @@ import torch
 
 from irlfast.common import dist
 from irlfast.config import make_config
-from irlfast.engine.fit import deepspeed_settings
+from irlfast.engine.deepspeed_engine import deepspeed_settings
 from irlfast.optim import FusedRMSprop
 from irlfast.startup.prepare import quiet
 from tests.helpers.zero_steps import batches, network

@@ -20,9 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from irlfast.common import dist
 from irlfast.config import make_config
 from irlfast.data.packing import PromptGroup
-from irlfast.engine.fit import Plan, make_engine
-from irlfast.engine.memory import Limit
-from irlfast.engine.step import Stopwatch, prepare, train_step
+from irlfast.engine.deepspeed_engine import make_engine
+from irlfast.engine.deepspeed_patches import timed_collectives
+from irlfast.engine.memory import TokenLimit
+from irlfast.engine.meters import Stopwatch
+from irlfast.engine.plan import Plan
+from irlfast.engine.step import prepare, train_step
 from irlfast.losses.pairs import irft_loss
 from irlfast.ops.common import checks
 from irlfast.startup.prepare import quiet
@@ -66,19 +69,19 @@ def count(folder: Path, groups: list[PromptGroup], stage: int) -> dict[str, Any]
     loss = functools.partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1)
     engine, layout = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config, groups)
     watch, places = Stopwatch(), Counter[str]()
-    *_, prepared = prepare(steps, groups, layout, Limit(config, config.max_tokens_per_batch))
+    *_, prepared = prepare(steps, groups, layout, TokenLimit(config.max_tokens_per_batch, auto=False))
     train_step(engine, prepared, config.max_grad_norm, watch)
     methods = {name: getattr(torch.Tensor, name) for name in METHODS}
     try:
         for name, method in methods.items():
             setattr(torch.Tensor, name, recorded(method, places))
-        with profile(activities=[ProfilerActivity.CPU]) as profiler, watch.telling_communication():
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, timed_collectives(watch):
             train_step(engine, prepared, config.max_grad_norm, watch)
     finally:
         for name, method in methods.items():
             setattr(torch.Tensor, name, method)
     found = sum(event.count for event in profiler.key_averages() if event.key in OPERATIONS)
-    collectives = sum(len(inside) for *_, inside in watch.marks)
+    collectives = sum(len(lap.collectives) for lap in watch.laps)
     return {"batches": len(prepared.batches), "places": places, "operations": found, "collectives": collectives}
 
 

@@ -12,7 +12,7 @@ import torch
 
 from irlfast.common import dist
 from irlfast.config import make_config
-from irlfast.engine.fit import deepspeed_settings
+from irlfast.engine.deepspeed_engine import deepspeed_settings
 from irlfast.optim import FusedRMSprop
 from irlfast.startup.prepare import quiet
 

@@ -1,0 +1,67 @@
+"""DeepSpeed still needs every patch, and a patch whose place in DeepSpeed is gone says so and does nothing."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from deepspeed.comm import comm
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+from irlfast.engine import deepspeed_patches as patches
+from irlfast.engine.meters import Stopwatch
+from tests.helpers.runs import printed
+
+
+def test_deepspeed_still_does_what_the_patches_undo():
+    """A failure here, after an upgrade, says which patch to adapt or to delete."""
+    out, _ = printed(["-m", "tests.helpers.unpatched"])
+    assert json.loads(out.splitlines()[-1]) == {
+        "held by the cache": True,
+        "held by the stack": True,
+        "released": True,
+        "dtype of a float32 parameter": "torch.bfloat16",
+        "collectives of one process": 1,
+    }
+
+
+@pytest.fixture
+def reported(monkeypatch):
+    """The places that were reported as missing."""
+    places = []
+    monkeypatch.setattr(patches, "report_missing", lambda place, effect: places.append(place))
+    return places
+
+
+def test_lists_and_caches_of_zero_3_that_are_gone_are_reported(monkeypatch, reported):
+    monkeypatch.delattr(parameter_offload, "FWD_MODULE_STACK")
+    monkeypatch.delattr(partitioned_param_coordinator, "PartitionedParameterCoordinator")
+    patches.release_zero3_engines()
+    assert reported == ["parameter_offload.FWD_MODULE_STACK", "cached method of PartitionedParameterCoordinator"]
+
+
+def test_a_switch_of_the_reduction_that_is_gone_is_reported(reported):
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    engine = SimpleNamespace(optimizer=optimizer)
+    patches.skip_reduction_of_one_process(engine)
+    assert reported == ["engine.enable_backward_allreduce"]
+    assert vars(engine) == {"optimizer": optimizer}
+
+
+def test_a_backend_without_collectives_is_reported_and_the_steps_go_on(monkeypatch, reported):
+    monkeypatch.setattr(comm, "cdb", None)
+    steps = []
+    with patches.timed_collectives(Stopwatch()):
+        steps.append(1)
+    assert (reported, steps) == (["collective in deepspeed.comm.comm.cdb"], [1])
+
+
+def test_the_report_is_one_line_with_both_versions_and_the_effect(capsys):
+    import deepspeed
+
+    for _ in range(2):
+        patches.report_missing("place", "steps are slower")
+    assert capsys.readouterr().err == (
+        f"warning: DeepSpeed {deepspeed.__version__} has no place (irlfast was tested with {patches.SEEN_ON}); "
+        "steps are slower\n"
+    )

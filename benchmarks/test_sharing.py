@@ -16,7 +16,8 @@ import torch
 from benchmarks.conftest import goal_lines, write_result
 from benchmarks.test_throughput import QUICK, SHAPE, VOCABULARY
 from irlfast import ops
-from irlfast.data.packing import Layout, PromptGroup, micro_batches, pack, token_counts
+from irlfast.data.batching import micro_batches
+from irlfast.data.packing import Layout, PromptGroup, pack, token_counts
 from irlfast.losses.inputs import arguments
 from irlfast.models.attention import hidden_states, operations
 from irlfast.ops import lm_head

@@ -1,12 +1,10 @@
-"""Segments to batches: which go together, in what order, as tensors that the policy and the ops take.
+"""Prompt groups to batches: the tensors that a model and the operations take. Start with the drawing at ``Batch``.
 
-A segment ``[prompt | expert | synthetic …]`` holds its prompt once. Its answers see the prompt and themselves, never
-each other, and their positions go on from the prompt's end, so that each is what it would be in a sequence of its own.
-An answer's last token predicts nothing and is left out, but for reward models, which read it.
+A batch holds a prompt once for all of its answers. Each answer attends to the prompt and to itself, never to another
+answer, and its positions continue from the prompt's end: its hidden states are those of a sequence of its own.
+Which groups go into a batch together is decided in ``batching.py``.
 """
 
-import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,51 +13,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irlfast.common import dist
-from irlfast.common.files import InputError
-from irlfast.config import Config
-
 PAD = -1
-CPU_TOKENS = 1024  # of a micro-batch: more is no faster there, and takes memory
-ROW_MULTIPLE = 128  # tokens; few different lengths of one row, so that a GPU's kernels are seldom made anew
+ROW_MULTIPLE = 128  # tokens; few different lengths of one row, so that a GPU's kernels are rarely compiled anew
 
 
 class PromptGroup(NamedTuple):
-    """One prompt with its answers: the expert's (SFT), the expert's and synthetic ones (IRFT), synthetic ones (RFT)."""
+    """One prompt and its answers: the expert's (SFT), the expert's and a synthetic one (IRFT), or synthetic ones (RFT).
+
+    A reward model's group has the better answer first.
+    """
 
     prompt: Sequence[int]
     answers: tuple[Sequence[int], ...]
-    ref_logps: tuple[Tensor, ...] = ()  # per answer, reference log-probability of each token, fp32
-    old_logps: tuple[Tensor, ...] = ()  # the same under the policy that sampled it
+    ref_logps: tuple[Tensor, ...] = ()  # per answer, the reference's log-probability of each token, fp32
+    old_logps: tuple[Tensor, ...] = ()  # the same, of the policy that sampled the answer
     advantages: tuple[float, ...] = ()  # per answer
-    learned: Sequence[int] | None = None  # positions in a single answer that a loss is on (None: all of them)
-    row: int = -1  # the example's place in data/rows.jsonl
+    learned: Sequence[int] | None = None  # tokens of a single answer that the loss is on; None: all of them
+    row: int = -1  # the example's line in data/rows.jsonl
 
 
 class Layout(NamedTuple):
-    """How segments lie in a batch."""
+    """How prompt groups lie in a batch."""
 
-    shared: bool = True  # answers share their prompt; else each is a segment of its own
-    one_row: bool = False  # all in one row; else a row a segment, padded to the longest
-    keep_last_token: bool = False  # with each answer's last token, and its tokens' own rows: what a reward model reads
-    answer_cost: float = 0.0  # operations of an answer token at the head, relative to a token's in the layers
-    attended_cost: float = 0.0  # of attention, for each token that a token sees
+    shared: bool = True  # the answers of a group share its prompt; otherwise each has a copy
+    one_row: bool = False  # all groups in one row; otherwise a row per group, padded to the longest
+    keep_last_token: bool = False  # for a reward model, which reads each token's own hidden state, the last one's too
+    answer_cost: float = 0.0  # operations of an answer token at the head, relative to those of a token in the layers
+    attended_cost: float = 0.0  # operations of attention per pair of tokens, relative to the same
 
 
 SHARED = Layout()
 
 
 class Batch(NamedTuple):
-    """Rows of segments, and which of their hidden states predict an answer token (``Layout.whole``: belong to it)."""
+    """B rows of L tokens, and N of their hidden states, which predict the N answer tokens of S answers.
+
+    For example, the prompt ``5 6 7`` with the answers ``11 12 13 2`` and ``21 2``, where 2 is the end token::
+
+        {
+            # Per token: one row, B = 1, L = 7. The end tokens predict nothing, so they are targets only.
+            "input_ids":    [5, 6, 7, 11, 12, 13, 21],
+            "position_ids": [0, 1, 2,  3,  4,  5,  3],  # both answers continue from the prompt
+            "group":        [0, 0, 0,  0,  0,  0,  0],
+            "answer":       [0, 0, 0,  1,  1,  1,  2],  # the prompt is 0
+            # Per answer token: N = 6, S = 2. The prompt's last hidden state predicts the first token of each answer.
+            "rows":         [2, 3, 4, 5,     2, 6],  # of the hidden states, flattened to [B * L, H]
+            "targets":      [11, 12, 13, 2,  21, 2],
+            "cu_seqlens":   [0,              4, 6],  # where each answer begins and ends in the N
+        }
+
+    A reward model (``Layout.keep_last_token``) gets the end tokens as input too, and ``rows`` are the targets' own.
+    """
 
     input_ids: Tensor  # [B, L] int64
     position_ids: Tensor  # [B, L] int64
-    group: Tensor  # [B, L] int32, number of the segment in its row, PAD at a row's end
-    answer: Tensor  # [B, L] int32, 0 in a prompt, k in its k-th answer
-    causal: bool  # every row is one sequence, so that a causal mask alone is right
-    starts: Tensor  # [Q + 1] int32, where segments begin in the flattened [B * L], and their end; pads are the last's
-    longest: int  # tokens of one of them
-    rows: Tensor  # [N] int64, into the flattened [B * L] hidden states
+    group: Tensor  # [B, L] int32, the group's number in its row; PAD at a row's end
+    answer: Tensor  # [B, L] int32, 0 in a prompt, k in the group's k-th answer; PAD at a row's end
+    causal: bool  # every row is one sequence, so a causal mask alone is right
+    starts: Tensor  # [groups + 1] int32, where each group begins in the flattened [B * L]; pads belong to the last
+    longest: int  # tokens from one start to the next, at most
+    rows: Tensor  # [N] int64
     targets: Tensor  # [N] int64
     cu_seqlens: Tensor  # [S + 1] int32
     ref_logps: Tensor | None  # [N] fp32
@@ -67,15 +80,15 @@ class Batch(NamedTuple):
     advantages: Tensor | None  # [S] fp32
 
     def to(self, device: torch.device) -> "Batch":
-        """On ``device``; a copy from pinned memory does not wait."""
+        """Copy the batch to ``device``; a copy from pinned memory does not wait."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """In memory that a GPU copies from by itself, where there is one."""
+        """Move the batch to memory that a GPU copies from by itself, where there is a GPU."""
         return self.map(Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def unscored(self) -> "Batch":
-        """The same tokens without answers to score: neither a loss nor a gradient."""
+        """Return the same tokens without targets: such a batch has neither a loss nor a gradient."""
         names = ("rows", "targets", "ref_logps", "old_logps", "advantages")
         none = {name: value[:0] for name, value in self._asdict().items() if name in names and value is not None}
         return self._replace(**none, cu_seqlens=self.cu_seqlens[:1])
@@ -86,192 +99,100 @@ class Batch(NamedTuple):
 
 
 def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
-    """All answers of all segments in turn, in the rows that ``layout`` says."""
-    pieces = [piece for group in groups for piece in packed_groups(group, layout)]
-    lengths = np.array([count_tokens(piece) for piece in pieces])
-    if layout.one_row:
-        width = -(-int(lengths.sum()) // ROW_MULTIPLE) * ROW_MULTIPLE
-        shape, starts = (1, width), lengths.cumsum() - lengths
-    else:
-        shape, starts = (len(pieces), int(lengths.max())), lengths.max() * np.arange(len(pieces))
-    bounds = np.append(starts, math.prod(shape))
-    input_ids, position_ids = np.zeros((2, *shape), dtype=np.int64)
-    segment_ids, answer_ids = np.full((2, *shape), PAD, dtype=np.int32)
-    flat = [array.reshape(-1) for array in (input_ids, position_ids, segment_ids, answer_ids)]
-    rows = []
-    for number, (piece, first) in enumerate(zip(pieces, starts, strict=True)):
-        prompt = len(piece.prompt)
-        put(flat, first, piece.prompt, 0, number if layout.one_row else 0, 0)
-        at = first + prompt
+    """Pack all answers of all groups, in order, as ``layout`` says."""
+    pieces = [piece for group in groups for piece in pieces_of(group, layout)]
+    shape, bounds = places(pieces, layout)
+    size = shape[0] * shape[1]
+    input_ids, position_ids = np.zeros((2, size), dtype=np.int64)
+    group_numbers, answer_numbers = np.full((2, size), PAD, dtype=np.int32)
+    rows: list[int] = []  # N
+    targets: list[int] = []  # N
+    lengths: list[int] = []  # S
+
+    def write(begin: int, ids: Sequence[int], position: int, group: int, answer: int) -> None:
+        span = slice(begin, begin + len(ids))
+        input_ids[span], position_ids[span] = ids, np.arange(position, position + len(ids))
+        group_numbers[span], answer_numbers[span] = group, answer
+
+    for number, (piece, begin) in enumerate(zip(pieces, bounds[:-1].tolist(), strict=True)):
+        number_in_row, prompt = number if layout.one_row else 0, len(piece.prompt)
+        write(begin, piece.prompt, 0, number_in_row, 0)
+        end = begin + prompt
         for k, answer in enumerate(piece.answers, 1):
-            put(flat, at, answer[:-1], prompt, number if layout.one_row else 0, k)
-            predicting = [first + prompt - 1, *range(at, at + len(answer) - 1)]
-            rows.append(np.array(learned(predicting[layout.keep_last_token : len(answer)], piece), dtype=np.int64))
-            at += max(len(answer) - 1, 0)
-    answers = [
-        learned(answer[: len(answer) - layout.keep_last_token], piece) for piece in pieces for answer in piece.answers
-    ]
+            kept = answer[: kept_length(answer, layout)]
+            write(end, kept, prompt, number_in_row, k)
+            own = range(end, end + len(kept))
+            read = own if layout.keep_last_token else [begin + prompt - 1, *own][: len(answer)]
+            rows += learned(read, piece)
+            targets += learned(answer, piece)
+            lengths.append(len(learned(answer, piece)))
+            end += len(kept)
     advantages = [advantage for group in groups for advantage in group.advantages]
     return Batch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(position_ids),
-        torch.from_numpy(segment_ids),
-        torch.from_numpy(answer_ids),
-        causal=len(answers) == shape[0],
+        input_ids=torch.from_numpy(input_ids.reshape(shape)),
+        position_ids=torch.from_numpy(position_ids.reshape(shape)),
+        group=torch.from_numpy(group_numbers.reshape(shape)),
+        answer=torch.from_numpy(answer_numbers.reshape(shape)),
+        causal=len(lengths) == shape[0],
         starts=torch.from_numpy(bounds.astype(np.int32)),
         longest=int(np.diff(bounds).max()),
-        rows=torch.from_numpy(np.concatenate(rows)),
-        targets=torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
-        cu_seqlens=torch.tensor([0, *np.cumsum([len(answer) for answer in answers])], dtype=torch.int32),
+        rows=torch.tensor(rows, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         ref_logps=joined([group.ref_logps for group in groups]),
         old_logps=joined([group.old_logps for group in groups]),
         advantages=torch.tensor(advantages, dtype=torch.float32) if advantages else None,
     )
 
 
+def pieces_of(group: PromptGroup, layout: Layout) -> list[PromptGroup]:
+    """Return the group itself where its answers share the prompt, else a group per answer."""
+    if layout.shared:
+        return [group]
+    return [PromptGroup(group.prompt, (answer,), learned=group.learned) for answer in group.answers]
+
+
+def places(pieces: Sequence[PromptGroup], layout: Layout) -> tuple[tuple[int, int], np.ndarray]:
+    """Return the batch's shape (B, L), and where each piece begins in the flattened ``[B * L]``, with their end."""
+    sizes = [piece_length(piece, layout) for piece in pieces]
+    if layout.one_row:
+        width = -(-sum(sizes) // ROW_MULTIPLE) * ROW_MULTIPLE
+        return (1, width), np.append(np.cumsum([0, *sizes[:-1]]), width)
+    width = max(sizes)
+    return (len(pieces), width), width * np.arange(len(pieces) + 1)
+
+
 def learned(values: Sequence[int], group: PromptGroup) -> Sequence[int]:
-    """Of an answer's values, one a token, those of the tokens that a loss is on."""
-    return values if group.learned is None else [values[at] for at in group.learned]
+    """Select from one value per token of an answer those of the tokens that the loss is on."""
+    return values if group.learned is None else [values[token] for token in group.learned]
 
 
 def joined(logps: Sequence[tuple[Tensor, ...]]) -> Tensor | None:
-    """Those of all segments' answers ``[N]``; None where segments have none."""
-    flat = [answer for group in logps for answer in group]
-    return torch.cat(flat) if flat else None
+    """Concatenate the log-probabilities ``[N]`` of all answers; None where the groups have none."""
+    answers = [answer for group in logps for answer in group]
+    return torch.cat(answers) if answers else None
 
 
-def put(flat: Sequence[np.ndarray], at: int, ids: Sequence[int], position: int, group: int, answer: int) -> None:
-    """Write one prompt or answer into the flattened input, position, segment and answer ids."""
-    for array, values in zip(flat, (ids, np.arange(position, position + len(ids)), group, answer), strict=True):
-        array[at : at + len(ids)] = values
+def kept_length(answer: Sequence[int], layout: Layout) -> int:
+    """Return how many tokens of an answer are input: all but the last, which predicts nothing, or all."""
+    return len(answer) if layout.keep_last_token else max(len(answer) - 1, 0)
 
 
-def packed_groups(group: PromptGroup, layout: Layout) -> list[PromptGroup]:
-    """What is packed for a segment: itself, or a segment for each answer with a prompt of its own.
-
-    Where answers are to be whole, a token more stands behind each, to be left out in the place of its last.
-    """
-    answers = tuple([*answer, 0] for answer in group.answers) if layout.keep_last_token else group.answers
-    shared = PromptGroup(group.prompt, answers, learned=group.learned)
-    return [shared] if layout.shared else [shared._replace(answers=(answer,)) for answer in answers]
+def piece_length(piece: PromptGroup, layout: Layout) -> int:
+    return len(piece.prompt) + sum(kept_length(answer, layout) for answer in piece.answers)
 
 
-def count_tokens(group: PromptGroup) -> int:
-    """Tokens that a packed segment is."""
-    return len(group.prompt) + sum(max(len(answer) - 1, 0) for answer in group.answers)
+def count_tokens(group: PromptGroup, layout: Layout = SHARED) -> int:
+    """Return how many tokens of a batch the group takes, without padding."""
+    return sum(piece_length(piece, layout) for piece in pieces_of(group, layout))
 
 
 def token_counts(groups: Sequence[PromptGroup], layout: Layout) -> Counter[str]:
-    """Tokens, answer tokens, and how many tokens each token sees, summed."""
-    found: Counter[str] = Counter()
-    for part in (part for group in groups for part in packed_groups(group, layout)):
-        prompt, lengths = len(part.prompt), [max(len(answer) - 1, 0) for answer in part.answers]
-        found["tokens"] += count_tokens(part)
-        found["answer_tokens"] += sum(len(learned(answer, part)) - layout.keep_last_token for answer in part.answers)
-        found["attended"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
-    return found
-
-
-# ---------------------------------------------------------------- which segments go together
-
-
-def plan_steps(count: int, batch: int, *, epochs: float | None, steps: int | None, seed: list[int]) -> list[np.ndarray]:
-    """Which segments each optimiser step takes: passes over all, each shuffled anew, cut into steps of ``batch``.
-
-    ``epochs`` may be a fraction. A last incomplete step is dropped, but there is at least one (taken from further
-    passes where fewer than ``batch`` segments exist).
-    """
-    wanted = steps or max(1, int(count * (epochs or 1) // batch))
-    passes = -(-wanted * batch // count)
-    generator = np.random.default_rng(seed)
-    order = np.concatenate([generator.permutation(count) for _ in range(passes)])
-    return list(order[: wanted * batch].reshape(wanted, batch))
-
-
-def micro_batches(
-    step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout, limit: int, rank: int = 0, ranks: int = 1
-) -> list[list[int]]:
-    """This rank's micro-batches of a step, at most ``limit`` tokens each, padding counted; a longer segment goes alone.
-
-    All ranks' segments cost about the same together, and every rank has as many micro-batches, its k-th much like the
-    others' k-th; some are empty where segments are few.
-    """
-    cost = {i: cost_of(groups[i], layout) for i in step}
-    fill = first_fit if layout.one_row else similar_lengths
-    bins: list[list[list[int]]] = [
-        fill(share, groups, layout, limit) if share else [[]] for share in balanced_shares(step, cost, ranks)
-    ]
-    own, most = bins[rank], max(map(len, bins))
-    while len(own) < most:
-        own.sort(key=lambda chosen: (len(chosen) < 2, -sum(cost[i] for i in chosen)))
-        own[:1] = balanced_shares(own[0], cost, 2)
-    return sorted(own, key=lambda chosen: (-sum(cost[i] for i in chosen), chosen))
-
-
-def cost_of(group: PromptGroup, layout: Layout) -> float:
-    """Operations relative to a token's in the layers."""
-    found = token_counts([group], layout)
-    return found["tokens"] + layout.answer_cost * found["answer_tokens"] + layout.attended_cost * found["attended"]
-
-
-def first_fit(step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout, limit: int) -> list[list[int]]:
-    """First-fit decreasing: each, from the largest, goes into the first bin that has room."""
-    sizes = {i: sum(map(count_tokens, packed_groups(groups[i], layout))) for i in step}
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(step, key=lambda i: (-sizes[i], i)):
-        place = next((place for place, free in enumerate(room) if free >= sizes[i]), len(bins))
-        if place == len(bins):
-            bins.append([])
-            room.append(limit)
-        bins[place].append(i)
-        room[place] -= sizes[i]
-    return bins
-
-
-def similar_lengths(step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout, limit: int) -> list[list[int]]:
-    """From the longest on, as many as fit into ``limit`` when padded to the first's length."""
-    longest = {i: max(map(count_tokens, packed_groups(groups[i], layout))) for i in step}
-    rows = 1 if layout.shared else len(groups[step[0]].answers)
-    bins: list[list[int]] = []
-    width = 0
-    for i in sorted(step, key=lambda i: (-longest[i], i)):
-        if not bins or (len(bins[-1]) + 1) * rows * width > limit:
-            bins.append([])
-            width = longest[i]
-        bins[-1].append(i)
-    return bins
-
-
-def balanced_shares(chosen: Sequence[int], cost: dict[int, float], parts: int) -> list[list[int]]:
-    """Parts of about the same cost: each, from the costliest, goes to the part that has the least."""
-    each: list[list[int]] = [[] for _ in range(parts)]
-    loads = [0.0] * parts
-    for i in sorted(chosen, key=lambda i: (-cost[i], i)):
-        least = loads.index(min(loads))
-        each[least].append(i)
-        loads[least] += cost[i]
-    return each
-
-
-def token_limit(config: Config, longest: int, count: int, most: int = sys.maxsize) -> int:
-    """Tokens of a micro-batch: as configured, else what ``count`` segments of the ``longest`` are, on a CPU few.
-
-    The latter are at most ``most``, but a segment at least.
-
-    Raises:
-        InputError: where a segment is longer than configured.
-    """
-    if config.max_tokens_per_batch == "auto":
-        return max(longest, min(CPU_TOKENS if dist.device().type == "cpu" else longest * count, most))
-    if longest > config.max_tokens_per_batch:
-        raise InputError(
-            f"max_tokens_per_batch: found {config.max_tokens_per_batch}, but the longest prompt has {longest} tokens "
-            "with its answers; expected more, or a lower max_length"
-        )
-    return config.max_tokens_per_batch
-
-
-def longest_of(groups: Sequence[PromptGroup], layout: Layout) -> int:
-    """Tokens of the longest segment."""
-    return max(sum(map(count_tokens, packed_groups(group, layout))) for group in groups)
+    """Return ``tokens``, ``answer_tokens`` with a loss, and ``attended``: how many tokens each attends to, summed."""
+    counts: Counter[str] = Counter()
+    for piece in (piece for group in groups for piece in pieces_of(group, layout)):
+        prompt, lengths = len(piece.prompt), [kept_length(answer, layout) for answer in piece.answers]
+        counts["tokens"] += piece_length(piece, layout)
+        counts["answer_tokens"] += sum(len(learned(answer, piece)) for answer in piece.answers)
+        counts["attended"] += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
+    return counts

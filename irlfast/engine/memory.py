@@ -11,7 +11,8 @@ from irlfast.common import dist
 from irlfast.common.files import LocalError, read_json, write_json
 from irlfast.common.messages import log
 from irlfast.config import Config
-from irlfast.data.packing import Layout, PromptGroup, longest_of, token_limit
+from irlfast.data.batching import longest_of, token_limit
+from irlfast.data.packing import Layout, PromptGroup
 
 GPU_TOKENS = 32768  # at most: more is no faster on a GPU, and an attention mask grows with their square
 SAFE = 0.9  # of a GPU's memory; what lies between its blocks is lost

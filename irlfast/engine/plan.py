@@ -6,7 +6,7 @@ import numpy as np
 
 from irlfast.common import dist
 from irlfast.config import Config
-from irlfast.data.packing import plan_steps
+from irlfast.data.batching import plan_steps
 
 
 class Plan(NamedTuple):

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from irlfast.common import dist
-from irlfast.data.packing import Batch, Layout, PromptGroup, learned, micro_batches, pack, token_counts
+from irlfast.data.batching import micro_batches
+from irlfast.data.packing import Batch, Layout, PromptGroup, learned, pack, token_counts
 from irlfast.engine.memory import TokenLimit
 from irlfast.engine.meters import Stopwatch
 from irlfast.losses.inputs import Metrics, Normalisers

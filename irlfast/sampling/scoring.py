@@ -17,7 +17,8 @@ from irlfast.common import dist
 from irlfast.common.files import LocalError, write
 from irlfast.common.messages import Progress
 from irlfast.config import Config
-from irlfast.data.packing import Batch, PromptGroup, longest_of, micro_batches, pack, token_limit
+from irlfast.data.batching import longest_of, micro_batches, token_limit
+from irlfast.data.packing import Batch, PromptGroup, pack
 from irlfast.losses.inputs import arguments
 from irlfast.models.attention import arrange, hidden_states
 from irlfast.models.load import head_of, load_model

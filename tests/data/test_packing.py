@@ -1,7 +1,9 @@
 """Packing: answers that share a prompt are scored, and pull on the model, as if each had a sequence of its own."""
 
 import copy
+import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import transformers
 from irlfast import ops
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.packing import PAD, Layout, PromptGroup, cost_of, count_tokens, micro_batches, pack, token_counts
+from irlfast.data.batching import cost_of, micro_batches
+from irlfast.data.packing import PAD, Batch, Layout, PromptGroup, count_tokens, pack, token_counts
 from irlfast.losses.inputs import arguments
 from irlfast.models.attention import APART, arrange, check_model, choose, hidden_of, hidden_states, operations, sharing
 from irlfast.ops import lm_head
@@ -116,6 +119,14 @@ def test_scores_are_sent_to_other_processes_without_what_else_their_batch_scored
     assert len(answers) >= 150
     assert all(len(ids) == len(logps) for ids, logps in answers)
     assert all(len(pickle.dumps(logps)) < logps.nbytes + 200 for _, logps in answers)
+
+
+def test_the_batch_that_the_docstring_draws_is_the_one_that_is_packed():
+    batch = pack([PromptGroup([5, 6, 7], ([11, 12, 13, 2], [21, 2]))])
+    drawn = dict(re.findall(r'"(\w+)": +(\[.*?\]),', Batch.__doc__))
+    assert len(drawn) == 7
+    for name, values in drawn.items():
+        assert getattr(batch, name).flatten().tolist() == json.loads(values), name
 
 
 def test_a_prompt_is_computed_once_and_last_tokens_not_at_all():

@@ -8,7 +8,8 @@ import torch
 
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.packing import Layout, PromptGroup, longest_of, token_limit
+from irlfast.data.batching import longest_of, token_limit
+from irlfast.data.packing import Layout, PromptGroup
 from irlfast.engine import memory
 from irlfast.engine.memory import OutOfMemory, TokenLimit, allowed_tokens, fitting_tokens, out_of_memory
 from irlfast.engine.step import prepare

@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.packing import PromptGroup, plan_steps
+from irlfast.data.batching import plan_steps
+from irlfast.data.packing import PromptGroup
 from irlfast.engine.fit import fit
 from irlfast.engine.plan import Plan
 from irlfast.losses.sft import sft_loss

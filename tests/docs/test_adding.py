@@ -1,7 +1,7 @@
 """The pages of docs/extending/ are followed to the letter in a copy of the repository.
 
-A block whose title names a file is an edit of this file: its text goes to the end, before the line that defines a name,
-or into a table as the first entry. A block of bash is run. Edits and commands come in the order of the page.
+A block whose title names a file is an edit of this file: a diff replaces lines, other text goes to the end, or before a
+line. A block of bash is run. Edits and commands come in the order of the page.
 """
 
 import os
@@ -17,7 +17,7 @@ import pytest
 from tests.docs.test_pages import EXTENDING, ROOT, Block, Command, blocks_of, commands_of
 
 PAGES = sorted(page for page in EXTENDING.glob("*.md") if "title=" in page.read_text(encoding="utf-8"))
-PLACE = re.compile(r'title="(?P<file>[\w/.-]+)(?:, (?P<where>before|first in) (?P<name>\w+))?"')
+PLACE = re.compile(r'title="(?P<file>[\w/.-]+)(?:, before (?P<name>\w+))?"')
 
 
 @pytest.fixture
@@ -50,20 +50,25 @@ def test_the_steps_of_a_page_work_as_they_are_written(page, copy):
         elif block.language == "bash":
             done += [run(copy, command) for command in commands_of(block)]
     assert any("passed" in printed for printed in done), "no test of the page ran"
+    for check in ("ruff check .", "ruff format --check ."):
+        run(copy, Command({}, ["python", "-m", *check.split()]))
 
 
-def edit(copy: Path, block: Block, file: str, where: str | None, name: str | None) -> None:
+def edit(copy: Path, block: Block, file: str, name: str | None) -> None:
     path = copy / file
     path.parent.mkdir(exist_ok=True)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if where is None:
-        path.write_text(f"{text}\n\n{block.text}" if text else block.text, encoding="utf-8")
-        return
-    definition = re.search(rf"^{name}\b.*\n", text, re.M)
-    assert definition, f"{block}: {file} has no line that begins with {name}"
-    at = definition.start() if where == "before" else definition.end()
-    added = f"{block.text}\n\n" if where == "before" else block.text
-    path.write_text(text[:at] + added + text[at:], encoding="utf-8")
+    if block.language == "diff":
+        old, new = ("".join(re.findall(rf"^[ {sign}](.*\n)", block.text, re.M)) for sign in ("-", "+"))
+        assert text.count(old) == 1, f"{block}: {file} does not have these lines, or has them twice"
+        text = text.replace(old, new)
+    elif name:
+        line = re.search(rf"^{name}\b", text, re.M)
+        assert line, f"{block}: {file} has no line that begins with {name}"
+        text = f"{text[: line.start()]}{block.text}\n\n{text[line.start() :]}"
+    else:
+        text = f"{text}\n\n{block.text}" if text else block.text
+    path.write_text(text, encoding="utf-8")
 
 
 def run(copy: Path, command: Command) -> str:

@@ -30,7 +30,7 @@ from irlfast.common.messages import log
 from irlfast.config import Config, load_config
 from irlfast.data.store import Example
 from irlfast.evaluation.heldout import text
-from irlfast.methods.irft import sampling
+from irlfast.methods.stages import sampling
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import prompt_of, sample_groups
 from irlfast.sampling.reward_texts import row_of, text_of

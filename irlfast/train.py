@@ -1,8 +1,8 @@
 """Train a policy from demonstrations: ``irlfast train CONFIG.yaml [key=value]... [--dry_run]``.
 
-The outer loop of IRFT: fit the demonstrations if asked (SFT), then T times let the policy answer its prompts and train
-it to prefer the demonstrations. Every step leaves its result in ``output_dir`` and is passed over when that is there,
-so the same command goes on where it was stopped.
+The outer loop of IRFT: fit the demonstrations (SFT) if asked for, then T times let the policy answer its prompts and
+train it to prefer the demonstrations. Every step leaves its result in ``output_dir``. A step whose result is there is
+skipped, so that the same command resumes a run that was stopped.
 """
 
 import os
@@ -14,40 +14,39 @@ from irlfast.config import Config, load_config
 
 
 def train(config: Config) -> None:
-    """Everything that a configuration asks for; called in every process of the run."""
+    """Do everything that a configuration asks for. Every process of the run calls this function."""
     from irlfast.evaluation.heldout import evaluate
-    from irlfast.methods.irft import irft_stage, stage_name
-    from irlfast.methods.reward import learn_reward
-    from irlfast.methods.rft import rft_stage
+    from irlfast.methods import METHODS
     from irlfast.methods.sft import sft, wants_sft
+    from irlfast.methods.stages import stage_name
     from irlfast.reports.final import finish, finish_reward
     from irlfast.startup.prepare import prepare
 
     run = prepare(config)
-    policy = run.initial
-    policies: dict[str, Path | str] = {}
+    train_stage = METHODS[config.method].stage
+    policies: dict[str, Path | str] = {}  # by phase
     metrics = []
 
-    def hold_out(phase: str) -> None:
-        """Hold the policy against the held-out demonstrations, and against the first policy that was."""
+    def hold_out(phase: str, policy: Path | str) -> None:
+        """Evaluate the policy on the held-out demonstrations, beside the first policy that was evaluated."""
         policies[phase] = policy
         first = next(iter(policies))
         metrics.append(evaluate(run, run.output / phase, policy, run.output / first, policies[first]))
 
-    if not wants_sft(config) or (config.method == "sft" and config.model_name_or_path):
-        hold_out("initial")
+    policy = run.initial
+    if not wants_sft(config) or (train_stage is None and config.model_name_or_path):
+        hold_out("initial", policy)
     if wants_sft(config):
         policy = sft(run, policy)
-        hold_out("sft")
-    first = policy
-    if config.method == "reward":
-        reward = learn_reward(run, 0, policy)
-        finish_reward(run, reward)
+        hold_out("sft", policy)
+    initial = policy
+    if train_stage and not config.facts.leaves_policy:
+        finish_reward(run, Path(train_stage(run, 0, policy, initial)))
         return
-    stage_of = rft_stage if config.method in ("rft", "afd") else irft_stage
-    for stage in range(0 if config.method == "sft" else config.stages):
-        policy = stage_of(run, stage, policy, policy if config.reference == "stage" else first)
-        hold_out(stage_name(stage))
+    if train_stage:
+        for stage in range(config.stages):
+            policy = train_stage(run, stage, policy, policy if config.reference == "stage" else initial)
+            hold_out(stage_name(stage), policy)
     finish(run, policies, metrics)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from irlfast.common.files import InputError, find, is_glob, is_local
+from irlfast.config.methods import OWN_KL
 
+IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
 PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")
 
 
@@ -24,16 +26,12 @@ def check(config: Any) -> None:
         raise InputError("train_tokenizer: a trained model needs its own tokenizer; expected config_name with it")
     check_reward(config)
     check_phases(config)
-    for first, second in (
-        ("inner_epochs", "inner_steps"),
-        ("sft_epochs", "sft_steps"),
-        ("reward_epochs", "reward_steps"),
-    ):
+    for first, second in IN_PLACE_OF.items():
         if getattr(config, first) is not None and getattr(config, second) is not None:
             raise InputError(f"{first} and {second}: expected at most one of them")
     for name in ("inner_epochs", "inner_steps"):
-        if config.method == "sft" and getattr(config, name) is not None:
-            raise InputError(f"{name}: method sft takes {name.replace('inner', 'sft')} instead")
+        if not config.facts.has_stages and getattr(config, name) is not None:
+            raise InputError(f"{name}: method {config.method} takes {name.replace('inner', 'sft')} instead")
     for name in PER_STAGE:
         value = getattr(config, name)
         if isinstance(value, list) and len(value) != config.stages:
@@ -74,17 +72,19 @@ def check(config: Any) -> None:
 
 def check_phases(config: Any) -> None:
     """Refuse phases without a step to train, or without a policy to choose."""
-    for name in ("sft_steps", "sft_epochs"):
-        if config.method == "sft" and getattr(config, name) == 0:
-            raise InputError(f"{name}: found 0 with method sft, which would train nothing; expected more")
-    no_first = config.method == "sft" and not config.model_name_or_path
+    if not config.facts.has_stages and not (config.sft_epochs or config.sft_steps):
+        name = "sft_epochs" if config.sft_steps is None else "sft_steps"
+        raise InputError(
+            f"{name}: found {getattr(config, name)} with method {config.method}, which would train nothing"
+        )
+    no_first = not config.facts.has_stages and not config.model_name_or_path
     if config.keep == "best" and config.metric_for_best_model == "reward_accuracy" and no_first:
         raise InputError(
             "metric_for_best_model: found 'reward_accuracy' with SFT of a new model alone, which has no policy before "
             "it to compare with; expected nll or exact_match"
         )
     temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
-    if config.method in ("rft", "afd") and 0 in temperatures:
+    if config.facts.aligns and 0 in temperatures:
         raise InputError(
             f"temperature: found 0 with num_generations {config.num_generations}, which would all be the same answer; "
             "expected more than 0"
@@ -132,7 +132,7 @@ def check_reward(config: Any) -> None:
     """What RFT, AfD and reward models ask for."""
     learned = config.reward_data != "none"
     added = len(config.reward_model_name_or_path) + len(config.reward_function)
-    if config.method in ("rft", "afd") and not learned and not added:
+    if config.facts.aligns and not learned and not added:
         raise InputError("reward_model_name_or_path, reward_function: found none, and reward_data: none; expected one")
     for name in config.reward_function:
         place, _, function = name.rpartition(":")
@@ -141,8 +141,8 @@ def check_reward(config: Any) -> None:
             raise InputError(f"reward_function: found {name!r}, expected package.module:function or file.py:function")
         if file:
             check_path("reward_function", place)
-    if config.method == "reward" and not learned:
-        raise InputError("reward_data: found 'none', expected pairs to learn from for method reward")
+    if not config.facts.leaves_policy and not learned:
+        raise InputError(f"reward_data: found 'none', expected pairs to learn from for method {config.method}")
     if config.reward_weights and len(config.reward_weights) != learned + added:
         raise InputError(
             f"reward_weights: found {len(config.reward_weights)}, expected {learned + added}, one a reward"
@@ -157,7 +157,7 @@ def check_reward(config: Any) -> None:
         )
     if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
         raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
-    if config.kl_in != "loss" and config.align in ("apa", "bon"):
+    if config.kl_in != "loss" and config.align in OWN_KL:
         raise InputError(
             f"kl_in: found {config.kl_in!r} with align {config.align}; expected it left out: apa's own loss has the "
             "KL, and SFT on the best of n has none"

@@ -14,16 +14,11 @@ import yaml
 from pydantic import ValidationError
 
 from irlfast.common.files import InputError
-from irlfast.config.checks import check
+from irlfast.config.checks import IN_PLACE_OF, check
+from irlfast.config.methods import METHOD_FACTS, MethodFacts
 from irlfast.config.recipes import recipe
 from irlfast.config.schema import FIELDS, Config
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "spin": {"prompts_per_stage": "all", "history": 1, "loss_type": "sigmoid", "reference": "stage"},
-    "dpo": {"prompts_per_stage": "all", "stages": 1},
-    "reward": {"prompts_per_stage": "all", "stages": 1, "reward_data": "init_demo"},
-    "afd": {"reward_loss": "bce"},
-}
 ALIASES = {"bf16": ("dtype", "bfloat16"), "use_vllm": ("sampler", "vllm")}  # TRL's spellings, when true
 
 
@@ -114,11 +109,17 @@ def make_config(given: dict[str, Any]) -> Config:
     if unknown:
         raise InputError(unknown_key(unknown[0], "in the configuration"))
     try:
-        config = Config(**(PRESETS.get(str(given.get("method")), {}) | given))
+        config = Config(**(preset(given) | given))
     except ValidationError as error:
         raise InputError(describe(error, given)) from error
     check(config)
     return config
+
+
+def preset(given: dict[str, Any]) -> dict[str, Any]:
+    """The method's own defaults. Epochs are no default where steps are given in their place."""
+    facts = METHOD_FACTS.get(str(given.get("method")), MethodFacts())
+    return {name: value for name, value in facts.preset.items() if given.get(IN_PLACE_OF.get(name, "")) is None}
 
 
 def unknown_key(name: str, where: str) -> str:

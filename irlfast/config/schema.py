@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from irlfast.config.methods import METHOD_FACTS, MethodFacts
+
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -104,8 +106,8 @@ class Config:
         {},
         "names in the file of prompt, answer, rejected, messages, text, system, tools or label, as {prompt: question}",
     )
-    learn_turns: Literal["first", "last", "all"] | None = key(
-        None, "assistant turns of a conversation to learn (default: all for method sft, else last)"
+    learn_turns: Literal["first", "last", "all"] = key(
+        "last", "assistant turns of a conversation to learn (default of method sft: all)"
     )
     bad_rows: Literal["refuse", "skip", "mend"] = key(
         "refuse",
@@ -269,9 +271,9 @@ class Config:
         return value[stage] if isinstance(value, list) else value
 
     @property
-    def turns(self) -> str:
-        """``learn_turns``, its default filled in."""
-        return self.learn_turns or ("all" if self.method == "sft" else "last")
+    def facts(self) -> MethodFacts:
+        """What the method needs and leaves."""
+        return METHOD_FACTS[self.method]
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

@@ -158,7 +158,7 @@ def written_row(
     refusal = None
     for attempt in [safe, safe._replace(prompt=mended(safe.prompt))] if config.bad_rows == "mend" else [safe]:
         try:
-            text = write(encoder.template, attempt, tally.remarks, config.turns == "all")
+            text = write(encoder.template, attempt, tally.remarks, config.learn_turns == "all")
         except Refused as error:
             refusal = refusal or error
         else:
@@ -309,7 +309,7 @@ def shortened(row: Demonstration, encoder: Encoder, speller: Speller, config: Co
     def attempt(prompt: list[Message]) -> Ids | None:
         cut = row._replace(prompt=prompt)
         try:
-            text = write(encoder.template, cut, Counter(), config.turns == "all")
+            text = write(encoder.template, cut, Counter(), config.learn_turns == "all")
         except Refused:
             return None
         ids = encode_texts([(cut, text)], encoder, speller, Tally())[0]

@@ -69,10 +69,10 @@ def found_in(config: Config, source: Source, where: str, row: dict[str, Any] | B
         raise row
     try:
         text, replaced = mended(row)
-        found = to_demonstration(text, where, config.turns, source.columns, prompts_only)
+        found = to_demonstration(text, where, config.learn_turns, source.columns, prompts_only)
     except RecursionError as error:
         raise BadRow("found values nested too deeply, expected messages and texts") from error
-    if found.convention == "text" and config.method != "sft":
+    if found.convention == "text" and config.facts.has_stages:
         raise InputError(
             f"{where}: found a text without a prompt, which only method sft learns; expected a prompt and an answer, "
             "or the key columns to name them"

@@ -1,4 +1,10 @@
-"""Losses that raise a reward of the policy's own answers."""
+"""Losses that raise a reward of the policy's own answers: one function per ``align``, all in ``POLICY_LOSSES``.
+
+Dimensions: N answer tokens, S answers, n answers per prompt, P prompts, so that S = P·n.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -7,6 +13,64 @@ from irlfast import ops
 from irlfast.data.packing import Batch
 from irlfast.losses.inputs import Metrics, Normalisers, arguments, per_sequence
 from irlfast.ops import Head
+
+
+class SampledAnswers(NamedTuple):
+    """Answers that the policy sampled, with their log-probabilities and advantages."""
+
+    logps: Tensor  # [S] log π(y), which carries the gradient
+    token_logps: Tensor  # [N] log π(y_t), which carries the gradient
+    old_logps: Tensor  # [N] log π_old(y_t) of the policy that sampled the answers
+    cu_seqlens: Tensor  # [S + 1]
+    advantages: Tensor  # [S]
+    n: int
+    beta: float
+    clip_range: float
+
+
+def rloo(x: SampledAnswers) -> Tensor:
+    """−A·log π(y), the policy gradient, which is unbiased at the policy that sampled (arXiv 2402.14740, eq. 7)."""
+    return -x.advantages * x.logps
+
+
+def ppo(x: SampledAnswers) -> Tensor:
+    """−Σ_t min(r_t·A, clip(r_t, 1 ± ``clip_range``)·A), r_t = π(y_t)/π_old(y_t) (arXiv 1707.06347, eq. 7).
+
+    At the policy that sampled, the gradient is that of :func:`rloo`.
+    """
+    advantages = x.advantages.repeat_interleave(x.cu_seqlens.diff(), output_size=len(x.token_logps))  # [N]
+    return per_sequence(clipped(x.token_logps - x.old_logps, advantages, x.clip_range), x.cu_seqlens)
+
+
+def clipped(change: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's loss ``[N]`` of each token, from log r_t and A."""
+    ratio = change.exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+
+
+def apa(x: SampledAnswers) -> Tensor:
+    """β/2·(ρ − A/β − mean over the prompt's answers)², ρ = log π(y)/π_old(y) (arXiv 2306.02231, eq. 4).
+
+    The mean stands for the log of the normaliser, which is unknown. The loss is least at π ∝ π_old·exp(A/β).
+    """
+    gap = (per_sequence(x.token_logps - x.old_logps, x.cu_seqlens) - x.advantages / x.beta).view(-1, x.n)  # [P, n]
+    return x.beta / 2 * (gap - gap.mean(1, keepdim=True)).flatten() ** 2
+
+
+class PolicyLoss(NamedTuple):
+    """A policy loss, and how a round of alignment prepares the answers for it."""
+
+    loss: Callable[[SampledAnswers], Tensor] | None  # [S], a loss per answer; None: SFT on the best answer alone
+    has_own_kl: bool = False  # the loss holds the policy to the one that sampled; the KL to π_ref is in the reward
+    leave_one_out: bool = True  # the baseline of an answer is the mean of the other answers, not of all
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "rloo": PolicyLoss(rloo),
+    "ppo": PolicyLoss(ppo),
+    "apa": PolicyLoss(apa, has_own_kl=True, leave_one_out=False),
+    "bon": PolicyLoss(None),
+}
 
 
 def align_loss(
@@ -21,46 +85,35 @@ def align_loss(
     kl_in_loss: bool,
     clip_range: float,
 ) -> tuple[Tensor, Metrics]:
-    """Loss of n ``answers`` to each prompt that the policy sampled, A their advantages (DESIGN §3, RFT); mean over all.
+    """Mean of a policy loss over n ``answers`` to each prompt, all sampled by the policy (docs/design.md §3, RFT).
 
-    - ``rloo``: −A·log π(y) (arXiv 2402.14740, eq. 7): the policy gradient, unbiased at the policy that sampled.
-    - ``ppo``: −Σ_t min(r_t·A, clip(r_t, 1 ± ``clip_range``)·A), r_t = π(y_t)/π_old(y_t) (arXiv 1707.06347, eq. 7). It
-      has the same gradient at the policy that sampled.
-    - ``apa``: β/2·(ρ − A/β − their mean over the prompt's answers)², ρ = log π(y)/π_old(y) (arXiv 2306.02231, eq. 4;
-      the mean stands for the log of the normaliser, which is not known): least at π ∝ π_old·exp(A/β).
-
-    ``kl_in_loss`` adds β/2·(log π(y)/π_ref(y))², whose gradient at the policy that sampled is that of β·KL(π‖π_ref).
+    ``kl_in_loss`` adds β/2·(log π(y)/π_ref(y))² per answer. At the policy that sampled, its gradient is that of
+    β·KL(π‖π_ref).
     """
     result = ops.log_ratio(hidden, **arguments(head, batch), ref_logps=batch.ref_logps)
-    advantages, logps, lengths = batch.advantages, result.policy_logps, batch.cu_seqlens.diff()
-    assert advantages is not None
-    if align == "rloo":
-        losses = -advantages * logps
-    else:
-        assert batch.old_logps is not None
-        change = result.token_logps - batch.old_logps
-        if align == "ppo":
-            each = advantages.repeat_interleave(lengths, output_size=len(change))
-            terms = clipped(change, each, clip_range)
-            losses = per_sequence(terms, batch.cu_seqlens)
-        else:
-            gap = (per_sequence(change, batch.cu_seqlens) - advantages / beta).view(-1, answers)
-            losses = beta / 2 * (gap - gap.mean(1, keepdim=True)).flatten() ** 2
+    loss_of = POLICY_LOSSES[align].loss
+    assert loss_of and batch.advantages is not None and batch.old_logps is not None
+    sampled = SampledAnswers(
+        logps=result.policy_logps,
+        token_logps=result.token_logps,
+        old_logps=batch.old_logps,
+        cu_seqlens=batch.cu_seqlens,
+        advantages=batch.advantages,
+        n=answers,
+        beta=beta,
+        clip_range=clip_range,
+    )
+    losses = loss_of(sampled)
     if kl_in_loss:
         losses = losses + beta / 2 * result.log_ratio**2
     loss = losses.sum() / (normalisers.pairs * answers)
+    lengths = batch.cu_seqlens.diff()
     metrics = {
         "count": lengths.new_full((), len(lengths) // answers),
         "loss": loss.detach() * normalisers.pairs,
-        "logps/synthetic": logps.detach().sum() / answers,
+        "logps/synthetic": result.policy_logps.detach().sum() / answers,
         "length/synthetic": lengths.sum() / answers,
     }
     if batch.ref_logps is not None:
         metrics["kl"] = result.log_ratio.detach().sum() / answers
     return loss, metrics
-
-
-def clipped(change: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """PPO's loss ``[N]`` of every token."""
-    ratio = change.exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)

@@ -1,1 +1,34 @@
-"""Methods: each a short function in its own file that strings the steps of DESIGN §1 together."""
+"""Methods: one algorithm per file, readable beside its paper. ``METHODS`` lists them as plain functions."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from irlfast.config import Config
+from irlfast.methods.dpo import dpo_stage
+from irlfast.methods.irft import irft_phases, irft_stage
+from irlfast.methods.reward import reward_phases, reward_stage
+from irlfast.methods.rft import rft_phases, rft_stage
+from irlfast.methods.sft import sft_phases
+from irlfast.methods.stages import Phase
+from irlfast.runs.run import Run
+
+
+class Method(NamedTuple):
+    """A method's functions. :mod:`irlfast.config.methods` has its presets, and what it needs and leaves."""
+
+    stage: Callable[[Run, int, Path | str, Path | str], Path | str] | None
+    """Train one stage: (run, stage, policy, reference) -> the new policy. None for SFT alone."""
+    phases: Callable[[Config, int], Iterator[Phase]]
+    """The phases of a whole run on a number of rows, in order."""
+
+
+METHODS: dict[str, Method] = {
+    "irft": Method(irft_stage, irft_phases),
+    "spin": Method(irft_stage, irft_phases),
+    "dpo": Method(dpo_stage, irft_phases),
+    "rft": Method(rft_stage, rft_phases),
+    "afd": Method(rft_stage, rft_phases),
+    "reward": Method(reward_stage, reward_phases),
+    "sft": Method(None, sft_phases),
+}

@@ -1,7 +1,8 @@
-"""Learning a reward from demonstrations (arXiv 2405.17888, RFT; Inverse-RLignment, AfD): pairs, leaks, training."""
+"""Learn a reward from demonstrations (arXiv 2405.17888, RFT; Inverse-RLignment, AfD): pairs, leaks, training."""
 
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,33 @@ from irlfast.data.packing import PromptGroup
 from irlfast.engine.fit import fit
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.rewards import reward_loss
-from irlfast.methods.irft import make_pairs, sampling, stage_examples, stage_name, with_rejected
+from irlfast.methods.sft import sft_phases
+from irlfast.methods.stages import (
+    Phase,
+    make_pairs,
+    sampling,
+    stage_examples,
+    stage_name,
+    stage_size,
+    with_rejected,
+)
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import DRAWN, sample
 from irlfast.sampling.rewards import KINDS, combine, recipe, reward_of
 
 
+def reward_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
+    """The one stage of method ``reward``: return the reward model. The reference plays no part."""
+    return learn_reward(run, stage, policy)
+
+
 def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
-    """The reward model of a stage, from the one before it; one for all stages where the pairs are not the policy's."""
+    """Train the reward model of a stage, from that of the stage before, and return its folder.
+
+    All stages share the first stage's reward model where its pairs do not depend on the policy.
+    """
     config = run.config
-    if config.reward_data != "policy_demo":
+    if not learns_in(config, stage):
         stage = 0
     folder = run.output / stage_name(stage) / "reward"
     if not (folder / "DONE").exists():
@@ -39,8 +57,13 @@ def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
     return folder / "model"
 
 
+def learns_in(config: Config, stage: int) -> bool:
+    """Whether a stage trains a reward model: every stage on the policy's own answers, else at most the first."""
+    return config.reward_data == "policy_demo" or (config.reward_data != "none" and stage == 0)
+
+
 def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
-    """Segments (prompt, (better, worse)) as ``reward_data`` says; the policy is the SFT one at the first stage."""
+    """Prompt groups (prompt, (better, worse)) as ``reward_data`` says. The first stage's policy is that of SFT."""
     config, folder = run.config, run.output / stage_name(stage)
     begun = time.perf_counter()
     examples = stage_examples(run.train, config, stage)
@@ -84,11 +107,25 @@ def reward_plan(config: Config, stage: int, count: int) -> Plan:
     )
 
 
-def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any]:
-    """Held-out figures of the reward model in ``folder``, kept in its eval.json.
+def reward_phases(config: Config, rows: int) -> Iterator[Phase]:
+    """The phases of method ``reward`` on ``rows`` demonstrations: SFT if asked for, then the reward model."""
+    yield from sft_phases(config, rows)
+    yield reward_phase(config, 0, stage_size(config, rows, 0))
 
-    ``reward_accuracy``: how often the demonstration has a higher reward than a fresh sample of ``policy`` that differs
-    from it; ``preference_accuracy``: than the rejected answer, where there are such.
+
+def reward_phase(config: Config, stage: int, size: int) -> Phase:
+    """The phase that trains a stage's reward model on ``size`` pairs."""
+    plan, files = functools.partial(reward_plan, config, stage, size), (f"{stage_name(stage)}/pairs.json",)
+    return Phase(f"{stage_name(stage)}/reward", plan, answers=2, sampled=size, files=files)
+
+
+def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any]:
+    """Evaluate the reward model in ``folder`` on the held-out demonstrations; its ``eval.json`` keeps the metrics.
+
+    - ``reward_accuracy``: how often the demonstration has a higher reward than a fresh sample of ``policy`` that
+      differs from it;
+    - ``preference_accuracy``: how often the demonstration has a higher reward than the rejected answer, where there
+      are rejected answers.
     """
     path = folder / "eval.json"
     if path.exists():

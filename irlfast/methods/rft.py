@@ -1,12 +1,12 @@
 """A stage of RFT (arXiv 2405.17888, algorithm 1) or AfD (Inverse-RLignment): learn a reward, align the policy to it.
 
-Adversarial AfD is RFT with a discriminator's loss and a divergence's reward; AfD that is not iterative learns a reward
-once, from pairs that do not depend on the policy (``reward_data``).
+Adversarial AfD is RFT with the loss of a discriminator and the reward of a divergence. AfD that is not adversarial
+learns its reward once, from pairs that do not depend on the policy (``reward_data``).
 """
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,11 @@ from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example
 from irlfast.engine.fit import fit
-from irlfast.losses.policy import align_loss
+from irlfast.losses.policy import POLICY_LOSSES, align_loss
 from irlfast.losses.sft import sft_loss
-from irlfast.methods.irft import irft_plan, sampling, stage_examples, stage_name
-from irlfast.methods.reward import learn_reward
+from irlfast.methods.reward import learn_reward, learns_in, reward_phase
+from irlfast.methods.sft import sft_phases
+from irlfast.methods.stages import Phase, policy_plan, sampling, stage_examples, stage_name, stage_size
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import sample_groups
 from irlfast.sampling.rewards import complete, rewards_of
@@ -36,20 +37,19 @@ def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -
     if config.reward_data != "none":
         rewards.insert(0, learn_reward(run, stage, policy))
     examples = stage_examples(run.train, config, stage)
-    rounds = np.array_split(np.arange(len(examples)), config.align_rounds)
-    for number, part in enumerate(rounds):
-        target = run.output / round_name(config, stage, number)
-        if not (target / "DONE").exists():
-            align(run, stage, number, policy, reference, rewards, [examples[i] for i in part], target)
+    for number, part in enumerate(np.array_split(np.arange(len(examples)), config.align_rounds)):
+        folder = run.output / round_name(config, stage, number)
+        if not (folder / "DONE").exists():
+            align(run, stage, number, policy, reference, rewards, [examples[i] for i in part])
         if number and dist.is_main():
             remove(run.output / round_name(config, stage, number - 1) / "policy")
         dist.barrier()
-        policy = target / "policy"
+        policy = folder / "policy"
     return policy
 
 
 def round_name(config: Config, stage: int, number: int) -> str:
-    """The phase of a round; a stage's last one is the stage's own."""
+    """The phase of a round. The last round of a stage has the name of the stage."""
     last = number == config.align_rounds - 1
     return stage_name(stage) if last else f"{stage_name(stage)}/round-{number:02d}"
 
@@ -62,40 +62,35 @@ def align(
     reference: Path | str,
     rewards: Sequence[Path | str],
     examples: list[Example],
-    folder: Path,
 ) -> None:
-    """A round: n answers of the policy to each prompt, their rewards, and steps that make the better ones likelier."""
-    config, n = run.config, run.config.num_generations
+    """One round: sample n answers to each prompt, score their rewards, and make the better answers likelier."""
+    config, n, folder = run.config, run.config.num_generations, run.output / round_name(run.config, stage, number)
     drawn = sampling(config, stage)
     drawn = drawn._replace(seed=drawn.seed + 50_000 + 1000 * number)
     begun = time.perf_counter()
     groups = sample_groups(run, policy, examples, n, folder / "rollouts", drawn)
     sampled = time.perf_counter()
-    found = rewards_of(run, rewards, groups, folder).view(-1, n)
-    kept = complete(found)
-    groups, found = [groups[i] for i in kept], found[kept]
-    in_4bit = config.load_in_4bit
-    old = score(run, policy, groups, folder / "old.safetensors", in_4bit=in_4bit)
-    ref = (
-        old if reference == policy else score(run, reference, groups, folder / "reference.safetensors", in_4bit=in_4bit)
-    )
-    values = found - penalties(groups, config, run.encoder.ends)
-    kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])
+    reward = rewards_of(run, rewards, groups, folder).view(-1, n)  # [P, n]
+    kept = complete(reward)
+    groups, reward = [groups[i] for i in kept], reward[kept]
+    old = score(run, policy, groups, folder / "old.safetensors", in_4bit=config.load_in_4bit)
+    ref = old
+    if reference != policy:
+        ref = score(run, reference, groups, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
+    kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])  # [P, n]
     if dist.is_main() and not (folder / "round.json").exists():
         ended = [answer[-1] in run.encoder.ends for group in groups for answer in group.answers]
-        metrics = {"reward": found.mean().item(), "reward_std": found.std(1).mean().item(), "kl": kl.mean().item()}
+        metrics = {"reward": reward.mean().item(), "reward_std": reward.std(1).mean().item(), "kl": kl.mean().item()}
         metrics |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
         write_json(folder / "round.json", metrics | seconds)
-    plan = irft_plan(config, stage, len(groups))
-    if config.align == "bon":
-        best = values.argmax(1).tolist()
-        chosen = [PromptGroup(x.prompt, (x.answers[i],)) for x, i in zip(groups, best, strict=True)]
-        fit(run, folder, policy, chosen, sft_loss, plan)
+    reward = reward - penalties(groups, config, run.encoder.ends)
+    plan = policy_plan(config, stage, len(groups))
+    if POLICY_LOSSES[config.align].loss is None:
+        fit(run, folder, policy, best_answers(groups, reward), sft_loss, plan)
         return
-    beta = config.at("beta", stage)
-    kl_in = "reward" if config.align == "apa" else config.kl_in  # APA's loss holds to the policy that sampled
-    advantages = advantages_of(values - beta * kl if kl_in == "reward" else values, config)
+    beta, kl_in = config.at("beta", stage), kl_place(config)
+    advantages = advantages_of(reward - beta * kl if kl_in == "reward" else reward, config)
     groups = [
         x._replace(old_logps=o, ref_logps=r if kl_in == "loss" else (), advantages=tuple(a))
         for x, o, r, a in zip(groups, old, ref, advantages.tolist(), strict=True)
@@ -106,20 +101,49 @@ def align(
     fit(run, folder, policy, groups, loss, plan)
 
 
+def kl_place(config: Config) -> str:
+    """Where the KL to the reference is: ``loss``, ``reward`` or ``none``."""
+    return "reward" if POLICY_LOSSES[config.align].has_own_kl else config.kl_in
+
+
+def best_answers(groups: Sequence[PromptGroup], reward: Tensor) -> list[PromptGroup]:
+    """Each prompt with the answer of the highest reward ``[P, n]``."""
+    best = reward.argmax(1).tolist()
+    return [PromptGroup(x.prompt, (x.answers[i],)) for x, i in zip(groups, best, strict=True)]
+
+
 def penalties(groups: Sequence[PromptGroup], config: Config, ends: Sequence[int]) -> Tensor:
-    """What each answer ``[P, n]`` loses: for its length, and for having been cut before its end token."""
+    """The penalty ``[P, n]`` of each answer: for its length, and for an end that was cut off."""
     lengths = torch.tensor([[len(answer) for answer in group.answers] for group in groups], dtype=torch.float64)
     unended = torch.tensor([[answer[-1] not in ends for answer in group.answers] for group in groups]).double()
     return config.length_penalty * lengths + config.missing_eos_penalty * unended
 
 
 def advantages_of(values: Tensor, config: Config) -> Tensor:
-    """Values ``[P, n]`` less those of the prompt's other answers, on average (leave-one-out: arXiv 2402.14740, eq. 8).
+    """Values ``[P, n]`` less a baseline: the mean of the prompt's other answers (arXiv 2402.14740, eq. 8).
 
-    For ``apa`` less the prompt's mean. ``whiten_rewards`` divides by the standard deviation over all.
+    For a loss without ``leave_one_out`` the baseline is the mean of all answers to the prompt. ``whiten_rewards``
+    divides the others by their standard deviation over all prompts.
     """
     centred = values - values.mean(1, keepdim=True)
-    if config.align == "apa":
+    if not POLICY_LOSSES[config.align].leave_one_out:
         return centred
     advantages = centred * (values.shape[1] / (values.shape[1] - 1))
     return advantages / (advantages.std() + 1e-8) if config.whiten_rewards else advantages
+
+
+def rft_phases(config: Config, rows: int) -> Iterator[Phase]:
+    """The phases of a run on ``rows`` demonstrations: SFT if asked for, then per stage a reward and its rounds."""
+    yield from sft_phases(config, rows)
+    n = config.num_generations
+    trained = 1 if POLICY_LOSSES[config.align].loss is None else n
+    for stage in range(config.stages):
+        size = stage_size(config, rows, stage)
+        if learns_in(config, stage):
+            yield reward_phase(config, stage, size)
+        for number in range(config.align_rounds):
+            share = len(range(number, size, config.align_rounds))
+            name = round_name(config, stage, number)
+            files = (f"{name}/eval.json",) if name == stage_name(stage) else ()
+            plan = functools.partial(policy_plan, config, stage, share)
+            yield Phase(name, plan, answers=trained, sampled=share * n, files=files)

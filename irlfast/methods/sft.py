@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: method ``sft``, and the warm start of the others."""
+"""Supervised fine-tuning: the whole of method ``sft``, and the warm start of the other methods."""
 
 import functools
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 from irlfast.config import Config
@@ -10,18 +11,19 @@ from irlfast.data.store import Example
 from irlfast.engine.fit import fit
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.sft import sft_loss
+from irlfast.methods.stages import Phase
 from irlfast.runs.run import Run
 
 
 def sft(run: Run, policy: Path | str) -> Path:
-    """Maximum likelihood of the demonstrations: minimises KL(π_E ‖ π_θ)."""
+    """Maximise the likelihood of the demonstrations, which minimises KL(π_E ‖ π_θ). Return the new policy."""
     groups = [group_of(example) for example in run.train]
     loss = functools.partial(sft_loss, remaining=run.config.token_weighting == "remaining")
     return fit(run, run.output / "sft", policy, groups, loss, sft_plan(run.config, len(groups)))
 
 
 def group_of(example: Example) -> PromptGroup:
-    """The answer after its prompt; where earlier answers are learned, all from the first of them on."""
+    """The prompt with its answer. Where earlier answers are learned, the group's answer begins at the first of them."""
     if not len(example.earlier):
         return PromptGroup(example.prompt_ids, (example.answer_ids,))
     first, prompt = max(1, example.earlier[0]), len(example.prompt_ids)
@@ -31,11 +33,12 @@ def group_of(example: Example) -> PromptGroup:
 
 
 def sft_plan(config: Config, count: int) -> Plan:
+    """The steps of SFT over ``count`` prompt groups."""
     return plan_phase(
         config,
         count,
         stage=None,
-        epochs=sft_epochs(config),
+        epochs=config.sft_epochs,
         steps=config.sft_steps,
         learning_rate=config.sft_learning_rate or config.at("learning_rate", 0),
         optim=config.sft_optim or config.optim,
@@ -44,10 +47,11 @@ def sft_plan(config: Config, count: int) -> Plan:
     )
 
 
-def sft_epochs(config: Config) -> float:
-    """Passes of SFT where no steps are given: one for method ``sft``, none before the others."""
-    return float(config.method == "sft") if config.sft_epochs is None else config.sft_epochs
-
-
 def wants_sft(config: Config) -> bool:
-    return bool(sft_epochs(config) or config.sft_steps)
+    return bool(config.sft_epochs or config.sft_steps)
+
+
+def sft_phases(config: Config, rows: int) -> Iterator[Phase]:
+    """The phase of SFT on ``rows`` demonstrations, where the configuration asks for SFT."""
+    if wants_sft(config):
+        yield Phase("sft", functools.partial(sft_plan, config, rows), answers=1, sampled=0, files=("sft/eval.json",))

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import ValidationError
 
 from irlfast.common.files import InputError
+from irlfast.config import Config
+from irlfast.config.schema import FIELDS
 
 TIMES = ["seconds", *(f"time/{part}" for part in ("data", "forward", "backward", "optimizer", "communication"))]
 # A closed set, because phase names become text of the plots.
@@ -109,14 +112,29 @@ def split_time(
 
 
 def note_unfinished(config: dict, evals: dict, pairs: dict, notes: list[str]) -> None:
-    stages = {phase for phase in [*evals, *pairs] if phase.startswith("stage-")}
-    for name, found in (("eval.json", evals), ("pairs.json", pairs)):
-        notes.extend(f"{phase}/{name} is missing." for phase in sorted(stages.difference(found)))
-    done, planned = len(stages.intersection(evals)), config.get("stages")
-    if isinstance(planned, int) and config.get("method") != "sft" and done < planned:
-        notes.append(f"{done} of {planned} stages have been evaluated.")
+    """Note the files that the run's phases should have left, and the stages that are not done."""
+    read = {f"{phase}/eval.json" for phase in evals} | {f"{phase}/pairs.json" for phase in pairs}
+    expected = expected_files(config, notes)
+    begun = {file.partition("/")[0] for file in read if file.startswith("stage-")}
+    notes.extend(f"{file} is missing." for file in expected if file.partition("/")[0] in begun and file not in read)
+    stages = [file for file in expected if file.startswith("stage-") and file.endswith("/eval.json")]
+    done = len(read.intersection(stages))
+    if done < len(stages):
+        notes.append(f"{done} of {len(stages)} stages have been evaluated.")
     if not evals:
         notes.append("No phase has an eval.json: no policy of this run has been evaluated.")
+
+
+def expected_files(config: dict[str, Any], notes: list[str]) -> list[str]:
+    """The files that the report reads of a whole run with this ``config.yaml``, as its method plans them."""
+    from irlfast.methods import METHODS
+
+    try:
+        known = Config(**{name: value for name, value in config.items() if name in FIELDS})
+    except ValidationError:
+        notes.append("config.yaml is of another version of irlfast, so that unfinished stages are not listed.")
+        return []
+    return [file for phase in METHODS[known.method].phases(known, 0) for file in phase.files]
 
 
 def number(value: Any) -> float:

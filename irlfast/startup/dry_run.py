@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +21,9 @@ from irlfast.data.sets import read_sets
 from irlfast.data.sources import locate, sources_of
 from irlfast.data.store import Example
 from irlfast.engine.fit import fit
-from irlfast.engine.plan import Plan, plan_phase
+from irlfast.engine.plan import plan_phase
 from irlfast.losses.sft import sft_loss
-from irlfast.methods.irft import irft_plan, stage_name
-from irlfast.methods.reward import reward_plan
-from irlfast.methods.rft import round_name
-from irlfast.methods.sft import sft_plan, wants_sft
+from irlfast.methods import METHODS
 from irlfast.models.load import build_model, load_model_config
 from irlfast.runs.metrics_log import MetricsLog
 from irlfast.runs.run import Run
@@ -97,45 +93,17 @@ def show_estimates(
     out.print(
         f"[bold]phases[/] (at most; {dist.world_size()} process, {length_note}; {rate / 1e12:.3f} TFLOP/s, {how})"
     )
-    for name, plan, answers, pairs in phases(config, rows):
-        sequences = len(plan.steps) * plan.steps[0].size * answers
-        line = f"{name}: {len(plan.steps):,} optimiser steps of {plan.steps[0].size}, {sequences:,} sequences"
+    for phase in METHODS[config.method].phases(config, rows):
+        steps = phase.plan().steps
+        sequences = len(steps) * steps[0].size * phase.answers
+        line = f"{phase.name}: {len(steps):,} optimiser steps of {steps[0].size}, {sequences:,} sequences"
         if size:
-            operations = size.parameters * length * (6 * sequences + 4 * pairs + 2 * pairs)  # train, score both, sample
+            # A parameter takes 6 operations per trained token, 2 per sampled token, and 2 per token and model to score.
+            operations = size.parameters * length * (6 * sequences + (2 + 2 * 2) * phase.sampled)
             line += f", about {duration(operations / rate / dist.world_size())}"
         out.print(line)
     if size:
         out.print(f"\n[bold]memory[/]\nabout {memory(config, size, length) / 2**30:.2f} GiB a device in training")
-
-
-def phases(config: Config, rows: int) -> Iterator[tuple[str, Plan, int, int]]:
-    """Every phase's name, plan, answers a segment, and pairs to sample and score."""
-    if wants_sft(config):
-        yield "sft", sft_plan(config, rows), 1, 0
-    if config.method in ("rft", "afd", "reward"):
-        yield from reward_phases(config, rows)
-        return
-    for stage in range(0 if config.method == "sft" else config.stages):
-        pairs = sum(stage_size(config, rows, earlier) for earlier in range(max(0, stage - config.history), stage + 1))
-        yield stage_name(stage), irft_plan(config, stage, pairs), 2, pairs
-
-
-def reward_phases(config: Config, rows: int) -> Iterator[tuple[str, Plan, int, int]]:
-    """Those of methods that learn a reward."""
-    for stage in range(config.stages):
-        size = stage_size(config, rows, stage)
-        if config.reward_data == "policy_demo" or (config.reward_data != "none" and not stage):
-            yield f"{stage_name(stage)}/reward", reward_plan(config, stage, size), 2, size
-        answers = config.num_generations
-        if config.method != "reward":
-            for number in range(config.align_rounds):
-                share = len(range(number, size, config.align_rounds))
-                trained = 1 if config.align == "bon" else answers
-                yield round_name(config, stage, number), irft_plan(config, stage, share), trained, share * answers
-
-
-def stage_size(config: Config, rows: int, stage: int) -> int:
-    return rows if config.prompts_per_stage == "all" else len(range(stage, rows, config.stages))
 
 
 def mean_length(examples: list[Example]) -> float:

@@ -11,7 +11,8 @@ from irlfast.common.files import InputError, find
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup, count_tokens
 from irlfast.data.store import Example
-from irlfast.methods.irft import stage_examples, stage_name
+from irlfast.losses.policy import POLICY_LOSSES
+from irlfast.methods.stages import stage_examples, stage_name
 from irlfast.models.lora import add_lora
 from irlfast.sampling.reward_function import load_function
 from irlfast.sampling.rewards import reward_config
@@ -25,9 +26,9 @@ def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -
     Raises:
         InputError: naming the key, what was found, and what would do.
     """
-    rewards = config.method in ("rft", "afd", "reward")
-    rejected = config.method == "dpo" or (rewards and config.reward_data == "preference")
-    for stage in range(0 if config.method == "sft" else config.stages):
+    facts = config.facts
+    rejected = facts.needs_rejected or (facts.learns_reward and config.reward_data == "preference")
+    for stage in range(config.stages if facts.has_stages else 0):
         rows = stage_examples(train, config, stage)
         if not rows:
             raise InputError(
@@ -39,7 +40,7 @@ def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -
                 f"{stage_name(stage)}: found no row with a rejected answer to the prompt; expected rows of chosen and "
                 "rejected"
             )
-        if config.method in ("rft", "afd") and len(rows) < config.align_rounds:
+        if facts.aligns and len(rows) < config.align_rounds:
             raise InputError(
                 f"align_rounds: found {config.align_rounds}, but {stage_name(stage)} has {len(rows)} rows; "
                 "expected at least a row a round"
@@ -59,9 +60,10 @@ def groups_of(config: Config, row: Example) -> list[PromptGroup]:
     answers: list[tuple[Sequence[int], ...]] = [(row.answer_ids, sampled)]
     if row.rejected_ids:
         answers.append((row.answer_ids, row.rejected_ids))
-    if config.method in ("rft", "afd"):
-        together = config.num_generations
-        answers.append((sampled,) * (min(ANSWERS, together) if config.align == "bon" else together))
+    if config.facts.aligns:
+        n = config.num_generations
+        trained = n if POLICY_LOSSES[config.align].loss else 1  # the others are scored, ANSWERS at a time
+        answers.append((sampled,) * max(trained, min(ANSWERS, n)))
     return [PromptGroup(row.prompt_ids, each) for each in answers]
 
 

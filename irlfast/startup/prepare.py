@@ -53,7 +53,7 @@ def prepare(config: Config, prompts_only: bool = False) -> Run:
     check_model(config)
     if config.sampler == "vllm":
         check_vllm(config)
-    if config.method in ("rft", "afd"):
+    if config.facts.aligns:
         check_rewards(config)
     if config.push_to_hub and dist.is_main():
         try_upload(config)

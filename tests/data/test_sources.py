@@ -401,7 +401,7 @@ def test_texts_alone_are_for_sft(tmp_path):
 def test_sft_learns_all_turns_and_pairs_the_last(tmp_path):
     talk = [said("user", "q"), said("assistant", "a"), said("user", "r"), said("assistant", "b")]
     path = lines(tmp_path / "rows.jsonl", [{"messages": talk}])
-    assert (config_of(path).turns, config_of(path, method="sft").turns) == ("last", "all")
+    assert (config_of(path).learn_turns, config_of(path, method="sft").learn_turns) == ("last", "all")
     assert read(path, learn_turns="first")[0][0].answer == talk[1]
     assert read(path)[0][0].answer == talk[3]
 

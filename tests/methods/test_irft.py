@@ -6,7 +6,7 @@ from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.data.packing import PromptGroup, pack
 from irlfast.data.store import Example
-from irlfast.methods.irft import make_pairs
+from irlfast.methods.stages import make_pairs
 from irlfast.runs.run import Run
 
 

@@ -1,0 +1,39 @@
+"""What the configuration must know of each method, without importing torch.
+
+:data:`irlfast.methods.METHODS` has the functions of the same methods.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """A method's own defaults, and what it needs and leaves."""
+
+    preset: dict[str, Any] = field(default_factory=dict)  # the method's defaults where they differ from the schema's
+    has_stages: bool = True  # False: the method is SFT alone
+    learns_reward: bool = False  # the method trains a reward model on the pairs that `reward_data` names
+    aligns: bool = False  # the policy answers each prompt n times, and learns from the rewards of its answers
+    needs_rejected: bool = False  # the rows must have a chosen and a rejected answer
+    leaves_policy: bool = True  # False: `final/` is a reward model
+
+
+METHOD_FACTS: dict[str, MethodFacts] = {
+    "irft": MethodFacts(),
+    "spin": MethodFacts(
+        preset={"prompts_per_stage": "all", "history": 1, "loss_type": "sigmoid", "reference": "stage"},
+    ),
+    "dpo": MethodFacts(preset={"prompts_per_stage": "all", "stages": 1}, needs_rejected=True),
+    "rft": MethodFacts(learns_reward=True, aligns=True),
+    "afd": MethodFacts(preset={"reward_loss": "bce"}, learns_reward=True, aligns=True),
+    "reward": MethodFacts(
+        preset={"prompts_per_stage": "all", "stages": 1, "reward_data": "init_demo"},
+        learns_reward=True,
+        leaves_policy=False,
+    ),
+    "sft": MethodFacts(preset={"learn_turns": "all", "sft_epochs": 1.0}, has_stages=False),
+}
+
+# The values of `align` for which `kl_in` has no meaning: the loss of apa has a KL of its own, and bon has none.
+OWN_KL = ("apa", "bon")

@@ -1,0 +1,62 @@
+"""The tables of methods and of policy losses: one entry per name, wherever the name can be written."""
+
+from typing import get_args, get_type_hints
+
+import pytest
+
+from irlfast.config import make_config
+from irlfast.config.methods import METHOD_FACTS, OWN_KL
+from irlfast.config.schema import Config
+from irlfast.losses.policy import POLICY_LOSSES
+from irlfast.methods import METHODS
+
+
+def values_of(key: str) -> tuple[str, ...]:
+    return get_args(get_type_hints(Config)[key])
+
+
+def test_each_method_that_the_schema_takes_has_facts_and_functions():
+    assert set(values_of("method")) == METHOD_FACTS.keys() == METHODS.keys()
+    for name, facts in METHOD_FACTS.items():
+        assert facts.has_stages == (METHODS[name].stage is not None)
+
+
+def test_each_alignment_that_the_schema_takes_has_a_policy_loss():
+    assert set(values_of("align")) == POLICY_LOSSES.keys()
+    assert set(OWN_KL) == {name for name, loss in POLICY_LOSSES.items() if loss.has_own_kl or loss.loss is None}
+
+
+PHASES = {
+    "irft": ["sft", "stage-00", "stage-01"],
+    "spin": ["sft", "stage-00", "stage-01"],
+    "dpo": ["sft", "stage-00", "stage-01"],
+    "rft": ["sft", "stage-00/reward", "stage-00", "stage-01/reward", "stage-01"],
+    "afd": ["sft", "stage-00/reward", "stage-00", "stage-01/reward", "stage-01"],
+    "reward": ["sft", "stage-00/reward"],
+    "sft": ["sft"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_phases_of_a_method_with_sft_and_two_stages(method):
+    config = make_config(
+        {"dataset_name": __file__, "model_name_or_path": ".", "method": method, "stages": 2, "sft_steps": 3}
+    )
+    phases = list(METHODS[method].phases(config, 96))
+    assert [phase.name for phase in phases] == PHASES[method]
+    assert len(phases[0].plan().steps) == 3
+    assert all(len(phase.plan().steps) > 0 for phase in phases)
+    policies = [phase.name for phase in phases if "/" not in phase.name]
+    assert policies == [phase.name for phase in phases if f"{phase.name}/eval.json" in phase.files]
+
+
+def test_a_reward_that_does_not_depend_on_the_policy_is_learned_once():
+    keys = {"dataset_name": __file__, "model_name_or_path": ".", "method": "rft", "stages": 2, "align_rounds": 2}
+    config = make_config(keys | {"reward_data": "init_demo"})
+    assert [phase.name for phase in METHODS["rft"].phases(config, 96)] == [
+        "stage-00/reward",
+        "stage-00/round-00",
+        "stage-00",
+        "stage-01/round-00",
+        "stage-01",
+    ]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from irlfast.common.command import exit_code
-from irlfast.common.files import InputError, find
+from irlfast.common.files import InputError, find_path
 
 
 def options() -> argparse.Namespace:
@@ -36,7 +36,7 @@ def model_of(name: str) -> str:
     Raises:
         InputError: the run has none yet, or ``name`` can only be a folder and there is none.
     """
-    folder = find(name)
+    folder = find_path(name)
     if folder and (folder / "final").is_dir():
         return str(folder / "final")
     if folder and (folder / "metrics.jsonl").exists():

@@ -10,7 +10,7 @@ from typing import Any
 import irlfast
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # of files of rows
-PACKED = (".gz", ".zst")  # that may follow them
+COMPRESSIONS = (".gz", ".zst")  # that may follow them
 PACKAGE_PARENT = Path(irlfast.__file__).resolve().parent.parent
 
 
@@ -22,7 +22,7 @@ class LocalError(InputError):
     """One that a process may meet alone, while the others wait for it: each says its own."""
 
 
-def find(name: str) -> Path | None:
+def find_path(name: str) -> Path | None:
     """The existing path that ``name`` means: from the working directory, else beside the irlfast package (its demo)."""
     for path in (Path(name).expanduser(), PACKAGE_PARENT / name):
         if path.exists():
@@ -30,9 +30,9 @@ def find(name: str) -> Path | None:
     return None
 
 
-def ending(name: str) -> tuple[str, str]:
+def row_file_ending(name: str) -> tuple[str, str]:
     """The ending of a file of rows and that of its compression: ``(".jsonl", ".gz")``; empty where it has another."""
-    packed = next((end for end in PACKED if name.lower().endswith(end)), "")
+    packed = next((end for end in COMPRESSIONS if name.lower().endswith(end)), "")
     inner = name.lower().removesuffix(packed)
     return next((end for end in ENDINGS if inner.endswith(end)), ""), packed
 
@@ -43,7 +43,7 @@ def is_glob(name: str) -> bool:
 
 def is_local(name: str) -> bool:
     """Whether a name can only be a file's or a folder's; one like ``owner/name`` may be on the hub."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or bool(ending(name)[0]) or is_glob(name)
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or bool(row_file_ending(name)[0]) or is_glob(name)
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:

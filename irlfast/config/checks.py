@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from irlfast.common.files import InputError, find, is_glob, is_local
+from irlfast.common.files import InputError, find_path, is_glob, is_local
 from irlfast.config.methods import OWN_KL
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
@@ -89,7 +89,7 @@ def check_phases(config: Any) -> None:
             f"temperature: found 0 with num_generations {config.num_generations}, which would all be the same answer; "
             "expected more than 0"
         )
-    if config.deepspeed and (path := find(config.deepspeed)):
+    if config.deepspeed and (path := find_path(config.deepspeed)):
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -171,7 +171,7 @@ def check_reward(config: Any) -> None:
 
 def check_path(name: str, value: str | None) -> None:
     """A value that can only be a file must exist; one like ``owner/name`` may be on the hub."""
-    if value is None or find(value):
+    if value is None or find_path(value):
         return
     local = (
         name in ("config_name", "deepspeed", "reward_function")
@@ -190,5 +190,5 @@ def check_datasets(key: str, value: Any) -> None:
         raise InputError(f"{key}: found sources with a weight and without, expected a weight for each or for none")
     for source in sources:
         name = str(getattr(source, "name", source))
-        if not find(name) and is_local(name) and not is_glob(name):
+        if not find_path(name) and is_local(name) and not is_glob(name):
             raise InputError(f"{key}: no such file or folder: {name}")

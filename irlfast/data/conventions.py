@@ -1,207 +1,216 @@
-r"""How people write demonstrations in rows: one small function a convention, in the table ``CONVENTIONS``.
+r"""The data formats: ``CONVENTIONS`` is the one table of the columns that rows may have, with a function to read each.
 
-The first convention whose columns all have a value reads the row. A pair of ``chosen`` and ``rejected`` comes first, so
-that a rejected answer is never learned as an expert's. A null column is absent.
+Add a data format here: one function and one entry (docs/extending/data-format.md). The first convention whose columns
+all have a value reads the row. ``chosen`` and ``rejected`` come first, so that a rejected answer is never learned as an
+expert's. A null column counts as absent.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from irlfast.data.messages import is_conversation, messages_of, text_of
+from irlfast.data.messages import is_conversation, to_messages, to_text
 from irlfast.data.rows import BadRow, Message
 
 Row = Mapping[str, Any]
-TALKS = ("messages", "conversations", "conversation")  # columns of whole conversations
-QUESTIONS = ("question", "query", "input")
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")  # columns of whole conversations
+QUESTION_COLUMNS = ("question", "query", "input")
 EXPECTED = "prompt and completion, messages, conversations, instruction and output, or chosen (and rejected)"
 
 
-class Turns(NamedTuple):
-    """The whole conversations that a convention finds in a row, with their answers."""
+class Conversation(NamedTuple):
+    """The conversation that a convention reads from a row, with its answer."""
 
     messages: list[Message]
-    columns: tuple[str, ...]  # that it used
-    rejected: list[Message] | None = None  # None where there is no such column; empty where that cannot be read
+    columns: tuple[str, ...]  # the columns that were used
+    # The conversation with the rejected answer: None without such a column, empty if the column cannot be read.
+    rejected: list[Message] | None = None
 
 
 class Convention(NamedTuple):
     name: str
-    columns: tuple[str, ...]  # that it needs
-    read: Callable[[Row, str], Turns]  # of a row and the last of the columns
+    columns: tuple[str, ...]  # the columns that the convention needs
+    read: Callable[[Row, str], Conversation]  # takes the row and the last of ``columns``
     has: Literal["both", "prompt", "answer"] = "both"
 
 
-# ---------------------------------------------------------------- one function a convention
+# ---------------------------------------------------------------- one function per convention
 
 
-def pair(row: Row, column: str) -> Turns:
-    """``chosen`` and ``rejected``: dialogues, messages, or texts beside a prompt."""
-    chosen = dialogue(row, "chosen")
+def read_pair(row: Row, column: str) -> Conversation:
+    """Read ``chosen`` and ``rejected``: dialogues, messages, or texts beside a prompt."""
+    chosen = read_dialogue(row, "chosen")
     try:
-        rejected = dialogue(row, column).messages
-    except BadRow:  # only methods that need it mind; it is counted as no reply to the same prompt
+        rejected = read_dialogue(row, column).messages
+    except BadRow:  # most methods learn without it; ``choose_answer`` counts it as no reply to the same prompt
         rejected = []
-    return Turns(chosen.messages, (*chosen.columns, column), rejected)
+    return Conversation(chosen.messages, (*chosen.columns, column), rejected)
 
 
-def dialogue(row: Row, column: str) -> Turns:
-    r"""A prompt and an answer, where texts may be Anthropic-HH's ``\n\nHuman: …\n\nAssistant: …``."""
+def read_dialogue(row: Row, column: str) -> Conversation:
+    r"""Read a prompt and an answer, whose texts may be Anthropic-HH's ``\n\nHuman: …\n\nAssistant: …``."""
     if is_dialogue(row[column]):
-        return Turns(split_dialogue(row[column]), (column,))
+        return Conversation(split_dialogue(row[column]), (column,))
     if not is_dialogue(row.get("prompt")):
-        return reply(row, column)
-    before = split_dialogue(row["prompt"])
-    if before[-1] == {"role": "assistant", "content": ""}:
-        before.pop()
-    answer = answer_of(row[column], column)
+        return read_prompt_and_answer(row, column)
+    prompt = split_dialogue(row["prompt"])
+    if prompt[-1] == {"role": "assistant", "content": ""}:
+        prompt.pop()
+    answer = answer_messages(row[column], column)
     if isinstance(row[column], str):
         answer = [{"role": "assistant", "content": row[column].strip()}]
-    return joined(before, ("prompt",), answer, column)
+    return join_prompt_and_answer(prompt, ("prompt",), answer, column)
 
 
-def reply(row: Row, column: str) -> Turns:
-    """A prompt, and the answer in ``column``: texts or messages."""
-    return joined(*before_answer(row), answer_of(row[column], column), column)
+def read_prompt_and_answer(row: Row, column: str) -> Conversation:
+    """Read a prompt, and the answer in ``column``: texts or messages."""
+    return join_prompt_and_answer(*find_prompt(row), answer_messages(row[column], column), column)
 
 
-def talk(row: Row, column: str) -> Turns:
-    """The whole conversation in one column."""
-    return Turns(messages_of(row[column], column), (column,))
+def read_conversation(row: Row, column: str) -> Conversation:
+    """Read a whole conversation from one column."""
+    return Conversation(to_messages(row[column], column), (column,))
 
 
-def prompt_alone(row: Row, column: str) -> Turns:
-    """A prompt without an answer."""
-    return Turns(*before_answer(row))
+def read_prompt(row: Row, column: str) -> Conversation:
+    """Read a prompt without an answer."""
+    return Conversation(*find_prompt(row))
 
 
-def whole_text(row: Row, column: str) -> Turns:
-    """A text of which all is learned, after nothing."""
-    return Turns([{"role": "assistant", "content": text_of(row[column], f"column {column}")}], (column,))
+def read_text(row: Row, column: str) -> Conversation:
+    """Read a text without a prompt: the model learns all of it."""
+    return Conversation([{"role": "assistant", "content": to_text(row[column], f"column {column}")}], (column,))
 
 
 CONVENTIONS = (
-    Convention("chosen and rejected", ("chosen", "rejected"), pair),
-    Convention("real", ("real",), dialogue),  # SPIN's; its generated answers are an older policy's, and not used
-    Convention("messages", ("messages",), talk),  # OpenAI's, TRL's
-    Convention("conversations", ("conversations",), talk),  # ShareGPT's
-    Convention("conversation", ("conversation",), talk),
-    Convention("prompt and completion", ("completion",), reply),  # TRL's, of texts or messages
-    Convention("prompt and response", ("prompt", "response"), reply),
-    Convention("chosen", ("chosen",), dialogue),
-    Convention("instruction and output", ("instruction", "output"), reply),  # Alpaca's
-    Convention("instruction and response", ("instruction", "response"), reply),  # Dolly's
-    Convention("question and answer", ("question", "answer"), reply),
-    Convention("question and response", ("question", "response"), reply),  # OpenOrca's
-    Convention("query and response", ("query", "response"), reply),
-    Convention("prompt", ("prompt",), prompt_alone, "prompt"),
-    Convention("instruction", ("instruction",), prompt_alone, "prompt"),
-    Convention("question", ("question",), prompt_alone, "prompt"),
-    Convention("query", ("query",), prompt_alone, "prompt"),
-    Convention("text", ("text",), whole_text, "answer"),
+    Convention("chosen and rejected", ("chosen", "rejected"), read_pair),
+    Convention("real", ("real",), read_dialogue),  # SPIN; ``generated`` is ignored, as an older policy sampled it
+    Convention("messages", ("messages",), read_conversation),  # OpenAI, TRL
+    Convention("conversations", ("conversations",), read_conversation),  # ShareGPT
+    Convention("conversation", ("conversation",), read_conversation),
+    Convention("prompt and completion", ("completion",), read_prompt_and_answer),  # TRL: texts or messages
+    Convention("prompt and response", ("prompt", "response"), read_prompt_and_answer),
+    Convention("chosen", ("chosen",), read_dialogue),
+    Convention("instruction and output", ("instruction", "output"), read_prompt_and_answer),  # Alpaca
+    Convention("instruction and response", ("instruction", "response"), read_prompt_and_answer),  # Dolly
+    Convention("question and answer", ("question", "answer"), read_prompt_and_answer),
+    Convention("question and response", ("question", "response"), read_prompt_and_answer),  # OpenOrca
+    Convention("query and response", ("query", "response"), read_prompt_and_answer),
+    Convention("prompt", ("prompt",), read_prompt, "prompt"),
+    Convention("instruction", ("instruction",), read_prompt, "prompt"),
+    Convention("question", ("question",), read_prompt, "prompt"),
+    Convention("query", ("query",), read_prompt, "prompt"),
+    Convention("text", ("text",), read_text, "answer"),
 )
 
 
-def convention_of(row: Row) -> Convention:
-    """The first convention whose columns all have a value that is not empty, else one whose columns are not null.
+def find_convention(row: Row) -> Convention:
+    """Return the first convention whose columns are all filled, else the first whose columns all have a value.
 
-    A prompt or a text alone comes last: a prompt beside an empty answer is not a prompt alone.
+    Conventions of a prompt alone or a text alone come last: a prompt beside an empty answer is not a prompt alone.
     """
-    whole = [convention for convention in CONVENTIONS if convention.has == "both"]
-    for there, conventions in ((filled, whole), (given, whole), (given, CONVENTIONS)):
+    with_answer = [convention for convention in CONVENTIONS if convention.has == "both"]
+    for is_present, conventions in ((is_filled, with_answer), (has_value, with_answer), (has_value, CONVENTIONS)):
         for convention in conventions:
-            if all(there(row, column) for column in convention.columns):
+            if all(is_present(row, column) for column in convention.columns):
                 return convention
-    raise BadRow(f"found {columns_of(row)}; expected {EXPECTED}, or the key columns to name them")
+    raise BadRow(f"found {describe_columns(row)}; expected {EXPECTED}, or the key columns to name them")
 
 
-def given(row: Row, column: str) -> bool:
+def has_value(row: Row, column: str) -> bool:
+    """Return whether the column is there and not null."""
     return row.get(column) is not None
 
 
-def filled(row: Row, column: str) -> bool:
-    return given(row, column) and row[column] not in ("", [])
+def is_filled(row: Row, column: str) -> bool:
+    """Return whether the column is there, not null, and neither an empty text nor an empty list."""
+    return has_value(row, column) and row[column] not in ("", [])
 
 
-def columns_of(row: Row) -> str:
-    found = [column for column in row if given(row, column)]
-    return f"columns {', '.join(found)}"[:200] if found else "no column with a value"
+def describe_columns(row: Row) -> str:
+    columns = [column for column in row if has_value(row, column)]
+    return f"columns {', '.join(columns)}"[:200] if columns else "no column with a value"
 
 
 # ---------------------------------------------------------------- parts of a row
 
 
-def before_answer(row: Row) -> tuple[list[Message], tuple[str, ...]]:
-    """The prompt of a row and its columns: the first of ``prompt``, a conversation, an instruction or a question."""
-    if filled(row, "prompt"):
-        return prompt_of(row["prompt"], "prompt"), ("prompt",)
-    for column in TALKS:
-        if filled(row, column):
-            messages = messages_of(row[column], column)
+def find_prompt(row: Row) -> tuple[list[Message], tuple[str, ...]]:
+    """Return the prompt and its columns: the first of ``prompt``, a conversation, an instruction or a question."""
+    if is_filled(row, "prompt"):
+        return prompt_messages(row["prompt"], "prompt"), ("prompt",)
+    for column in CONVERSATION_COLUMNS:
+        if is_filled(row, column):
+            messages = to_messages(row[column], column)
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
             return messages, (column,)
-    if filled(row, "instruction"):
-        return instruction_of(row)
-    for column in QUESTIONS:
-        if filled(row, column):
-            return prompt_of(row[column], column), (column,)
-    return ([{"role": "user", "content": ""}], ("prompt",)) if given(row, "prompt") else ([], ())
+    if is_filled(row, "instruction"):
+        return instruction_messages(row)
+    for column in QUESTION_COLUMNS:
+        if is_filled(row, column):
+            return prompt_messages(row[column], column), (column,)
+    return ([{"role": "user", "content": ""}], ("prompt",)) if has_value(row, "prompt") else ([], ())
 
 
-def prompt_of(value: Any, column: str) -> list[Message]:
-    """A prompt's messages; a text is the user's."""
-    return messages_of(value, column) if is_conversation(value) else [alone("user", value, column)]
+def prompt_messages(value: Any, column: str) -> list[Message]:
+    """Return a prompt as messages; a text becomes a turn of the user."""
+    return to_messages(value, column) if is_conversation(value) else [single_message("user", value, column)]
 
 
-def answer_of(value: Any, column: str) -> list[Message]:
-    """An answer's messages; a text is the assistant's."""
-    return messages_of(value, column) if is_conversation(value) else [alone("assistant", value, column)]
+def answer_messages(value: Any, column: str) -> list[Message]:
+    """Return an answer as messages; a text becomes a turn of the assistant."""
+    return to_messages(value, column) if is_conversation(value) else [single_message("assistant", value, column)]
 
 
-def alone(role: str, value: Any, column: str) -> Message:
+def single_message(role: str, value: Any, column: str) -> Message:
     if isinstance(value, list) and any(isinstance(part, str) for part in value):
         raise BadRow(f"column {column}: found a list of texts, expected one text or messages")
-    return {"role": role, "content": text_of(value, f"column {column}")}
+    return {"role": role, "content": to_text(value, f"column {column}")}
 
 
-def instruction_of(row: Row) -> tuple[list[Message], tuple[str, ...]]:
-    """Alpaca's ``instruction``, with ``input`` (Dolly's ``context``) below; ``history`` has the earlier turns."""
-    columns = [column for column in ("instruction", "input", "context") if given(row, column)]
-    texts = [text_of(row[column], f"column {column}") for column in columns]
+def instruction_messages(row: Row) -> tuple[list[Message], tuple[str, ...]]:
+    """Return the turns of ``history``, then ``instruction`` with ``input`` (Alpaca) or ``context`` (Dolly) below it."""
+    columns = [column for column in ("instruction", "input", "context") if has_value(row, column)]
+    texts = [to_text(row[column], f"column {column}") for column in columns]
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise BadRow("column history: expected a list of pairs, a question and its answer")
-    earlier = [
-        alone(role, text, "history") for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+    earlier = []
+    for user, assistant in history:
+        earlier += [single_message("user", user, "history"), single_message("assistant", assistant, "history")]
     question = {"role": "user", "content": "\n\n".join(text for text in texts if text)}
     return [*earlier, question], (*columns, *(["history"] if history else []))
 
 
-def joined(before: list[Message], columns: tuple[str, ...], answer: list[Message], column: str) -> Turns:
-    """A prompt and an answer's messages, which may repeat the end of the prompt, or be a whole conversation.
+def join_prompt_and_answer(
+    prompt: list[Message], columns: tuple[str, ...], answer: list[Message], column: str
+) -> Conversation:
+    """Join a prompt and the messages of ``column``, which may repeat the end of the prompt or be a whole conversation.
 
-    TRL trains nothing of the column ``prompt``, so that its assistant turns get ``weight`` 0.
+    TRL does not train on the column ``prompt``, so the assistant turns there get ``weight`` 0.
     """
-    starts = answer[0]["role"] if answer else "assistant"
-    if not before and starts == "assistant":
+    first_role = answer[0]["role"] if answer else "assistant"
+    if not prompt and first_role == "assistant":
         raise BadRow(f"column {column}: found an answer without a prompt; expected a column prompt beside it")
-    repeated = 0 if starts in ("assistant", "tool") else overlap(before, answer)
-    whole = starts == "system" or (starts == "user" and before[-1:] and before[-1]["role"] == "user")
-    if whole and not repeated:
-        return Turns(answer, (column,))
-    earlier = context(before) if "prompt" in columns else before
-    return Turns(earlier + answer[repeated:], (*columns, column))
+    repeated = 0 if first_role in ("assistant", "tool") else count_repeated(prompt, answer)
+    is_whole = first_role == "system" or (first_role == "user" and prompt[-1:] and prompt[-1]["role"] == "user")
+    if is_whole and not repeated:
+        return Conversation(answer, (column,))
+    earlier = without_learning(prompt) if "prompt" in columns else prompt
+    return Conversation(earlier + answer[repeated:], (*columns, column))
 
 
-def overlap(before: list[Message], after: list[Message]) -> int:
-    """How many messages at the start of ``after`` are the last ones before."""
-    return next((count for count in range(len(before), 0, -1) if after[:count] == before[-count:]), 0)
+def count_repeated(before: list[Message], after: list[Message]) -> int:
+    """Return how many messages at the start of ``after`` are the last messages of ``before``."""
+    for count in range(len(before), 0, -1):
+        if after[:count] == before[-count:]:
+            return count
+    return 0
 
 
-def context(messages: list[Message]) -> list[Message]:
-    """Messages of which nothing is learned."""
+def without_learning(messages: list[Message]) -> list[Message]:
+    """Give every assistant turn ``weight`` 0, so that it is context and never learned."""
     return [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages]
 
 
@@ -210,7 +219,7 @@ def is_dialogue(value: Any) -> bool:
 
 
 def split_dialogue(text: str) -> list[Message]:
-    """The messages of a dialogue in a text."""
+    r"""Split ``\n\nHuman: …\n\nAssistant: …`` into messages."""
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = zip(parts[1::2], parts[2::2], strict=True)

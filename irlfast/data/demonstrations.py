@@ -1,30 +1,42 @@
-"""A row of any convention to its demonstration: which turn is the answer, and what is left out of the row."""
+"""Turn a row of any convention into a demonstration: choose the turn to learn, and note what is left out."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from irlfast.data.conventions import EXPECTED, Convention, Row, Turns, columns_of, context, convention_of, filled
-from irlfast.data.messages import BESIDE_CONTENT, text_of, tools_of, with_content
+from irlfast.data.conventions import (
+    EXPECTED,
+    Convention,
+    Conversation,
+    Row,
+    describe_columns,
+    find_convention,
+    is_filled,
+    without_learning,
+)
+from irlfast.data.messages import OTHER_CONTENT_KEYS, fill_content, to_text, to_tools
 from irlfast.data.rows import BadRow, Demonstration, LeftOut, Message
 
-SYSTEMS = ("system", "system_prompt")
-BESIDE = {"prompt", "instruction", "input", "context", "history", "question", "query", *SYSTEMS, "tools", "label"}
-OPTIONAL = (*SYSTEMS, "rejected", "tools", "label")  # columns that a row may lack
+SYSTEM_COLUMNS = ("system", "system_prompt")
+OPTIONAL_COLUMNS = (*SYSTEM_COLUMNS, "rejected", "tools", "label")  # columns that a row may lack
+PROMPT_COLUMNS = {"prompt", "instruction", "input", "context", "history", "question", "query"}
+BESIDE_ANSWER = {*PROMPT_COLUMNS, *SYSTEM_COLUMNS, "tools", "label"}  # columns that never hold an answer
 CUT = "conversations cut after the turn that is learned"
 EQUAL = "rejected answers left out, equal to the chosen one"
 ELSEWHERE = "rejected answers left out, not in reply to the same prompt"
 
 
-class Found(NamedTuple):
+class ParsedRow(NamedTuple):
     """A demonstration and how it was read."""
 
     demonstration: Demonstration
     convention: str
-    columns: set[str]  # that were used, by their names in the file
-    notes: list[str]  # what of the row is not used
+    columns: set[str]  # the columns that were used, by their names in the file
+    notes: list[str]  # the parts of the row that are not used
 
 
-class Learned(NamedTuple):
+class LearnedTurn(NamedTuple):
+    """The turn to learn, the messages before it, and the rejected turn in its place."""
+
     prompt: list[Message]
     answer: Message | None
     rejected: Message | None
@@ -37,85 +49,87 @@ def to_demonstration(
     learn: str = "last",
     columns: Mapping[Any, str] | None = None,
     prompts_only: bool = False,
-) -> Found:
-    """A row of any convention.
+) -> ParsedRow:
+    """Read a row of any convention.
 
     Args:
-        learn: which assistant turn is the answer: ``first``, or the ``last`` (``all`` too, which learns earlier ones).
-        columns: names in the file of ``prompt``, ``answer``, ``rejected``, ``messages``, ``system``, ….
-        prompts_only: rows without an answer are fine; their ``answer`` is None.
+        learn: the assistant turn that is the answer: ``first`` or ``last``. ``all`` has the last turn as the answer,
+            too; SFT then also learns the earlier turns.
+        columns: the names in the file of ``prompt``, ``answer``, ``rejected``, ``messages``, ``system``, ….
+        prompts_only: rows need no answer; without one, their ``answer`` is None.
 
     Raises:
-        BadRow: that the row cannot be read, and why.
-        LeftOut: that it has nothing to learn, and why.
+        BadRow: the row cannot be read.
+        LeftOut: the row has nothing to learn.
     """
-    names = inner_names(columns or {})
-    inner = renamed(row, names) if names else row
-    convention = convention_of(inner)
-    turns = with_system(inner, convention.read(inner, convention.columns[-1]))
-    prompt, answer, rejected, notes = learned(turns, convention, learn, prompts_only)
-    reason = None if answer is None else why_not(answer, inner, turns, convention)
+    names = convention_columns(columns or {})
+    inner = rename_columns(row, names) if names else row
+    convention = find_convention(inner)
+    conversation = add_system_column(inner, convention.read(inner, convention.columns[-1]))
+    prompt, answer, rejected, notes = choose_answer(conversation, convention, learn, prompts_only)
+    reason = None if answer is None else reason_to_leave_out(answer, inner, conversation, convention)
     if reason and not prompts_only:
         raise LeftOut(reason)
-    tools = tools_of(inner.get("tools"))
-    used = [*turns.columns, *["tools"] * bool(tools), *["label"] * is_judged(inner, turns, convention)]
+    tools = to_tools(inner.get("tools"))
+    used = [*conversation.columns, *["tools"] * bool(tools), *["label"] * has_label(inner, conversation, convention)]
     demonstration = Demonstration(
-        [*map(with_content, prompt)],
-        None if answer is None or reason else with_content(answer),
-        rejected and with_content(rejected),
+        [*map(fill_content, prompt)],
+        None if answer is None or reason else fill_content(answer),
+        rejected and fill_content(rejected),
         tools,
         where,
         row,
     )
-    return Found(demonstration, convention.name, {names.get(name, name) for name in used}, notes)
+    return ParsedRow(demonstration, convention.name, {names.get(name, name) for name in used}, notes)
 
 
 # ---------------------------------------------------------------- the columns of a row
 
 
-def inner_names(columns: Mapping[Any, str]) -> dict[str, str]:
-    """The key ``columns`` by the names that the conventions use."""
+def convention_columns(columns: Mapping[Any, str]) -> dict[str, str]:
+    """Return the key ``columns`` with ``answer`` replaced by the conventions' name for it."""
     answer = "chosen" if "rejected" in columns else "completion"
-    return {answer if name == "answer" else name: found for name, found in columns.items()}
+    return {answer if name == "answer" else name: column for name, column in columns.items()}
 
 
-def renamed(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
-    """A row by the names that the conventions use; columns of other conventions do not compete with those named."""
-    missing = [found for name, found in names.items() if found not in row and name not in OPTIONAL]
+def rename_columns(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
+    """Rename a row's columns to the conventions' names, and drop columns that compete with the named answer."""
+    missing = [column for name, column in names.items() if column not in row and name not in OPTIONAL_COLUMNS]
     if missing:
-        raise BadRow(f"found {columns_of(row)}, and not {missing[0]!r}, which the key columns names")
-    answers = {"completion", "chosen", "messages", "text"} & {*names}
-    rest = {
-        name: value for name, value in row.items() if name not in names.values() and (name in BESIDE or not answers)
-    }
-    return rest | {name: row.get(found) for name, found in names.items()}
+        raise BadRow(f"found {describe_columns(row)}, and not {missing[0]!r}, which the key columns names")
+    names_answer = bool({"completion", "chosen", "messages", "text"} & {*names})
+    renamed = {}
+    for column, value in row.items():
+        if column not in names.values() and (column in BESIDE_ANSWER or not names_answer):
+            renamed[column] = value
+    return renamed | {name: row.get(column) for name, column in names.items()}
 
 
-def with_system(row: Row, turns: Turns) -> Turns:
-    """A column ``system`` or ``system_prompt`` becomes the first message, where there is no system message yet."""
-    column = next((name for name in SYSTEMS if filled(row, name)), None)
-    if column is None or (turns.messages and turns.messages[0]["role"] == "system"):
-        return turns
-    system = [{"role": "system", "content": text_of(row[column], f"column {column}")}]
-    rejected = system + turns.rejected if turns.rejected else turns.rejected
-    return Turns(system + turns.messages, (*turns.columns, column), rejected)
+def add_system_column(row: Row, conversation: Conversation) -> Conversation:
+    """Put a column ``system`` or ``system_prompt`` first, where the conversation has no system message yet."""
+    column = next((name for name in SYSTEM_COLUMNS if is_filled(row, name)), None)
+    messages, rejected = conversation.messages, conversation.rejected
+    if column is None or (messages and messages[0]["role"] == "system"):
+        return conversation
+    system = [{"role": "system", "content": to_text(row[column], f"column {column}")}]
+    return Conversation(system + messages, (*conversation.columns, column), system + rejected if rejected else rejected)
 
 
-def why_not(answer: Message, row: Row, turns: Turns, convention: Convention) -> str | None:
-    """The reason not to learn an answer, if there is one."""
-    if is_judged(row, turns, convention) and truth(row["label"]) is False:
+def reason_to_leave_out(answer: Message, row: Row, conversation: Conversation, convention: Convention) -> str | None:
+    """Return why an answer is not learned, or None."""
+    if has_label(row, conversation, convention) and parse_label(row["label"]) is False:
         return "with label false"
-    text = answer.get("content", "")
-    return "without an answer" if not text.strip() and not any(answer.get(name) for name in BESIDE_CONTENT) else None
+    has_content = answer.get("content", "").strip() or any(answer.get(name) for name in OTHER_CONTENT_KEYS)
+    return None if has_content else "without an answer"
 
 
-def is_judged(row: Row, turns: Turns, convention: Convention) -> bool:
-    """Whether a row has KTO's label, true or false, of its answer."""
-    return convention.has == "both" and turns.rejected is None and truth(row.get("label")) is not None
+def has_label(row: Row, conversation: Conversation, convention: Convention) -> bool:
+    """Return whether the row has KTO's label, true or false, for its answer."""
+    return convention.has == "both" and conversation.rejected is None and parse_label(row.get("label")) is not None
 
 
-def truth(label: Any) -> bool | None:
-    """A label as JSON, Arrow or CSV have it; None where it is another kind of label."""
+def parse_label(label: Any) -> bool | None:
+    """Read a label as JSON, Arrow or CSV write it; None for a label of another kind."""
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     return words.get(str(label).strip().lower())
 
@@ -123,70 +137,75 @@ def truth(label: Any) -> bool | None:
 # ---------------------------------------------------------------- the turn to learn
 
 
-def learned(turns: Turns, convention: Convention, learn: str, prompts_only: bool) -> Learned:
-    """Prompt, answer and rejected answer of what a convention found."""
-    messages = turns.messages
+def choose_answer(conversation: Conversation, convention: Convention, learn: str, prompts_only: bool) -> LearnedTurn:
+    """Choose the turn to learn in a row's conversation, and the rejected turn in its place.
+
+    Raises:
+        BadRow: the row has no prompt or no answer, though one is needed.
+    """
+    messages = conversation.messages
     if prompts_only:
         if convention.has == "answer":
             raise BadRow(f"found {convention.name} alone; expected a prompt")
         if convention.has == "prompt" or (messages and messages[-1]["role"] != "assistant"):
-            return Learned(messages, None, None, [])
+            return LearnedTurn(messages, None, None, [])
     elif convention.has == "prompt":
         raise BadRow(f"found a {convention.name} without an answer; expected {EXPECTED}")
-    rejected = turns.rejected
+    rejected = conversation.rejected
     notes: list[str] = []
     if rejected is not None:
-        messages, rejected, notes = compared(messages, rejected, learn)
-    prompt, answer, later = split(messages, learn)
+        messages, rejected, notes = cut_after_difference(messages, rejected, learn)
+    prompt, answer, later = split_at_answer(messages, learn)
     if not prompt and convention.has != "answer":
         raise BadRow("found nothing before the assistant's turn; expected a turn of the user")
     if later:
         notes.append(CUT)
-    other = reply_to(prompt, rejected, learn) if rejected else None
-    if rejected is not None and other in (None, answer):
-        notes.append(EQUAL if other else ELSEWHERE)
-        other = None
-    return Learned(prompt, answer, other, notes)
+    rejected_turn = reply_to(prompt, rejected, learn) if rejected else None
+    if rejected is not None and rejected_turn in (None, answer):
+        notes.append(EQUAL if rejected_turn else ELSEWHERE)
+        rejected_turn = None
+    return LearnedTurn(prompt, answer, rejected_turn, notes)
 
 
-def compared(
+def cut_after_difference(
     chosen: list[Message], rejected: list[Message], learn: str
 ) -> tuple[list[Message], list[Message] | None, list[str]]:
-    """Two conversations whose common start is context, and where the last turn is learned, cut after they part."""
+    """Mark the common start of two conversations as context; to learn the last turn, cut both after they differ."""
     if chosen == rejected:
         return chosen, None, [EQUAL]
     pairs = enumerate(zip(chosen, rejected, strict=False))
-    part = next((number for number, (one, other) in pairs if one != other), 0)
-    if part == 0:  # nothing in common, or one goes on where the other ends
+    start = next((number for number, (one, other) in pairs if one != other), 0)
+    if start == 0:  # nothing in common, or one conversation continues the other
         return chosen, rejected, []
-    chosen, rejected = (context(side[:part]) + side[part:] for side in (chosen, rejected))
-    ends = [side[part:] for side in (chosen, rejected)]
-    if learn != "last" or not all(end and end[0]["role"] == "assistant" for end in ends):
+    chosen = without_learning(chosen[:start]) + chosen[start:]
+    rejected = without_learning(rejected[:start]) + rejected[start:]
+    both_answer = all(len(side) > start and side[start]["role"] == "assistant" for side in (chosen, rejected))
+    if learn != "last" or not both_answer:
         return chosen, rejected, []
-    notes = [CUT] if len(ends[0]) > 1 else []
-    return chosen[: part + 1], rejected[: part + 1], notes
+    notes = [CUT] if len(chosen) > start + 1 else []
+    return chosen[: start + 1], rejected[: start + 1], notes
 
 
-def split(messages: list[Message], learn: str) -> tuple[list[Message], Message, int]:
-    """The messages before the assistant's turn to learn, that turn, and how many come after it."""
+def split_at_answer(messages: list[Message], learn: str) -> tuple[list[Message], Message, int]:
+    """Return the messages before the assistant's turn to learn, that turn, and the number of messages after it."""
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise BadRow("found no turn of the assistant, expected one")
-    weighty = [number for number in answers if messages[number].get("weight") not in (0, "0")]
-    if not weighty:
+    weighted = [number for number in answers if messages[number].get("weight") not in (0, "0")]
+    if not weighted:
         raise LeftOut("whose turns all have weight 0")
-    after_user = [number for number in weighty if any(message["role"] == "user" for message in messages[:number])]
-    place = (after_user or weighty)[0] if learn == "first" else weighty[-1]
+    after_user = [number for number in weighted if any(message["role"] == "user" for message in messages[:number])]
+    place = (after_user or weighted)[0] if learn == "first" else weighted[-1]
     answer = messages[place]
-    if "content" not in answer and not any(name in answer for name in BESIDE_CONTENT):
+    if "content" not in answer and not any(name in answer for name in OTHER_CONTENT_KEYS):
         raise BadRow(f"message {place + 1}: found no content in the assistant's turn, expected a text or tool_calls")
     return messages[:place], answer, len(messages) - place - 1
 
 
 def reply_to(prompt: list[Message], rejected: list[Message], learn: str) -> Message | None:
-    """The rejected answer, where it is in reply to the prompt."""
+    """Return the rejected answer if it replies to the same prompt, else None."""
     try:
-        before, answer, _ = split(rejected, learn)
+        before, answer, _ = split_at_answer(rejected, learn)
     except (BadRow, LeftOut):
         return None
     return answer if before == prompt else None

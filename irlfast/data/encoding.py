@@ -1,41 +1,45 @@
-"""Demonstrations to token ids: the one path from text that sampling, scoring and training share.
+"""Turn demonstrations into token ids: the one path from text that sampling, scoring and training share.
 
-An example is prompt and answer: exactly one BOS at the start of the prompt if the model uses one, exactly one end token
-at the end of the answer unless the answer had to be cut. Prompt and answer together are the ids of what the chat
-template writes for the conversation, up to the end token.
+An example is a prompt and an answer. If the model uses a BOS, exactly one stands at the start of the prompt. Exactly
+one end token stands at the end of the answer, unless the answer had to be cut. Together they are the ids of the text
+that the chat template writes for the conversation, up to the end token.
 """
 
 import datetime
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from irlfast.common.files import InputError
 from irlfast.config import Config
+from irlfast.data.counts import SetCounts
 from irlfast.data.rows import Demonstration, Message
-from irlfast.data.spelling import Encoded, Speller, broken_texts, control_tokens, make_speller
+from irlfast.data.special_tokens import (
+    Encoded,
+    SafeTokenizer,
+    control_tokens,
+    escape_special_tokens,
+    make_safe_tokenizer,
+)
 from irlfast.data.templates import (
-    Refused,
+    RenderedRow,
     Template,
-    Written,
+    TemplateRefusal,
     adds_bos,
     choose_template,
     make_template,
-    mended,
-    shorter,
+    mend_conversation,
+    render_row,
     texts_of,
-    write,
+    without_first_turns,
 )
 
 BATCH = 1000  # demonstrations that are encoded together
-COUNTED = ("rows", "kept", "empty_answers", "duplicates", "cut_prompts", "cut_answers", "cut_at_end_token", "too_long")
 APART = (
     "answers are tokenised apart from their prompts, as a token would straddle both, or a special token of the "
     "template take the answer's white space"
 )
-EXAMPLES = 100  # rows left out that are shown in data/dropped.jsonl
 
 
 class Encoder(NamedTuple):
@@ -45,17 +49,8 @@ class Encoder(NamedTuple):
     template: Template
     bos: list[int]  # put before a prompt that has none
     end_id: int  # the token that answers are trained to end with
-    ends: tuple[int, ...]  # every token that ends an answer, end_id among them
-    ends_itself: bool  # the template writes the end token; else it is put behind an answer
-
-
-@dataclass
-class Tally:
-    """Counts of what became of the rows of a set."""
-
-    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTED, 0)))
-    remarks: Counter[str] = field(default_factory=Counter)  # how often what the sentence says holds
-    dropped: list[dict[str, Any]] = field(default_factory=list)  # the first rows that were left out
+    ends: tuple[int, ...]  # every token that ends an answer, ``end_id`` among them
+    ends_itself: bool  # the template writes the end token; otherwise ``encode`` puts it behind an answer
 
 
 class Ids(NamedTuple):
@@ -64,16 +59,20 @@ class Ids(NamedTuple):
     prompt: list[int]
     answer: list[int]
     rejected: list[int]
-    earlier: list[int]  # positions in the prompt
+    earlier: list[int]  # positions in the prompt that hold earlier answers to learn
 
 
-# ---------------------------------------------------------------- what the tokenizer and its template are
+# ---------------------------------------------------------------- the tokenizer and its template
 
 
 def make_encoder(
     tokenizer: Any, config: Config, begun: datetime.datetime | None = None, stops: Sequence[int] = ()
 ) -> Encoder:
-    """The run's format: its chat template, BOS and end tokens. ``stops``: end tokens that the model's own files name.
+    """Make the run's encoder: its chat template, BOS and end tokens.
+
+    Args:
+        begun: the time that the template's clock shows; default: now.
+        stops: end tokens that the model's own files name.
 
     Raises:
         InputError: the template cannot write a question with its answer, or there is no end token.
@@ -82,23 +81,24 @@ def make_encoder(
     template = make_template(tokenizer, config, begun or datetime.datetime.now())
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     named = {*stops, tokenizer.eos_token_id} - {None}
-    end_id = template_end(template, named)
+    end_id = find_end_token(template, named)
     if end_id is None:
         raise InputError("the tokenizer has no end token; expected an eos_token, so that answers can end")
     writes_end = end_id in tokenizer(template.after, add_special_tokens=False).input_ids
     return Encoder(tokenizer, template, bos, end_id, tuple(sorted({end_id, *named})), writes_end)
 
 
-def template_end(template: Template, stops: set[int]) -> int | None:
-    """The token that ends an answer in the template: the first special token after it, else the tokenizer's EOS.
+def find_end_token(template: Template, stops: set[int]) -> int | None:
+    """Find the token that ends an answer: the first special token behind it, or else the tokenizer's EOS.
 
-    Where several stand together (Command R: ``<|END_RESPONSE|><|END_OF_TURN_TOKEN|>``), one of ``stops``, or the last.
+    If several special tokens stand together, as Command R's ``<|END_RESPONSE|><|END_OF_TURN_TOKEN|>``, the end token
+    is the first one in ``stops``, or else the last one.
     """
     tokenizer = template.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ids = tokenizer(template.after, add_special_tokens=False).input_ids
-    behind = itertools.dropwhile(lambda token: token not in special, ids)
-    together = list(itertools.takewhile(lambda token: token in special, behind))
+    from_first_special = itertools.dropwhile(lambda token: token not in special, ids)
+    together = list(itertools.takewhile(lambda token: token in special, from_first_special))
     known = [token for token in together if token in stops]
     return [*known[:1], *together[-1:], tokenizer.eos_token_id][0]
 
@@ -107,62 +107,62 @@ def template_end(template: Template, stops: set[int]) -> int | None:
 
 
 def encode(
-    rows: Iterable[Demonstration], encoder: Encoder, config: Config, tally: Tally
+    rows: Iterable[Demonstration], encoder: Encoder, config: Config, counts: SetCounts
 ) -> Iterator[tuple[Demonstration, Ids]]:
-    """Every demonstration that is kept, with its token ids. Duplicates, empty and too long ones are counted.
+    """Return every demonstration that is kept, with its token ids. Count duplicates, empty and too long rows.
 
     Raises:
-        InputError: naming the row that the template refuses, where ``bad_rows`` is refuse.
+        InputError: the template refuses a row, and ``bad_rows`` is refuse. The message names the row.
     """
-    written = encoder.template.header + encoder.template.after
-    control = control_tokens(encoder.tokenizer, written) if config.split_special_tokens else []
-    speller, seen = make_speller(encoder.tokenizer, control), set[int]()
+    template_text = encoder.template.header + encoder.template.after
+    control = control_tokens(encoder.tokenizer, template_text) if config.split_special_tokens else []
+    tokenizer, kept = make_safe_tokenizer(encoder.tokenizer, control), set[int]()
     stream = iter(rows)
     while batch := list(itertools.islice(stream, BATCH)):
-        tally.counts["rows"] += len(batch)
-        texts = [pair for row in batch if (pair := written_row(row, encoder, speller, config, tally))]
-        for (row, text), ids in zip(texts, encode_texts(texts, encoder, speller, tally), strict=True):
-            same = hash((text.prompt, text.answer, text.rejected))
+        counts.counts["rows"] += len(batch)
+        rendered = [render_or_leave_out(row, encoder, tokenizer, config, counts) for row in batch]
+        texts = [pair for pair in rendered if pair]
+        for (row, text), ids in zip(texts, encode_texts(texts, encoder, tokenizer, counts), strict=True):
+            key = hash((text.prompt, text.answer, text.rejected))
             if row.answer is not None and is_empty(row.answer, ids.answer):
-                leave_out(tally, "empty_answers", row)
-            elif same in seen:
-                leave_out(tally, "duplicates", row)
-            elif fitting := fitted(row, ids, encoder, speller, config, tally):
-                seen.add(same)
-                tally.counts["kept"] += 1
-                tally.counts["prompt_tokens"] += len(fitting.prompt)
-                tally.counts["answer_tokens"] += len(fitting.answer)
-                yield row, fitting
+                counts.leave_out(row.where, "empty_answers", row.row)
+                continue
+            if key in kept:
+                counts.leave_out(row.where, "duplicates", row.row)
+                continue
+            fitted = cut_to_length(row, ids, encoder, tokenizer, config, counts)
+            if fitted:
+                kept.add(key)
+                counts.counts["kept"] += 1
+                counts.counts["prompt_tokens"] += len(fitted.prompt)
+                counts.counts["answer_tokens"] += len(fitted.answer)
+                yield row, fitted
 
 
 def is_empty(answer: Message, ids: list[int]) -> bool:
-    """Whether an answer has no text, or the template writes none of it: only the end token would be learned."""
+    """Return whether only the end token would be learned: no text in the answer, or none that the template writes."""
     return len(ids) < 2 or not any(text.strip() for text in texts_of({**answer, "role": []}))
 
 
-def leave_out(tally: Tally, reason: str, row: Demonstration) -> None:
-    """Count a row that is left out, and keep the first of these rows to be shown."""
-    tally.counts[reason] += 1
-    if len(tally.dropped) < EXAMPLES:
-        tally.dropped.append({"where": row.where, "reason": reason, "row": row.row})
-
-
-def written_row(
-    row: Demonstration, encoder: Encoder, speller: Speller, config: Config, tally: Tally
-) -> tuple[Demonstration, Written] | None:
-    """A row with its text; None where the template refuses the row and ``bad_rows`` leaves such rows out."""
-    if not row.prompt:  # a text without turns, which is the model's own
-        return row, Written("", row.answer["content"] if row.answer else "", None, [])
-    safe = broken_texts(row, speller)
-    tally.remarks["rows spell special tokens, which stay text (split_special_tokens)"] += safe != row
+def render_or_leave_out(
+    row: Demonstration, encoder: Encoder, tokenizer: SafeTokenizer, config: Config, counts: SetCounts
+) -> tuple[Demonstration, RenderedRow] | None:
+    """Return a row with its text, or None if the template refuses the row and ``bad_rows`` leaves it out."""
+    if not row.prompt:  # a text without turns, which no template wraps
+        return row, RenderedRow("", row.answer["content"] if row.answer else "", None, [])
+    safe = escape_special_tokens(row, tokenizer)
+    counts.remarks["rows spell special tokens, which stay text (split_special_tokens)"] += safe != row
+    attempts = [safe]
+    if config.bad_rows == "mend":
+        attempts.append(safe._replace(prompt=mend_conversation(safe.prompt)))
     refusal = None
-    for attempt in [safe, safe._replace(prompt=mended(safe.prompt))] if config.bad_rows == "mend" else [safe]:
+    for attempt in attempts:
         try:
-            text = write(encoder.template, attempt, tally.remarks, config.learn_turns == "all")
-        except Refused as error:
+            text = render_row(encoder.template, attempt, counts.remarks, config.learn_turns == "all")
+        except TemplateRefusal as error:
             refusal = refusal or error
         else:
-            tally.remarks["rows that the chat template refuses are mended"] += refusal is not None
+            counts.remarks["rows that the chat template refuses are mended"] += refusal is not None
             return attempt, text
     if config.bad_rows == "refuse":
         raise InputError(
@@ -170,78 +170,82 @@ def written_row(
             "bad_rows: skip, which leaves such rows out, or bad_rows: mend, which moves system texts into the user's "
             "turn and joins turns of one role"
         ) from refusal
-    leave_out(tally, "rows_that_the_chat_template_refuses", row)
+    counts.leave_out(row.where, "rows_that_the_chat_template_refuses", row.row)
     return None
 
 
 def encode_texts(
-    rows: Sequence[tuple[Demonstration, Written]], encoder: Encoder, speller: Speller, tally: Tally
+    rows: Sequence[tuple[Demonstration, RenderedRow]], encoder: Encoder, tokenizer: SafeTokenizer, counts: SetCounts
 ) -> list[Ids]:
-    """Token ids of prompts and answers, end tokens included.
+    """Tokenise prompts and answers, end tokens included.
 
-    Prompt and answer are encoded together, so that an answer begins as it does in running text (SentencePiece writes a
-    word at the start of a text otherwise). Sampling must start where the answer does, so the prompt must have the same
-    ids without its answer. Where a token straddles the two, or a special token of the prompt takes the answer's white
-    space, the answer is encoded apart.
+    A prompt and its answer are tokenised together, so that the answer begins as in running text: SentencePiece writes
+    the first word of a text in another way. Sampling starts behind the prompt alone, so the prompt must have the same
+    ids with and without its answer. If a token straddles the two, or a special token of the prompt takes the answer's
+    white space, the answer is tokenised apart.
     """
     texts = [text for _, text in rows]
-    prompts = speller.encode([text.prompt for text in texts])
-    answers = encode_answers([(text.prompt, text.answer) for text in texts], prompts, encoder, speller, tally)
+    prompts = tokenizer.encode([text.prompt for text in texts])
+    answers = encode_answers([(text.prompt, text.answer) for text in texts], prompts, encoder, tokenizer, counts)
     with_rejected = [i for i, text in enumerate(texts) if text.rejected is not None]
     pairs = [(texts[i].prompt, str(texts[i].rejected)) for i in with_rejected]
-    others = encode_answers(pairs, [prompts[i] for i in with_rejected], encoder, speller, tally)
+    others = encode_answers(pairs, [prompts[i] for i in with_rejected], encoder, tokenizer, counts)
     rejected = dict(zip(with_rejected, others, strict=True))
-    found = []
+    encoded = []
     for i, ((row, text), prompt, answer) in enumerate(zip(rows, prompts, answers, strict=True)):
         if not row.prompt:
-            found.append(text_ids(text.answer, encoder))
+            encoded.append(encode_plain_text(text.answer, encoder))
             continue
-        shift = encoder.bos if prompt.ids[:1] != encoder.bos else []
-        earlier = [len(shift) + at for at in positions(text, prompt, encoder, speller)]
-        found.append(Ids([*shift, *prompt.ids], answer if row.answer else [], rejected.get(i, []), earlier))
-    return found
+        bos = encoder.bos if prompt.ids[:1] != encoder.bos else []
+        earlier = [len(bos) + at for at in earlier_answer_positions(text, prompt, encoder, tokenizer)]
+        encoded.append(Ids([*bos, *prompt.ids], answer if row.answer else [], rejected.get(i, []), earlier))
+    return encoded
 
 
 def encode_answers(
-    pairs: Sequence[tuple[str, str]], prompts: Sequence[Encoded], encoder: Encoder, speller: Speller, tally: Tally
+    pairs: Sequence[tuple[str, str]],
+    prompts: Sequence[Encoded],
+    encoder: Encoder,
+    tokenizer: SafeTokenizer,
+    counts: SetCounts,
 ) -> list[list[int]]:
-    """Token ids of answers to prompts, with their end tokens."""
-    pairs = [
-        (prompt, answer if encoder.ends_itself else answer.removesuffix(encoder.template.after))
-        for prompt, answer in pairs
-    ]
-    wholes = speller.encode([prompt + answer for prompt, answer in pairs])
-    joined = [
-        continues(whole, prompt, len(speller.rename(text)))
-        for whole, prompt, (text, _) in zip(wholes, prompts, pairs, strict=True)
-    ]
-    apart = iter(speller.encode([answer for (_, answer), fits in zip(pairs, joined, strict=True) if not fits]))
-    tally.counts["tokenised_apart"] += joined.count(False)
-    if encoder.template.own:  # prompt_template says where the answer begins, so that this loses nothing
-        tally.remarks[APART] += joined.count(False)
-    found = [
-        whole.ids[len(prompt.ids) :] if fits else next(apart).ids
-        for whole, prompt, fits in zip(wholes, prompts, joined, strict=True)
-    ]
-    return [ended(ids, encoder, tally) for ids in found]
+    """Tokenise the answers of (prompt, answer) texts, with their end tokens."""
+    if not encoder.ends_itself:
+        pairs = [(prompt, answer.removesuffix(encoder.template.after)) for prompt, answer in pairs]
+    wholes = tokenizer.encode([prompt + answer for prompt, answer in pairs])
+    answers: list[list[int]] = []
+    apart: list[int] = []  # the places of answers that must be tokenised apart
+    for place, (whole, prompt, (text, _)) in enumerate(zip(wholes, prompts, pairs, strict=True)):
+        answers.append(whole.ids[len(prompt.ids) :])
+        if not begins_with_prompt(whole, prompt, len(tokenizer.rename(text))):
+            apart.append(place)
+    for place, encoded in zip(apart, tokenizer.encode([pairs[place][1] for place in apart]), strict=True):
+        answers[place] = encoded.ids
+    counts.counts["tokenised_apart"] += len(apart)
+    if encoder.template.own:  # prompt_template says where the answer begins, so there is no loss to remark on
+        counts.remarks[APART] += len(apart)
+    return [cut_at_end_token(ids, encoder, counts) for ids in answers]
 
 
-def continues(whole: Encoded, prompt: Encoded, characters: int) -> bool:
-    """Whether the prompt's ids are the first of the whole's, and stand for the prompt's ``characters`` alone."""
+def begins_with_prompt(whole: Encoded, prompt: Encoded, characters: int) -> bool:
+    """Return whether the prompt's ids are the first of the whole text's ids, and stand for the prompt alone.
+
+    ``characters`` is the length of the prompt's text.
+    """
     count = len(prompt.ids)
-    eaten = bool(count and whole.spans) and whole.spans[count - 1][1] > characters
-    return whole.ids[:count] == prompt.ids and not eaten
+    takes_more = bool(count and whole.spans) and whole.spans[count - 1][1] > characters
+    return whole.ids[:count] == prompt.ids and not takes_more
 
 
-def ended(ids: list[int], encoder: Encoder, tally: Tally) -> list[int]:
-    """An answer up to its first end token, where sampling would stop; one that has none gets the template's."""
+def cut_at_end_token(ids: list[int], encoder: Encoder, counts: SetCounts) -> list[int]:
+    """Cut an answer behind its first end token, where sampling would stop; an answer without one gets ``end_id``."""
     ends = [at for at, token in enumerate(ids) if token in encoder.ends]
-    tally.counts["cut_at_end_token"] += len(ends) > 1
+    counts.counts["cut_at_end_token"] += len(ends) > 1
     return ids[: ends[0] + 1] if ends else [*ids, encoder.end_id]
 
 
-def text_ids(text: str, encoder: Encoder) -> Ids:
-    """A text of the model's own, special tokens and all: from the BOS, or else its first token, to the EOS."""
+def encode_plain_text(text: str, encoder: Encoder) -> Ids:
+    """Tokenise a text without turns, whose special tokens stay tokens: from the BOS or its first token, to the EOS."""
     tokenizer = encoder.tokenizer
     ids = [*encoder.bos, *tokenizer(text, add_special_tokens=False).input_ids]
     ids = ids[1:] if ids[1:2] == encoder.bos else ids
@@ -249,84 +253,87 @@ def text_ids(text: str, encoder: Encoder) -> Ids:
     return Ids(ids[:1], ids[1:] if ids[-1:] == [end] else [*ids[1:], end], [], [])
 
 
-def positions(text: Written, prompt: Encoded, encoder: Encoder, speller: Speller) -> list[int]:
-    """Positions of the prompt's tokens that are earlier answers, each with its end token."""
-    found: list[int] = []
-    if not text.turns:
-        return found
+def earlier_answer_positions(
+    text: RenderedRow, prompt: Encoded, encoder: Encoder, tokenizer: SafeTokenizer
+) -> list[int]:
+    """Return the positions of the prompt's tokens that are earlier answers, each with its end token."""
+    positions: list[int] = []
+    if not text.earlier:
+        return positions
     special = {*encoder.tokenizer.all_special_ids, *encoder.tokenizer.added_tokens_decoder}
-    for start, end in text.turns:
-        first, behind = len(speller.rename(text.prompt[:start])), len(speller.rename(text.prompt[:end]))
-        renamed = speller.rename(text.prompt)
-        inside = [
-            at
-            for at, (begin, stop) in enumerate(prompt.spans)
-            if first < stop <= behind and not renamed[begin:first].strip()  # a word may have the space before it
-        ]
-        found += inside
+    renamed = tokenizer.rename(text.prompt)
+    for start, end in text.earlier:
+        first, behind = len(tokenizer.rename(text.prompt[:start])), len(tokenizer.rename(text.prompt[:end]))
+        inside = []
+        for at, (begin, stop) in enumerate(prompt.spans):
+            if first < stop <= behind and not renamed[begin:first].strip():  # a word may have the space before it
+                inside.append(at)
+        positions += inside
         follows = inside[-1] + 1 if inside else len(prompt.ids)
         if follows < len(prompt.ids) and prompt.ids[follows] in special:
-            found.append(follows)
-    return found
+            positions.append(follows)
+    return positions
 
 
 # ---------------------------------------------------------------- lengths
 
 
-def fitted(
-    row: Demonstration, ids: Ids, encoder: Encoder, speller: Speller, config: Config, tally: Tally
+def cut_to_length(
+    row: Demonstration, ids: Ids, encoder: Encoder, tokenizer: SafeTokenizer, config: Config, counts: SetCounts
 ) -> Ids | None:
-    """A demonstration within ``max_prompt_length`` and ``max_length``; None where it is left out.
+    """Cut a demonstration to ``max_prompt_length`` and ``max_length``, or return None to leave it out.
 
     A long prompt loses its first turns, but never its system text, and then the beginning of its last turn. A long
-    answer loses its end. With ``overlong: drop``, either is left out.
+    answer loses its end. With ``overlong: drop``, a row that is too long is left out.
     """
     if not ids.prompt and config.bad_rows == "refuse":
         raise InputError(f"{row.where}: the prompt has no token, and the tokenizer no BOS; expected a text")
     if not ids.prompt:
-        leave_out(tally, "prompts_without_a_token", row)
+        counts.leave_out(row.where, "prompts_without_a_token", row.row)
         return None
     long_prompt = len(ids.prompt) > config.max_prompt_length
     if long_prompt and config.overlong == "cut":
-        cut = shortened(row, encoder, speller, config)
-        if cut is None:
-            leave_out(tally, "too_long", row)
+        shortened = shorten_prompt(row, encoder, tokenizer, config)
+        if shortened is None:
+            counts.leave_out(row.where, "too_long", row.row)
             return None
-        tally.counts["cut_prompts"] += 1
-        ids = cut
+        counts.counts["cut_prompts"] += 1
+        ids = shortened
     room = config.max_length - len(ids.prompt)
     long_answer = len(ids.answer) > room
     if config.overlong == "drop" and (long_prompt or long_answer):
-        leave_out(tally, "too_long", row)
+        counts.leave_out(row.where, "too_long", row.row)
         return None
-    tally.counts["cut_answers"] += long_answer
+    counts.counts["cut_answers"] += long_answer
     return ids._replace(answer=ids.answer[:room], rejected=ids.rejected[:room])
 
 
-def shortened(row: Demonstration, encoder: Encoder, speller: Speller, config: Config) -> Ids | None:
-    """The demonstration's ids with as much of its prompt as fits, from the end; None where nothing of it does."""
+def shorten_prompt(row: Demonstration, encoder: Encoder, tokenizer: SafeTokenizer, config: Config) -> Ids | None:
+    """Return the ids with as much of the prompt's end as fits, or None if nothing of the prompt fits."""
 
-    def attempt(prompt: list[Message]) -> Ids | None:
-        cut = row._replace(prompt=prompt)
+    def encode_if_it_fits(prompt: list[Message]) -> Ids | None:
+        shortened = row._replace(prompt=prompt)
         try:
-            text = write(encoder.template, cut, Counter(), config.learn_turns == "all")
-        except Refused:
+            text = render_row(encoder.template, shortened, Counter(), config.learn_turns == "all")
+        except TemplateRefusal:
             return None
-        ids = encode_texts([(cut, text)], encoder, speller, Tally())[0]
+        ids = encode_texts([(shortened, text)], encoder, tokenizer, SetCounts())[0]
         return ids if len(ids.prompt) <= config.max_prompt_length else None
 
-    later = shorter(row.prompt)
+    later = without_first_turns(row.prompt)
     for prompt in later:
-        if found := attempt(prompt):
-            return found
+        ids = encode_if_it_fits(prompt)
+        if ids:
+            return ids
     shortest = later[-1] if later else row.prompt
     at = next((at for at, message in enumerate(shortest) if message["role"] not in ("system", "developer")), None)
     text = None if at is None else shortest[at].get("content")
     if at is None or not isinstance(text, str):
         return None
-    low, high, best = 1, len(text), None  # characters that the turn loses
+    low, high, best = 1, len(text), None  # binary search for the number of characters that the turn loses
     while low <= high:
         middle = (low + high) // 2
-        found = attempt([*shortest[:at], shortest[at] | {"content": text[middle:]}, *shortest[at + 1 :]])
-        low, high, best = (low, middle - 1, found) if found else (middle + 1, high, best)
+        turn = shortest[at] | {"content": text[middle:]}
+        ids = encode_if_it_fits([*shortest[:at], turn, *shortest[at + 1 :]])
+        low, high, best = (low, middle - 1, ids) if ids else (middle + 1, high, best)
     return best

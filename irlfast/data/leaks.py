@@ -1,7 +1,7 @@
-"""Can something trivial tell expert from synthetic answers? Then a reward model would learn that, and not quality.
+"""Check for leaks: trivial features that tell expert from synthetic answers, which a reward model would then learn.
 
-Each check is cross-validated on the pairs that the reward is to learn from; chance is 0.5. Scalars are split by a small
-decision tree, the answers' tokens, as a bag, by logistic regression (both scikit-learn's).
+Each check is a small classifier of scikit-learn, cross-validated on the pairs that the reward model will learn from:
+a decision tree for a scalar, logistic regression for the bag of an answer's tokens. Chance is 0.5.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from rich.table import Table
 from irlfast.data.encoding import Encoder
 from irlfast.data.packing import PromptGroup
 
-MOST_PAIRS = 4000  # enough to see an accuracy of 0.9; more only takes time
+MOST_PAIRS = 4000  # enough to see an accuracy of 0.9; more pairs only take time
 FOLDS = 5
 HIGH = 0.9
 REMEDIES = {
@@ -26,7 +26,7 @@ REMEDIES = {
 
 
 def find_leaks(pairs: Sequence[PromptGroup], encoder: Encoder, max_new_tokens: int) -> dict[str, float]:
-    """Accuracy of each check, from 0.5 (tells nothing) to 1 (tells all) apart; empty where pairs are too few to say."""
+    """Return the accuracy of each check, 0.5 (chance) to 1 (a leak); nothing if there are too few pairs to tell."""
     pairs = pairs[:: -(-len(pairs) // MOST_PAIRS)]
     if len(pairs) < 2 * FOLDS:
         return {}
@@ -62,14 +62,14 @@ def bag_accuracy(answers: Sequence[Sequence[int]], labels: np.ndarray, groups: n
 
 
 def held_out_accuracy(model, features, labels: np.ndarray, groups: np.ndarray) -> float:
-    """Mean over folds; both answers to a prompt are in the same."""
+    """Return the mean accuracy over folds; both answers to a prompt are in the same fold."""
     from sklearn.model_selection import GroupKFold, cross_val_score
 
     return float(cross_val_score(model, features, labels, groups=groups, cv=GroupKFold(FOLDS)).mean())
 
 
 def log_leaks(leaks: dict[str, float], phase: str) -> None:
-    """Print the accuracies, and for those above ``HIGH`` what to do."""
+    """Print the accuracies, and a remedy beside each accuracy above ``HIGH``."""
     if not leaks:
         return
     table = Table(box=None, pad_edge=False)

@@ -1,7 +1,7 @@
-"""Examples in files, mapped into memory by every process; and the rows that they came from.
+"""Files of examples, which every process maps into memory, and the file of the rows behind them.
 
-Token ids are int32, 4 bytes each, where a list of ints takes 36: an ``array("i")``, or a ``memoryview`` of one or of a
-mapped file. Both are sequences of ints that compare by value with each other, but never with a list.
+Token ids are int32, 4 bytes per token; a list of ints takes 36. They are an ``array("i")``, or a ``memoryview`` of an
+array or of a mapped file. Both are sequences of ints that compare by value with each other, but never with a list.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 from irlfast.common.files import write
 
 TokenIds = array | memoryview  # int32
-NONE = array("i")
+EMPTY = array("i")
 
 
 class Example(NamedTuple):
@@ -26,54 +26,57 @@ class Example(NamedTuple):
     prompt_ids: TokenIds
     answer_ids: TokenIds
     rejected_ids: TokenIds | None = None
-    earlier: TokenIds = NONE  # positions in the prompt that hold earlier answers to learn
-    row: int = -1  # its place in data/rows.jsonl
+    earlier: TokenIds = EMPTY  # positions in the prompt that hold earlier answers to learn
+    row: int = -1  # the number of the row in data/rows.jsonl
 
 
-def pieces_of(examples: Sequence[Example]) -> list[TokenIds]:
-    """The four sequences of every example in turn; a rejected answer that is none has no token."""
-    return [ids for x in examples for ids in (x.prompt_ids, x.answer_ids, x.rejected_ids or NONE, x.earlier)]
+def sequences_of(examples: Sequence[Example]) -> list[TokenIds]:
+    """Return the four sequences of every example in turn; a missing rejected answer is an empty sequence."""
+    return [ids for x in examples for ids in (x.prompt_ids, x.answer_ids, x.rejected_ids or EMPTY, x.earlier)]
 
 
-def examples_of(tokens: memoryview, lengths: Sequence[int], rows: Sequence[int]) -> list[Example]:
-    """Examples whose sequences are views of ``tokens``, as long as ``lengths`` says."""
-    pieces = (tokens[end - n : end] for n, end in zip(lengths, itertools.accumulate(lengths), strict=True))
-    found = zip(*[pieces] * 4, rows, strict=True)
-    return [Example(prompt, answer, rejected or None, earlier, row) for prompt, answer, rejected, earlier, row in found]
+def make_examples(tokens: memoryview, lengths: Sequence[int], rows: Sequence[int]) -> list[Example]:
+    """Cut ``tokens`` into views of the given ``lengths``, and make an example of every four views and a row."""
+    views = [tokens[end - n : end] for n, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
+    examples = []
+    for number, row in enumerate(rows):
+        prompt, answer, rejected, earlier = views[4 * number : 4 * number + 4]
+        examples.append(Example(prompt, answer, rejected or None, earlier, row))
+    return examples
 
 
 def save_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write ``tokens``, ``lengths`` and ``rows``, int32, as safetensors."""
     from safetensors.numpy import save_file
 
-    pieces = pieces_of(examples)
+    sequences = sequences_of(examples)
     flat = {
-        "tokens": np.concatenate([np.asarray(NONE), *pieces]),
-        "lengths": np.array([len(piece) for piece in pieces], dtype=np.int32),
+        "tokens": np.concatenate([np.asarray(EMPTY), *sequences]),
+        "lengths": np.array([len(ids) for ids in sequences], dtype=np.int32),
         "rows": np.array([example.row for example in examples], dtype=np.int32),
     }
     write(path, lambda temporary: save_file(flat, temporary))
 
 
 def load_examples(path: Path) -> list[Example]:
-    """Examples whose token ids stay in the file: mapped into memory, in pages that all processes share."""
+    """Load examples whose token ids stay in the file, which is mapped into memory pages that all processes share."""
     from safetensors.torch import load_file
 
     flat = load_file(path)
-    return examples_of(flat["tokens"].numpy().data, flat["lengths"].tolist(), flat["rows"].tolist())
+    return make_examples(flat["tokens"].numpy().data, flat["lengths"].tolist(), flat["rows"].tolist())
 
 
 def fingerprint(*sets: Sequence[Example]) -> str:
-    """A hash of token ids: a run resumes only on the data that it began with."""
+    """Hash the token ids of the sets: a run resumes only on the data that it began with."""
     digest = hashlib.sha256()
-    for piece in itertools.chain(*map(pieces_of, sets)):
-        digest.update(len(piece).to_bytes(4, "little"))
-        digest.update(piece)
+    for ids in itertools.chain(*map(sequences_of, sets)):
+        digest.update(len(ids).to_bytes(4, "little"))
+        digest.update(ids)
     return digest.hexdigest()[:16]
 
 
 class Rows:
-    """Rows of a JSON-lines file by their number; the file stays on disk."""
+    """Read rows of a JSON-lines file by their number; the file stays on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from irlfast.common import dist
-from irlfast.common.files import find, read_json
+from irlfast.common.files import find_path, read_json
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import Layout, PromptGroup
@@ -68,7 +68,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-    own = read_json(find(config.deepspeed)) if config.deepspeed else {}  # type: ignore[arg-type]
+    own = read_json(find_path(config.deepspeed)) if config.deepspeed else {}  # type: ignore[arg-type]
     for name, value in own.items():
         both = isinstance(value, dict) and isinstance(settings.get(name), dict)
         settings[name] = settings[name] | value if both else value

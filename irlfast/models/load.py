@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irlfast.common.files import InputError, find, write
+from irlfast.common.files import InputError, find_path, write
 from irlfast.common.messages import log_once
 from irlfast.config import Config
 from irlfast.models.lora import base_and_adapter, load_lora, revision
@@ -32,7 +32,7 @@ def load_tokenizer(config: Config, texts: Iterable[str]) -> Any:
     assert name
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            str(find(name) or name),
+            str(find_path(name) or name),
             revision=config.model_revision if name == config.model_name_or_path else "main",
             trust_remote_code=config.trust_remote_code,
         )

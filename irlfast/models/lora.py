@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irlfast.common.files import InputError, find, read_json
+from irlfast.common.files import InputError, find_path, read_json
 from irlfast.common.messages import log
 from irlfast.config import Config
 
@@ -38,14 +38,14 @@ def base_and_adapter(name: Path | str) -> tuple[str, Path | None]:
     Raises:
         InputError: it is no LoRA, or its base is not where it was.
     """
-    folder = find(str(name))
+    folder = find_path(str(name))
     if not folder or not (folder / SETTINGS).exists():
         return str(folder or name), None
     settings = read_json(folder / SETTINGS)
     base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
     if not base or kind != "LORA":
         raise InputError(f"adapter {folder}: found a {kind} of base {base}, expected a LORA that names its base")
-    found = find(base) or moved(Path(base), folder.resolve())
+    found = find_path(base) or moved(Path(base), folder.resolve())
     if not found and Path(base).is_absolute():
         raise InputError(f"adapter {folder}: found no {base}, expected its base as {SETTINGS} says")
     return str(found or base), folder
@@ -154,7 +154,7 @@ def adapted(model: Any, settings: Any, reward: bool) -> Any:
 
 def save_lora(folder: Path, model: Any, state: dict[str, Tensor], base: str, at: str, tokenizer: Any) -> None:
     """The adapter in ``state``, in PEFT's format, to be put on the model ``base`` of a revision, and the tokenizer."""
-    local = find(base)
+    local = find_path(base)
     settings = model.peft_config["default"]
     settings.base_model_name_or_path = str(local.resolve() if local else base)
     settings.revision = None if local else at

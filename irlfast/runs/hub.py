@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from irlfast.common.files import InputError, find
+from irlfast.common.files import InputError, find_path
 from irlfast.config import Config
 
 PATIENCE = 3.0  # seconds
@@ -100,7 +100,7 @@ def hub_names(names: list[Any]) -> list[str]:
 
     found = []
     for name in names:
-        if name is None or find(name) or Path(name).suffix in (".json", ".jsonl", ".parquet", ".csv"):
+        if name is None or find_path(name) or Path(name).suffix in (".json", ".jsonl", ".parquet", ".csv"):
             continue
         try:
             validate_repo_id(name)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.files import InputError, LocalError, find
+from irlfast.common.files import InputError, LocalError, find_path
 from irlfast.common.messages import Progress, log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.rows import Demonstration
-from irlfast.data.spelling import Speller, broken_texts, control_tokens, make_speller
-from irlfast.data.templates import Refused, Template, mended, plain_text, render, shorter
+from irlfast.data.special_tokens import SafeTokenizer, control_tokens, escape_special_tokens, make_safe_tokenizer
+from irlfast.data.templates import Template, TemplateRefusal, join_turns, mend_conversation, render, without_first_turns
 from irlfast.models.load import first_sentence
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_texts import cached, row_of, text_of
@@ -33,7 +33,7 @@ class Reader(NamedTuple):
 
     name: str
     template: Template
-    speller: Speller
+    speller: SafeTokenizer
     before: list[int]  # special tokens that its tokenizer puts around a text
     behind: list[int]
     limit: int  # tokens
@@ -85,7 +85,7 @@ def load_external(reward: str, config: Config, begun: datetime.datetime) -> Call
     """
     import transformers
 
-    name = str(find(reward) or reward)
+    name = str(find_path(reward) or reward)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -115,7 +115,7 @@ def make_reader(name: str, tokenizer: Any, model_config: Any, begun: datetime.da
     start = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
     limits = (tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None))
     limit = min((number for number in limits if number and 0 < number < NO_LIMIT), default=NO_LIMIT)
-    speller = make_speller(tokenizer, control_tokens(tokenizer, written))
+    speller = make_safe_tokenizer(tokenizer, control_tokens(tokenizer, written))
     return Reader(name, template, speller, whole[:start], whole[start + len(alone) :], limit)
 
 
@@ -161,24 +161,24 @@ def read(reader: Reader, row: Demonstration) -> Read:
     Raises:
         LocalError: naming the row that the chat template refuses.
     """
-    safe, refused = broken_texts(row, reader.speller), False
+    safe, refused = escape_special_tokens(row, reader.speller), False
     try:
         ids = ids_of(reader, safe)
-    except Refused as refusal:
-        safe, refused = safe._replace(prompt=mended(safe.prompt)), True
+    except TemplateRefusal as refusal:
+        safe, refused = safe._replace(prompt=mend_conversation(safe.prompt)), True
         try:
             ids = ids_of(reader, safe)
-        except Refused:
+        except TemplateRefusal:
             raise LocalError(
                 f"{row.where}: the chat template of reward model {reader.name} refuses the conversation ({refusal}); "
                 "expected one that it writes"
             ) from refusal
     if len(ids) <= reader.limit:
         return Read(ids, cut=False, mended=refused)
-    for prompt in shorter(safe.prompt):
+    for prompt in without_first_turns(safe.prompt):
         try:
             ids = ids_of(reader, safe._replace(prompt=prompt))
-        except Refused:
+        except TemplateRefusal:
             continue
         if len(ids) <= reader.limit:
             return Read(ids, cut=True, mended=refused)
@@ -193,5 +193,5 @@ def ids_of(reader: Reader, row: Demonstration) -> list[int]:
     if reader.template.tokenizer.chat_template:
         ids, behind = reader.speller.encode([render(reader.template, [*row.prompt, row.answer], row.tools)])[0].ids, []
     else:
-        ids = reader.speller.encode([plain_text(row.prompt) + str(row.answer.get("content") or "")])[0].ids
+        ids = reader.speller.encode([join_turns(row.prompt) + str(row.answer.get("content") or "")])[0].ids
     return [*(before if ids[: len(before)] != before else []), *ids, *behind]

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.files import InputError, LocalError, find
+from irlfast.common.files import InputError, LocalError, find_path
 from irlfast.data.packing import PromptGroup
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_texts import cached, row_of, text_of
@@ -55,7 +55,7 @@ def load_function(name: str) -> Callable:
         InputError: it cannot be imported.
     """
     place, _, attribute = name.rpartition(":")
-    path = find(place) if place.endswith(".py") else None
+    path = find_path(place) if place.endswith(".py") else None
     folder = str(path.resolve().parent if path else Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from irlfast import ops
-from irlfast.common.files import InputError, find
+from irlfast.common.files import InputError, find_path
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import Batch, PromptGroup
@@ -101,7 +101,7 @@ def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) 
     Raises:
         InputError: where there is no such model, it is of another kind, or it has another tokenizer.
     """
-    if "," in reward and not find(reward):  # a folder may have a comma in its name
+    if "," in reward and not find_path(reward):  # a folder may have a comma in its name
         return implicit(run, reward.split(",", 1), groups, path)
     config = reward_config(reward, run.config)
     if not config.architectures[0].endswith("ForSequenceClassification"):
@@ -173,7 +173,7 @@ def implicit(run: Run, policies: Sequence[str], groups: Sequence[PromptGroup], p
 def check_tokenizer(run: Run, policy: str) -> None:
     import transformers
 
-    name = str(find(policy) or policy)
+    name = str(find_path(policy) or policy)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=run.config.trust_remote_code)
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from irlfast.common import dist
-from irlfast.common.files import InputError, find, read_jsonl
+from irlfast.common.files import InputError, find_path, read_jsonl
 from irlfast.config import Config, dump
 from irlfast.data.encoding import Encoder
 from irlfast.data.packing import PromptGroup
@@ -117,7 +117,7 @@ def model_size(config: Config, vocabulary: int | None = None) -> Size | None:
     try:
         model_config = load_model_config(config)
     except InputError:
-        if config.config_name or find(config.model_name_or_path or ""):
+        if config.config_name or find_path(config.model_name_or_path or ""):
             raise
         return None
     if config.config_name and vocabulary:
@@ -169,7 +169,7 @@ def weights_at_hand(config: Config) -> str | None:
     import huggingface_hub
 
     name = config.model_name_or_path
-    if name is None or find(name):
+    if name is None or find_path(name):
         return name
     try:
         folder = huggingface_hub.snapshot_download(name, revision=config.model_revision, local_files_only=True)

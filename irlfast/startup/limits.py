@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from irlfast.common.files import InputError, find
+from irlfast.common.files import InputError, find_path
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup, count_tokens
 from irlfast.data.store import Example
@@ -75,7 +75,7 @@ def check_rewards(config: Config) -> None:
     """
     heads = config.reward_heads if config.reward_data != "none" else 0
     for name in config.reward_model_name_or_path:
-        policies = [name] if find(name) else name.split(",", 1)
+        policies = [name] if find_path(name) else name.split(",", 1)
         found, *_ = [reward_config(policy, config) for policy in policies]
         own = hasattr(found, "irlfast_reward")
         classifier = found.architectures[0].endswith("ForSequenceClassification")

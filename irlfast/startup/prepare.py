@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import IO
 
 from irlfast.common import dist
-from irlfast.common.files import InputError, find, read_json, write, write_json, write_jsonl, write_text
+from irlfast.common.files import InputError, find_path, read_json, write, write_json, write_jsonl, write_text
 from irlfast.common.messages import log
 from irlfast.config import Config, dump
+from irlfast.data.counts import describe_source, dropped_rows
 from irlfast.data.encoding import Encoder, make_encoder
-from irlfast.data.reading import describe as reading_line
-from irlfast.data.reading import dropped_rows
 from irlfast.data.sets import Sets, read_sets, tokenizer_texts
 from irlfast.data.store import Example, Rows, fingerprint, load_examples, save_examples
 from irlfast.models.load import (
@@ -92,14 +91,14 @@ def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Encode
         "begun": begun.isoformat(),  # the time that the chat template is told
         "fingerprint": fingerprint(sets.train, sets.held_out),
         "remarks": describe(sets).splitlines(),
-        **{name: dict(tally.counts) for name, tally in sets.tallies.items()},
+        **{name: dict(tally.counts) for name, tally in sets.set_counts.items()},
     }
     if known and known["fingerprint"] != found["fingerprint"]:
         raise InputError(f"output_dir {output}: its run began with other demonstrations; expected a new output_dir")
     write_text(output / "config.yaml", dump(config))
     for name, examples in (("train", sets.train), ("eval", sets.held_out)):
         save_examples(output / "data" / f"{name}.safetensors", examples)
-    dropped = [*dropped_rows(sets.readings), *(row for tally in sets.tallies.values() for row in tally.dropped)]
+    dropped = [*dropped_rows(sets.source_counts), *(row for tally in sets.set_counts.values() for row in tally.dropped)]
     write_jsonl(output / "data" / "dropped.jsonl", dropped)
     write_json(output / "data.json", found)
     return encoder, describe(sets)
@@ -136,7 +135,7 @@ def check_model(config: Config) -> None:
 def check_weights(config: Config) -> None:
     """Whether the given model has weights, and training can go on with an adapter."""
     base, adapter = base_and_adapter(str(config.model_name_or_path))
-    for folder in (find(base), adapter):
+    for folder in (find_path(base), adapter):
         if folder and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
             raise InputError(
                 f"model_name_or_path {folder}: found no weights, expected {' or '.join(WEIGHTS[:2])} files"
@@ -184,7 +183,7 @@ def starting_policy(config: Config, output: Path, encoder: Encoder) -> Path | st
     """The given model, or in ``initial/policy`` with its tokenizer a new one, or the given one with more embeddings."""
     given = config.model_name_or_path
     if given and not (config.resize_embeddings and vocabulary_size(encoder.tokenizer) > rows_of(config)):
-        return find(given) or given
+        return find_path(given) or given
     built = output / "initial" / "policy"
     if dist.is_main() and not built.exists():
         make = resize_model if given else build_model
@@ -195,9 +194,9 @@ def starting_policy(config: Config, output: Path, encoder: Encoder) -> Path | st
 
 def describe(sets: Sets) -> str:
     """What was read, kept, cut and left out, a line each."""
-    lines = [reading_line(reading) for reading in sets.readings]
+    lines = [describe_source(source) for source in sets.source_counts]
     labels = {"train": "demonstrations", "eval": "held out"}
-    for name, tally in sets.tallies.items():
+    for name, tally in sets.set_counts.items():
         counts = tally.counts
         losses = [f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key not in KEPT and counts[key]]
         lines.append(
@@ -206,7 +205,7 @@ def describe(sets: Sets) -> str:
             + (f" ({', '.join(losses)})" if losses else "")
         )
         lines += [f"{labels[name]}: {count:,} {remark}" for remark, count in tally.remarks.items() if count]
-    if len(sets.tallies) < 2 and sets.held_out:
+    if len(sets.set_counts) < 2 and sets.held_out:
         lines.append(f"held out: {len(sets.held_out):,} of these rows")
     return "\n".join(lines)
 

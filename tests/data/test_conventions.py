@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irlfast.data.demonstrations import CUT, ELSEWHERE, EQUAL, to_demonstration
-from irlfast.data.messages import mended
+from irlfast.data.messages import replace_surrogates
 from irlfast.data.rows import BadRow, LeftOut
 
 WORDS = [
@@ -330,18 +330,18 @@ COLUMNS = (
 )
 def test_whatever_a_row_holds_it_is_a_demonstration_or_one_sentence(row, learn, prompts_only):
     try:
-        found = to_demonstration(mended(row)[0], "here", learn, None, prompts_only).demonstration
+        found = to_demonstration(replace_surrogates(row)[0], "here", learn, None, prompts_only).demonstration
     except (BadRow, LeftOut) as error:
         assert str(error)
         assert "\n" not in str(error)
         return
     for message in [*found.prompt, found.answer, found.rejected]:
         assert message is None or (isinstance(message["content"], str) and isinstance(message["role"], str))
-    assert mended([found.prompt, found.answer, found.rejected, found.tools])[1] == 0
+    assert replace_surrogates([found.prompt, found.answer, found.rejected, found.tools])[1] == 0
     assert prompts_only or found.answer["role"] == "assistant"
 
 
 def test_half_an_emoji_is_replaced_and_counted():
-    row, count = mended({"prompt": "fine \ud83d", "k\udc00": [{"a": "\ud83d\udc00"}, 3]})
+    row, count = replace_surrogates({"prompt": "fine \ud83d", "k\udc00": [{"a": "\ud83d\udc00"}, 3]})
     assert row == {"prompt": "fine \ufffd", "k\ufffd": [{"a": "\ufffd\ufffd"}, 3]}
     assert count == 4

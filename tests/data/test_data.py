@@ -174,7 +174,7 @@ def test_held_out_rows_that_are_training_rows_are_refused_left_out_or_allowed(tm
     else:
         sets = read_sets(run, encoder)
         assert len(sets.held_out) == {"drop": 2, "allow": 4}[overlap]
-        assert sets.tallies["eval"].counts["also_in_train"] == (2 if overlap == "drop" else 0)
+        assert sets.set_counts["eval"].counts["also_in_train"] == (2 if overlap == "drop" else 0)
 
 
 def test_a_prompt_without_any_token_is_one_sentence(config):

@@ -16,11 +16,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from irlfast.common.files import ENDINGS, PACKED, InputError
+from irlfast.common.files import COMPRESSIONS, ENDINGS, InputError
 from irlfast.config import dump, load_config, make_config
-from irlfast.data.formats import CHUNK, READERS, read_file
-from irlfast.data.read import mixed, read_demonstrations
-from irlfast.data.reading import EXAMPLES, describe, dropped_rows
+from irlfast.data.counts import EXAMPLES, describe_source, dropped_rows
+from irlfast.data.file_formats import CHUNK, READERS, read_file
+from irlfast.data.read import mix, read_demonstrations
 from irlfast.data.sources import sources_of
 from tests.data.test_conventions import WORDS, anything, said
 
@@ -103,7 +103,7 @@ cells = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]
 cells = cells.filter(lambda text: text.strip() and "\0" not in text)  # Python 3.10's csv takes no NUL
 
 
-@pytest.mark.parametrize("packed", ["", *PACKED])
+@pytest.mark.parametrize("packed", ["", *COMPRESSIONS])
 @pytest.mark.parametrize("ending", ENDINGS)
 @settings(max_examples=12, deadline=None)
 @given(found=st.lists(st.tuples(cells, cells), min_size=1, max_size=4))
@@ -216,7 +216,7 @@ def test_a_folder_has_the_splits_that_its_files_names_tell(tmp_path):
     (tmp_path / "README.md").write_text("about")
     found, [reading] = read(tmp_path)
     assert [d.answer["content"] for d in found] == ["c0", "c1"]
-    assert "files ignored, whose names tell no split: 1" in describe(reading)
+    assert "files ignored, whose names tell no split: 1" in describe_source(reading)
     assert texts_of(tmp_path, dataset_train_split="train_sft") == [("p2", "c2")]
     assert texts_of(tmp_path, dataset_train_split="validation") == texts_of(tmp_path, dataset_train_split="dev")
     assert texts_of(tmp_path, eval_dataset_name=str(tmp_path), held_out=True) == [("p3", "c3")]
@@ -309,7 +309,7 @@ def test_sources_with_weights_keep_their_shares_and_those_without_are_all_read(t
     found, readings = read([first, second])
     assert [reading.rows for reading in readings] == [90, 40]
     assert {*(d.prompt[0]["content"] for d in found[:2])} == {"a", "b"}
-    assert "second.jsonl: 10 rows read as question and answer" in describe(read([first, second], limit=20)[1][1])
+    assert "second.jsonl: 10 rows read as question and answer" in describe_source(read([first, second], limit=20)[1][1])
 
 
 @given(
@@ -320,8 +320,8 @@ def test_no_item_is_mixed_in_twice(sizes, weights):
     def streams():
         return [iter([(number, item) for item in range(size)]) for number, size in enumerate(sizes)]
 
-    assert sorted(mixed(streams(), [None] * len(sizes))) == [*itertools.chain(*streams())]
-    found = [*mixed(streams(), weights[: len(sizes)])]
+    assert sorted(mix(streams(), [None] * len(sizes))) == [*itertools.chain(*streams())]
+    found = [*mix(streams(), weights[: len(sizes)])]
     for number in range(len(sizes)):
         taken = [item for stream, item in found if stream == number]
         assert taken == [*range(len(taken))]
@@ -373,7 +373,7 @@ def test_the_account_names_conventions_ignored_columns_and_rows_left_out(tmp_pat
     with pytest.raises(InputError, match=r"rows.jsonl, line 7: found columns nothing; expected prompt and completion"):
         read(path)
     found, [reading] = read(path, bad_rows="skip")
-    assert describe(reading) == (
+    assert describe_source(reading) == (
         f"{path}: 8 rows read as prompt and completion; columns ignored: id; left out: 2 with label false, "
         "1 without an answer, 1 that cannot be read; lone surrogates replaced by U+FFFD: 1"
     )

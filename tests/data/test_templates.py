@@ -7,7 +7,8 @@ import pytest
 
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.encoding import Tally, encode, make_encoder
+from irlfast.data.counts import SetCounts
+from irlfast.data.encoding import encode, make_encoder
 from irlfast.data.rows import Demonstration
 from tests.helpers.templates import KINDS, tokenizer_of
 
@@ -73,19 +74,21 @@ def conversation(draw: random.Random, more: list[str] | None = None) -> Demonstr
 
 
 def encoded(name: str, rows: list[Demonstration], stops: tuple[str, ...] = (), **keys):
-    tokenizer, config, tally = tokenizer_of(KINDS[name]), config_of(**keys), Tally()
+    tokenizer, config, tally = tokenizer_of(KINDS[name]), config_of(**keys), SetCounts()
     encoder = make_encoder(tokenizer, config, BEGUN, tokenizer.convert_tokens_to_ids(stops))
     return encoder, list(encode(rows, encoder, config, tally)), tally
 
 
 def template_ids(encoder, row: Demonstration) -> list[int]:
     """The ids of the template for a whole conversation, up to the end token of its answer, after the one BOS."""
-    from irlfast.data.templates import prepared, unmarked
+    from irlfast.data.templates import prepare_template, remove_marks
 
     tokenizer = encoder.tokenizer
-    text = unmarked(
+    text = remove_marks(
         tokenizer.apply_chat_template(
-            [*row.prompt, row.answer], tokenize=False, chat_template=prepared(tokenizer.get_chat_template(), BEGUN)
+            [*row.prompt, row.answer],
+            tokenize=False,
+            chat_template=prepare_template(tokenizer.get_chat_template(), BEGUN),
         )
     )
     if not encoder.ends_itself:

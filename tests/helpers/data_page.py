@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from irlfast.config import make_config
+from irlfast.data.counts import SetCounts
 from irlfast.data.demonstrations import to_demonstration
-from irlfast.data.encoding import Tally, encode, make_encoder
+from irlfast.data.encoding import encode, make_encoder
 from irlfast.data.rows import Demonstration
-from irlfast.data.templates import prepared
+from irlfast.data.templates import prepare_template
 from tests.helpers.templates import KINDS, tokenizer_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -70,10 +71,12 @@ def template_table() -> str:
         "| --- | --- | --- | --- |",
     ]
     for name, kind in KINDS.items():
-        tokenizer, tally = tokenizer_of(kind), Tally()
+        tokenizer, tally = tokenizer_of(kind), SetCounts()
         encoder = make_encoder(tokenizer, config, BEGUN)
         [(_, ids)] = encode([TALK], encoder, config, tally)
-        still = prepared(kind.template, BEGUN) if "strftime" in str(kind.template) else None  # with the run's clock
+        still = (
+            prepare_template(kind.template, BEGUN) if "strftime" in str(kind.template) else None
+        )  # with the run's clock
         own = tokenizer.apply_chat_template([*TALK.prompt, TALK.answer], chat_template=still, return_dict=False)
         text = f"{tokenizer.decode(ids.prompt)}⟦{tokenizer.decode(ids.answer)}⟧"
         shown = text.replace("\n", "↵").replace("|", "\\|")

@@ -4,9 +4,10 @@ from collections import Counter
 from typing import Any
 
 from irlfast.config import Config
-from irlfast.data.encoding import Encoder, Tally, encode
+from irlfast.data.counts import SetCounts
+from irlfast.data.encoding import Encoder, encode
 from irlfast.data.rows import Demonstration
-from irlfast.data.sets import collected
+from irlfast.data.sets import collect_examples
 from irlfast.data.store import Example
 
 
@@ -17,5 +18,5 @@ def pair(prompt: str, answer: str, rejected: str | None = None) -> Demonstration
 
 
 def examples_of(rows: list[Demonstration], encoder: Encoder, config: Config) -> tuple[list[Example], Counter[str]]:
-    tally = Tally()
-    return collected(encode(rows, encoder, config, tally), None, 0), tally.counts
+    tally = SetCounts()
+    return collect_examples(encode(rows, encoder, config, tally), None, 0), tally.counts

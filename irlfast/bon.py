@@ -24,7 +24,7 @@ from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
 from irlfast.common import dist
-from irlfast.common.command import exit_code, writing_to
+from irlfast.common.command import run_command, writing_to
 from irlfast.common.files import write, write_json, write_jsonl
 from irlfast.common.messages import log
 from irlfast.config import Config, load_config
@@ -140,7 +140,7 @@ def command() -> None:
 
 
 def main() -> int:
-    return exit_code(command)
+    return run_command(command)
 
 
 if __name__ == "__main__":

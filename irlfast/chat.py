@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from irlfast.common.command import exit_code
+from irlfast.common.command import run_command
 from irlfast.common.files import InputError, find_path
 
 
@@ -130,7 +130,7 @@ def command() -> None:
 
 
 def main() -> int:
-    return exit_code(command)
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from irlfast.common.command import exit_code
+from irlfast.common.command import run_command
 from irlfast.config.recipes import recipe, recipes
 
 
@@ -20,7 +20,7 @@ def command() -> None:
 
 
 def main() -> int:
-    return exit_code(command)
+    return run_command(command)
 
 
 if __name__ == "__main__":

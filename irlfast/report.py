@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from irlfast.common.command import exit_code, writing_to
+from irlfast.common.command import run_command, writing_to
 from irlfast.reports.page import write_report
 
 
@@ -17,7 +17,7 @@ def command() -> None:
 
 
 def main() -> int:
-    return exit_code(command)
+    return run_command(command)
 
 
 if __name__ == "__main__":

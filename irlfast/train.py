@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from irlfast.common.command import exit_code, writing_to
+from irlfast.common.command import run_command, writing_to
 from irlfast.config import Config, load_config
 
 
@@ -65,10 +65,10 @@ def command() -> None:
 
 
 def main() -> int:
-    """Exit codes as :func:`irlfast.common.command.exit_code` says."""
+    """Exit codes as :func:`irlfast.common.command.run_command` says."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors, where Linux has them to give
-    return exit_code(command)
+    return run_command(command)
 
 
 if __name__ == "__main__":

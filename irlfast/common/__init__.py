@@ -1,1 +1,1 @@
-"""What every room uses: files written whole, messages, the processes of a run, exit codes."""
+"""Helpers that every room uses: files, messages, the processes of a run, exit codes."""

@@ -1,4 +1,4 @@
-"""Files of a run: everything is written to a temporary name, flushed, then renamed (DESIGN §5)."""
+"""Files of a run: each is written under a temporary name, flushed to disk, then renamed (docs/design.md, section 5)."""
 
 import json
 import os
@@ -9,21 +9,21 @@ from typing import Any
 
 import irlfast
 
-ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # of files of rows
-COMPRESSIONS = (".gz", ".zst")  # that may follow them
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # the files of rows that can be read
+COMPRESSIONS = (".gz", ".zst")  # may follow one of the endings
 PACKAGE_PARENT = Path(irlfast.__file__).resolve().parent.parent
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one sentence naming what was found and what was expected."""
+    """Raised for input that cannot be used; the message is one sentence: what was found, and what was expected."""
 
 
 class LocalError(InputError):
-    """One that a process may meet alone, while the others wait for it: each says its own."""
+    """An InputError that one process may meet alone while the others wait: every process prints its own."""
 
 
 def find_path(name: str) -> Path | None:
-    """The existing path that ``name`` means: from the working directory, else beside the irlfast package (its demo)."""
+    """Return the existing path that ``name`` means: in the working directory, or beside the package (the demo)."""
     for path in (Path(name).expanduser(), PACKAGE_PARENT / name):
         if path.exists():
             return path
@@ -31,10 +31,10 @@ def find_path(name: str) -> Path | None:
 
 
 def row_file_ending(name: str) -> tuple[str, str]:
-    """The ending of a file of rows and that of its compression: ``(".jsonl", ".gz")``; empty where it has another."""
-    packed = next((end for end in COMPRESSIONS if name.lower().endswith(end)), "")
-    inner = name.lower().removesuffix(packed)
-    return next((end for end in ENDINGS if inner.endswith(end)), ""), packed
+    """Split off the ending and the compression of a file of rows: ``(".jsonl", ".gz")``; empty texts for others."""
+    compression = next((end for end in COMPRESSIONS if name.lower().endswith(end)), "")
+    inner = name.lower().removesuffix(compression)
+    return next((end for end in ENDINGS if inner.endswith(end)), ""), compression
 
 
 def is_glob(name: str) -> bool:
@@ -42,7 +42,7 @@ def is_glob(name: str) -> bool:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name can only be a file's or a folder's; one like ``owner/name`` may be on the hub."""
+    """Return whether a name can only mean a file or a folder. A name like ``owner/name`` may be on the hub."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or bool(row_file_ending(name)[0]) or is_glob(name)
 
 
@@ -62,7 +62,7 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder; one that is not there is fine."""
+    """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -86,10 +86,10 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line numbers (from 1) and rows of a JSON-lines file; blank lines are passed over.
+    """Return the line numbers (from 1) and rows of a JSON-lines file, without blank lines.
 
     Raises:
-        InputError: naming the file and the line, where a line is not a JSON object or the file is not UTF-8.
+        InputError: a line is not a JSON object, or the file is not UTF-8. The message names the file and the line.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -98,7 +98,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             try:
                 row = json.loads(line)
             except ValueError as error:  # both JSONDecodeError and UnicodeDecodeError
-                raise InputError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from error
+                raise InputError(f"{path}, line {number}: not JSON ({error}); expected one object per line") from error
             if not isinstance(row, dict):
                 raise InputError(f"{path}, line {number}: found {type(row).__name__}, expected a JSON object")
             yield number, row

@@ -1,4 +1,4 @@
-"""What a run tells on stderr: lines, and how far a phase is."""
+"""The messages of a run on stderr: lines, and the progress of a phase."""
 
 import functools
 import sys
@@ -10,7 +10,7 @@ from irlfast.common import dist
 
 
 def log(message: str) -> None:
-    """Print one line, by one process, without breaking a progress bar."""
+    """Print one line from the main process, without breaking a progress bar."""
     if dist.is_main():
         tqdm.write(message, file=sys.stderr)
 
@@ -21,18 +21,17 @@ def log_once(message: str) -> None:
 
 
 class Progress:
-    """How far a phase is: a bar where stderr is a terminal, else a line with the time and the figures it is told.
+    """The progress of a phase: a bar on a terminal, otherwise lines with the time and the metrics.
 
-    ``seconds`` must lie between two such lines, but for the last one. The main process alone shows anything.
+    Two lines are at least ``seconds`` apart, except the last one. Only the main process shows anything.
     """
 
     def __init__(self, phase: str, total: int | None, unit: str, done: int = 0, seconds: float = 0.0) -> None:
-        terminal = sys.stderr.isatty()
-        shown = dist.is_main() and terminal
-        self.bar = tqdm(total=total, initial=done, desc=phase, unit=unit, disable=not shown)
-        self.lines = dist.is_main() and not terminal
+        is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=phase, unit=unit, disable=not (dist.is_main() and is_terminal))
+        self.prints_lines = dist.is_main() and not is_terminal
         self.phase, self.total, self.unit, self.done, self.seconds = phase, total, unit, done, seconds
-        self.told = time.monotonic() if seconds else 0.0
+        self.last_line = time.monotonic() if seconds else 0.0
 
     def __enter__(self) -> "Progress":
         return self
@@ -44,11 +43,11 @@ class Progress:
         self.done += count
         self.bar.update(count)
 
-    def tell(self, metrics: str = "") -> None:
+    def show(self, metrics: str = "") -> None:
         self.bar.set_postfix_str(metrics, refresh=False)
         now = time.monotonic()
-        if self.lines and (now - self.told >= self.seconds or self.done == self.total):
-            self.told = now
-            whole = "" if self.total is None else f"/{self.total:,}"
-            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.phase}: {self.unit} {self.done:,}{whole}"
+        if self.prints_lines and (now - self.last_line >= self.seconds or self.done == self.total):
+            self.last_line = now
+            total = "" if self.total is None else f"/{self.total:,}"
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.phase}: {self.unit} {self.done:,}{total}"
             print(f"{line}, {metrics}" if metrics else line, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from irlfast.common.command import exit_code, writing_to
+from irlfast.common.command import run_command, writing_to
 from irlfast.common.files import InputError, read_jsonl, write_jsonl
 from irlfast.common.messages import Progress
 from irlfast.config import Config
@@ -46,7 +46,7 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
             raise InputError(f"{path}: found {len(found)} rewards, expected {len(shard)}; it is of another dataset")
         rewards += found
         progress.advance(len(shard))
-        progress.tell()
+        progress.show()
     if not rewards:
         raise InputError(f"dataset {dataset}, split {split!r}: found no rows, expected demonstrations")
     chosen = {*np.argsort(-np.array(rewards), kind="stable")[:keep].tolist()}
@@ -72,7 +72,7 @@ def command() -> None:
 
 
 def main() -> int:
-    return exit_code(command)
+    return run_command(command)
 
 
 if __name__ == "__main__":

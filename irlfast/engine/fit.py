@@ -110,7 +110,7 @@ def train_steps(
             row |= meters(engine.module.model, counts, watch.read())
             sums, counts = {}, Counter()
             run.metrics_log.write(row)
-            progress.tell(postfix(row))
+            progress.show(postfix(row))
             check_finite(row)
             drop = expert_drop(row)
             if drop > NOTABLE_DROP and not warned:

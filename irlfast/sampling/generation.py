@@ -114,7 +114,7 @@ def with_progress(
             yield number, answers
             tokens += sum(map(len, answers))
             progress.advance(sizes[number])
-            progress.tell(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s")
+            progress.show(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s")
 
 
 def vllm_answers(

@@ -134,7 +134,7 @@ def logits_of(model: Any, reader: Reader, texts: Sequence[list[int]], batch_size
         mask = torch.tensor([[1] * len(texts[i]) + [0] * (longest - len(texts[i])) for i in chosen])
         found[chosen] = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0].float().cpu()
         progress.advance(len(chosen))
-        progress.tell()
+        progress.show()
     return found
 
 

@@ -106,7 +106,7 @@ def score_share(
             for i in chosen:
                 scores[i] = [next(answers).numpy() for _ in groups[i].answers]
             progress.advance(len(chosen))
-            progress.tell()
+            progress.show()
     return scores
 
 

@@ -90,7 +90,7 @@ def test_lines_that_come_often_are_told_seldom_but_the_last_one_always(capsys):
     with Progress("scoring", 5, "row", seconds=1000.0) as progress:
         for _ in range(5):
             progress.advance()
-            progress.tell()
+            progress.show()
     [line] = capsys.readouterr().err.splitlines()
     assert LINE.fullmatch(line).groups() == ("scoring", "row", "5", "5", None)
 
@@ -99,6 +99,6 @@ def test_a_terminal_has_a_bar_and_no_lines(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Progress("sft", 2, "step") as progress:
         progress.advance(2)
-        progress.tell("loss 1")
+        progress.show("loss 1")
     err = capsys.readouterr().err
     assert "2/2" in err and "loss 1" in err and not LINE.search(err)

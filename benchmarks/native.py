@@ -12,9 +12,8 @@ from unittest import mock
 import torch
 
 from benchmarks.conftest import interleaved, write_result
-from irlfast import native
+from irlfast import native, ops
 from irlfast.ops.common.types import HeadInputs, ScoredTokens
-from irlfast.ops.logits import public as ops
 from irlfast.ops.pair_loss import cpu_slab
 from irlfast.optim import FusedRMSprop
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from irlfast.data.packing import Batch
 from irlfast.ops import Head
-from irlfast.ops.common.types import sequence_of
+from irlfast.ops.common.sequences import sequence_ids
 
 
 class Normalisers(NamedTuple):
@@ -38,4 +38,4 @@ def arguments(head: Head, batch: Batch) -> dict[str, Any]:
 
 def per_sequence(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums ``[S]`` of values ``[N]``."""
-    return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence_of(cu_seqlens, len(values)), values)
+    return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence_ids(cu_seqlens, len(values)), values)

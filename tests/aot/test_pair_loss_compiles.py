@@ -58,11 +58,11 @@ def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype, versi
     z = empty(n, 50272)[:, :vocabulary]
     slope = z.view(dtype)[:, :vocabulary]
     triton_slab.logits(hidden, weight, z)
-    assert triton_slab.by_weight(slope, weight).shape == (n, size)
-    triton_slab.by_hidden(empty(vocabulary, size), slope, hidden.float(), new=True)
-    triton_slab.by_hidden(empty(vocabulary, size), slope, hidden.float(), new=False)
+    assert triton_slab.times_weight(slope, weight).shape == (n, size)
+    triton_slab.add_times_hidden(empty(vocabulary, size), slope, hidden.float(), new=True)
+    triton_slab.add_times_hidden(empty(vocabulary, size), slope, hidden.float(), new=False)
     with pytest.raises(RuntimeError, match="shape"):
-        triton_slab.by_hidden(empty(vocabulary, size + 1), slope, hidden.float(), new=False)
+        triton_slab.add_times_hidden(empty(vocabulary, size + 1), slope, hidden.float(), new=False)
 
 
 @SHAPES

@@ -11,6 +11,7 @@ import torch
 
 from irlfast import native, ops
 from irlfast.ops.common.types import HeadInputs, ScoredTokens
+from irlfast.ops.logits import cpu_rows
 from irlfast.ops.pair_loss import cpu_slab
 from tests.helpers.ops_cases import gradients, make
 
@@ -95,12 +96,12 @@ def test_rows_of_logits_begin_anywhere_and_are_all_that_is_touched(vocabulary, d
     logits.copy_(torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(offset)) * 3)
     targets, upstream = torch.tensor([0, -100, vocabulary - 1]), torch.tensor([1.0, 1.0, -2.0])
     exact = torch.log_softmax(logits.double() * 0.5, 1)
-    logps, lse = cpu_slab.token_logps(logits, targets, 0.5, None)
+    logps, lse = cpu_rows.native_token_logps(logits, targets, 0.5, None)
     expected = torch.stack([exact[0, 0], exact.new_zeros(()), exact[2, -1]])
     torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=2e-6)
     gradient = 0.5 * upstream[:, None] * (torch.nn.functional.one_hot(targets.clamp(min=0), vocabulary) - exact.exp())
     gradient[1] = 0
-    cpu_slab.write_gradient(logits, logits, targets, lse, upstream, 0.5, None)
+    cpu_rows.write_gradient(logits, logits, targets, lse, upstream, 0.5, None)
     torch.testing.assert_close(logits.double(), gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
     logits.fill_(float("nan"))
     assert memory.isnan().all()
@@ -115,9 +116,9 @@ def test_threads_change_no_bit_of_logits(dtype, softcap):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        logps, lse = cpu_slab.token_logps(logits, targets, 0.5, softcap)
+        logps, lse = cpu_rows.native_token_logps(logits, targets, 0.5, softcap)
         grad = torch.empty_like(logits)
-        cpu_slab.write_gradient(grad, logits, targets, lse, torch.ones(64), 0.5, softcap)
+        cpu_rows.write_gradient(grad, logits, targets, lse, torch.ones(64), 0.5, softcap)
         results.append((logps, lse, grad))
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
@@ -129,11 +130,11 @@ def test_the_threads_are_those_of_pytorchs_openmp():
     """Threads beside them would get half of a core; a team's threads, unlike those, stay."""
     code = """
 import os, torch
-from irlfast.ops.pair_loss import cpu_slab
+from irlfast.ops.logits import cpu_rows
 logits, targets = torch.zeros(64, 3000), torch.zeros(64, dtype=torch.long)
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task"))
-cpu_slab.token_logps(logits, targets, 1.0, None)
+cpu_rows.native_token_logps(logits, targets, 1.0, None)
 print(len(os.listdir("/proc/self/task")) - before)
 """
     one = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -5,19 +5,17 @@ import torch
 
 from irlfast import native
 from irlfast.ops.common.types import HeadInputs, ScoredTokens
-from irlfast.ops.pair_loss import cpu_slab
+from irlfast.ops.logits import cuda_rows
+from irlfast.ops.pair_loss import cpu_slab, cuda_slab
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARIES = [1, 2, 7, 9, 16, 31, 64, 1000, 5001]
 
 
 @pytest.fixture(autouse=True)
-def cuda():
+def needs_module():
     if getattr(native.cuda, "device", None) != DEVICE:
         pytest.skip("irlfast._cuda is not built here")
-    from irlfast.ops.pair_loss import cuda_slab
-
-    return cuda_slab
 
 
 def framed(rows: torch.Tensor, offset: int, distance: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,13 +37,13 @@ def untouched(memory: torch.Tensor, inside: torch.Tensor) -> bool:
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", range(8))
-def test_rows_that_begin_anywhere(vocabulary, dtype, offset, cuda):
+def test_rows_that_begin_anywhere(vocabulary, dtype, offset):
     random = torch.Generator().manual_seed(offset)
     plain = (torch.randn(3, vocabulary, generator=random) * 3).to(dtype).to(DEVICE)
     targets = torch.tensor([0, -100, vocabulary - 1], device=DEVICE)
     logits, memory = framed(plain, offset, vocabulary + offset)
     reference, _ = framed(plain.float(), 0, vocabulary)
-    logps, lse, ref_logps = cuda.token_logps(logits, targets, reference, 0.5, None)
+    logps, lse, ref_logps = cuda_rows.token_logps(logits, targets, reference, 0.5, None)
     exact = torch.log_softmax(plain.double() * 0.5, 1)
     expected = torch.stack([exact[0, 0], exact.new_zeros(()), exact[2, -1]])
     for found in (logps, ref_logps):
@@ -55,7 +53,7 @@ def test_rows_that_begin_anywhere(vocabulary, dtype, offset, cuda):
     gradient[1] = 0
     frames = [framed(torch.zeros_like(plain), *place) for place in ((offset, vocabulary + 5), (offset ^ 3, vocabulary))]
     for written, whole in (*frames, (logits, memory)):  # the last in place
-        cuda.write_gradient(written, logits, targets, lse, upstream, 0.5, None)
+        cuda_rows.write_gradient(written, logits, targets, lse, upstream, 0.5, None)
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(written.double(), gradient, rtol=eps, atol=1e-6)
         assert untouched(whole, written)
@@ -65,7 +63,7 @@ def test_rows_that_begin_anywhere(vocabulary, dtype, offset, cuda):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("offset", [0, 1, 4])
-def test_slopes_in_the_memory_of_the_logits(vocabulary, dtype, softcap, offset, cuda):
+def test_slopes_in_the_memory_of_the_logits(vocabulary, dtype, softcap, offset):
     random = torch.Generator().manual_seed(offset)
     plain, bias = torch.randn(3, vocabulary, generator=random) * 3, torch.randn(vocabulary, generator=random)
     targets = torch.tensor([0, vocabulary // 2, vocabulary - 1])
@@ -73,7 +71,9 @@ def test_slopes_in_the_memory_of_the_logits(vocabulary, dtype, softcap, offset, 
     head = torch.empty(vocabulary, 1, dtype=dtype)
     exact, v, slab = cpu_slab.softmax(plain.double(), targets, HeadInputs(head, head, bias.to(dtype).double()), scored)
     z, memory = framed(plain, offset, vocabulary + offset + vocabulary % 2)
-    logps, ones, slope = cuda.softmax(z, targets.to(DEVICE), HeadInputs(head, head, bias.to(dtype).to(DEVICE)), scored)
+    logps, ones, slope = cuda_slab.softmax(
+        z, targets.to(DEVICE), HeadInputs(head, head, bias.to(dtype).to(DEVICE)), scored
+    )
     assert ones.eq(1).all() and slope.dtype == dtype and slope.data_ptr() == z.data_ptr()
     torch.testing.assert_close(logps.double().cpu(), exact, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(slope.double().cpu(), slab * v[:, None], rtol=torch.finfo(dtype).eps, atol=1e-6)

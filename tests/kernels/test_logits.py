@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from irlfast.ops.logits import public as ops
+from irlfast import ops
 from tests.helpers.ops_cases import sequences
 from tests.ops.test_logits import LENGTHS, OPTIONS, REFERENCES, check_against_fp64, combined, in_fp64, make
 

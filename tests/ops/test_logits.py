@@ -11,9 +11,9 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from irlfast import native
+from irlfast import native, ops
 from irlfast.ops.common import checks
-from irlfast.ops.logits import public as ops
+from irlfast.ops.logits import cpu_rows
 from tests.helpers.ops_cases import sequences
 
 BACKENDS = ["plain", "cpu"]
@@ -125,7 +125,7 @@ def test_matches_loops_over_tokens(reference, options, backend):
 def test_cpu_matches_the_oracle_in_fp64_whatever_the_chunk(vocabulary, dtype, options, rows, monkeypatch):
     if rows:
         monkeypatch.setattr(native, "cpu", None)
-        monkeypatch.setattr(ops, "CHUNK_BYTES", rows * 4 * vocabulary)
+        monkeypatch.setattr(cpu_rows, "CHUNK_BYTES", rows * 4 * vocabulary)
     for reference in REFERENCES:
         check_against_fp64(make(LENGTHS, vocabulary, dtype, reference=reference), "cpu", **options)
 
@@ -264,18 +264,18 @@ class NewTensors(TorchDispatchMode):
 def test_native_code_makes_no_tensor_of_logits_at_all():
     logits, targets = torch.randn(100, 1000, dtype=torch.bfloat16), torch.randint(1000, (100,))
     with NewTensors(logits) as made:
-        _, lse = ops.score_on_cpu(logits, targets, 0.5, 30.0)
-        ops.write_gradient(logits, logits, targets, lse, torch.randn(100), 0.5, 30.0, "cpu")
+        _, lse, _ = cpu_rows.token_logps(logits, targets, None, 0.5, 30.0)
+        cpu_rows.write_gradient(logits, logits, targets, lse, torch.randn(100), 0.5, 30.0)
     assert made.largest == 100
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_cpu_makes_no_tensor_beyond_a_chunk(softcap, monkeypatch):
-    monkeypatch.setattr(ops, "CHUNK_BYTES", 4 * 1000 * 8)
+    monkeypatch.setattr(cpu_rows, "CHUNK_BYTES", 4 * 1000 * 8)
     logits, targets = torch.randn(100, 1000, dtype=torch.bfloat16), torch.randint(1000, (100,))
     with NewTensors(logits) as made:
-        ops.score_by_rows(logits, targets, 0.5, softcap)
-        ops.write_gradient_by_rows(logits, logits, targets, torch.randn(100), 0.5, softcap)
+        cpu_rows.token_logps_by_chunks(logits, targets, 0.5, softcap)
+        cpu_rows.write_gradient_by_chunks(logits, logits, targets, torch.randn(100), 0.5, softcap)
     assert made.largest == 8 * 1000
 
 

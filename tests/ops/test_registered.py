@@ -5,9 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from irlfast import ops
-from irlfast.ops.common import checks
 from irlfast.ops.common.types import HeadInputs, PairLossSpec, ScoredTokens
-from irlfast.ops.pair_loss import custom_op
+from irlfast.ops.pair_loss import checks, custom_op
 from tests.helpers.ops_cases import gradients, make
 
 FORMS = {
@@ -53,11 +52,11 @@ def arguments(form: dict) -> tuple[HeadInputs, HeadInputs | None, ScoredTokens]:
 @forms
 def test_opcheck(form):
     policy, reference, scored = arguments(form)
-    sides = *policy, *(reference or custom_op.NOTHING)
-    wanted = custom_op.wanted(policy)
+    both = *policy, *(reference or custom_op.NO_REFERENCE)
+    wanted = custom_op.needs_gradient(policy)
     keep = wanted == [True, False, False]
-    torch.library.opcheck(custom_op.forward, (*sides, *scored, "cpu", keep, 0))
-    detached = [None if side is None else side.detach() for side in sides]
+    torch.library.opcheck(custom_op.forward, (*both, *scored, "cpu", keep, 0))
+    detached = [None if tensor is None else tensor.detach() for tensor in both]
     upstream = torch.randn(len(scored.targets))
     torch.library.opcheck(custom_op.backward, (upstream, None, *detached, *scored, "cpu", wanted))
     spec = PairLossSpec(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)

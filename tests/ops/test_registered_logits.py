@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from irlfast.ops.logits import public as ops
+from irlfast import ops
+from irlfast.ops.logits import custom_op
 from tests.ops.test_logits import BACKENDS, LENGTHS, REFERENCES, make
 
 
@@ -16,9 +17,9 @@ def test_opcheck(reference, options):
     case = make(LENGTHS, 7, torch.float32, reference="logits")
     logits, targets = case["logits"], case["targets"]
     ref_logits = case["ref_logits"] if reference else None
-    torch.library.opcheck(ops.forward, (logits, targets, ref_logits, *options, False, "cpu"))
+    torch.library.opcheck(custom_op.forward, (logits, targets, ref_logits, *options, False, "cpu"))
     rest = logits.detach(), targets, torch.empty(0), torch.randn(sum(LENGTHS)), *options, "cpu"
-    torch.library.opcheck(ops.write_gradient, (torch.empty_like(logits), *rest))
+    torch.library.opcheck(custom_op.write_gradient, (torch.empty_like(logits), *rest))
 
 
 @pytest.mark.parametrize("inplace", [False, True])  # which compiled code does not do, and must not suffer from

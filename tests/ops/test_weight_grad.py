@@ -86,7 +86,7 @@ def test_no_other_tensor_of_the_weights_size_is_made(dtype):
 @forms
 def test_opcheck(form):
     policy, reference, scored = arguments(form)
-    detached = [None if x is None else x.detach() for x in (*policy, *(reference or custom_op.NOTHING))]
+    detached = [None if x is None else x.detach() for x in (*policy, *(reference or custom_op.NO_REFERENCE))]
     spec = PairLossSpec(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
     wanted = [True, False, policy.bias is not None]
     given = torch.zeros_like(policy.weight), *detached, *scored, *spec, "cpu", wanted

@@ -1,7 +1,7 @@
-"""The pair slab in plain PyTorch, for the CPU; and what ``irlfast._cpu`` does there on logits that exist already.
+"""The pair slab on a CPU: PyTorch's products, and the softmax of ``irlfast._cpu`` where installation built it.
 
-A product of bf16 tensors would round the logits to bf16. Their fp32 copies, multiplied as bf16 (which loses nothing of
-them) and summed in fp32, give fp32 logits at up to four times the speed of fp32 products.
+A product of bf16 tensors would round the logits to bf16. Instead their fp32 copies, which have the same values, are
+multiplied as bf16 and summed in fp32: fp32 logits at up to four times the speed of fp32 products.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,23 +18,23 @@ from irlfast.ops.pair_loss import slab
 P = ParamSpec("P")
 T = TypeVar("T")
 
-TILE = 8192  # rows of the weight in one product, which packs them, and in bf16 widens them, all at once
+TILE = 8192  # rows of the weight per product: the product copies (and in bf16 widens) them all at once
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     hidden = hidden.to(out.dtype)
-    for part, rows in tiles(weight, out.dtype):
+    for part, rows in weight_tiles(weight, out.dtype):
         torch.mm(hidden, rows.T, out=out[:, part])
 
 
 def softmax(
-    z: Tensor, targets: Tensor, side: HeadInputs, scored: ScoredTokens, slopes: bool = True
+    z: Tensor, targets: Tensor, inputs: HeadInputs, scored: ScoredTokens, slopes: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With the slopes in any case: here they are a by-product of the sums."""
+    """The slab is computed with or without ``slopes``: here it is a by-product of the sums."""
     if native.cpu is not None and z.dtype == torch.float32:
-        return native_softmax(z, targets, side, scored)
-    if side.bias is not None:
-        z += side.bias.to(z.dtype)
+        return native_softmax(z, targets, inputs, scored)
+    if inputs.bias is not None:
+        z += inputs.bias.to(z.dtype)
     if scored.logit_scale != 1:
         z *= scored.logit_scale
     cap = scored.logit_softcap
@@ -47,10 +47,12 @@ def softmax(
     return (picked - peak - norm.log()).squeeze(1), -1 / norm.squeeze(1), z
 
 
-def native_softmax(z: Tensor, targets: Tensor, side: HeadInputs, scored: ScoredTokens) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in one pass over memory."""
+def native_softmax(
+    z: Tensor, targets: Tensor, inputs: HeadInputs, scored: ScoredTokens
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of :func:`softmax`, by ``irlfast._cpu`` in one pass over memory."""
     logps, sums = torch.empty(2, len(z))
-    bias = None if side.bias is None else side.bias.float().contiguous()
+    bias = None if inputs.bias is None else inputs.bias.float().contiguous()
     native.cpu.softmax_slopes(
         native.rows(z),
         0 if bias is None else bias.data_ptr(),
@@ -60,35 +62,6 @@ def native_softmax(z: Tensor, targets: Tensor, side: HeadInputs, scored: ScoredT
         torch.get_num_threads(),
     )
     return logps, -1 / sums, z
-
-
-def token_logps(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Natively: log-probabilities and log-sum-exps ``[N]`` fp32, 0 where skipped, of logits ``[N, V]`` fp32 or bf16."""
-    targets = targets.long().contiguous()
-    logps, lse = torch.empty(len(targets)), torch.empty(len(targets))
-    scoring = native.scoring(logits, targets, scale, softcap)
-    native.cpu.token_logps(native.rows(logits), scoring, logps.data_ptr(), lse.data_ptr(), torch.get_num_threads())
-    return logps, lse
-
-
-def write_gradient(
-    grad: Tensor,  # [N, V], written; may be logits
-    logits: Tensor,  # [N, V]
-    targets: Tensor,  # [N]
-    lse: Tensor,  # [N] fp32
-    upstream: Tensor,  # [N] fp32
-    scale: float,
-    softcap: float | None,
-) -> None:
-    targets, upstream = targets.long().contiguous(), upstream.contiguous()
-    native.cpu.write_gradient(
-        native.rows(grad),
-        native.rows(logits),
-        native.scoring(logits, targets, scale, softcap),
-        lse.data_ptr(),
-        upstream.data_ptr(),
-        torch.get_num_threads(),
-    )
 
 
 def exp_(z: Tensor, peak: Tensor, cap: float | None) -> Tensor:
@@ -103,39 +76,46 @@ def exp_(z: Tensor, peak: Tensor, cap: float | None) -> Tensor:
     return norm
 
 
-def by_weight(slab: Tensor, weight: Tensor) -> Tensor:
+def times_weight(slab: Tensor, weight: Tensor) -> Tensor:
     product = slab.new_zeros(slab.shape[0], weight.shape[1])
-    for part, rows in tiles(weight, slab.dtype):
+    for part, rows in weight_tiles(weight, slab.dtype):
         product.addmm_(slab[:, part], rows)
     return product
 
 
-def by_hidden(total: Tensor, slab: Tensor, hidden: Tensor, new: bool) -> None:
+def add_times_hidden(total: Tensor, slab: Tensor, hidden: Tensor, new: bool) -> None:
     total.addmm_(slab.T, hidden, beta=float(not new))
 
 
-def tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in ``dtype`` by rows, so that what a product keeps of it does not grow with the vocabulary."""
+def weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the weight in ``dtype``, and their place, so that a product's copy does not grow with the vocabulary."""
     for start in range(0, weight.shape[0], TILE):
         part = slice(start, min(start + TILE, weight.shape[0]))
         yield part, weight[part].to(dtype)
 
 
 def multiplied_as_bf16(product: Callable[P, T]) -> Callable[P, T]:
-    """fp32 operands are rounded to bf16, where the processor multiplies those; sums and results stay in fp32."""
+    """The product with fp32 operands rounded to bf16, if the processor multiplies bf16; sums and results are fp32."""
 
     @wraps(product)
     def narrow(*args: P.args, **kwargs: P.kwargs) -> T:
-        with slab.precision("mkldnn", "bf16"):
+        with slab.fp32_precision("mkldnn", "bf16"):
             return product(*args, **kwargs)
 
     return narrow
 
 
-SLAB_MB = 32  # elementwise steps stay in the last-level cache
-EXACT = slab.SlabKernels(SLAB_MB, logits, softmax, by_weight, by_hidden)
+EXACT = slab.SlabKernels(
+    slab_mb=32,  # elementwise steps then stay in the last-level cache
+    logits=logits,
+    softmax=softmax,
+    times_weight=times_weight,
+    add_times_hidden=add_times_hidden,
+)
 NARROW = EXACT._replace(
-    logits=multiplied_as_bf16(logits), by_weight=multiplied_as_bf16(by_weight), by_hidden=multiplied_as_bf16(by_hidden)
+    logits=multiplied_as_bf16(logits),
+    times_weight=multiplied_as_bf16(times_weight),
+    add_times_hidden=multiplied_as_bf16(add_times_hidden),
 )
 
 

@@ -1,7 +1,7 @@
-"""The operations on hidden states as torch knows them: compiled code calls them whole, autograd has their gradients.
+"""``log_ratio`` and ``pair_loss`` as custom operations of torch, so that compiled code calls each as a whole.
 
-Their arguments are the fields of :class:`HeadInputs` (policy, then reference), :class:`ScoredTokens` and
-:class:`PairLossSpec`, one after the other. An output that is not wanted is empty.
+Their arguments are the flattened fields of records: :class:`HeadInputs` (of the policy, then of the reference),
+:class:`ScoredTokens`, and :class:`PairLossSpec`. An output that is not wanted is an empty tensor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,28 +12,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from irlfast.ops.common.types import HeadInputs, PairLossSpec, ScoredTokens, objective
+from irlfast.ops.common.records import rebuild, schema_of
+from irlfast.ops.common.types import HeadInputs, PairLoss, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss import cpu_slab, cuda_slab, slab, triton_slab
+from irlfast.ops.pair_loss.objective import objective
 
-SIDE = "Tensor hidden, Tensor weight, Tensor? bias"
-REFERENCE = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
-PROBLEM = (
-    "Tensor targets, Tensor? rows, Tensor sequence, SymInt sequences, float logit_scale, float? logit_softcap, "
-    "ScalarType dtype, float buffer_mb, float skip_mass, Tensor? ref_logps"
-)
-COUPLING = "Tensor pairs, float beta, str loss_type, float nll_weight, float? num_pairs, float? num_tokens"
-NOTHING = (None, None, None)  # in the place of a reference
-WAITS = (torch.Tag.cudagraph_unsafe,)  # how many tokens are scored decides on shapes: the host waits for it
+POLICY = schema_of(HeadInputs)
+REFERENCE = schema_of(HeadInputs, prefix="ref_", optional=True)
+SCORED = schema_of(ScoredTokens)
+SPEC = schema_of(PairLossSpec)
+NO_REFERENCE = (None,) * len(HeadInputs._fields)
+WAITS = (torch.Tag.cudagraph_unsafe,)  # shapes depend on how many tokens are scored: the host waits for this number
 
 
 def token_logps(
     policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`irlfast.ops.pair_loss.plain.token_logps`."""
-    tiles = triton_slab.tiles(policy) if sparse(policy, scored, backend) else 0
-    keep = wanted(policy) == [True, False, False] and not tiles
-    logps, ref_logps, _ = forward(*policy, *(reference or NOTHING), *scored, backend, keep, tiles)
-    return logps, None if reference is None else ref_logps
+    tiles = triton_slab.num_tiles(policy) if is_sparse(policy, scored, backend) else 0
+    keep_slopes = needs_gradient(policy) == [True, False, False] and not tiles
+    logps, ref_logps, _ = forward(*policy, *(reference or NO_REFERENCE), *scored, backend, keep_slopes, tiles)
+    return logps, scored.ref_logps if reference is None else ref_logps
 
 
 def pair_loss(
@@ -43,72 +42,75 @@ def pair_loss(
     spec: PairLossSpec,
     backend: str,
     weight_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> PairLoss:
     """See :func:`irlfast.ops.pair_loss.plain.pair_loss`."""
     if weight_grad is not None:
         policy = policy._replace(weight=policy.weight.detach())
-    elif not any(wanted(policy)[1:]) or sparse(policy, scored, backend):
-        logps, ref_logps = token_logps(policy, reference, scored, backend)
-        return objective(logps, ref_logps, scored, spec), logps.detach(), ref_logps
-    arguments = *policy, *(reference or NOTHING), *scored, *spec, backend, wanted(policy)
+    elif not any(needs_gradient(policy)[1:]) or is_sparse(policy, scored, backend):
+        return objective(*token_logps(policy, reference, scored, backend), scored, spec)
+    arguments = *policy, *(reference or NO_REFERENCE), *scored, *spec, backend, needs_gradient(policy)
     with torch.no_grad():
-        loss, logps, ref_logps, *sums = pair_slabs(weight_grad, *arguments)
-    return PrecomputedGradient.apply(loss, *policy, *sums), logps, None if reference is None else ref_logps
+        logps, ref_logps, *sums = pair_slabs(weight_grad, *arguments)
+        result = objective(logps, scored.ref_logps if reference is None else ref_logps, scored, spec)
+    return result._replace(loss=PrecomputedGradient.apply(result.loss, *policy, *sums))
 
 
-def wanted(policy: HeadInputs) -> list[bool]:
+def needs_gradient(policy: HeadInputs) -> list[bool]:
     """Whether hidden, weight and bias need a gradient."""
     return [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in policy]
 
 
-def sparse(policy: HeadInputs, scored: ScoredTokens, backend: str) -> bool:
-    """Whether the gradient may leave out what weighs little; its sums are not deterministic."""
+def is_sparse(policy: HeadInputs, scored: ScoredTokens, backend: str) -> bool:
+    """Whether the gradient leaves out tiles that weigh little. Its sums are not deterministic."""
     exact = scored.skip_mass == 0 or torch.are_deterministic_algorithms_enabled()
-    return backend == "triton" and any(wanted(policy)) and not exact
+    return backend == "triton" and any(needs_gradient(policy)) and not exact
 
 
-def unpack(arguments: Sequence[Any]) -> tuple[HeadInputs, HeadInputs | None, ScoredTokens, Sequence[Any]]:
-    reference = None if arguments[3] is None else HeadInputs(*arguments[3:6])
-    return HeadInputs(*arguments[:3]), reference, ScoredTokens(*arguments[6:16]), arguments[16:]
+def unpack(arguments: Sequence[Any], *records: Any) -> list[Any]:
+    """Policy, reference or None, scored tokens, further ``records``, and the other arguments."""
+    policy, reference, *rest = rebuild(arguments, HeadInputs, HeadInputs, ScoredTokens, *records)
+    return [policy, None if reference.hidden is None else reference, *rest]
 
 
 @contextmanager
 def kernels_of(backend: str, policy: HeadInputs) -> Iterator[slab.SlabKernels]:
+    """The kernels of a backend, on the policy's device; fp32 products are not computed in TF32."""
     hidden = policy.hidden
-    wide = hidden.is_cuda and policy.weight.dtype == torch.float32  # not to be multiplied as TF32
-    products = slab.precision("cuda", "ieee") if wide else nullcontext()
+    fp32 = hidden.is_cuda and policy.weight.dtype == torch.float32
+    products = slab.fp32_precision("cuda", "ieee") if fp32 else nullcontext()
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
         on_gpu = {"triton": triton_slab.KERNELS, "cuda": cuda_slab.KERNELS}
         yield on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(policy)
 
 
 def filled(policy: HeadInputs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """``tensors``, each empty where it is None."""
+    """The tensors, with an empty one in the place of None."""
     return tuple(policy.hidden.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
-# ---------------------------------------------------------------- token log-probabilities, for any coupling
+# ---------------------------------------------------------------- log-probabilities of tokens, for any loss
 
 
 @torch.library.custom_op(
     "irlfast::token_logps",
     mutates_args=(),
-    schema=f"({SIDE}, {REFERENCE}, {PROBLEM}, str backend, bool keep, SymInt tiles) -> (Tensor, Tensor, Tensor)",
+    schema=f"({POLICY}, {REFERENCE}, {SCORED}, str backend, bool keep_slopes, SymInt tiles) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.pair_loss.slab.token_logps`."""
-    policy, reference, scored, (backend, keep, tiles) = unpack(arguments)
+    policy, reference, scored, backend, keep_slopes, tiles = unpack(arguments)
     with kernels_of(backend, policy) as kernels:
-        return filled(policy, *slab.token_logps(kernels, policy, reference, scored, keep, tiles))
+        return filled(policy, *slab.token_logps(kernels, policy, reference, scored, keep_slopes, tiles))
 
 
 @forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    policy, reference, scored, (_, keep, tiles) = unpack(arguments)
+    policy, reference, scored, _, keep_slopes, tiles = unpack(arguments)
     logps, tokens = scored.zeros(), scored.targets.shape[0]
     ref_logps = None if reference is None else scored.zeros()
-    if keep:
+    if keep_slopes:
         return filled(policy, logps, ref_logps, logps.new_empty(tokens, policy.hidden.shape[1]))
     return filled(policy, logps, ref_logps, logps.new_empty(2 + tiles, tokens) if tiles else None)
 
@@ -116,13 +118,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "irlfast::token_logps_backward",
     mutates_args=(),
-    schema=f"(Tensor upstream, Tensor? statistics, {SIDE}, {REFERENCE}, {PROBLEM}, str backend, bool[] wanted) "
+    schema=f"(Tensor upstream, Tensor? statistics, {POLICY}, {REFERENCE}, {SCORED}, str backend, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 def backward(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """See :func:`irlfast.ops.pair_loss.slab.gradients`; in the policy's dtype."""
-    policy, _, scored, (backend, wanted) = unpack(arguments)
+    """See :func:`irlfast.ops.pair_loss.slab.gradients`; the results are in the policy's dtype."""
+    policy, _, scored, backend, wanted = unpack(arguments)
     with kernels_of(backend, policy) as kernels:
         sums = slab.gradients(kernels, policy, scored, upstream, statistics, wanted)
         return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
@@ -130,36 +132,39 @@ def backward(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tu
 
 @backward.register_fake
 def _(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    policy, _, scored, (_, wanted) = unpack(arguments)
+    policy, _, scored, _, wanted = unpack(arguments)
     sums = slab.new_gradients(policy, scored, wanted)
     return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
 
 
-def keep_policy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    policy, _, scored, (ctx.backend, ctx.keep, ctx.tiles) = unpack(inputs)
+def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    policy, _, scored, ctx.backend, ctx.keep_slopes, ctx.tiles = unpack(inputs)
     _, ref_logps, kept = output
     ctx.mark_non_differentiable(ref_logps, kept)
-    targets, rows, sequence, *ctx.scalars, _ = scored
     ctx.height, ctx.dtype = policy.hidden.shape[0], policy.hidden.dtype
-    ctx.save_for_backward(kept, *(NOTHING if ctx.keep else policy), targets, rows, sequence)
+    ctx.num_others = len(inputs) - len(policy)
+    ctx.scored = scored._replace(targets=None, rows=None, sequence_ids=None, ref_logps=None)  # without tensors
+    needed = NO_REFERENCE if ctx.keep_slopes else policy
+    ctx.save_for_backward(kept, scored.targets, scored.rows, scored.sequence_ids, *needed)
 
 
 @once_differentiable
-def token_logps_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    kept, *policy, targets, rows, sequence = ctx.saved_tensors
-    others = [None] * 16  # what comes after the policy
-    if ctx.keep:
+def differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    kept, targets, rows, sequence_ids, *policy = ctx.saved_tensors
+    others = [None] * ctx.num_others
+    if ctx.keep_slopes:
         d_hidden = upstream[:, None] * kept
         if rows is not None:
             d_hidden = d_hidden.new_zeros(ctx.height, d_hidden.shape[1]).index_add(0, rows, d_hidden)
         return d_hidden.to(ctx.dtype), None, None, *others
-    wanted = list(ctx.needs_input_grad[:3])
-    scored = targets, rows, sequence, *ctx.scalars, None
-    grads = backward(upstream, kept if ctx.tiles else None, *policy, *NOTHING, *scored, ctx.backend, wanted)
-    return *(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), *others
+    scored = ctx.scored._replace(targets=targets, rows=rows, sequence_ids=sequence_ids)
+    wanted = list(ctx.needs_input_grad[: len(policy)])
+    statistics = kept if ctx.tiles else None
+    gradients = backward(upstream, statistics, *policy, *NO_REFERENCE, *scored, ctx.backend, wanted)
+    return *(gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)), *others
 
 
-forward.register_autograd(token_logps_backward, setup_context=keep_policy)
+forward.register_autograd(differentiate, setup_context=save_forward)
 
 
 # ---------------------------------------------------------------- the pair slab
@@ -168,30 +173,32 @@ forward.register_autograd(token_logps_backward, setup_context=keep_policy)
 @torch.library.custom_op(
     "irlfast::pair_slabs",
     mutates_args=("weight_grad",),
-    schema=f"(Tensor(a!)? weight_grad, {SIDE}, {REFERENCE}, {PROBLEM}, {COUPLING}, str backend, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor(a!)? weight_grad, {POLICY}, {REFERENCE}, {SCORED}, {SPEC}, str backend, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 def pair_slabs(weight_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """See :func:`irlfast.ops.pair_loss.slab.pair_loss`: what it returns, and the gradients. The weight's is added to
-    ``weight_grad`` if there is one."""
-    policy, reference, scored, (*spec, backend, wanted) = unpack(arguments)
+    """The results of :func:`irlfast.ops.pair_loss.slab.pair_loss`, and the loss's gradients.
+
+    The weight's gradient is added to ``weight_grad``, if given.
+    """
+    policy, reference, scored, spec, backend, wanted = unpack(arguments, PairLossSpec)
     sums = slab.new_gradients(policy, scored, wanted)
     into = sums if weight_grad is None else sums._replace(weight=weight_grad)
     with kernels_of(backend, policy) as kernels:
-        scores = slab.pair_loss(kernels, policy, reference, scored, PairLossSpec(*spec), into, weight_grad is None)
-    return filled(policy, *scores, *sums)
+        logps = slab.pair_loss(kernels, policy, reference, scored, spec, into, weight_grad is None)
+    return filled(policy, *logps, *sums)
 
 
 @pair_slabs.register_fake
 def _(weight_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    policy, reference, scored, (*_, wanted) = unpack(arguments)
-    logps, ref_logps = scored.zeros(), None if reference is None else scored.zeros()
-    return filled(policy, logps.new_empty(()), logps, ref_logps, *slab.new_gradients(policy, scored, wanted))
+    policy, reference, scored, _, _, wanted = unpack(arguments, PairLossSpec)
+    ref_logps = None if reference is None else scored.zeros()
+    return filled(policy, scored.zeros(), ref_logps, *slab.new_gradients(policy, scored, wanted))
 
 
 class PrecomputedGradient(torch.autograd.Function):
-    """A loss whose gradients by hidden, weight and bias are known already."""
+    """A loss whose gradients by hidden, weight and bias were computed with it: the backward multiplies them."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *sums: Tensor) -> Tensor:
@@ -207,8 +214,9 @@ class PrecomputedGradient(torch.autograd.Function):
 
 
 def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Their product, rounded once to ``dtype`` without a tensor in between; on a CPU, a factor of 1 takes none."""
-    known = type(factor) is Tensor and not torch.compiler.is_compiling()  # no tracer's
-    if known and factor.device.type == "cpu" and sums.dtype == dtype and factor == 1:  # to ask a GPU is to wait for it
+    """``sums · factor``, rounded once to ``dtype``, without a tensor in between; a factor of 1 is free on a CPU."""
+    concrete = type(factor) is Tensor and not torch.compiler.is_compiling()  # not the tensor of a tracer
+    # A GPU is not asked for its factor: the host would wait for it.
+    if concrete and factor.device.type == "cpu" and sums.dtype == dtype and factor == 1:
         return sums
     return torch.mul(sums, factor, out=torch.empty_like(sums, dtype=dtype))

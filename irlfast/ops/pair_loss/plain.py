@@ -1,16 +1,20 @@
-"""The operations in plain PyTorch: the oracle that every other backend is tested against. Holds ``[N, V]`` logits."""
+"""``log_ratio`` and ``pair_loss`` in plain PyTorch, with ``[N, V]`` logits: the oracle of every other backend."""
 
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.types import HeadInputs, PairLossSpec, ScoredTokens, objective
+from irlfast.ops.common.types import HeadInputs, PairLoss, PairLossSpec, ScoredTokens
+from irlfast.ops.pair_loss.objective import objective
 
 
 def token_logps(policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities ``[N]`` of the targets, 0 where skipped: the policy's, differentiable, and the reference's."""
+    """Log-probabilities ``[N]`` of the targets, 0 where skipped: the policy's, differentiable, and the reference's.
+
+    Without ``reference``, the second result is the cached one, ``[N]`` or ``[S]``, if any.
+    """
     logps = score(policy, scored)
     if reference is None:
-        return logps, None
+        return logps, scored.ref_logps
     with torch.no_grad():
         return logps, score(reference, scored)
 
@@ -21,22 +25,22 @@ def pair_loss(
     scored: ScoredTokens,
     spec: PairLossSpec,
     weight_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss ``[]``, differentiable, and the log-probabilities ``[N]`` of policy and reference, detached."""
+) -> PairLoss:
+    """The loss, differentiable, and the statistics; the weight's gradient is added to ``weight_grad``, if given."""
     if weight_grad is not None:
         policy = policy._replace(weight=policy.weight.detach().to(scored.dtype).requires_grad_())
     logps, ref_logps = token_logps(policy, reference, scored)
-    loss = objective(logps, ref_logps, scored, spec)
+    result = objective(logps, ref_logps, scored, spec)
     if weight_grad is not None:
-        weight_grad += torch.autograd.grad(loss, policy.weight, retain_graph=True)[0]
-    return loss, logps.detach(), ref_logps
+        weight_grad += torch.autograd.grad(result.loss, policy.weight, retain_graph=True)[0]
+    return result
 
 
-def score(side: HeadInputs, scored: ScoredTokens) -> Tensor:
+def score(inputs: HeadInputs, scored: ScoredTokens) -> Tensor:
     tokens = scored.indices()
-    hidden, weight = side.hidden.to(scored.dtype), side.weight.to(scored.dtype)
-    bias = None if side.bias is None else side.bias.to(scored.dtype)
     # Cast before selecting: the gradients of a row that is used twice then add up in fp32.
+    hidden, weight = inputs.hidden.to(scored.dtype), inputs.weight.to(scored.dtype)
+    bias = None if inputs.bias is None else inputs.bias.to(scored.dtype)
     logits = torch.nn.functional.linear(hidden[scored.rows_of(tokens)], weight, bias) * scored.logit_scale
     if scored.logit_softcap is not None:
         logits = scored.logit_softcap * torch.tanh(logits / scored.logit_softcap)

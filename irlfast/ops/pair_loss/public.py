@@ -1,31 +1,31 @@
 """Log-ratios and pair losses from hidden states, without the logits of a whole batch.
 
-Words and dimensions as in the design: N response tokens, R hidden rows, S sequences, P pairs, H hidden size, V
-vocabulary; ρ(y|x) = Σ_t log π_θ(y_t) − log π_ref(y_t) over response tokens, the end token included.
+Dimensions: N response tokens, R hidden rows, S sequences, P pairs, H hidden size, V vocabulary. The log-ratio of a
+sequence is ρ(y|x) = Σ_t log π_θ(y_t) − log π_ref(y_t) over its response tokens, the end token included.
 
 Arguments that both operations take:
 
-- ``hidden`` ``[R, H]``, ``weight`` ``[V, H]`` and ``bias`` ``[V]``: fp32, bf16, fp16 or fp64, one dtype. Logits are
-  ``softcap(logit_scale · (hidden @ weightᵀ + bias))``, with ``softcap(z) = c · tanh(z / c)`` where ``logit_softcap``
-  is c, in fp32 (fp64 for fp64 inputs): never rounded to bf16, autocast or not.
-- ``targets`` ``[N]`` int64 or int32: response tokens of all sequences one after the other; −100 is skipped.
+- ``hidden`` ``[R, H]``, ``weight`` ``[V, H]`` and ``bias`` ``[V]``: fp32, bf16, fp16 or fp64, all of one dtype. Logits
+  are ``softcap(logit_scale · (hidden @ weightᵀ + bias))``, with ``softcap(z) = c · tanh(z / c)`` where
+  ``logit_softcap`` is c. They are in fp32 (fp64 for fp64 inputs), with autocast too, and never rounded to bf16.
+- ``targets`` ``[N]`` int64 or int32: the response tokens of all sequences, one after the other; −100 is skipped.
 - ``cu_seqlens`` ``[S + 1]`` int32: sequence s is ``targets[cu_seqlens[s]:cu_seqlens[s + 1]]``; it may be empty.
-- ``rows`` ``[N]`` int64 or int32: the hidden row that predicts each target, so that prompt rows cost nothing, and two
-  answers to one prompt share its last row. Default: row n predicts target n, and R = N.
-- The reference, never with gradients, one of: nothing; ``ref_hidden`` ``[R, H']``, ``ref_weight`` ``[V, H']`` and
+- ``rows`` ``[N]`` int64 or int32: the hidden row that predicts each target. Prompt rows then cost nothing, and two
+  answers to one prompt can share its last row. Default: row n predicts target n, and R = N.
+- The reference never has gradients. It is one of: nothing; ``ref_hidden`` ``[R, H']``, ``ref_weight`` ``[V, H']`` and
   ``ref_bias`` ``[V]``, with the policy's rows, scale and soft-cap; or ``ref_logps``, log-probabilities per token
   ``[N]`` (as ``token_logps`` of :func:`log_ratio`; exact) or per sequence ``[S]`` (loses ~1e-3 nats at 1,024 tokens).
   A size that is both N and S is read as per token.
 - ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"``, ``"triton"`` and ``"cuda"``
-  never do; ``"cuda"`` is the pair slab with our own CUDA C++ between its products, where installation built it.
+  never do. ``"cuda"`` is the pair slab with our own CUDA C++ between its products, where installation built it.
   ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for others (``"plain"`` in fp64, or without Triton).
-- ``buffer_mb``: the most memory for logits, in MiB (one row at the least). ``"plain"`` ignores it.
-- ``skip_mass``: with ``"triton"``, leave out of the gradient what weighs little, as CCE does (arXiv 2411.09009):
-  tiles of the vocabulary, 128 tokens wide (32 in fp32), in which |g_n| · Σ_v |∂ log π(y_n) / ∂ z_v| is at most
-  ``skip_mass`` · max_n |g_n| for every token n of a block of 64, g being the loss's derivative by log π. A hidden row's
-  gradient then errs by at most ``skip_mass`` · max |g| · tiles · ``logit_scale`` · max_v ‖W_v‖. A trained model has
-  few tiles that weigh, and those alone are computed again, in no buffer. Sums are by atomic additions; 0, or
-  ``torch.use_deterministic_algorithms``, leaves nothing out.
+- ``buffer_mb``: the most memory for logits, in MiB (at least one row). ``"plain"`` ignores it.
+- ``skip_mass``: with ``"triton"``, leave tiles of the vocabulary that weigh little out of the gradient, as CCE does
+  (arXiv 2411.09009). A tile has 128 tokens (32 in fp32). It is left out where |g_n| · Σ_v |∂ log π(y_n) / ∂ z_v| is at
+  most ``skip_mass`` · max_n |g_n| for every token n of a block of 64, g being the loss's derivative by log π. The error
+  of a hidden row's gradient is then at most ``skip_mass`` · max |g| · tiles · ``logit_scale`` · max_v ‖W_v‖. Few tiles
+  of a trained model weigh enough; only these are computed again, without a buffer. Sums are by atomic additions. With
+  0, or under ``torch.use_deterministic_algorithms``, nothing is left out.
 
 Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
 """
@@ -33,17 +33,11 @@ Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
 import torch
 from torch import Tensor
 
-from irlfast.ops.common import checks
-from irlfast.ops.common.types import (
-    HeadInputs,
-    LogRatio,
-    PairLoss,
-    PairLossSpec,
-    default_pairs,
-    expert_nll,
-    summarise,
-)
-from irlfast.ops.pair_loss import custom_op, plain
+from irlfast.ops.common.checks import check_pairs, choose_backend
+from irlfast.ops.common.sequences import default_pairs
+from irlfast.ops.common.types import HeadInputs, LogRatio, PairLoss, PairLossSpec
+from irlfast.ops.pair_loss import checks, custom_op, plain
+from irlfast.ops.pair_loss.objective import statistics_of
 
 
 def log_ratio(
@@ -64,31 +58,31 @@ def log_ratio(
     buffer_mb: float = 1024,
     skip_mass: float = 0.0,
 ) -> LogRatio:
-    """Log-ratio ρ of every sequence: the implicit reward of IRFT (arXiv 2405.17888) and SPIN (arXiv 2401.01335) over β.
+    """Log-ratio ρ of every sequence. β·ρ is the implicit reward of IRFT (arXiv 2405.17888) and SPIN (arXiv 2401.01335).
 
-    Arguments as the module says. ``log_ratio``, ``policy_logps`` and ``token_logps`` carry gradients to ``hidden``,
-    ``weight`` and ``bias``, whatever the loss that combines them. Passes over ``weight``: one without
-    gradient, two where only ``hidden`` needs it (then ``[N, H]`` is kept for the backward), else four, as the backward
-    recomputes; :func:`pair_loss` needs three. One more for ``ref_hidden``.
+    See the module for the arguments. ``log_ratio``, ``policy_logps`` and ``token_logps`` carry gradients to ``hidden``,
+    ``weight`` and ``bias``, for any loss that combines them. Passes over ``weight``: one without gradient; two where
+    only ``hidden`` needs one (then ``[N, H]`` is kept for the backward); else four, because the backward recomputes.
+    :func:`pair_loss` needs three. ``ref_hidden`` takes one more.
 
     Returns:
         LogRatio: ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]`` and ``token_logps`` ``[N]`` in fp32 (fp64).
 
     Raises:
-        ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: a backend that is not installed.
+        ValueError: an argument has a wrong shape, dtype, device or value. The message names the argument.
+        RuntimeError: the backend is not installed.
     """
     policy = checks.check_policy(HeadInputs(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
     scored = checks.check_scored(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
-    backend = checks.choose_backend(backend, hidden, "hidden")
+    backend = choose_backend(backend, hidden, "hidden")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":
-            logps, computed = plain.token_logps(policy, reference, scored)
+            token_logps, ref_token_logps = plain.token_logps(policy, reference, scored)
         else:
-            logps, computed = custom_op.token_logps(policy, reference, scored, backend)
-        return summarise(logps, computed, scored)
+            token_logps, ref_token_logps = custom_op.token_logps(policy, reference, scored, backend)
+        return statistics_of(token_logps, ref_token_logps, scored)
 
 
 def pair_loss(
@@ -118,45 +112,45 @@ def pair_loss(
 ) -> PairLoss:
     """Loss on pairs (expert y, synthetic ỹ) with u = β · (ρ(y) − ρ(ỹ)): ``sigmoid`` −log σ(u), ``hinge`` max(0, 1 − u),
     ``linear`` −u (SPIN, arXiv 2401.01335, eq. 4.7; IRFT, arXiv 2405.17888, whose own gradient is that of ``linear``).
+    :data:`irlfast.ops.pair_loss.losses.PAIR_LOSSES` has every ``loss_type``.
 
-    ``loss`` = Σ over pairs / ``num_pairs`` + ``nll_weight`` · ``nll_loss``, ``nll_loss`` = −Σ log π_θ(y_t) over the
-    experts' tokens, each distinct expert once, / ``num_tokens``. The defaults are the pairs and the experts' scored
-    tokens of this call; a trainer passes the numbers of its whole batch instead. Without pairs, the loss is 0.
+    ``loss`` = Σ over pairs / ``num_pairs`` + ``nll_weight`` · ``nll_loss``; ``nll_loss`` = −Σ log π_θ(y_t) over the
+    experts' tokens / ``num_tokens``, where an expert of several pairs counts once. The defaults are the pairs and the
+    experts' scored tokens of this call; a trainer passes the numbers of its whole batch instead. Without pairs, the
+    loss is 0.
 
-    ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic); a sequence may be in several pairs or in none.
-    Default: sequences 2i and 2i + 1. Other arguments as the module says. Passes over ``weight``: three,
-    or two with a frozen head; groups of connected sequences that exceed ``buffer_mb`` are computed twice (four).
+    ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic). A sequence may be in several pairs or in none.
+    Default: sequences 2i and 2i + 1. See the module for the other arguments. Passes over ``weight``: three, or two with
+    a frozen head. A group of connected sequences that exceeds ``buffer_mb`` is computed twice (four passes).
 
     ``weight_grad`` fp32 (fp64): the gradient of ``loss`` by ``weight`` is added to it during the call, and autograd
-    leaves ``weight`` alone: micro-batches add up in fp32 whatever its dtype, and no other tensor of its size is made.
-    ``weight.grad`` will do where it is fp32. What multiplies ``loss`` later does not reach it (``num_pairs`` does), and
-    activation checkpointing would add it twice. Under ``torch.no_grad`` it stays as it is.
+    leaves ``weight`` alone. Micro-batches then add up in fp32 for any dtype of ``weight``, and no other tensor of its
+    size is made. ``weight.grad`` can be passed where it is fp32. A factor that multiplies ``loss`` later does not reach
+    ``weight_grad`` (``num_pairs`` does), and activation checkpointing would add the gradient twice. Under
+    ``torch.no_grad`` it stays unchanged.
 
     Returns:
         PairLoss: ``loss`` ``[]``, differentiable in ``hidden``, ``weight``, ``bias``; and, without gradient,
         ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]`` and ``nll_loss`` ``[]``; in fp32 (fp64).
 
     Raises:
-        ValueError: a wrong shape, dtype, device or value; it names the argument, what was found and expected.
-        RuntimeError: a backend that is not installed.
+        ValueError: an argument has a wrong shape, dtype, device or value. The message names the argument.
+        RuntimeError: the backend is not installed.
     """
     policy = checks.check_policy(HeadInputs(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
     scored = checks.check_scored(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
-    checks.check_pairs(pairs, cu_seqlens)
-    pairs = default_pairs(scored.sequences, hidden.device) if pairs is None else pairs.long()
-    checks.check_loss(beta, loss_type, nll_weight, num_pairs, num_tokens)
-    spec = PairLossSpec(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens)
+    check_pairs(pairs, cu_seqlens)
+    pairs = default_pairs(scored.num_sequences, hidden.device) if pairs is None else pairs.long()
+    spec = checks.check_spec(PairLossSpec(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens))
     if weight_grad is not None:
         checks.check_weight_grad(weight_grad, policy, scored)
         weight_grad = weight_grad if torch.is_grad_enabled() else None
-    backend = checks.choose_backend(backend, hidden, "hidden")
+    backend = choose_backend(backend, hidden, "hidden")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":
-            loss, logps, computed = plain.pair_loss(policy, reference, scored, spec, weight_grad)
+            result = plain.pair_loss(policy, reference, scored, spec, weight_grad)
         else:
-            loss, logps, computed = custom_op.pair_loss(policy, reference, scored, spec, backend, weight_grad)
-        statistics = summarise(logps, computed, scored)
-        nll = expert_nll(statistics.policy_logps, scored, spec)
-    return PairLoss(loss, *statistics[:3], nll)
+            result = custom_op.pair_loss(policy, reference, scored, spec, backend, weight_grad)
+    return PairLoss(result.loss, *(statistic.detach() for statistic in result[1:]))

@@ -34,7 +34,7 @@ from irlfast.ops.common.checks import (
     require,
     values_visible,
 )
-from irlfast.ops.common.types import default_pairs
+from irlfast.ops.common.sequences import default_pairs
 from irlfast.ops.rewards import losses as divergences
 from irlfast.ops.rewards.losses import Options, check_options, discriminator_reward
 
@@ -326,11 +326,10 @@ def check_heads(
     if rows is not None:
         check_tensor(rows, "rows", "[N]", INTEGERS, device)
     require(pooling in ("last", "token"), "pooling", pooling, "'last' or 'token'")
-    if values_visible(device):
-        whose = "the rows of hidden, where rows is None" if rows is None else "the number of rows"
-        check_cu_seqlens(cu_seqlens, (hidden if rows is None else rows).shape[0], whose)
-        if rows is not None:
-            check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
+    whose = "the rows of hidden, where rows is None" if rows is None else "the number of rows"
+    check_cu_seqlens(cu_seqlens, (hidden if rows is None else rows).shape[0], whose)
+    if rows is not None:
+        check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
     if backend == "auto" and heads > MOST_HEADS:
         backend = "plain"
     backend = choose_backend(backend, hidden, "hidden", ("auto", "plain", "cpu", "triton"))

@@ -1,0 +1,130 @@
+"""Checks of the arguments of ``log_ratio`` and ``pair_loss``, which become the records of ``common/types.py``."""
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irlfast.ops.common.checks import (
+    FLOATS,
+    INTEGERS,
+    alternatives,
+    check_cached,
+    check_cu_seqlens,
+    check_offsets,
+    check_positive,
+    check_range,
+    check_scaling,
+    check_targets,
+    check_tensor,
+    require,
+)
+from irlfast.ops.common.sequences import sequence_ids
+from irlfast.ops.common.types import HeadInputs, PairLossSpec, ScoredTokens
+from irlfast.ops.pair_loss.losses import PAIR_LOSSES
+
+
+def check_policy(policy: HeadInputs) -> HeadInputs:
+    check_head_inputs(policy, "", getattr(policy.hidden, "device", torch.device("cpu")))
+    return policy
+
+
+def check_reference(
+    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, policy: HeadInputs
+) -> HeadInputs | None:
+    """The reference that is computed from hidden states, detached; None without ``ref_hidden``."""
+    if hidden is None:
+        require(weight is None, "ref_weight", weight, "None where ref_hidden is None")
+        require(bias is None, "ref_bias", bias, "None where ref_hidden is None")
+        return None
+    if weight is None:
+        raise ValueError("ref_weight: found None, expected a tensor [V, H'] where ref_hidden is given")
+    check_head_inputs(HeadInputs(hidden, weight, bias), "ref_", policy.hidden.device)
+    rows, vocabulary = policy.hidden.shape[0], policy.weight.shape[0]
+    require(hidden.shape[0] == rows, "ref_hidden", hidden, "{} rows, as hidden has", rows)
+    require(weight.shape[0] == vocabulary, "ref_weight", weight, "{} rows, as weight has", vocabulary)
+    return HeadInputs(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+
+
+def check_head_inputs(inputs: HeadInputs, prefix: str, device: torch.device) -> None:
+    hidden, weight, bias = inputs
+    check_tensor(hidden, f"{prefix}hidden", "[R, H]", FLOATS, device)
+    check_tensor(weight, f"{prefix}weight", "[V, H]", (hidden.dtype,), device)
+    size, columns = weight.shape[0], hidden.shape[1]
+    fits = size > 0 and weight.shape[1] == columns
+    require(fits, f"{prefix}weight", weight, f"[V, {{}}] with V > 0, as {prefix}hidden has H columns", columns)
+    if bias is not None:
+        check_tensor(bias, f"{prefix}bias", "[V]", (hidden.dtype,), device)
+        require(bias.shape[0] == size, f"{prefix}bias", bias, f"[{{}}], as {prefix}weight has that many rows", size)
+
+
+def check_scored(
+    policy: HeadInputs,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    buffer_mb: float,
+    skip_mass: float,
+) -> ScoredTokens:
+    """The scored tokens, with ``cu_seqlens`` turned into the sequence of each target."""
+    hidden, device = policy.hidden, policy.hidden.device
+    check_tensor(targets, "targets", "[N]", INTEGERS, device)
+    check_offsets(cu_seqlens, device)
+    tokens = targets.numel()
+    if rows is None:
+        require(hidden.shape[0] == tokens, "hidden", hidden, "{} rows, as targets, where rows is None", tokens)
+    else:
+        check_tensor(rows, "rows", "[N]", INTEGERS, device)
+        require(rows.numel() == tokens, "rows", rows, "[{}], as targets", tokens)
+    check_scaling(logit_scale, logit_softcap)
+    check_positive(buffer_mb, "buffer_mb")
+    number = isinstance(skip_mass, Real)
+    require(number and 0 <= skip_mass < 1, "skip_mass", skip_mass, "a number >= 0 and < 1")
+    check_cu_seqlens(cu_seqlens, tokens, "the number of targets")
+    check_targets(targets, policy.weight.shape[0])
+    if rows is not None:
+        check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
+    return ScoredTokens(
+        targets=targets.long(),
+        rows=None if rows is None else rows.long(),
+        sequence_ids=sequence_ids(cu_seqlens, tokens),
+        num_sequences=cu_seqlens.numel() - 1,
+        logit_scale=float(logit_scale),
+        logit_softcap=logit_softcap,
+        dtype=torch.promote_types(hidden.dtype, torch.float32),
+        buffer_mb=buffer_mb,
+        skip_mass=skip_mass,
+    )
+
+
+def check_ref_logps(ref_logps: Tensor | None, has_ref_hidden: bool, scored: ScoredTokens) -> ScoredTokens:
+    """The scored tokens with their cached reference, per token ``[N]`` or per sequence ``[S]``, detached."""
+    if ref_logps is None:
+        return scored
+    require(not has_ref_hidden, "ref_logps", ref_logps, "None where ref_hidden is given (one reference, not two)")
+    check_cached(ref_logps, scored.targets.device, scored.targets.shape[0], scored.num_sequences)
+    return scored._replace(ref_logps=ref_logps.detach())
+
+
+def check_spec(spec: PairLossSpec) -> PairLossSpec:
+    check_positive(spec.beta, "beta")
+    require(spec.loss_type in PAIR_LOSSES, "loss_type", spec.loss_type, alternatives(PAIR_LOSSES))
+    fits = isinstance(spec.nll_weight, Real) and 0 <= spec.nll_weight < math.inf
+    require(fits, "nll_weight", spec.nll_weight, "a number >= 0")
+    counts: dict[str, Any] = {"num_pairs": spec.num_pairs, "num_tokens": spec.num_tokens}
+    for name, value in counts.items():
+        if value is not None:
+            check_positive(value, name, "None or a number > 0")
+    return spec
+
+
+def check_weight_grad(weight_grad: Tensor, policy: HeadInputs, scored: ScoredTokens) -> None:
+    check_tensor(weight_grad, "weight_grad", "[V, H]", (scored.dtype,), policy.hidden.device)
+    fits = weight_grad.shape == policy.weight.shape and weight_grad.is_contiguous() and not weight_grad.requires_grad
+    height, width = policy.weight.shape
+    require(fits, "weight_grad", weight_grad, "[{}, {}], as weight has, contiguous, without a gradient", height, width)
+    require(scored.skip_mass == 0, "skip_mass", scored.skip_mass, "0 where weight_grad is given")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from irlfast import ops
+from irlfast.ops.common import checks
 from tests.helpers.ops_cases import sequences
 from tests.ops.test_logits import LENGTHS, OPTIONS, REFERENCES, check_against_fp64, combined, in_fp64, make
 
@@ -159,7 +160,7 @@ def test_logits_of_minus_infinity(softcap, backend):
 
 
 def test_a_target_outside_the_vocabulary_is_nan_where_values_are_not_checked(monkeypatch, backend):
-    monkeypatch.setattr(ops, "values_visible", lambda device: False)
+    monkeypatch.setattr(checks, "values_visible", lambda device: False)
     logits, targets = torch.zeros(4, 7, device=DEVICE), torch.tensor([7, -1, 10**12, 3], device=DEVICE)
     assert ops.token_logps(logits, targets, backend=backend).isnan().tolist() == [True, True, True, False]
 

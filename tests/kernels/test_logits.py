@@ -5,6 +5,7 @@ import torch
 
 from irlfast import ops
 from irlfast.ops.common import checks
+from irlfast.ops.logits import custom_op
 from tests.helpers.ops_cases import sequences
 from tests.ops.test_logits import LENGTHS, OPTIONS, REFERENCES, check_against_fp64, combined, in_fp64, make
 
@@ -64,7 +65,7 @@ def test_sums_of_thousands_of_tokens_lose_nothing(per_token, backend):
     logps[targets == -100] = 0
     if not per_token:
         ref_logps = ref_logps[:4]
-    sums = ops.sequence_sums(logps, targets, cu_seqlens, ref_logps, backend).double()
+    sums = custom_op.sequence_sums(logps, targets, cu_seqlens, ref_logps, backend).double()
     policy = torch.stack([part.double().sum() for part in logps.split(lengths)])
     reference = ref_logps.double()
     if per_token:
@@ -169,12 +170,12 @@ def test_a_target_outside_the_vocabulary_is_nan_where_values_are_not_checked(mon
 def test_opcheck(reference, backend):
     case = make(LENGTHS, 7, torch.float32, reference="logits", device=DEVICE)
     logits, targets, ref_logits = case["logits"], case["targets"], case["ref_logits"] if reference else None
-    torch.library.opcheck(ops.forward, (logits, targets, ref_logits, 0.5, 30.0, False, backend))
+    torch.library.opcheck(custom_op.forward, (logits, targets, ref_logits, 0.5, 30.0, False, backend))
     lse, upstream = torch.randn(2, sum(LENGTHS), device=DEVICE)
     rest = logits.detach(), targets, lse, upstream, 0.5, None, backend
-    torch.library.opcheck(ops.write_gradient, (torch.empty_like(logits), *rest))
+    torch.library.opcheck(custom_op.write_gradient, (torch.empty_like(logits), *rest))
     logps, ref_logps = lse.requires_grad_(), upstream if reference else None
-    torch.library.opcheck(ops.sequence_sums, (logps, targets, case["cu_seqlens"], ref_logps, backend))
+    torch.library.opcheck(custom_op.sequence_sums, (logps, targets, case["cu_seqlens"], ref_logps, backend))
 
 
 @pytest.mark.parametrize("reference", REFERENCES)

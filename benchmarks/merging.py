@@ -21,7 +21,7 @@ from benchmarks.runs import parser, train
 from irlfast.config import make_config
 from irlfast.data.store import load_examples
 from irlfast.models.load import load_model
-from irlfast.models.lora import rounded_by_chance
+from irlfast.models.lora import round_stochastically
 
 TASK = {
     "config_name": ROOT / "irlfast/demo/config.json",
@@ -51,7 +51,7 @@ def nearest(exact: Tensor, _: torch.Generator) -> Tensor:
 
 
 def by_chance(exact: Tensor, generator: torch.Generator) -> Tensor:
-    return rounded_by_chance(exact, generator).float()
+    return round_stochastically(exact, generator).float()
 
 
 def in_fp32(exact: Tensor, _: torch.Generator) -> Tensor:

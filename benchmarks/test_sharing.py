@@ -19,7 +19,8 @@ from irlfast import ops
 from irlfast.data.batching import micro_batches
 from irlfast.data.packing import Layout, PromptGroup, pack, token_counts
 from irlfast.losses.inputs import arguments
-from irlfast.models.attention import hidden_states, operations
+from irlfast.models.costs import costs_of, operations
+from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
 
 PROMPTS, SYNTHETIC = (0.25, 0.5, 1, 2, 4), (1, 2, 4)  # of the answers' length, and their number
@@ -75,7 +76,8 @@ def curve(model: Any, sizes: dict[str, int]) -> list[dict[str, Any]]:
                     times[name].append(seconds(model, groups, layout, sizes["limit"]))
             middle = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first warms up
             tokens = sizes["answer"] * (n + 1) * sizes["groups"]
-            counted = {name: operations(model, token_counts(groups, layout)) for name, layout in layouts.items()}
+            costs = costs_of(model, model.lm_head.weight)
+            counted = {name: operations(costs, token_counts(groups, layout)) for name, layout in layouts.items()}
             gain, predicted = (both["separate"] / both["shared"] for both in (middle, counted))
             rates = {name: tokens / spent for name, spent in middle.items()}
             points.append({"n": n, "ratio": ratio, "rates": rates, "gain": gain, "predicted": predicted})

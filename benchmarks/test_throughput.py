@@ -59,7 +59,7 @@ def gsm8k(data: Path, count: int) -> list[Text]:
 
 def ids_of(texts: list[Text], vocabulary: int) -> list[list[list[int]]]:
     """Token ids by a tokenizer trained on these texts, prompts cut at their start, answers at their end."""
-    from irlfast.models.load import train_tokenizer
+    from irlfast.models.tokenizers import train_tokenizer
 
     tokenizer = train_tokenizer([text for row in texts for text in row], vocabulary)
     pairs = []

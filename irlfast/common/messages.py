@@ -20,6 +20,11 @@ def log_once(message: str) -> None:
     log(message)
 
 
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error's message, on one line."""
+    return " ".join(str(error).split()).split(". ")[0]
+
+
 class Progress:
     """The progress of a phase: a bar on a terminal, otherwise lines with the time and the metrics.
 

@@ -11,10 +11,9 @@ from irlfast.common.files import read_json, remove, write, write_json
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.encoding import Encoder
-from irlfast.engine.trainable import trainable_model
-from irlfast.models.load import save_pretrained
-from irlfast.models.lora import base_and_adapter, merge, revision, save_lora
-from irlfast.models.padding import padded_apart
+from irlfast.models.load import load_to_train, save_pretrained
+from irlfast.models.lora import base_and_adapter, merge, revision_of, save_lora
+from irlfast.models.padding import add_unique_padding
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, config: Config) -> None:
@@ -65,15 +64,15 @@ def save_model(
         return
     if config.use_peft and not reward:
         base, _ = base_and_adapter(start)
-        at = revision(start, config)
+        at = revision_of(start, config)
         write(folder, lambda temporary: save_lora(temporary, model, state, base, at, encoder.tokenizer))
         return
     if config.use_peft:
-        adapted = trainable_model(start, config, reward)
+        adapted = load_to_train(start, config, reward=reward)
         adapted.load_state_dict(state, strict=False)
         model = merge(adapted, str(folder))
         state = model.state_dict()
-    tokenizer = padded_apart(model, encoder, state) if reward else encoder.tokenizer
+    tokenizer = add_unique_padding(model, encoder, state) if reward else encoder.tokenizer
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))
 
 

@@ -10,35 +10,33 @@ from irlfast.common import dist
 from irlfast.common.files import find_path, read_json
 from irlfast.common.messages import log
 from irlfast.config import Config
-from irlfast.data.packing import Layout, PromptGroup
+from irlfast.data.packing import PromptGroup
 from irlfast.engine.deepspeed_patches import float32_parameters, keep_float32, skip_reduction_of_one_process
 from irlfast.engine.module import Policy
 from irlfast.engine.optim import make_optimizer, make_scheduler
 from irlfast.engine.plan import Plan
-from irlfast.engine.trainable import arrange_layers, trainable_model
+from irlfast.engine.trainable import arrange_layers
 from irlfast.losses.inputs import Loss
 from irlfast.models.moe import check_router
-from irlfast.ops.common.heads import unwrapped
+from irlfast.models.prepare import prepare_to_train
 
 
-def make_engine(
-    policy: Path | str, loss: Loss, plan: Plan, config: Config, groups: Sequence[PromptGroup]
-) -> tuple[Any, Layout]:
-    """Return an engine around the policy with a new optimiser, and how prompt groups are packed for the policy."""
+def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config, groups: Sequence[PromptGroup]) -> Any:
+    """Return an engine around the policy (an :class:`irlfast.engine.module.Policy`), with a new optimiser."""
     import deepspeed
 
-    model = trainable_model(policy, config, plan.reward, in_4bit=config.load_in_4bit).to(dist.device()).eval()
-    layout = arrange_layers(model, config, groups)
+    prepared = prepare_to_train(policy, config, groups, plan.reward)
+    arrange_layers(prepared, config, groups)
     router_aux_loss_coef = 0.0 if plan.reward else config.router_aux_loss_coef
     if router_aux_loss_coef:
-        check_router(unwrapped(model), router_aux_loss_coef)
+        check_router(prepared.base, router_aux_loss_coef)
     offload = config.activation_offloading and dist.device().type != "cpu"
     if config.activation_offloading and not offload:
         log("activation_offloading: activations are in host memory already, on a CPU")
-    kept = float32_parameters(model, config)
-    optimizer = make_optimizer(model, plan, config)
+    kept = float32_parameters(prepared.model, config)
+    optimizer = make_optimizer(prepared.model, plan, config)
     engine = deepspeed.initialize(
-        model=Policy(model, loss, offload, router_aux_loss_coef),
+        model=Policy(prepared, loss, offload, router_aux_loss_coef),
         optimizer=optimizer,
         lr_scheduler=make_scheduler(optimizer, plan, config),
         config=deepspeed_settings(config),
@@ -46,7 +44,7 @@ def make_engine(
     )[0]
     keep_float32(kept)
     skip_reduction_of_one_process(engine)
-    return engine, layout
+    return engine
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:

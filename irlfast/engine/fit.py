@@ -57,7 +57,8 @@ def train_phase(
 ) -> None:
     """Train from the last checkpoint, or from the start, to the end of the phase; save the model."""
     config, checkpoint = run.config, folder / "checkpoint"
-    engine, layout = make_engine(policy, loss, plan, config, groups)
+    engine = make_engine(policy, loss, plan, config, groups)
+    layout = engine.module.prepared.layout
     limit = phase_limit(config, groups, layout, plan.micro_batch, checkpoint)
     done = resume(engine, checkpoint, config)
     prepared_steps = prepare(plan.steps[done:], groups, layout, limit)
@@ -107,7 +108,7 @@ def train_steps(
                 continue
             row = {"phase": phase, **progress_of(plan, step, group_count), **means(sums)}
             row |= {"grad_norm": float(grad_norm or 0.0), "learning_rate": engine.get_lr()[0]}
-            row |= meters(engine.module.model, counts, watch.read())
+            row |= meters(engine.module.prepared.costs, counts, watch.read())
             sums, counts = {}, Counter()
             run.metrics_log.write(row)
             progress.show(postfix(row))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from irlfast.common import dist
-from irlfast.models.attention import operations
+from irlfast.models.costs import Costs, operations
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations per second, from the data sheets
 
@@ -63,14 +63,14 @@ def seconds_between(begin: Any, end: Any) -> float:
     return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
 
 
-def meters(model: Any, counts: Counter[str], seconds: dict[str, float]) -> dict[str, float]:
+def meters(costs: Costs, counts: Counter[str], seconds: dict[str, float]) -> dict[str, float]:
     """Return seconds, each part's share of them, tokens per second, and operations per second and device.
 
     The shares add up to 1. Tokens are those of all processes. ``mfu``, the model FLOPs utilisation, is given on GPUs
     whose peak is known.
     """
     total = seconds.pop("all")
-    rate = operations(model, counts) / total / dist.world_size()
+    rate = operations(costs, counts) / total / dist.world_size()
     row = {
         "seconds": total,
         "tokens_per_second": counts["tokens"] / total,

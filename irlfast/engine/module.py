@@ -9,9 +9,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from irlfast.data.packing import Batch
 from irlfast.losses.inputs import Loss, Metrics, Normalisers
-from irlfast.models.attention import body_output
-from irlfast.models.load import head_of
+from irlfast.models.forward import body_output
 from irlfast.models.moe import balancing_loss
+from irlfast.models.prepare import PreparedModel
 
 FEW = 1024  # elements: fewer are not worth a copy
 
@@ -19,9 +19,12 @@ FEW = 1024  # elements: fewer are not worth a copy
 class Policy(torch.nn.Module):
     """A language or reward model with a loss on its hidden states: one module, so that ZeRO-3 gathers its head too."""
 
-    def __init__(self, model: Any, loss: Loss, offload: bool = False, router_aux_loss_coef: float = 0.0) -> None:
+    def __init__(
+        self, prepared: PreparedModel, loss: Loss, offload: bool = False, router_aux_loss_coef: float = 0.0
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.prepared = prepared
+        self.model = prepared.model
         self.loss = loss
         self.offload = offload
         self.router_aux_loss_coef = router_aux_loss_coef
@@ -31,7 +34,7 @@ class Policy(torch.nn.Module):
         with offloaded(self.model) if self.offload else contextlib.nullcontext():
             output = body_output(self.model, batch, **balanced)
         hidden = output.last_hidden_state.flatten(0, 1)
-        loss, metrics = self.loss(hidden, head_of(self.model), batch, normalisers)
+        loss, metrics = self.loss(hidden, self.prepared.head(), batch, normalisers)
         if not balanced:
             return loss, metrics
         auxiliary = balancing_loss(self.model, output.router_logits, batch) * metrics["count"]

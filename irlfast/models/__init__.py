@@ -1,1 +1,1 @@
-"""A Hugging Face model made ready: load, save, LoRA, attention and masks, what its head computes."""
+"""Hugging Face models made ready: tokenizers, loading, LoRA, attention and masks. ``prepare`` is the one door."""

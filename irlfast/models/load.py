@@ -1,194 +1,56 @@
-"""Models and tokenizers: loaded, or built small from a config; reward models are policies with another head."""
+"""Load and save policies and reward models. A reward model is a language model's body under another head."""
 
-import contextlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from irlfast.common.files import InputError, find_path, write
-from irlfast.common.messages import log_once
+from irlfast.common.files import InputError
+from irlfast.common.messages import first_sentence, log_once
 from irlfast.config import Config
-from irlfast.models.lora import base_and_adapter, load_lora, revision
-from irlfast.ops import Head, lm_head
-from irlfast.ops.common.heads import score_head, unwrapped
-
-END_TOKEN = "<|endoftext|>"
-
-
-# ---------------------------------------------------------------- tokenizers
-
-
-def load_tokenizer(config: Config, texts: Iterable[str]) -> Any:
-    """The run's tokenizer; ``texts`` train one where ``train_tokenizer`` asks for it."""
-    import transformers
-
-    if config.train_tokenizer:
-        return train_tokenizer(texts, config.train_tokenizer)
-    name = config.tokenizer_name_or_path or config.model_name_or_path
-    assert name
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(find_path(name) or name),
-            revision=config.model_revision if name == config.model_name_or_path else "main",
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {name}: cannot be loaded ({first_sentence(error)})") from error
-
-
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer: every text has token ids, and frequent strings one each."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token=END_TOKEN, clean_up_tokenization_spaces=False
-    )
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """Embeddings that a tokenizer asks for: ids may have gaps, and ``len`` does not count them."""
-    return 1 + max(tokenizer.get_vocab().values())
-
-
-# ---------------------------------------------------------------- models
-
-
-def build_model(config: Config, tokenizer: Any, folder: Path) -> None:
-    """Write a model with new weights (seeded) and its tokenizer, as ``config_name`` describes it."""
-    import transformers
-
-    model_config = load_model_config(config)
-    model_config.vocab_size = len(tokenizer)
-    model_config.bos_token_id, model_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    model_config.pad_token_id = tokenizer.pad_token_id
-    torch.manual_seed(config.seed)
-    model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    model = model.to(getattr(torch, config.dtype))
-    write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
-
-
-@torch.no_grad()
-def resize_model(config: Config, tokenizer: Any, folder: Path) -> None:
-    """Write the given model with its tokenizer and an embedding for each token; new ones are the mean of the others.
-
-    Raises:
-        InputError: the model has more tensors than those of embedding and LM head that would have to grow.
-    """
-    model = load_model(str(config.model_name_or_path), config)
-    tokens, rows = vocabulary_size(tokenizer), rows_of(config)
-    model.resize_token_embeddings(tokens, mean_resizing=False)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for tensor in (module.weight, getattr(module, "bias", None)):
-            if tensor is not None:
-                tensor[rows:] = tensor[:rows].float().mean(0)
-    try:
-        model(input_ids=torch.tensor([[tokens - 1]]))
-    except (IndexError, RuntimeError) as error:
-        raise InputError(f"resize_embeddings: {type(model).__name__} does not run with {tokens:,} tokens") from error
-    write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
-
-
-def rows_of(config: Config, name: Path | str | None = None) -> int:
-    """Embeddings of a model, or of the base of an adapter; without a ``name``, of the run's model."""
-    return load_model_config(config, name).get_text_config().vocab_size
-
-
-def load_model_config(config: Config, name: Path | str | None = None) -> Any:
-    """The architecture of a model; without a ``name``, of the run's model.
-
-    Raises:
-        InputError: where there is none that Transformers knows.
-    """
-    import transformers
-
-    key = "config_name" if config.config_name else "model_name_or_path"
-    given = name or getattr(config, key)
-    base, _ = base_and_adapter(given)
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            base, revision=revision(given, config), trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{key} {base}: not a Transformers config ({first_sentence(error)})") from error
-
-
-def stop_tokens(config: Config) -> list[int]:
-    """The tokens that end an answer by the word of the model's own config and generation config."""
-    import transformers
-
-    if not config.model_name_or_path:
-        return []
-    name, _ = base_and_adapter(config.model_name_or_path)
-    chosen = revision(config.model_name_or_path, config)
-    found = [load_model_config(config).get_text_config().eos_token_id]
-    with contextlib.suppress(OSError):  # most models have no generation config
-        found.append(transformers.GenerationConfig.from_pretrained(name, revision=chosen).eos_token_id)
-    flat = [ids if isinstance(ids, list) else [ids] for ids in found]
-    return sorted({token for ids in flat for token in ids if token is not None})
-
-
-def no_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
-    """The ids below ``vocabulary`` that stand for no token, as rows of an embedding that was padded."""
-    return sorted({*range(vocabulary)} - {*tokenizer.get_vocab().values()})
-
-
-def save_pretrained(folder: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:
-    model.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
+from irlfast.models.lora import add_lora, base_and_adapter, has_adapter, load_lora, revision_of
+from irlfast.ops.common.heads import unwrapped
 
 
 def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool = False) -> Any:
-    """A causal language model in the run's dtype, in ``eval()``, on the CPU; with ``heads``, a reward model.
+    """Load a language model, or a reward model with ``heads``, in the run's dtype, in ``eval()``, on the CPU.
 
-    With ``in_4bit`` the weights of its layers are quantised by bitsandbytes, on this process's GPU where there is one.
-    The folder of an adapter (:mod:`irlfast.models.lora`) gives its base with the adapter on it.
+    The folder of an adapter (:mod:`irlfast.models.lora`) gives the adapter's base with the adapter on it. ``in_4bit``
+    quantises the weights of the layers by bitsandbytes, on this process's GPU if there is one.
 
-    A reward model is its family's ``AutoModelForSequenceClassification``: one made of a language model gets new heads
-    (seeded), one that was saved keeps its own.
+    A reward model is its family's ``AutoModelForSequenceClassification``. A language model that is loaded as one gets
+    new heads (seeded); a saved reward model keeps its heads.
 
     Raises:
-        InputError: where the folder or hub name has no weights that Transformers can load, or not all of them.
+        InputError: Transformers cannot load the folder or hub name, or the checkpoint lacks tensors of the model.
     """
     import transformers
 
     base, adapter = base_and_adapter(name)
     kind: Any = transformers.AutoModelForCausalLM
-    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if heads:
         torch.manual_seed(config.seed)
         kind = transformers.AutoModelForSequenceClassification
-        own = {"num_labels": heads}
+        options = {"num_labels": heads}
     if in_4bit:
-        own["quantization_config"] = quantisation(config, skip=["score"] if heads else None)
+        options["quantization_config"] = quantization_settings(config, skip=["score"] if heads else None)
     try:
-        model, found = kind.from_pretrained(
+        model, report = kind.from_pretrained(
             base,
-            revision=revision(name, config),
+            revision=revision_of(name, config),
             output_loading_info=True,
             dtype=getattr(torch, config.dtype),
             attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
-            **own,
+            **options,
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"model {base}: cannot be loaded ({first_sentence(error)})") from error
-    check_loaded(base, model, found["missing_keys"])
-    log_left_out(base, model, found["unexpected_keys"], revision(name, config))
+    check_none_missing(base, model, report["missing_keys"])
+    log_left_out(base, model, report["unexpected_keys"], revision_of(name, config))
     if in_4bit:
         keep_4bit_layout(model)
     if adapter:
@@ -196,13 +58,57 @@ def load_model(name: str | Path, config: Config, heads: int = 0, in_4bit: bool =
     return model.eval()
 
 
-def check_loaded(name: str, model: Any, missing: set[str]) -> None:
-    """Make sure that no weights but a new reward model's heads are random.
+def load_to_train(
+    name: Path | str, config: Config, *, reward: dict[str, Any] | None = None, in_4bit: bool = False
+) -> Any:
+    """Load a model as a phase begins to train it: with a new adapter if ``use_peft`` asks for one and it has none.
+
+    ``reward`` makes it a reward model, and says how the reward is read from its heads (see
+    :func:`irlfast.sampling.rewards.head_rewards`); ``reward_frozen_layers`` are frozen then.
+    """
+    model = load_model(name, config, config.reward_heads if reward else 0, in_4bit)
+    if config.use_peft and not has_adapter(model):
+        model = add_lora(model, config, reward=bool(reward))
+    if reward:
+        model.config.irlfast_reward = reward
+        freeze_layers(model, config.reward_frozen_layers)
+    return model
+
+
+def save_pretrained(folder: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:
+    """Save a model and its tokenizer in Hugging Face's format, with the tensors of ``state`` if given."""
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+
+
+def is_reward_model(model: Any) -> bool:
+    return type(unwrapped(model)).__name__.endswith("ForSequenceClassification")
+
+
+def freeze_layers(model: Any, count: int) -> None:
+    """Freeze a model's embedding and its first ``count`` layers. If these are all layers, freeze the whole body."""
+    if not count:
+        return
+    body = unwrapped(model).base_model
+    layers = model.config.get_text_config().num_hidden_layers
+    stack = next(m for m in body.children() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
+    frozen = [body] if count == layers else [model.get_input_embeddings(), *stack[:count]]
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+# ---------------------------------------------------------------- checkpoints that do not match the model
+
+
+def check_none_missing(name: str, model: Any, missing: set[str]) -> None:
+    """Check that the checkpoint has all tensors of the model, except for the heads of a new reward model.
+
+    Transformers gives ``missing`` tensors random values.
 
     Raises:
-        InputError: tensors of the model are ``missing`` from the checkpoint.
+        InputError: the checkpoint lacks a tensor.
     """
-    others = sorted(key for key in missing if not (is_reward(model) and key.startswith("score.")))
+    others = sorted(key for key in missing if not (is_reward_model(model) and key.startswith("score.")))
     if others:
         raise InputError(
             f"model {name}: found no {others[0]} ({len(others)} tensors missing), expected all of "
@@ -210,15 +116,19 @@ def check_loaded(name: str, model: Any, missing: set[str]) -> None:
         )
 
 
-def log_left_out(name: str, model: Any, unexpected: set[str], at: str) -> None:
-    """Name the tensors of a language model's checkpoint that the model has no place for, ``unexpected`` or known so."""
-    if is_reward(model):  # of a language model it takes all but the head
+def log_left_out(name: str, model: Any, unexpected: set[str], revision: str) -> None:
+    """Log which tensors of a language model's checkpoint the model has no place for.
+
+    Transformers reports some of them as ``unexpected``; its classes list the names of others, which it ignores.
+    """
+    if is_reward_model(model):  # made from a language model, whose LM head it leaves out on purpose
         return
     from transformers.utils import cached_file
 
-    folder, own = Path(str(cached_file(name, "config.json", revision=at))).parent, model.state_dict().keys()
-    known = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    left_out = {key for key in tensor_names(folder) - own if any(pattern.search(key) for pattern in known)} | unexpected
+    folder = Path(str(cached_file(name, "config.json", revision=revision))).parent
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    not_loaded = tensor_names(folder) - model.state_dict().keys()
+    left_out = {key for key in not_loaded if any(pattern.search(key) for pattern in ignored)} | unexpected
     if left_out:
         log_once(
             f"model {name}: {type(model).__name__} has no place for {len(left_out)} tensors of its checkpoint, such as "
@@ -227,7 +137,7 @@ def log_left_out(name: str, model: Any, unexpected: set[str], at: str) -> None:
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """Of the checkpoint in a folder; none where it is no safetensors file."""
+    """Return the names of all tensors in a folder's safetensors files; none if its checkpoint has another format."""
     from safetensors import safe_open
 
     names: set[str] = set()
@@ -237,19 +147,11 @@ def tensor_names(folder: Path) -> set[str]:
     return names
 
 
-def keep_4bit_layout(model: Any) -> None:
-    """Keep bitsandbytes from repacking weights on a CPU that has AVX512-BF16.
-
-    It does so for inference when they are first used without a gradient, as to check a model; no gradient flows through
-    them from then on, without a word.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+# ---------------------------------------------------------------- 4 bits
 
 
-def quantisation(config: Config, skip: list[str] | None) -> Any:
-    """QLoRA's (arXiv 2305.14314), as TRL's keys say; modules to ``skip`` stay whole (by default the LM head)."""
+def quantization_settings(config: Config, skip: list[str] | None) -> Any:
+    """Return QLoRA's settings (arXiv 2305.14314) from TRL's keys; modules to ``skip`` (default: LM head) stay whole."""
     import transformers
 
     return transformers.BitsAndBytesConfig(
@@ -261,36 +163,12 @@ def quantisation(config: Config, skip: list[str] | None) -> Any:
     )
 
 
-def head_size(model: Any) -> int:
-    """Elements of an attention head's queries."""
-    text = model.config.get_text_config()
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+def keep_4bit_layout(model: Any) -> None:
+    """Keep bitsandbytes from repacking the weights for inference, on a CPU with AVX512-BF16.
 
-
-def is_reward(model: Any) -> bool:
-    return type(unwrapped(model)).__name__.endswith("ForSequenceClassification")
-
-
-def head_of(model: Any) -> Head:
-    """What a model's last hidden states meet: a language model's LM head, a reward model's heads ``[M, H]``.
-
-    Raises:
-        ValueError: the model's logits are not that head's.
+    bitsandbytes repacks a layer when it first runs without a gradient, as when a model is checked. From then on no
+    gradient flows through the layer, and nothing says so.
     """
-    return score_head(model) if is_reward(model) else lm_head(model)
-
-
-def freeze(model: Any, layers: int) -> None:
-    """Let a model's embeddings and first ``layers`` stay as they are, or with all of its layers the whole backbone."""
-    if not layers:
-        return
-    base = unwrapped(model).base_model
-    count = model.config.get_text_config().num_hidden_layers
-    stack = next(m for m in base.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
-    frozen = [base] if layers == count else [model.get_input_embeddings(), *stack[:layers]]
-    for module in frozen:
-        module.requires_grad_(False)
-
-
-def first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()).split(". ")[0]
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

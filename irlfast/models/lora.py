@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685): with ``use_peft``, every policy of a run is the run's first one and an adapter of its own.
+"""LoRA (arXiv 2106.09685): with ``use_peft``, every policy of a run is the run's first model with an adapter.
 
-A stage goes on with the adapter of the one before. Merged into 16 bits, changes smaller than the weights' last digit
-are rounded, at the end of every stage anew; so ``final/`` and rewards alone are merged.
+A stage continues the adapter of the stage before it. Only ``final/`` and reward models are merged: merging into 16 bits
+rounds away changes that are smaller than the last digit of the weights, and would do so at the end of every stage.
 """
 
 from pathlib import Path
@@ -14,70 +14,72 @@ from irlfast.common.files import InputError, find_path, read_json
 from irlfast.common.messages import log
 from irlfast.config import Config
 
-SETTINGS = "adapter_config.json"  # PEFT's
-TAKEN = {  # settings of PEFT's LoRA that are trained, saved and merged as they are
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file of an adapter's settings
+SUPPORTED = {  # settings of PEFT's LoRA with which training can go on: they are trained, saved and merged as they are
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "target_parameters"),
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
     *("use_rslora", "use_dora", "init_lora_weights", "bias"),
-    *("megatron_core", "qalora_group_size"),  # nothing by themselves
+    *("megatron_core", "qalora_group_size"),  # without effect by themselves
 }
-INITIAL = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
-LEAST_KEPT = 0.9  # of what an adapter learned
-LOST = (
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that do not change the base
+MIN_SHARE_KEPT = 0.9  # of what an adapter learned, when its weights are rounded to the nearest number
+STOCHASTIC = (
     "rounding to the nearest {} would keep {:.0%} of what the adapter learned; its weights are rounded up or down by "
     "chance instead, which keeps all of it on average"
 )
 
 
 def base_and_adapter(name: Path | str) -> tuple[str, Path | None]:
-    """What a model's name means: the folder or hub name of its weights, and its adapter's folder if it is an adapter.
+    """Return a model's folder or hub name, and None; or if ``name`` is an adapter's folder, the base and that folder.
 
-    An adapter whose folder was moved finds a base that was moved with it.
+    If an adapter's folder was moved together with its base, the base is found in its new place.
 
     Raises:
-        InputError: it is no LoRA, or its base is not where it was.
+        InputError: the adapter is no LoRA, or its base is not where the adapter's settings say.
     """
     folder = find_path(str(name))
-    if not folder or not (folder / SETTINGS).exists():
+    if not folder or not (folder / ADAPTER_CONFIG).exists():
         return str(folder or name), None
-    settings = read_json(folder / SETTINGS)
+    settings = read_json(folder / ADAPTER_CONFIG)
     base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
     if not base or kind != "LORA":
         raise InputError(f"adapter {folder}: found a {kind} of base {base}, expected a LORA that names its base")
-    found = find_path(base) or moved(Path(base), folder.resolve())
-    if not found and Path(base).is_absolute():
-        raise InputError(f"adapter {folder}: found no {base}, expected its base as {SETTINGS} says")
-    return str(found or base), folder
+    base_folder = find_path(base) or find_moved(Path(base), folder.resolve())
+    if not base_folder and Path(base).is_absolute():
+        raise InputError(f"adapter {folder}: found no {base}, expected its base as {ADAPTER_CONFIG} says")
+    return str(base_folder or base), folder
 
 
-def moved(base: Path, adapter: Path) -> Path | None:
-    """Where ``base`` lies now, if it kept its place relative to ``adapter``: the longest end of its path that is there.
+def find_moved(base: Path, adapter: Path) -> Path | None:
+    """Return the folder where ``base`` lies now, if it moved together with the folder ``adapter``; else None.
 
-    Only a whole model counts. A relative path is looked for whole, as its beginning is not known to have changed.
+    Every ending of an absolute path is tried beside every parent of the adapter, the longest ending first. A relative
+    path is tried as a whole only. The folder must hold a whole model.
     """
     names = base.parts[1:] if base.is_absolute() else base.parts
-    ends = [Path(*names[first:]) for first in range(len(names) if base.is_absolute() else 1)]
-    places = (parent / end for end in ends for parent in adapter.parents)
-    return next((x for x in places if (x / "config.json").exists() and not (x / SETTINGS).exists()), None)
+    endings = [Path(*names[first:]) for first in range(len(names) if base.is_absolute() else 1)]
+    places = (parent / ending for ending in endings for parent in adapter.parents)
+    return next((x for x in places if (x / "config.json").exists() and not (x / ADAPTER_CONFIG).exists()), None)
 
 
 def check_adapter(folder: Path, config: Config) -> None:
-    """Whether training can go on with the adapter in ``folder`` as the configuration says.
+    """Check that training can go on with the adapter in ``folder``, as the configuration says.
 
     Raises:
-        InputError: a setting of the adapter that would be lost, or another rank or scale than the configuration's.
+        InputError: training would lose a setting of the adapter, or the configuration has another rank or scale.
     """
-    found = read_json(folder / SETTINGS)
-    odd = [name for name, value in found.items() if value and name not in TAKEN]
-    if found.get("init_lora_weights", True) not in INITIAL:
-        odd.append("init_lora_weights")
-    if odd:
+    settings = read_json(folder / ADAPTER_CONFIG)
+    unsupported = [name for name, value in settings.items() if value and name not in SUPPORTED]
+    if settings.get("init_lora_weights", True) not in KEEPS_BASE:
+        unsupported.append("init_lora_weights")
+    if unsupported:
+        name = unsupported[0]
         raise InputError(
-            f"adapter {folder}: found {odd[0]}: {found[odd[0]]!r}, which training cannot go on with; expected an "
+            f"adapter {folder}: found {name}: {settings[name]!r}, which training cannot go on with; expected an "
             "adapter without it, or a whole model (PEFT's merge_and_unload makes one)"
         )
-    for name, value in (("lora_r", found["r"]), ("lora_alpha", found["lora_alpha"])):
+    for name, value in (("lora_r", settings["r"]), ("lora_alpha", settings["lora_alpha"])):
         if getattr(config, name) != value:
             raise InputError(
                 f"{name}: found {getattr(config, name)}, but the adapter {folder}, with which training goes on, "
@@ -85,20 +87,23 @@ def check_adapter(folder: Path, config: Config) -> None:
             )
 
 
-def revision(name: Path | str, config: Config) -> str:
-    """Of the weights that a model's name means: an adapter knows its base's, the given model has ``model_revision``."""
+def revision_of(name: Path | str, config: Config) -> str:
+    """Return the revision of a model's weights on the hub.
+
+    The run's own model has ``model_revision``, and an adapter names the revision of its base. All others are ``main``.
+    """
     _, adapter = base_and_adapter(name)
     if adapter:
-        return read_json(adapter / SETTINGS).get("revision") or "main"
+        return read_json(adapter / ADAPTER_CONFIG).get("revision") or "main"
     return config.model_revision if str(name) == config.model_name_or_path else "main"
 
 
-def is_adapted(model: Any) -> bool:
+def has_adapter(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
 def add_lora(model: Any, config: Config, reward: bool) -> Any:
-    """A new adapter on ``model``, seeded, that changes nothing yet."""
+    """Return ``model`` with a new, seeded adapter, which does not change the model's outputs yet."""
     import peft
 
     torch.manual_seed(config.seed)
@@ -108,52 +113,62 @@ def add_lora(model: Any, config: Config, reward: bool) -> Any:
         target_modules=config.lora_target_modules,
         exclude_modules=["score"] if reward else None,
     )
-    return adapted(model, settings, reward)
+    return wrap(model, settings, reward)
 
 
 def load_lora(model: Any, folder: Path, reward: bool) -> Any:
-    """``model`` with the policy's adapter in ``folder``, which a reward model can begin with, too.
+    """Return ``model`` with the adapter in ``folder``. A reward model can begin with a policy's adapter.
 
     Raises:
-        InputError: the adapter's weights are missing, or not those of its settings on this model.
+        InputError: the adapter's weights cannot be read, or are not those that its settings ask for on this model.
     """
     import peft
 
     settings = peft.LoraConfig.from_pretrained(str(folder))
     settings.inference_mode = False
-    model = adapted(model, settings, reward)
+    model = wrap(model, settings, reward)
     try:
         weights = peft.utils.load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError) as error:
         raise InputError(f"adapter {folder}: its weights cannot be loaded ({error})") from error
-    found: Any = peft.set_peft_model_state_dict(model, weights)
-    missing = [name for name in found.missing_keys if "lora_" in name]
-    for what, names in (("no", missing), ("an unexpected", found.unexpected_keys)):
+    report: Any = peft.set_peft_model_state_dict(model, weights)
+    missing = [name for name in report.missing_keys if "lora_" in name]
+    for article, names in (("no", missing), ("an unexpected", report.unexpected_keys)):
         if names:
-            raise InputError(f"adapter {folder}: found {what} {names[0]}, expected the weights of its {SETTINGS}")
+            raise InputError(
+                f"adapter {folder}: found {article} {names[0]}, expected the weights of its {ADAPTER_CONFIG}"
+            )
     return model
 
 
-def adapted(model: Any, settings: Any, reward: bool) -> Any:
+def wrap(model: Any, settings: Any, reward: bool) -> Any:
+    """Return PEFT's wrapper around ``model``, with an adapter of these settings in the model's dtype.
+
+    Raises:
+        InputError: ``lora_target_modules`` names modules that the model lacks or that PEFT cannot adapt.
+    """
     import peft
 
     settings.task_type = "FEATURE_EXTRACTION" if reward else "CAUSAL_LM"
     try:
         model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
-    except ValueError as error:  # modules that are not there, or that PEFT cannot adapt
+    except ValueError as error:
         raise InputError(f"lora_target_modules: found {settings.target_modules!r} ({error})") from error
     if model.config.get_text_config().tie_word_embeddings and hasattr(model.get_input_embeddings(), "lora_embedding_A"):
         raise InputError("lora_target_modules: found the embeddings, which the LM head shares; expected other modules")
     for name, parameter in model.named_parameters():
-        if "lora_" in name:  # fp32 where the base has 4 bits, unlike what DeepSpeed trains
+        if "lora_" in name:  # PEFT makes them fp32 on a 4-bit base; DeepSpeed trains one dtype
             parameter.data = parameter.data.to(model.dtype)
-    if reward:  # its heads are in no adapter, and trained whole
+    if reward:  # the heads have no adapter and are trained whole
         model.score.requires_grad_(True)
     return model
 
 
 def save_lora(folder: Path, model: Any, state: dict[str, Tensor], base: str, at: str, tokenizer: Any) -> None:
-    """The adapter in ``state``, in PEFT's format, to be put on the model ``base`` of a revision, and the tokenizer."""
+    """Write the adapter's tensors in ``state`` in PEFT's format, and the tokenizer.
+
+    The settings name ``base`` as the model to put the adapter on, in the revision ``at`` if it lies on the hub.
+    """
     local = find_path(base)
     settings = model.peft_config["default"]
     settings.base_model_name_or_path = str(local.resolve() if local else base)
@@ -162,41 +177,45 @@ def save_lora(folder: Path, model: Any, state: dict[str, Tensor], base: str, at:
     tokenizer.save_pretrained(folder)
 
 
-def merge(model: Any, what: str) -> Any:
-    """An adapted model as a plain one; others as is. Where rounding to the nearest loses much, it rounds by chance.
+def merge(model: Any, label: str) -> Any:
+    """Merge a model's adapter into its weights; return a model without an adapter as it is.
 
-    A line says so and names ``what``. benchmarks/merging.py compares both.
+    Weights are rounded to the nearest number, unless that loses much of what the adapter learned. Then they are rounded
+    stochastically, and a line that begins with ``label`` says so. benchmarks/merging.py compares both.
     """
-    if not is_adapted(model):
+    if not has_adapter(model):
         return model
-    share = kept_by_merging(model)
-    if share >= LEAST_KEPT:
+    share = share_kept(model)
+    if share >= MIN_SHARE_KEPT:
         return model.merge_and_unload()
-    log(f"{what}: {LOST.format(str(model.dtype).removeprefix('torch.'), share)}")
+    log(f"{label}: {STOCHASTIC.format(str(model.dtype).removeprefix('torch.'), share)}")
     layers = [layer for layer in model.modules() if hasattr(layer, "get_delta_weight")]
     dtypes = {parameter: parameter.dtype for layer in layers for parameter in layer.get_base_layer().parameters()}
     for layer in layers:
         layer.float()
-    plain, generator = model.merge_and_unload(), torch.Generator().manual_seed(0)
+    merged, generator = model.merge_and_unload(), torch.Generator().manual_seed(0)
     for parameter, dtype in dtypes.items():
         if dtype == torch.bfloat16:  # some families keep a few layers in fp32
-            parameter.data = rounded_by_chance(parameter.data, generator)
-    return plain
+            parameter.data = round_stochastically(parameter.data, generator)
+    return merged
 
 
-def rounded_by_chance(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """Each value as one of the two bf16 numbers beside it, the nearer more often, so that the mean is ``exact``."""
+def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """Round each value up or down to bf16 at random, the nearer number more often, so that the mean is ``exact``."""
     noise = torch.randint(1 << 16, exact.shape, generator=generator, dtype=torch.int32)
     return ((exact.float().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
-def kept_by_merging(model: Any) -> float:
-    """The share of what LoRA learned, δ, that is left when it is added to weights of few digits: ⟨kept, δ⟩ / ⟨δ, δ⟩."""
+def share_kept(model: Any) -> float:
+    """Return the share of what LoRA learned that is left after merging with rounding to the nearest number.
+
+    With δ for the adapters' change of the weights, the share is ⟨kept, δ⟩ / ⟨δ, δ⟩.
+    """
     kept = learned = 0.0
     for layer in model.modules():
         if hasattr(layer, "get_delta_weight"):
-            experts = hasattr(layer, "get_param")
-            base = (layer.get_param() if experts else layer.get_base_layer().weight).detach()
+            is_experts = hasattr(layer, "get_param")
+            base = (layer.get_param() if is_experts else layer.get_base_layer().weight).detach()
             delta = layer.get_delta_weight("default").detach()
             merged = base + delta.to(base.dtype)
             kept += ((merged.float() - base.float()) * delta.float()).sum().item()

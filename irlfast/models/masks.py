@@ -1,6 +1,6 @@
-"""Masks of packed batches, which let answers share a prompt and keep segments apart.
+"""Attention masks of packed batches: answers attend to their shared prompt, and prompt groups stay apart.
 
-Additive and 4-D where the model runs SDPA or eager attention, a ``BlockMask`` for ``flex_attention``.
+SDPA and eager attention take an additive 4-D mask; flex_attention takes a ``BlockMask``.
 """
 
 import functools
@@ -16,9 +16,9 @@ BLOCK = 128  # tokens; flex_attention's default
 
 
 def masks(model: Any, batch: Batch) -> Any:
-    """The mask of every layer, or one for each kind of layer where a model has several."""
+    """Return the mask for all layers, or a mask for each kind of layer if the model has several kinds."""
     config = model.config.get_text_config()
-    # The mask has the model's own dtype: torch's SDPA on a CPU takes fp32 beside fp64, and is wrong.
+    # The mask has the model's own dtype: torch's SDPA on a CPU accepts an fp32 mask with an fp64 model, and is wrong.
     dense = functools.partial(dense_mask, model.dtype)
     build = block_mask if config._attn_implementation == "flex_attention" else dense
     built = {kind: build(batch, window) for kind, window in layer_kinds(config).items()}
@@ -26,10 +26,10 @@ def masks(model: Any, batch: Batch) -> Any:
 
 
 def layer_kinds(config: Any) -> dict[str, int | None]:
-    """The sliding window, in tokens, of each kind of layer; None where layers see everything before them.
+    """Return the sliding window in tokens of each kind of layer; None for layers that attend to all earlier tokens.
 
     Raises:
-        ValueError: a kind of layer that needs another mask.
+        ValueError: the model has a kind of layer that needs another mask.
     """
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
@@ -39,22 +39,26 @@ def layer_kinds(config: Any) -> dict[str, int | None]:
 
 
 def dense_mask(dtype: torch.dtype, batch: Batch, window: int | None) -> Tensor:
-    """``[B, 1, L, L]``: 0 where a token sees another, else ``dtype``'s least value. A pad sees the pads before it."""
+    """Return ``[B, 1, L, L]``: 0 if the query attends to the key, else the least value of ``dtype``.
+
+    A padding token attends to the padding before it, so that no row of the softmax is empty.
+    """
     length = batch.input_ids.shape[1]
     group, answer, position = batch.group, batch.answer, batch.position_ids
-    seen = torch.ones(length, length, dtype=torch.bool, device=group.device).tril()
-    seen = seen & (group[:, :, None] == group[:, None, :])
-    seen &= (answer[:, None, :] == 0) | (answer[:, :, None] == answer[:, None, :])
+    attends = torch.ones(length, length, dtype=torch.bool, device=group.device).tril()
+    attends = attends & (group[:, :, None] == group[:, None, :])
+    attends &= (answer[:, None, :] == 0) | (answer[:, :, None] == answer[:, None, :])
     if window:
-        seen &= position[:, :, None] - position[:, None, :] < window
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        attends &= position[:, :, None] - position[:, None, :] < window
+    mask = torch.zeros(attends.shape, dtype=dtype, device=attends.device)
+    return mask.masked_fill_(~attends, torch.finfo(dtype).min)[:, None]
 
 
 def block_mask(batch: Batch, window: int | None) -> Any:
-    """The same for ``flex_attention`` (torch.nn.attention.flex_attention), which skips blocks that nothing sees.
+    """Return the same mask for flex_attention (torch.nn.attention.flex_attention), which skips blocks without a pair.
 
-    torch's ``create_block_mask`` finds those by tensors of all pairs of tokens: 3 GiB for a row of 17,280, and 14 s on
-    a CPU where this takes 13 ms for the same blocks.
+    torch's ``create_block_mask`` tests all pairs of tokens: 3 GiB and 14 s on a CPU for a row of 17,280 tokens. This
+    function compares the ends of blocks: 13 ms for the same mask.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -62,27 +66,32 @@ def block_mask(batch: Batch, window: int | None) -> Any:
     tokens = (batch.group, batch.answer, batch.position_ids)
     group, answer, position = (pad(x, (0, -length % BLOCK), value=PAD) for x in tokens)
 
-    def seen(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = (group[b, query] == group[b, key]) & (query >= key)
         own = (answer[b, key] == 0) | (answer[b, query] == answer[b, key])
         near = position[b, query] - position[b, key] < window if window else True
         return same & own & near
 
-    some, whole = seen_blocks(group, answer, position, window)
+    some, whole = attended_blocks(group, answer, position, window)
     if length % BLOCK:
-        whole[:, -1] = False  # its last tokens do not exist
+        whole[:, -1] = False  # the last block of queries is longer than the row
     return BlockMask.from_kv_blocks(
-        *listed(some & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(length, length)
+        *counts_and_indices(some & ~whole),
+        *counts_and_indices(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=attends,
+        seq_lengths=(length, length),
     )
 
 
-def seen_blocks(group: Tensor, answer: Tensor, position: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Of tokens ``[B, L]``, which blocks of keys a block of queries may see, and which each of its tokens sees whole.
+def attended_blocks(group: Tensor, answer: Tensor, position: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Return which blocks of keys a block of queries attends to, in part or whole, and which it attends to whole.
 
-    ``[B, L / BLOCK, L / BLOCK]`` bool, queries before keys. A block's ends tell, as answers ascend in a segment.
+    The arguments describe tokens ``[B, L]``; both results are ``[B, L / BLOCK, L / BLOCK]`` bool, queries first. The
+    first and last token of a block suffice, because groups ascend in a row and answers ascend in a group.
     """
     groups, answers, positions = (x.unflatten(1, (-1, BLOCK)) for x in (group, answer, position))
-    # Below, unsqueeze(2) makes of a block its queries, unsqueeze(1) its keys.
+    # Below, unsqueeze(2) makes a value of each block of queries, unsqueeze(1) a value of each block of keys.
     diagonal = torch.eye(groups.shape[1], dtype=torch.bool, device=group.device)
     earlier = torch.ones_like(diagonal).tril(-1)
     with_prompt = answers.amin(2) <= 0
@@ -99,7 +108,10 @@ def seen_blocks(group: Tensor, answer: Tensor, position: Tensor, window: int | N
     return some | diagonal, whole
 
 
-def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries sees, and which, those first, as ``BlockMask`` takes them."""
+def counts_and_indices(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many key blocks are ``chosen`` for each query block, and their indices before all others.
+
+    ``BlockMask`` takes blocks in this form.
+    """
     chosen = chosen[:, None].int()
     return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()

@@ -1,7 +1,8 @@
-"""A padding token that nothing else uses, for reward models.
+"""Give a reward model a padding token that nothing else uses.
 
-A classifier of Transformers reads its logit at the last token that is no padding, and a tokenizer finds its padding in
-texts before it splits them: padding that a text, a template or an answer's end has would change both.
+Transformers' classifiers read their logit at the last token that is not padding, and tokenizers look for the padding
+token in a text before they split the text. So a padding token that occurs in a text, in a template or at the end of an
+answer would change scores and token ids.
 """
 
 import copy
@@ -13,15 +14,17 @@ from torch import Tensor
 
 from irlfast.data.encoding import Encoder
 
+# Names of special tokens that are meant for padding, or for later use, from the best to the last.
 NAMES = (r"\W*((finetune_)?(right|left)_)?pad(ding)?(_id|_token)?\W*", r".*(reserved|unused).*", r"\W*unk\W*")
-PLANES = "".join(map(chr, [*range(32, 127), *range(128, 0xD800, 61), *range(0xE000, 0x20000, 997)]))  # of Unicode
+# One text with characters from all over Unicode.
+CHARACTERS = "".join(map(chr, [*range(32, 127), *range(128, 0xD800, 61), *range(0xE000, 0x20000, 997)]))
 
 
-def padded_apart(model: Any, encoder: Encoder, state: dict[str, Tensor]) -> Any:
-    """The tokenizer with such a padding token, of which the model's configuration has the id.
+def add_unique_padding(model: Any, encoder: Encoder, state: dict[str, Tensor]) -> Any:
+    """Return a copy of the tokenizer with such a padding token, and write the token's id into the model's config.
 
-    The token is the tokenizer's own, a special token that is kept for later, or else a new one; where the embedding in
-    ``state`` has no row for a new token, it gets one of zeros.
+    The token is the tokenizer's own padding token, a special token that is reserved for later use, or else a new one.
+    If the embedding in ``state`` has no row for a new token, it gets rows of zeros.
     """
     tokenizer = copy.deepcopy(encoder.tokenizer)
     text_config = model.config.get_text_config()
@@ -42,20 +45,20 @@ def padded_apart(model: Any, encoder: Encoder, state: dict[str, Tensor]) -> Any:
 
 
 def unused_token(tokenizer: Any, encoder: Encoder) -> str | None:
-    """The first special token for padding or for later that neither texts nor templates nor ends of answers have."""
+    """Return the first padding or reserved token that no text, template or end of an answer has, or None."""
     ends = {*encoder.ends, tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}
     templates = str(tokenizer.chat_template)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     named = [name for pattern in NAMES for name in special if re.fullmatch(pattern, name, re.IGNORECASE)]
     for name in filter(None, (tokenizer.pad_token, *named)):
         token = tokenizer.convert_tokens_to_ids(name)
-        if token not in ends and name not in templates and not in_texts(token, tokenizer):
+        if token not in ends and name not in templates and not occurs_in_texts(token, tokenizer):
             return name
     return None
 
 
-def in_texts(token: int, tokenizer: Any) -> bool:
-    """Whether a text without special tokens may have this token: the text that it stands for, or any characters."""
+def occurs_in_texts(token: int, tokenizer: Any) -> bool:
+    """Whether a text can be split into this token: the text that the token stands for, or a text of many characters."""
     own = tokenizer.decode([token])
-    texts = tokenizer([own, f"a{own}", PLANES], add_special_tokens=False, split_special_tokens=True)
+    texts = tokenizer([own, f"a{own}", CHARACTERS], add_special_tokens=False, split_special_tokens=True)
     return any(token in ids for ids in texts.input_ids)

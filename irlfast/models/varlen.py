@@ -1,6 +1,7 @@
-"""torch's own attention over rows of several sequences (torch.nn.attention.varlen), for Transformers' models.
+"""torch's own attention for rows of several sequences (torch.nn.attention.varlen), for Transformers' models.
 
-Flash attention's kernels where flash-attn is not installed: no row is padded, and no sequence sees another.
+It runs flash attention's kernels where flash-attn is not installed. Rows need no padding, and no sequence attends to
+another.
 """
 
 import inspect
@@ -9,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irlfast.models.load import head_size
+from irlfast.models.configs import attention_head_size
 
 NAME = "varlen"
 
 
-def offer(model: Any) -> bool:
-    """Make it known to Transformers if a GPU can run it for ``model``; returns whether.
+def register(model: Any) -> bool:
+    """Register this attention with Transformers if a GPU can run ``model`` with it; return whether it can.
 
-    That takes 16-bit weights, scores without a soft-cap, heads that flash attention's kernels take, sm_80, and a torch
-    whose varlen has a scale and windows.
+    That needs 16-bit weights, scores without a soft-cap, a head size that flash attention's kernels take, compute
+    capability 8.0, and a torch whose varlen attention has a scale and windows.
     """
     from transformers import AttentionInterface
 
@@ -26,30 +27,31 @@ def offer(model: Any) -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    has = inspect.signature(varlen_attn).parameters.keys() >= {"scale", "window_size", "enable_gqa"}
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    takes = head_size(model) % 8 == 0 and head_size(model) <= 256
-    old = model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 0)
-    if not has or capped is not None or not takes or old or model.dtype not in (torch.bfloat16, torch.float16):
+    new_torch = inspect.signature(varlen_attn).parameters.keys() >= {"scale", "window_size", "enable_gqa"}
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    head_size = attention_head_size(model)
+    old_gpu = model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 0)
+    sixteen_bits = model.dtype in (torch.bfloat16, torch.float16)
+    if not new_torch or softcap is not None or head_size % 8 or head_size > 256 or old_gpu or not sixteen_bits:
         return False
-    AttentionInterface.register(NAME, attention)  # and no mask: it needs none
+    AttentionInterface.register(NAME, attention)  # and no mask function: it needs none
     return True
 
 
 def attention(
     module: Any,
     query: Tensor,  # [B, heads, L, D]
-    key: Tensor,  # [B, heads that several queries' heads may share, L, D]
-    value: Tensor,
+    key: Tensor,  # [B, key heads, L, D]; several query heads may share a key head
+    value: Tensor,  # as key
     attention_mask: None,
     *,
-    cu_seq_lens_q: Tensor,  # [sequences + 1] int32, where they begin in the B * L tokens
+    cu_seq_lens_q: Tensor,  # [sequences + 1] int32, where each sequence begins in the B * L tokens, and their end
     max_length_q: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What a layer calls: causal attention ``[B, L, heads, D]`` within each sequence.
+    """Return causal attention ``[B, L, heads, D]`` within each sequence, as a layer of Transformers calls it.
 
     Raises:
         ValueError: the layer wants soft-capped scores or attention sinks.

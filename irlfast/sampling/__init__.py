@@ -1,1 +1,1 @@
-"""Frozen models asked for answers (Transformers, vLLM) and for scores (reference, rewards)."""
+"""Frozen models generate answers (by Transformers or vLLM) and score them (reference log-probabilities, rewards)."""

@@ -1,9 +1,10 @@
-"""Sampling: the policy's own answers to prompts, token ids in and token ids out, in shards that survive a kill.
+"""Sample the policy's own answers to prompts: token ids in, token ids out, in shards that survive a kill.
 
-A shard's answers depend on its prompts and its seed alone, not on which process made it or what was made before it.
+The answers of a shard depend only on its prompts and its seed, not on the process that samples them or on other shards.
 """
 
 import functools
+import itertools
 import math
 import time
 from array import array
@@ -18,21 +19,23 @@ from irlfast.common.files import read_json, read_jsonl, remove, write, write_jso
 from irlfast.common.messages import Progress
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example, TokenIds
-from irlfast.models.load import load_model, no_tokens, rows_of, save_pretrained
+from irlfast.models.configs import embedding_rows
+from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import merge
+from irlfast.models.tokenizers import unused_ids
 from irlfast.runs.run import Run
-from irlfast.sampling.vllm_sampler import NoLora, Shard, generate_vllm
+from irlfast.sampling.vllm_sampler import Shard, UnsupportedAdapter, generate_vllm
 
-SHARD = 1024  # prompts, at most; at least a batch for every sampler, and little to lose in a kill
+SHARD_SIZE = 1024  # prompts at most: no sampler has larger batches, and a kill loses little
 
 
 class Sampling(NamedTuple):
-    """How answers are drawn; ``temperature`` 0 is greedy."""
+    """How answers are drawn."""
 
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
+    temperature: float  # 0 is greedy
+    top_p: float  # 1 keeps every token
+    top_k: int  # 0 keeps every token
+    seed: int  # of the first shard; each later shard adds its number
 
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
@@ -40,9 +43,10 @@ DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
 
 
 def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, sampling: Sampling) -> list[TokenIds]:
-    """One answer to each example's prompt by ``policy``: ids, with the end token unless ``max_new_tokens`` cut it.
+    """Sample one answer of ``policy`` to each example's prompt; return the answers' ids in the examples' order.
 
-    Shards that ``folder`` holds already are kept. Every process makes its share and returns all answers.
+    An answer ends with an end token, unless ``max_new_tokens`` cut it. Shards that are in ``folder`` already are kept.
+    Each process samples its share of the shards, and returns all answers.
     """
     by_length = sorted(range(len(examples)), key=lambda i: (-len(examples[i].prompt_ids), i))
     size = shard_size(folder, len(examples), run.config.sampler)
@@ -68,16 +72,17 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
 
 
 def shard_size(folder: Path, count: int, sampler: str) -> int:
-    """Prompts a shard: for vLLM as many shards for every process. Samples that ``folder`` has begun keep their size.
+    """Return the number of prompts per shard.
 
-    Transformers, slow as it is, gives the same answers whatever the number of processes.
+    With vLLM every process gets the same number of shards, and a folder with some samples keeps the size that it began
+    with. With Transformers the size is fixed, so that the answers do not depend on the number of processes.
     """
     if sampler != "vllm":
-        return SHARD
+        return SHARD_SIZE
     path, processes = folder / "shards.json", dist.world_size()
     if dist.is_main() and not path.exists():
-        rounds = math.ceil(count / (SHARD * processes))
-        write_json(path, {"prompts": math.ceil(count / (rounds * processes)) if processes > 1 else SHARD})
+        rounds = math.ceil(count / (SHARD_SIZE * processes))
+        write_json(path, {"prompts": math.ceil(count / (rounds * processes)) if processes > 1 else SHARD_SIZE})
     dist.barrier()
     return read_json(path)["prompts"]
 
@@ -85,18 +90,20 @@ def shard_size(folder: Path, count: int, sampler: str) -> int:
 def sample_groups(
     run: Run, policy: Path | str, examples: list[Example], n: int, folder: Path, sampling: Sampling
 ) -> list[PromptGroup]:
-    """``n`` answers to each example's prompt, as segments of the prompt with its answers."""
-    answers = sample(run, policy, [x for x in examples for _ in range(n)], folder, sampling)
-    return [PromptGroup(x.prompt_ids, tuple(answers[i * n : i * n + n]), row=x.row) for i, x in enumerate(examples)]
+    """Sample ``n`` answers to each example's prompt, and return each prompt with its answers."""
+    answers = iter(sample(run, policy, [example for example in examples for _ in range(n)], folder, sampling))
+    return [
+        PromptGroup(example.prompt_ids, tuple(itertools.islice(answers, n)), row=example.row) for example in examples
+    ]
 
 
 def prompt_of(run: Run, example: Example) -> str:
-    """A prompt as the model reads it, cut to ``max_prompt_length`` and in its template."""
+    """Return a prompt's text as the model reads it: in the template, and cut to ``max_prompt_length``."""
     return run.encoder.tokenizer.decode(example.prompt_ids.tolist())
 
 
 def read_samples(folder: Path) -> list[TokenIds]:
-    """The sampled answers' ids, in the order of the prompts."""
+    """Read the sampled answers' ids, in the order of the prompts."""
     rows = (row for path in sorted(folder.glob("*.jsonl")) for _, row in read_jsonl(path))
     answers = {row["index"]: array("i", row["answer_ids"]) for row in rows}
     return [answers[i] for i in range(len(answers))]
@@ -105,7 +112,7 @@ def read_samples(folder: Path) -> list[TokenIds]:
 def with_progress(
     results: Iterator[tuple[int, list[list[int]]]], shards: list[Shard], folder: Path
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """Show prompts done and tokens per second."""
+    """Pass the results on, and show how many prompts are answered and the tokens per second."""
     begun, tokens = time.perf_counter(), 0
     sizes = {shard.number: len(shard.prompts) for shard in shards}
     label = f"{folder.parent.name}/{folder.name}"
@@ -120,7 +127,7 @@ def with_progress(
 def vllm_answers(
     run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """By vLLM; an adapter that it does not take is merged into a copy of its base."""
+    """Yield (shard number, answers) by vLLM. An adapter that vLLM does not support is merged into its base first."""
     config = run.config
     answers_of = functools.partial(
         generate_vllm,
@@ -131,7 +138,7 @@ def vllm_answers(
         top_k=sampling.top_k,
         max_new_tokens=config.max_new_tokens,
         ends=run.encoder.ends,
-        never=no_tokens(run.encoder.tokenizer, rows_of(config, policy)),
+        never=unused_ids(run.encoder.tokenizer, embedding_rows(config, policy)),
         dtype=config.dtype,
         max_model_len=config.max_prompt_length + config.max_new_tokens,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
@@ -139,7 +146,7 @@ def vllm_answers(
     )
     try:
         yield from answers_of(policy)
-    except NoLora:
+    except UnsupportedAdapter:
         merged = run.output / f"merged-{dist.rank()}"
         model = merge(load_model(policy, config), str(policy))
         write(merged, lambda temporary: save_pretrained(temporary, model, run.encoder.tokenizer))
@@ -152,9 +159,10 @@ def vllm_answers(
 def transformers_answers(
     run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
 ) -> Iterator[tuple[int, list[list[int]]]]:
+    """Yield (shard number, answers) by Transformers' ``generate``."""
     config = run.config
     model = load_model(policy, config).to(dist.device()).eval()
-    never = no_tokens(run.encoder.tokenizer, model.get_output_embeddings().weight.shape[0])
+    never = unused_ids(run.encoder.tokenizer, model.get_output_embeddings().weight.shape[0])
     for shard in shards:
         torch.manual_seed(shard.seed)
         answers: list[list[int]] = []
@@ -172,7 +180,7 @@ def generate_batch(
     max_new_tokens: int,
     never: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Answers to ``prompts``, each up to the first of ``ends``; ids in ``never`` are not drawn."""
+    """Generate an answer to each prompt, up to its first token in ``ends``; ids in ``never`` are not drawn."""
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
@@ -180,7 +188,7 @@ def generate_batch(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     greedy = sampling.temperature == 0
     draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    model.generation_config = GenerationConfig()  # a checkpoint's own defaults (top_k 50, penalties) would bias samples
+    model.generation_config = GenerationConfig()  # the checkpoint's defaults (top_k 50, penalties) would bias samples
     generated = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -197,6 +205,6 @@ def generate_batch(
 
 
 def cut_at(answer: list[int], ends: Sequence[int]) -> list[int]:
-    """Up to the first end token, it included; what follows is padding."""
+    """Return the answer up to and with its first end token. Only padding follows that token."""
     first = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
     return answer[: first + 1]

@@ -1,7 +1,8 @@
-"""Rewards by anyone's ``AutoModelForSequenceClassification``, which reads a conversation by its own chat template.
+"""Rewards by anyone's ``AutoModelForSequenceClassification``, which reads a conversation in its own chat template.
 
-Its tokenizer's template writes the messages of the row, with system text, earlier turns and tools, and the answer as
-the assistant's turn. Without a template, prompt and answer are joined. A special token that a text spells stays text.
+The template of the reward model's tokenizer writes the row's messages, with system text, earlier turns and tools, and
+the answer as the assistant's turn. Without a template, the texts of prompt and answer are joined. A special token that
+is spelled in a text stays text.
 """
 
 import datetime
@@ -14,74 +15,75 @@ from torch import Tensor
 
 from irlfast.common import dist
 from irlfast.common.files import InputError, LocalError, find_path
-from irlfast.common.messages import Progress, log
+from irlfast.common.messages import Progress, first_sentence, log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.rows import Demonstration
-from irlfast.data.special_tokens import SafeTokenizer, control_tokens, escape_special_tokens, make_safe_tokenizer
+from irlfast.data.special_tokens import SafeTokenizer, escape_special_tokens, control_tokens, make_safe_tokenizer
 from irlfast.data.templates import Template, TemplateRefusal, join_turns, mend_conversation, render, without_first_turns
-from irlfast.models.load import first_sentence
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_texts import cached, row_of, text_of
 
-NO_LIMIT = 10**9  # tokens; Transformers gives a tokenizer without a limit 10**30
+NO_LIMIT = 10**9  # tokens; in Transformers a tokenizer without a limit has 10**30
 QUESTION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 class Reader(NamedTuple):
     """How a reward model reads conversations."""
 
-    name: str
+    name: str  # the reward model's name, for messages
     template: Template
-    speller: SafeTokenizer
-    before: list[int]  # special tokens that its tokenizer puts around a text
-    behind: list[int]
-    limit: int  # tokens
+    safe_tokenizer: SafeTokenizer
+    before: list[int]  # special tokens that the tokenizer puts before a text
+    behind: list[int]  # special tokens that the tokenizer puts behind a text
+    limit: int  # tokens at most
 
 
-class Read(NamedTuple):
+class Tokenized(NamedTuple):
+    """A conversation as token ids."""
+
     ids: list[int]
-    cut: bool  # its beginning is not there, as it was longer than the limit
+    cut: bool  # the conversation was longer than the limit, and its beginning is left out
     mended: bool  # the template refused the conversation as it was
 
 
 # ---------------------------------------------------------------- the rewards of a run
 
 
-def external(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) -> Tensor:
-    """The logit ``[S, 1]`` of every answer. Each process scores its share.
+def external_rewards(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) -> Tensor:
+    """Return the reward model's logit of every answer, ``[S, 1]`` fp64, kept in ``path``.
 
-    NaN where the text was cut and ``reward_overlong`` is drop.
+    The logit is NaN if the text was cut and ``reward_overlong`` is drop. Each process scores its share.
     """
 
     def share() -> dict[int, float]:
         answers = [(group.row, answer) for group in groups for answer in group.answers]
         numbers = range(len(answers))[dist.rank() :: dist.world_size()]
-        rows = [answered(run, *answers[number]) for number in numbers]
+        rows = [with_answer(run, *answers[number]) for number in numbers]
         score = load_external(reward, run.config, run.encoder.template.begun)
         return dict(zip(numbers, score(rows).tolist(), strict=True))
 
     return cached(path, share)
 
 
-def answered(run: Run, number: int, answer: Any) -> Demonstration:
-    """The conversation of a row, with another answer."""
+def with_answer(run: Run, number: int, answer: Any) -> Demonstration:
+    """Return the conversation of a row with this answer in place of its own."""
     row = row_of(run, number)
-    said = {"role": "assistant", "content": text_of(run, answer)}
+    turn = {"role": "assistant", "content": text_of(run, answer)}
     where = f"{run.output}/data/rows.jsonl, line {number + 1}"
-    return Demonstration(row["messages"], said, tools=row.get("tools"), where=where)
+    return Demonstration(row["messages"], turn, tools=row.get("tools"), where=where)
 
 
 # ---------------------------------------------------------------- a reward model
 
 
 def load_external(reward: str, config: Config, begun: datetime.datetime) -> Callable[[Sequence[Demonstration]], Tensor]:
-    """A function from conversations to the logits ``[S]`` fp32 of a Transformers reward model.
+    """Load a Transformers reward model; return a function from conversations to its logits ``[S]`` fp32.
 
-    It says how many conversations were cut or mended. ``begun`` is the time that the chat template is told.
+    The function logs how many conversations were cut or mended. ``begun`` is the time that the chat template may write.
 
     Raises:
-        InputError: where it cannot be loaded, or has more than one label.
+        InputError: the reward model cannot be loaded, or has more than one label.
     """
     import transformers
 
@@ -99,8 +101,8 @@ def load_external(reward: str, config: Config, begun: datetime.datetime) -> Call
     reader = make_reader(reward, tokenizer, model.config.get_text_config(), begun)
 
     def score(rows: Sequence[Demonstration]) -> Tensor:
-        texts = [read(reader, row) for row in rows]
-        tell(reader, texts, config)
+        texts = [tokenize(reader, row) for row in rows]
+        log_changes(reader, texts, config)
         logits = logits_of(model, reader, [text.ids for text in texts], config.per_device_eval_batch_size)
         cut = torch.tensor([text.cut for text in texts], dtype=torch.bool)
         return logits.masked_fill(cut, torch.nan) if config.reward_overlong == "drop" else logits
@@ -109,37 +111,38 @@ def load_external(reward: str, config: Config, begun: datetime.datetime) -> Call
 
 
 def make_reader(name: str, tokenizer: Any, model_config: Any, begun: datetime.datetime) -> Reader:
+    """Find out how a tokenizer reads conversations, and how long a conversation may be."""
     template = Template(tokenizer, {}, None, begun)
     written = render(template, QUESTION) if tokenizer.chat_template else ""
     alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     start = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
     limits = (tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None))
     limit = min((number for number in limits if number and 0 < number < NO_LIMIT), default=NO_LIMIT)
-    speller = make_safe_tokenizer(tokenizer, control_tokens(tokenizer, written))
-    return Reader(name, template, speller, whole[:start], whole[start + len(alone) :], limit)
+    safe_tokenizer = make_safe_tokenizer(tokenizer, control_tokens(tokenizer, written))
+    return Reader(name, template, safe_tokenizer, whole[:start], whole[start + len(alone) :], limit)
 
 
 @torch.no_grad()
 def logits_of(model: Any, reader: Reader, texts: Sequence[list[int]], batch_size: int) -> Tensor:
-    """The model's logit of each text, in batches of texts of like length, padded on the right."""
+    """Return the model's logit of each text. Batches have texts of similar lengths, padded on the right."""
     padding = model.config.get_text_config().pad_token_id
     size = batch_size if padding is not None else 1
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i))
-    found = torch.empty(len(texts))
+    logits = torch.empty(len(texts))
     progress = Progress(Path(reader.name).name, len(texts), "text", seconds=10.0)
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         longest = len(texts[chosen[0]])
         ids = torch.tensor([texts[i] + [padding or 0] * (longest - len(texts[i])) for i in chosen])
         mask = torch.tensor([[1] * len(texts[i]) + [0] * (longest - len(texts[i])) for i in chosen])
-        found[chosen] = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0].float().cpu()
+        logits[chosen] = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0].float().cpu()
         progress.advance(len(chosen))
         progress.show()
-    return found
+    return logits
 
 
-def tell(reader: Reader, texts: Sequence[Read], config: Config) -> None:
-    """Say how many of all processes' texts were cut, and how many conversations were mended."""
+def log_changes(reader: Reader, texts: Sequence[Tokenized], config: Config) -> None:
+    """Log how many texts of all processes were cut, and how many conversations were mended."""
     own = (len(texts), sum(text.cut for text in texts), sum(text.mended for text in texts))
     count, cut, mended = (sum(column) for column in zip(*dist.all_gather(own), strict=True))
     if cut:
@@ -155,13 +158,16 @@ def tell(reader: Reader, texts: Sequence[Read], config: Config) -> None:
 # ---------------------------------------------------------------- how it reads a conversation
 
 
-def read(reader: Reader, row: Demonstration) -> Read:
-    """Token ids of a conversation. A long one loses its first turns, but for system text, then its beginning.
+def tokenize(reader: Reader, row: Demonstration) -> Tokenized:
+    """Return the token ids of a conversation, at most ``reader.limit``.
+
+    A conversation that is too long loses its first turns, except for system text. If its last turns are still too long,
+    they lose their beginning.
 
     Raises:
-        LocalError: naming the row that the chat template refuses.
+        LocalError: the chat template refuses the conversation; the error names the row.
     """
-    safe, refused = escape_special_tokens(row, reader.speller), False
+    safe, refused = escape_special_tokens(row, reader.safe_tokenizer), False
     try:
         ids = ids_of(reader, safe)
     except TemplateRefusal as refusal:
@@ -174,24 +180,24 @@ def read(reader: Reader, row: Demonstration) -> Read:
                 "expected one that it writes"
             ) from refusal
     if len(ids) <= reader.limit:
-        return Read(ids, cut=False, mended=refused)
+        return Tokenized(ids, cut=False, mended=refused)
     for prompt in without_first_turns(safe.prompt):
         try:
             ids = ids_of(reader, safe._replace(prompt=prompt))
         except TemplateRefusal:
             continue
         if len(ids) <= reader.limit:
-            return Read(ids, cut=True, mended=refused)
+            return Tokenized(ids, cut=True, mended=refused)
     kept = len(reader.before)
-    return Read(ids[:kept] + ids[len(ids) - reader.limit + kept :], cut=True, mended=refused)
+    return Tokenized(ids[:kept] + ids[len(ids) - reader.limit + kept :], cut=True, mended=refused)
 
 
 def ids_of(reader: Reader, row: Demonstration) -> list[int]:
-    """The ids of what the template writes, with one BOS; without a template, of prompt and answer joined."""
+    """Return the ids of what the template writes, or of prompt and answer joined, with one BOS at the beginning."""
     assert row.answer is not None
     before, behind = reader.before, reader.behind
     if reader.template.tokenizer.chat_template:
-        ids, behind = reader.speller.encode([render(reader.template, [*row.prompt, row.answer], row.tools)])[0].ids, []
+        ids, behind = reader.safe_tokenizer.encode([render(reader.template, [*row.prompt, row.answer], row.tools)])[0].ids, []
     else:
-        ids = reader.speller.encode([join_turns(row.prompt) + str(row.answer.get("content") or "")])[0].ids
+        ids = reader.safe_tokenizer.encode([join_turns(row.prompt) + str(row.answer.get("content") or "")])[0].ids
     return [*(before if ids[: len(before)] != before else []), *ids, *behind]

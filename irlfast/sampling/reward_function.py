@@ -1,8 +1,8 @@
-"""Rewards that a Python function gives, called as TRL's GRPOTrainer calls its reward functions.
+"""Rewards by a Python function, which is called as TRL's GRPOTrainer calls its reward functions.
 
-``function(prompts=…, completions=…, completion_ids=…, **columns)`` returns a number for each answer, or None where the
-reward says nothing of it. ``columns`` are lists of the rows' other columns. Where a row is a conversation, its prompt
-is messages and the completion one assistant's message; else both are texts.
+``function(prompts=…, completions=…, completion_ids=…, **columns)`` returns a number for each answer, or None for an
+answer that it does not judge. ``columns`` are lists of the rows' other columns. If a row is a conversation, its prompt
+is a list of messages and its completion a list of one assistant message; else both are texts.
 """
 
 import asyncio
@@ -24,35 +24,36 @@ from irlfast.data.packing import PromptGroup
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_texts import cached, row_of, text_of
 
-CALL = 64  # answers that a call is given, about
-OURS = ("prompt", "prompts", "completion", "completions", "completion_ids")  # no columns, as with TRL
+ANSWERS_PER_CALL = 64  # about
+NOT_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")  # as with TRL
 
 
 def function_rewards(run: Run, name: str, groups: Sequence[PromptGroup], path: Path) -> Tensor:
-    """One reward of every answer, ``[S, 1]`` fp64 and cached in ``path``; NaN where the function returned None.
+    """Return one reward of every answer, ``[S, 1]`` fp64, kept in ``path``; NaN if the function returned None.
 
     Raises:
-        InputError: the function cannot be imported, raises, or returns other than a number or None for each answer.
+        InputError: the function cannot be imported, raises, or returns something else than a number or None for each
+            answer.
     """
 
     def share() -> dict[int, float]:
         function, n = load_function(name), len(groups[0].answers)
-        found: dict[int, float] = {}
-        batches = max(1, CALL // n)
-        starts = range(0, len(groups), batches)
+        rewards: dict[int, float] = {}
+        groups_per_call = max(1, ANSWERS_PER_CALL // n)
+        starts = range(0, len(groups), groups_per_call)
         for start in starts[dist.rank() :: dist.world_size()]:
-            values = call(function, name, run, groups[start : start + batches])
-            found |= dict(enumerate(values, start * n))
-        return found
+            values = call(function, name, run, groups[start : start + groups_per_call])
+            rewards |= dict(enumerate(values, start * n))
+        return rewards
 
     return cached(path, share)
 
 
 def load_function(name: str) -> Callable:
-    """``package.module:function`` or ``file.py:function``, imported as from the folder of the run.
+    """Import ``package.module:function`` or ``file.py:function``, as a program in the working folder would.
 
     Raises:
-        InputError: it cannot be imported.
+        InputError: the function cannot be imported.
     """
     place, _, attribute = name.rpartition(":")
     path = find_path(place) if place.endswith(".py") else None
@@ -60,16 +61,16 @@ def load_function(name: str) -> Callable:
     if folder not in sys.path:
         sys.path.append(folder)
     try:
-        module = from_file(path) if path else importlib.import_module(place)
+        module = import_file(path) if path else importlib.import_module(place)
         function = getattr(module, attribute)
-    except Exception as error:  # whatever the user's module raises
-        raise InputError(f"reward_function {name}: cannot be imported ({described(error)})") from error
+    except Exception as error:  # the user's module may raise anything
+        raise InputError(f"reward_function {name}: cannot be imported ({describe(error)})") from error
     if not callable(function):
         raise InputError(f"reward_function {name}: found {type(function).__name__}, expected a function")
     return function
 
 
-def from_file(path: Path) -> Any:
+def import_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -78,15 +79,15 @@ def from_file(path: Path) -> Any:
 
 
 def call(function: Callable, name: str, run: Run, groups: Sequence[PromptGroup]) -> list[float]:
-    """The function's rewards of all answers of some segments; NaN for None.
+    """Return the function's rewards of all answers of some prompt groups; NaN for None.
 
     Raises:
-        LocalError: the function raises, or returns other than a number or None for each answer.
+        LocalError: the function raises, or returns something else than a number or None for each answer.
     """
     rows = [row for group in groups for row in [row_of(run, group.row)] * len(group.answers)]
     answers = [answer for group in groups for answer in group.answers]
     texts = [text_of(run, answer) for answer in answers]
-    names = {column: None for row in rows for column in row["row"] if column not in OURS}
+    names = {column: None for row in rows for column in row["row"] if column not in NOT_COLUMNS}
     columns = {column: [row["row"].get(column) for row in rows] for column in names}
     given = {
         "prompts": [row["messages"] if is_conversation(row) else row["messages"][-1]["content"] for row in rows],
@@ -97,36 +98,43 @@ def call(function: Callable, name: str, run: Run, groups: Sequence[PromptGroup])
         "completion_ids": [[*answer] for answer in answers],
     }
     try:
-        found = function(**given, **columns)
-        values = list(asyncio.run(found) if inspect.iscoroutine(found) else found)
-    except Exception as error:  # whatever the user's function raises
-        raise LocalError(f"reward_function {name}: it failed ({described(error)})") from error
+        returned = function(**given, **columns)
+        values = list(asyncio.run(returned) if inspect.iscoroutine(returned) else returned)
+    except Exception as error:  # the user's function may raise anything
+        raise LocalError(f"reward_function {name}: it failed ({describe(error)})") from error
     if len(values) != len(answers):
-        raise LocalError(f"reward_function {name}: found {len(values)} rewards, expected {len(answers)}, one an answer")
-    return [number(value, name, text) for value, text in zip(values, texts, strict=True)]
+        raise LocalError(
+            f"reward_function {name}: found {len(values)} rewards, expected {len(answers)}, one per answer"
+        )
+    return [to_number(value, name, text) for value, text in zip(values, texts, strict=True)]
 
 
 def is_conversation(row: dict[str, Any]) -> bool:
-    """Whether the row has messages, or its prompt several turns beside system text."""
+    """Whether a row has messages, or a prompt of several turns besides system text."""
     lists = (value for value in row["row"].values() if isinstance(value, list) and value)
     turns = [message for message in row["messages"] if message["role"] != "system"]
     return len(turns) != 1 or any(isinstance(value[0], dict) and {"role", "from"} & {*value[0]} for value in lists)
 
 
-def number(value: Any, name: str, answer: str) -> float:
+def to_number(value: Any, name: str, answer: str) -> float:
+    """Return a reward as a number, and NaN for None.
+
+    Raises:
+        LocalError: the value is no finite number.
+    """
     if value is None:
         return math.nan
     try:
-        found = float(value)
+        reward = float(value)
     except (TypeError, ValueError):
-        found = math.nan
-    if isinstance(value, str) or not math.isfinite(found):
+        reward = math.nan
+    if isinstance(value, str) or not math.isfinite(reward):
         raise LocalError(f"reward_function {name}: found {value!r} for the answer {answer[:80]!r}, expected a number")
-    return found
+    return reward
 
 
-def described(error: BaseException) -> str:
-    """The kind of an error, its message, and the line that raised it."""
+def describe(error: BaseException) -> str:
+    """Return an error's type, its message, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
     place = f", {Path(last.filename).name} line {last.lineno}" if last else ""

@@ -1,4 +1,4 @@
-"""Rewards of answers that are read as texts: made once, by all processes together, and kept in a file."""
+"""Rewards of answers that are read as texts: computed once, by all processes together, and kept in a file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,24 +14,27 @@ from irlfast.runs.run import Run
 
 
 def cached(path: Path, share: Callable[[], dict[int, float]]) -> Tensor:
-    """The rewards ``[S, 1]`` fp64 in ``path``; ``share`` makes this process's, by the numbers of the answers."""
+    """Return the rewards ``[S, 1]`` fp64 in the file ``path``, which is made first if it does not exist.
+
+    ``share`` computes the rewards of this process's share of the answers, by the answers' numbers.
+    """
     if not path.exists():
-        found: dict[int, float] = {}
+        rewards: dict[int, float] = {}
         for part in dist.all_gather(share()):
-            found |= part
+            rewards |= part
         if dist.is_main():
-            values = torch.tensor([found[number] for number in range(len(found))], dtype=torch.float32)
+            values = torch.tensor([rewards[number] for number in range(len(rewards))], dtype=torch.float32)
             write(path, lambda temporary: save_file({"values": values}, temporary))
         dist.barrier()
     return load_file(path)["values"].double()[:, None]
 
 
 def text_of(run: Run, answer: Sequence[int]) -> str:
-    """An answer without its end token and other special tokens."""
+    """Return an answer's text without its end token and other special tokens."""
     return run.encoder.tokenizer.decode([*answer], skip_special_tokens=True)
 
 
 def row_of(run: Run, number: int) -> dict[str, Any]:
-    """What an example with this ``row`` came from: messages, tools, and the row as it was read."""
+    """Return the row of data/rows.jsonl with this number: its messages, tools, and the row as it was read."""
     assert run.rows is not None
     return run.rows[number]

@@ -1,16 +1,16 @@
-"""Rewards of answers, by whatever gives them (DESIGN §3, RFT and AfD); every one is scored once and cached.
+"""Rewards of answers, from reward models, policies and Python functions (docs/design.md §3, RFT and AfD).
 
-A reward is named by the folder or hub name of a model:
+Every answer is scored once, and the scores are kept in files. A reward is named by the folder or hub name of a model:
 
-- a reward model of this project (``method: reward``, ``rft`` or ``afd`` learned it): heads on a backbone, read at the
-  answer's last token or at every one, as they were trained; its config.json carries how, under ``irlfast_reward``;
+- a reward model that this project trained (``method: reward``, ``rft`` or ``afd``): heads on a body, read at the
+  answer's last token or at every token. ``irlfast_reward`` in its config.json says how;
 - ``POLICY,REFERENCE``, two policies: the implicit reward β·Σ_t log π(y_t)/π_ref(y_t) that IRFT, SPIN and SFT learn
   (arXiv 2405.17888, section 4), with no training of its own; ``POLICY`` alone: β·log π(y), where the reference of
   maximum-entropy IRL is uniform;
-- any other ``AutoModelForSequenceClassification`` with its tokenizer: its logit of the conversation, see
-  :mod:`irlfast.sampling.reward_external`.
+- any other ``AutoModelForSequenceClassification`` with its tokenizer: its logit of the conversation
+  (:mod:`irlfast.sampling.reward_external`).
 
-Python functions add theirs (:mod:`irlfast.sampling.reward_function`).
+Python functions are a further source of rewards (:mod:`irlfast.sampling.reward_function`).
 """
 
 import functools
@@ -23,14 +23,13 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.common.files import InputError, find_path
-from irlfast.common.messages import log
+from irlfast.common.messages import first_sentence, log
 from irlfast.config import Config
 from irlfast.data.packing import Batch, PromptGroup
-from irlfast.models.load import first_sentence
 from irlfast.models.lora import base_and_adapter
 from irlfast.ops import Head
 from irlfast.runs.run import Run
-from irlfast.sampling.reward_external import external
+from irlfast.sampling.reward_external import external_rewards
 from irlfast.sampling.reward_function import function_rewards
 from irlfast.sampling.scoring import log_ratios, score
 
@@ -38,17 +37,17 @@ KINDS = {"reverse_kl": "airl", "js": "gail", "forward_kl": "fairl", "alpha": "al
 
 
 def recipe(config: Config) -> dict[str, Any]:
-    """How a reward model of this run is scored: kept in its config.json."""
+    """Return how a reward model of this run is read; this is written into the model's config.json."""
     return {"level": config.reward_level, "divergence": config.divergence, "alpha": config.divergence_alpha}
 
 
 def rewards_of(run: Run, rewards: Sequence[Path | str], groups: Sequence[PromptGroup], folder: Path) -> Tensor:
-    """Reward ``[S]`` of every answer of every segment, fp64: of ``rewards`` and the run's functions, combined.
+    """Return the reward ``[S]`` fp64 of every answer of ``groups``: all ``rewards`` and the run's functions, combined.
 
-    Each is cached in ``folder``. NaN is an answer that ``reward_overlong`` leaves out.
+    The values of each reward are kept in ``folder``. NaN marks an answer that ``reward_overlong`` leaves out.
 
     Raises:
-        InputError: where ``reward_combine`` asks for an ensemble, and there is one reward of one head.
+        InputError: ``reward_combine`` asks for an ensemble, but there is one reward of one head.
     """
     config = run.config
     names = [*map(str, rewards), *config.reward_function]
@@ -64,10 +63,10 @@ def rewards_of(run: Run, rewards: Sequence[Path | str], groups: Sequence[PromptG
 
 
 def without_none(rewards: Sequence[Tensor], alone: bool, combined: str) -> list[Tensor]:
-    """Functions' rewards ``[S, 1]`` with 0 for NaN, which stands for None: the function says nothing of an answer.
+    """Return functions' rewards ``[S, 1]`` with 0 in place of NaN: the function returned None, so it adds nothing.
 
     Raises:
-        InputError: where no reward says anything, or ``reward_combine`` is not the mean, so that 0 would count.
+        InputError: no reward judges an answer, or ``reward_combine`` is not the mean, so that 0 would count.
     """
     if not rewards:
         return []
@@ -81,18 +80,20 @@ def without_none(rewards: Sequence[Tensor], alone: bool, combined: str) -> list[
 
 
 def complete(rewards: Tensor) -> list[int]:
-    """Numbers of the prompts all of whose answers have a reward ``[P, n]``; ``reward_overlong`` leaves others out.
+    """Return the numbers of the prompts whose answers all have a reward, from rewards ``[P, n]``; log the others.
+
+    ``reward_overlong: drop`` leaves out answers whose text is too long.
 
     Raises:
-        InputError: where there is none.
+        InputError: no prompt is complete.
     """
-    found = (~rewards.isnan().any(1)).nonzero().flatten().tolist()
-    if not found:
+    numbers = (~rewards.isnan().any(1)).nonzero().flatten().tolist()
+    if not numbers:
         raise InputError("reward_overlong: found drop, and every prompt has an answer of which the text is too long")
-    if len(found) < len(rewards):
-        left_out = len(rewards) - len(found)
+    if len(numbers) < len(rewards):
+        left_out = len(rewards) - len(numbers)
         log(f"reward_overlong: {left_out:,} of {len(rewards):,} prompts are left out, as an answer's text was too long")
-    return found
+    return numbers
 
 
 def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) -> Tensor:
@@ -108,7 +109,7 @@ def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) 
         return implicit(run, [reward], groups, path)
     how = getattr(config, "irlfast_reward", None)
     if how is None:
-        return external(run, reward, groups, path)
+        return external_rewards(run, reward, groups, path)
     check_tokenizer(run, reward)
     measure = functools.partial(head_rewards, **how)
     scores = score(run, reward, groups, path, measure, heads=config.num_labels)
@@ -116,25 +117,30 @@ def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) 
 
 
 def reward_config(reward: str, config: Config) -> Any:
+    """Load the Transformers config of a reward.
+
+    Raises:
+        InputError: there is no config, or it is of neither a classifier nor a language model.
+    """
     import transformers
 
     name, _ = base_and_adapter(reward)
     try:
-        found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        model_config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"reward model {reward}: cannot be loaded ({first_sentence(error)})") from error
-    kind = (found.architectures or ["no architecture"])[0]
+    kind = (model_config.architectures or ["no architecture"])[0]
     if not kind.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel")):
         raise InputError(f"reward model {reward}: found {kind}, expected one ForSequenceClassification or ForCausalLM")
-    return found
+    return model_config
 
 
 def head_rewards(
     hidden: Tensor, head: Head, batch: Batch, *, level: str, divergence: str, alpha: float
 ) -> Sequence[Tensor]:
-    """``[1, M]`` of each answer: the divergence's reward of the heads' logits, summed over tokens if that is the level.
+    """Return the reward ``[1, M]`` of each answer from its heads' logits, summed over tokens at the level ``token``.
 
-    Source: DESIGN §3; f-MAX (arXiv 1911.02256), see :mod:`irlfast.ops.rewards.losses`.
+    Source: docs/design.md §3; f-MAX (arXiv 1911.02256), see :mod:`irlfast.ops.rewards.losses`.
     """
     pooling = "token" if level == "token" else "last"
     logits = ops.reward_head(hidden, head.weight, batch.cu_seqlens, rows=batch.rows, bias=head.bias, pooling=pooling)
@@ -144,9 +150,10 @@ def head_rewards(
 
 
 def combine(rewards: Sequence[Tensor], config: Config) -> Tensor:
-    """One reward ``[S]`` of several ``[S, M]``: the sum of their heads' means; or an ensemble of all heads of all.
+    """Combine rewards ``[S, M]`` into one reward ``[S]``.
 
-    Of an ensemble it is the least reward, or the mean less k standard deviations (none where there is one head).
+    ``mean`` adds the rewards up, each the mean of its heads. The other two take all heads of all rewards as one
+    ensemble: ``min`` is the least reward, ``mean_std`` is the mean minus k standard deviations.
     """
     if config.reward_combine == "mean":
         return torch.stack([values.mean(1) for values in rewards]).sum(0)
@@ -171,6 +178,11 @@ def implicit(run: Run, policies: Sequence[str], groups: Sequence[PromptGroup], p
 
 
 def check_tokenizer(run: Run, policy: str) -> None:
+    """Check that a reward reads the same token ids as the run's policy; the padding token may differ.
+
+    Raises:
+        InputError: the reward's tokenizer cannot be loaded, or is another one.
+    """
     import transformers
 
     name = str(find_path(policy) or policy)

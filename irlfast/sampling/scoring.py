@@ -1,6 +1,7 @@
-"""Scores by a frozen model, made once and cached: the reference's log-probability of every answer token (DESIGN §4).
+"""Scores of answers by a frozen model, computed once and kept in a file.
 
-Per token, because a sequence's log-ratio must be summed over per-token differences to stay exact.
+Mostly these are the reference's log-probabilities of answer tokens. They are kept per token, because a sequence's
+log-ratio stays exact only if the differences are taken per token and then summed (docs/design.md §4).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,19 +21,19 @@ from irlfast.config import Config
 from irlfast.data.batching import longest_of, micro_batches, token_limit
 from irlfast.data.packing import Batch, PromptGroup, pack
 from irlfast.losses.inputs import arguments
-from irlfast.models.attention import arrange, hidden_states
-from irlfast.models.load import head_of, load_model
+from irlfast.models.forward import hidden_states
+from irlfast.models.prepare import prepare_to_score
 from irlfast.ops import Head
 from irlfast.runs.run import Run
 
-ANSWERS = 8  # of a prompt that one segment scores: more gain little, and a row's mask grows with all of them
+MAX_ANSWERS = 8  # of a prompt that are scored together: more save little, and a row's mask grows with all of them
 
-Scores = list[tuple[Tensor, ...]]  # for every segment, the values of each of its answers
+Scores = list[tuple[Tensor, ...]]  # for each prompt group, the values of each of its answers
 Measure = Callable[[Tensor, Head, Batch], Sequence[Tensor]]  # (hidden [R, H], head, batch) -> values of each answer
 
 
 def token_logps(hidden: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
-    """Log-probability of every token of each answer, fp32."""
+    """Return the log-probabilities of each answer's tokens, fp32."""
     logps = ops.log_ratio(hidden, **arguments(head, batch)).token_logps
     return logps.cpu().split(batch.cu_seqlens.diff().tolist())
 
@@ -46,17 +47,17 @@ def score(
     heads: int = 0,
     in_4bit: bool = False,
 ) -> Scores:
-    """What ``measure`` finds of every answer under ``model`` (with ``heads``: a reward model; or quantised).
+    """Return what ``measure`` computes of every answer under ``model``; with ``heads``, the model is a reward model.
 
-    ``path`` caches it: ``values``, one after the other, with ``lengths`` of the answers' in order. Each process scores
-    its share.
+    The scores are kept in the file ``path``: ``values`` of all answers, one after the other, and the ``lengths`` of the
+    answers' values. Each process scores its share.
     """
     if not path.exists():
-        starts = ((x, first) for x in groups for first in range(0, len(x.answers), ANSWERS))
-        pieces = [PromptGroup(x.prompt, x.answers[first : first + ANSWERS]) for x, first in starts]
+        starts = ((group, first) for group in groups for first in range(0, len(group.answers), MAX_ANSWERS))
+        pieces = [PromptGroup(group.prompt, group.answers[first : first + MAX_ANSWERS]) for group, first in starts]
         scores: dict[int, list[np.ndarray]] = {}
-        for part in dist.all_gather(score_share(run.config, model, pieces, path, measure, heads, in_4bit)):
-            scores |= part
+        for share in dist.all_gather(score_share(run.config, model, pieces, path, measure, heads, in_4bit)):
+            scores |= share
         if dist.is_main():
             write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(pieces))]))
         dist.barrier()
@@ -66,7 +67,7 @@ def score(
 
 
 def log_ratios(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
-    """Σ_t of the differences of two models' log-probabilities, of each answer, fp64."""
+    """Return the log-ratio ``[S]`` fp64 of each answer: the sum of its tokens' differences of log-probabilities."""
     return torch.stack([(a.double() - b.double()).sum() for a, b in zip(new, old, strict=True)])
 
 
@@ -80,23 +81,24 @@ def score_share(
     heads: int,
     in_4bit: bool,
 ) -> dict[int, list[np.ndarray]]:
-    """This process's share of the scores, by the numbers of the segments.
+    """Return the scores of this process's share of the prompt groups, by the groups' numbers.
 
-    Arrays, because 100,000 small tensors would take a minute to other processes, each with its whole batch's memory.
+    The scores are arrays: sending 100,000 small tensors to other processes would take a minute, and would send each
+    with the memory of its whole batch.
     """
-    model = load_model(name, config, heads, in_4bit).to(dist.device()).eval()
-    layout, head = arrange(model, config, groups), head_of(model)
+    prepared = prepare_to_score(name, config, groups, heads, in_4bit)
+    layout = prepared.layout
     limit = token_limit(config, longest_of(groups, layout), config.per_device_eval_batch_size)
     batches = micro_batches(range(len(groups)), groups, layout, limit, dist.rank(), dist.world_size())
     scores: dict[int, list[np.ndarray]] = {}
     label = f"{path.parent.name}/{path.stem}"
     todo = [chosen for chosen in reversed(batches) if chosen]
-    with Progress(label, sum(map(len, batches)), "segment", seconds=10.0) as progress:
+    with Progress(label, sum(map(len, batches)), "prompt", seconds=10.0) as progress:
         while todo:
             chosen = todo.pop()
             batch = pack([groups[i] for i in chosen], layout).to(dist.device())
             try:
-                answers = iter(measure(hidden_states(model, batch), head, batch))
+                answers = iter(measure(hidden_states(prepared.model, batch), prepared.head(), batch))
             except torch.OutOfMemoryError as error:
                 half = len(chosen) // 2
                 if not half:

@@ -24,7 +24,8 @@ from irlfast.engine.fit import fit
 from irlfast.engine.plan import plan_phase
 from irlfast.losses.sft import sft_loss
 from irlfast.methods import METHODS
-from irlfast.models.load import build_model, load_model_config
+from irlfast.models.build import build_model
+from irlfast.models.configs import load_model_config
 from irlfast.runs.metrics_log import MetricsLog
 from irlfast.runs.run import Run
 from irlfast.startup.limits import check_sizes

@@ -16,7 +16,7 @@ from irlfast.methods.stages import stage_examples, stage_name
 from irlfast.models.lora import add_lora
 from irlfast.sampling.reward_function import load_function
 from irlfast.sampling.rewards import reward_config
-from irlfast.sampling.scoring import ANSWERS
+from irlfast.sampling.scoring import MAX_ANSWERS
 from irlfast.sampling.vllm_sampler import GET_VLLM, environment
 
 
@@ -62,8 +62,8 @@ def groups_of(config: Config, row: Example) -> list[PromptGroup]:
         answers.append((row.answer_ids, row.rejected_ids))
     if config.facts.aligns:
         n = config.num_generations
-        trained = n if POLICY_LOSSES[config.align].loss else 1  # the others are scored, ANSWERS at a time
-        answers.append((sampled,) * max(trained, min(ANSWERS, n)))
+        trained = n if POLICY_LOSSES[config.align].loss else 1  # the others are scored, MAX_ANSWERS at a time
+        answers.append((sampled,) * max(trained, min(MAX_ANSWERS, n)))
     return [PromptGroup(row.prompt_ids, each) for each in answers]
 
 

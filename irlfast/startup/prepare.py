@@ -16,16 +16,10 @@ from irlfast.data.counts import describe_source, dropped_rows
 from irlfast.data.encoding import Encoder, make_encoder
 from irlfast.data.sets import Sets, read_sets, tokenizer_texts
 from irlfast.data.store import Example, Rows, fingerprint, load_examples, save_examples
-from irlfast.models.load import (
-    build_model,
-    load_model_config,
-    load_tokenizer,
-    resize_model,
-    rows_of,
-    stop_tokens,
-    vocabulary_size,
-)
+from irlfast.models.build import build_model, resize_model
+from irlfast.models.configs import embedding_rows, load_model_config, stop_tokens
 from irlfast.models.lora import base_and_adapter, check_adapter
+from irlfast.models.tokenizers import load_tokenizer, vocabulary_size
 from irlfast.runs.hub import try_upload
 from irlfast.runs.metrics_log import MetricsLog
 from irlfast.runs.output import check_output, hold
@@ -161,7 +155,7 @@ def check_rows(config: Config, encoder: Encoder, examples: list[Example]) -> Non
     Raises:
         InputError: a token of an example, or one of the tokenizer's own that was not added to it, has none.
     """
-    tokens, rows = vocabulary_size(encoder.tokenizer), rows_of(config)
+    tokens, rows = vocabulary_size(encoder.tokenizer), embedding_rows(config)
     if tokens <= rows:
         return
     found = f"tokenizer: found {tokens:,} tokens, but the model's embedding has {rows:,} rows"
@@ -182,7 +176,7 @@ def check_rows(config: Config, encoder: Encoder, examples: list[Example]) -> Non
 def starting_policy(config: Config, output: Path, encoder: Encoder) -> Path | str:
     """The given model, or in ``initial/policy`` with its tokenizer a new one, or the given one with more embeddings."""
     given = config.model_name_or_path
-    if given and not (config.resize_embeddings and vocabulary_size(encoder.tokenizer) > rows_of(config)):
+    if given and not (config.resize_embeddings and vocabulary_size(encoder.tokenizer) > embedding_rows(config)):
         return find_path(given) or given
     built = output / "initial" / "policy"
     if dist.is_main() and not built.exists():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.models.load import load_model
-from irlfast.models.lora import add_lora, kept_by_merging, merge
+from irlfast.models.lora import add_lora, share_kept, merge
 from tests.helpers.runs import printed, run, settings
 
 
@@ -106,7 +106,7 @@ def test_what_lora_learns_in_bf16_is_not_rounded_away_at_the_end_of_a_stage(tmp_
     adapter = load_file(last / "adapter_model.safetensors")
     base = AutoModelForCausalLM.from_pretrained(output / "initial" / "policy", dtype=torch.bfloat16)
     adapted = PeftModel.from_pretrained(base, last)
-    assert kept_by_merging(adapted) < 0.9
+    assert share_kept(adapted) < 0.9
     check_all_is_kept(adapted, AutoModelForCausalLM.from_pretrained(output / "final"))
     first = load_file(output / "stage-00" / "policy" / "adapter_model.safetensors")
     steps = {name: (values.float().norm(), (values - first[name]).float().norm()) for name, values in adapter.items()}
@@ -167,11 +167,11 @@ def test_what_merging_into_16_bits_keeps_of_an_adapter(size, least, most, config
     config = config_class(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
-    assert kept_by_merging(adapted) == 1  # nothing has been learned
+    assert share_kept(adapted) == 1  # nothing has been learned
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=size)
-    assert least <= kept_by_merging(adapted) <= most
+    assert least <= share_kept(adapted) <= most
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, MixtralConfig])

@@ -16,7 +16,11 @@ from irlfast.config import make_config
 from irlfast.data.batching import cost_of, micro_batches
 from irlfast.data.packing import PAD, Batch, Layout, PromptGroup, count_tokens, pack, token_counts
 from irlfast.losses.inputs import arguments
-from irlfast.models.attention import APART, arrange, check_model, choose, hidden_of, hidden_states, operations, sharing
+from irlfast.models.attention import choose, sharing
+from irlfast.models.checks import APART, can_share_prompts, probe_states
+from irlfast.models.costs import costs_of, operations
+from irlfast.models.forward import hidden_states
+from irlfast.models.prepare import prepare_model
 from irlfast.ops import lm_head
 from irlfast.sampling.scoring import score_share, token_logps
 
@@ -149,8 +153,8 @@ def test_a_model_that_cannot_share_is_found_and_warned_of_once(capsys):
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = Recurrent(copy.deepcopy(FAMILIES["Llama"])).eval()
     sharing_model = model_of("Llama")
-    assert check_model(sharing_model, hidden_of(sharing_model, APART))
-    assert [arrange(model, config, ragged()).shared for _ in range(2)] == [False, False]
+    assert can_share_prompts(sharing_model, probe_states(sharing_model, APART))
+    assert [prepare_model(model, config, ragged()).layout.shared for _ in range(2)] == [False, False]
     assert capsys.readouterr().err.count("cannot share a prompt between answers; each gets its own") == 1
 
 
@@ -160,22 +164,23 @@ def of_lengths(prompt: int, *answers: int) -> list[PromptGroup]:
 
 def test_what_sharing_saves_follows_from_the_lengths():
     model = model_of("Llama")
+    costs = costs_of(model, model.lm_head.weight)
     several = ((80, 20), (20, 80, 80), (80, 20, 20), (80, *[20] * 4))
-    gains = [sharing(model, of_lengths(*lengths))[0] for lengths in several]
+    gains = [sharing(costs, of_lengths(*lengths))[0] for lengths in several]
     assert gains[0] == 0  # an answer alone shares with none
     assert gains == sorted(gains)
-    assert sharing(model, of_lengths(400, 1, 1))[0] == pytest.approx(0.5, abs=0.01)  # of two prompts one
-    assert sharing(model, of_lengths(80, 20, 40))[1] == "on average prompts of 80 tokens with 2 answers of 30"
-    assert sharing(model, of_lengths(80, 20))[1] == "on average prompts of 80 tokens with 1 answer of 20"
+    assert sharing(costs, of_lengths(400, 1, 1))[0] == pytest.approx(0.5, abs=0.01)  # of two prompts one
+    assert sharing(costs, of_lengths(80, 20, 40))[1] == "on average prompts of 80 tokens with 2 answers of 30"
+    assert sharing(costs, of_lengths(80, 20))[1] == "on average prompts of 80 tokens with 1 answer of 20"
 
 
 def test_the_choice_of_an_attention_is_said_with_the_lengths_behind_it(capsys):
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = model_of("Llama")
-    layouts = [arrange(model, config, of_lengths(80, 20, 20)) for _ in range(2)]
-    assert layouts[0] == layouts[1]
-    assert layouts[0][:3] == Layout()[:3]
-    gain = sharing(model, of_lengths(80, 20, 20))[0]
+    first, second = (prepare_model(model, config, of_lengths(80, 20, 20)) for _ in range(2))
+    assert first.layout == second.layout
+    assert first.layout[:3] == Layout()[:3]
+    gain = sharing(first.costs, of_lengths(80, 20, 20))[0]
     said = (
         f"attention: sdpa; sharing prompts saves {gain:.0%} of the operations: on average prompts of 80 tokens with 2"
     )
@@ -201,7 +206,7 @@ def test_a_model_without_a_linear_head_is_one_sentence():
     model.set_output_embeddings(torch.nn.Identity())
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     with pytest.raises(InputError, match=r"found head Identity, expected torch\.nn\.Linear"):
-        arrange(model, config, ragged())
+        prepare_model(model, config, ragged())
 
 
 def drawn(count: int) -> list[PromptGroup]:
@@ -227,10 +232,10 @@ def test_ranks_get_as_many_batches_of_like_cost_within_the_limit(layout, ranks):
 
 
 def test_what_a_segment_costs_is_what_its_operations_are():
-    model = model_of("Llama")
-    layout = arrange(model, make_config({"dataset_name": __file__, "model_name_or_path": "."}), drawn(4))
+    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+    layout, costs = prepare_model(model_of("Llama"), config, drawn(4))[-2:]
     short, long = of_lengths(10, 5, 5)[0], of_lengths(60, 50, 7)[0]
-    ratio = operations(model, token_counts([long], layout)) / operations(model, token_counts([short], layout))
+    ratio = operations(costs, token_counts([long], layout)) / operations(costs, token_counts([short], layout))
     assert cost_of(long, layout) / cost_of(short, layout) == pytest.approx(ratio)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from irlfast.models.load import train_tokenizer
+from irlfast.models.tokenizers import train_tokenizer
 from tests.helpers.runs import PYTHON, printed
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i * 7 % 31}", "id": i} for i in range(2500)]

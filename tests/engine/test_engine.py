@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from irlfast.data.packing import pack
 from irlfast.engine.module import offloaded
 from irlfast.engine.trainable import compile_layers
-from irlfast.models.attention import hidden_states
+from irlfast.models.forward import hidden_states
 from irlfast.models.steady import recompute_layers
 from tests.data.test_packing import model_of, ragged, with_gradients
 from tests.helpers.runs import run, run_killed_at

@@ -21,7 +21,8 @@ from irlfast.losses.pairs import irft_loss
 from irlfast.losses.policy import align_loss
 from irlfast.losses.rewards import reward_loss
 from irlfast.losses.sft import sft_loss
-from irlfast.models.attention import hidden_states, operations
+from irlfast.models.costs import costs_of, operations
+from irlfast.models.forward import hidden_states
 from tests.data.test_packing import model_of, ragged
 from tests.helpers.runs import printed, run
 
@@ -45,7 +46,7 @@ def test_operations_are_those_that_torch_counts(shared):
         sum(row.numel() ** 2 for row in batch.input_ids) - found["attended"]
     )  # eager attention computes whole squares
     counted = counter.get_total_flops()
-    assert operations(model, found) + 12 * 2 * 32 * unseen == pytest.approx(counted, rel=0.01)  # norms are no products
+    assert operations(costs_of(model, model.lm_head.weight), found) + 12 * 2 * 32 * unseen == pytest.approx(counted, rel=0.01)  # norms are no products
 
 
 def test_what_is_seen_is_what_the_mask_shows():

@@ -11,8 +11,9 @@ from irlfast import ops
 from irlfast.data.packing import PromptGroup, pack
 from irlfast.engine.module import Policy
 from irlfast.losses.inputs import Loss, Normalisers, arguments
-from irlfast.models.attention import hidden_states
+from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
+from tests.helpers.prepared import prepared
 
 VOCABULARY, LONGEST, END = 4, 3, 0
 PROMPTS = [[1, 2], [3]]
@@ -54,7 +55,7 @@ def scored(reference: GPT2LMHeadModel, pairs: Sequence[PromptGroup]) -> list[Pro
 def loss_of(policy: GPT2LMHeadModel, loss: Loss, pairs: Sequence[PromptGroup]) -> tuple[Tensor, dict[str, Tensor]]:
     """The trainer's own loss of a batch: what its engine calls."""
     expert_tokens = sum(len(pair.answers[0]) for pair in pairs)
-    return Policy(policy, loss)(pack(pairs), Normalisers(len(pairs), expert_tokens))
+    return Policy(prepared(policy), loss)(pack(pairs), Normalisers(len(pairs), expert_tokens))
 
 
 def flat_gradient(value: Tensor, policy: GPT2LMHeadModel) -> Tensor:

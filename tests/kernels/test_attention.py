@@ -10,7 +10,8 @@ import transformers
 from irlfast.config import make_config
 from irlfast.data.packing import Layout, PromptGroup, pack
 from irlfast.models import varlen
-from irlfast.models.attention import arrange, varlen_of
+from irlfast.models.attention import unshared_attention
+from irlfast.models.prepare import prepare_model
 from tests.data.test_packing import separate, with_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -55,10 +56,10 @@ def test_packed_segments_are_no_worse_than_separate_ones(config, kind):
     exact = with_gradients(model, apart)
     plain = errors(with_gradients(model.to(torch.bfloat16), apart), exact)
     if kind == "flash-attn":
-        kind = varlen_of(model)
+        kind = unshared_attention(model)
         if kind in (varlen.NAME, None):
             pytest.skip("flash-attn is not installed here")
-    elif kind == varlen.NAME and not varlen.offer(model):
+    elif kind == varlen.NAME and not varlen.register(model):
         pytest.skip("this torch has no varlen attention with windows and shared heads")
     model.set_attn_implementation(kind)
     layout = Layout(shared=kind == "flex_attention", one_row=True)
@@ -69,10 +70,11 @@ def test_packed_segments_are_no_worse_than_separate_ones(config, kind):
 def test_a_phase_takes_what_the_lengths_ask_for_and_tries_it():
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = model_of(LLAMA).to(torch.bfloat16)
-    shared = arrange(model, config, groups())
+    shared = prepare_model(model, config, groups()).layout
     assert shared.shared and shared.one_row and model.config._attn_implementation == "flex_attention"
-    if varlen_of(model) is None:
+    if unshared_attention(model) is None:
         pytest.skip("neither flash-attn nor torch's own varlen attention is here")
     short = [PromptGroup([1], ([2] * 200, [3] * 200))] * 4
     model = model_of(LLAMA).to(torch.bfloat16)
-    assert not arrange(model, config, short).shared and model.config._attn_implementation == varlen_of(model)
+    assert not prepare_model(model, config, short).layout.shared
+    assert model.config._attn_implementation == unshared_attention(model)

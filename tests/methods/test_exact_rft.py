@@ -140,7 +140,7 @@ def groups_of(policy, reference, chosen: list[tuple[int, ...]], reward: torch.Te
 def tokens_of(policy) -> list[torch.Tensor]:
     """Log-probability of every token of every answer."""
     from irlfast.losses.inputs import arguments
-    from irlfast.models.attention import hidden_states
+    from irlfast.models.forward import hidden_states
 
     batch = pack([PromptGroup(PROMPT, (answer,)) for answer in ANSWERS])
     with torch.no_grad():

@@ -16,7 +16,7 @@ from irlfast.data.packing import PromptGroup, pack
 from irlfast.engine.module import Policy
 from irlfast.losses.inputs import Normalisers, arguments
 from irlfast.losses.pairs import irft_loss
-from irlfast.models.attention import hidden_states
+from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
 from tests.helpers.rows import examples_of, pair
 from tests.helpers.tokenizers_like import pythia

@@ -13,10 +13,12 @@ from irlfast.data.packing import PAD, Layout, PromptGroup, pack
 from irlfast.engine.module import Policy
 from irlfast.losses.inputs import Normalisers
 from irlfast.losses.sft import sft_loss
-from irlfast.models.attention import APART, body_output
+from irlfast.models.checks import APART
+from irlfast.models.forward import body_output
 from irlfast.models.moe import balancing_loss, check_router
 from irlfast.models.steady import recompute_layers
 from tests.data.test_packing import SHAPE, model_of, ragged
+from tests.helpers.prepared import prepared
 from tests.helpers.runs import run
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -68,7 +70,7 @@ def test_a_step_adds_it_weighted_by_the_micro_batches_segments(recomputed):
         recompute_layers(model, selective=False)
     results, gradients = {}, {}
     for coefficient in (0.0, 0.5):
-        policy = Policy(model, partial(sft_loss), router_aux_loss_coef=coefficient)
+        policy = Policy(prepared(model), partial(sft_loss), router_aux_loss_coef=coefficient)
         losses, metrics = zip(*(policy(part, share) for part in parts), strict=True)
         results[coefficient] = sum(losses)
         gradients[coefficient] = torch.autograd.grad(sum(losses), model.model.layers[0].mlp.gate.weight)[0]

@@ -16,7 +16,7 @@ from transformers import (
 from irlfast.config import Config
 from irlfast.data.encoding import make_encoder
 from irlfast.models.load import save_pretrained
-from irlfast.models.padding import padded_apart
+from irlfast.models.padding import add_unique_padding
 from irlfast.sampling.generation import GREEDY, generate_batch
 from tests.helpers.tokenizers_like import FAMILIES, QWEN, byte_level
 
@@ -60,7 +60,7 @@ def saved(request, tmp_path_factory):
     model = LlamaForSequenceClassification(config)
     state = dict(model.state_dict())
     folder = tmp_path_factory.mktemp("model")
-    save_pretrained(folder, model, padded_apart(model, encoder, state), state)
+    save_pretrained(folder, model, add_unique_padding(model, encoder, state), state)
     return request.param, encoder, folder
 
 

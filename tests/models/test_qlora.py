@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from irlfast.config import make_config
 from irlfast.data.packing import pack
 from irlfast.data.store import load_examples
-from irlfast.models.attention import APART, check_model, hidden_of, hidden_states
+from irlfast.models.forward import hidden_states
 from irlfast.models.load import load_model
 from irlfast.models.lora import add_lora
+from irlfast.models.prepare import prepare_model
 from tests.commands.test_options import LORA
 from tests.data.test_packing import model_of, ragged
 from tests.helpers.runs import contents, run, run_killed_at
@@ -107,7 +108,7 @@ def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tmp_
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": name} | keys)
     model_of("Llama").save_pretrained(tmp_path)
     quantised = load_model(tmp_path, config, heads, in_4bit=True)
-    assert check_model(quantised, hidden_of(quantised, APART))
+    assert prepare_model(quantised, config, ragged()).layout.shared
     assert type(quantised.score if heads else quantised.lm_head) is torch.nn.Linear
     adapted = add_lora(quantised, config, reward=bool(heads))
     written_out = add_lora(load_model(tmp_path, config, heads, in_4bit=True).dequantize(), config, reward=bool(heads))

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.models.load import load_model, load_tokenizer, resize_model
+from irlfast.models.build import resize_model
+from irlfast.models.load import load_model
 from irlfast.models.lora import base_and_adapter, check_adapter
+from irlfast.models.tokenizers import load_tokenizer
 from irlfast.startup.prepare import check_weights
 from tests.data.test_packing import FAMILIES, model_of
 

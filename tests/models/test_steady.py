@@ -12,7 +12,8 @@ import transformers
 
 from irlfast.common.files import InputError
 from irlfast.data.packing import pack
-from irlfast.models.attention import APART, hidden_states
+from irlfast.models.checks import APART
+from irlfast.models.forward import hidden_states
 from irlfast.models.steady import check_steady, recompute_layers
 from tests.data.test_packing import model_of, ragged
 from tests.helpers.runs import run

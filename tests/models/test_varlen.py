@@ -11,7 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from irlfast.common.files import InputError
 from irlfast.data.packing import Layout, pack
 from irlfast.models import varlen
-from irlfast.models.attention import APART, check_layout, hidden_of, hidden_states, varlen_of
+from irlfast.models.attention import unshared_attention
+from irlfast.models.checks import APART, check_layout, probe_states
+from irlfast.models.forward import hidden_states
 from tests.data.test_packing import FAMILIES, model_of, ragged, separate, with_gradients
 
 ROW = Layout(shared=False, one_row=True)
@@ -45,7 +47,7 @@ def kernel(monkeypatch):
 
 
 def with_varlen(model):
-    assert varlen.offer(model.to(torch.bfloat16))
+    assert varlen.register(model.to(torch.bfloat16))
     model.set_attn_implementation(varlen.NAME)
     return model.float()
 
@@ -75,21 +77,21 @@ def test_torchs_own_operation_takes_what_a_layer_gives_it_and_nothing_waits_for_
 
 def test_it_is_offered_where_it_can_run(monkeypatch):
     half = torch.bfloat16
-    assert varlen_of(model_of("Llama").to(half)) == "varlen"
-    assert varlen_of(model_of("Llama")) is None
-    assert varlen_of(model_of("Gemma2, soft-cap, window 4").to(half)) is None
+    assert unshared_attention(model_of("Llama").to(half)) == "varlen"
+    assert unshared_attention(model_of("Llama")) is None
+    assert unshared_attention(model_of("Gemma2, soft-cap, window 4").to(half)) is None
     with monkeypatch.context() as odd:
-        odd.setattr(varlen, "head_size", lambda model: 12)
-        assert varlen_of(model_of("Llama").to(half)) is None
+        odd.setattr(varlen, "attention_head_size", lambda model: 12)
+        assert unshared_attention(model_of("Llama").to(half)) is None
     monkeypatch.setattr(torchs, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: query)
-    assert varlen_of(model_of("Llama").to(half)) is None  # torch 2.10's
+    assert unshared_attention(model_of("Llama").to(half)) is None  # torch 2.10's
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
-    assert varlen_of(model_of("Llama").to(half)) == "flash_attention_2"
+    assert unshared_attention(model_of("Llama").to(half)) == "flash_attention_2"
 
 
 def test_a_layer_that_wants_more_is_refused(kernel):
     kernel(plain)
-    varlen.offer(model_of("Llama").to(torch.bfloat16))
+    varlen.register(model_of("Llama").to(torch.bfloat16))
     model = model_of("Gemma2, soft-cap, window 4")
     model.set_attn_implementation(varlen.NAME)
     with pytest.raises(ValueError, match="varlen has no softcap; expected sdpa or flex_attention"):
@@ -98,7 +100,7 @@ def test_a_layer_that_wants_more_is_refused(kernel):
 
 def test_an_attention_that_mixes_the_sequences_of_a_row_is_refused(kernel):
     model = model_of("Llama").to(torch.bfloat16).float()
-    expected = hidden_of(model, APART)
+    expected = probe_states(model, APART)
     with_varlen(model)
     kernel(plain)
     check_layout(model, ROW, expected)

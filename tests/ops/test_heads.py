@@ -10,7 +10,8 @@ from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.data.packing import pack
 from irlfast.losses.inputs import arguments
-from irlfast.models.attention import arrange, hidden_states
+from irlfast.models.forward import hidden_states
+from irlfast.models.prepare import prepare_model
 from irlfast.ops.common.heads import score_head
 from tests.data.test_packing import SHAPE, ragged
 
@@ -167,7 +168,7 @@ def test_other_functions_of_the_hidden_state_are_refused_in_one_sentence(name, d
     with pytest.raises(ValueError, match=r"cannot be used by itself: .*(hidden state|head's products)"):
         ops.lm_head(model)
     with pytest.raises(InputError, match="its head cannot be used by itself"):
-        arrange(model, config, ragged())
+        prepare_model(model, config, ragged())
 
 
 CLASSIFIERS = ["Llama", "Gemma 2", "OPT", "GPT-J, bias", "Phi, bias"]

@@ -18,7 +18,7 @@ import torch
 from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.sampling import generation, vllm_sampler
-from irlfast.sampling.vllm_sampler import NoLora, Shard, fail, generate_vllm
+from irlfast.sampling.vllm_sampler import Shard, UnsupportedAdapter, fail, generate_vllm
 from tests.helpers.vllm_cases import PROMPTS, SETTINGS, VOCABULARY, answers, perturbed_lora, tiny
 
 # Its answer to a prompt is its process id, the seed and the prompt.
@@ -156,7 +156,7 @@ def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_i
 
 @pytest.mark.parametrize("settings", [{"r": 513}, {"r": 8, "target_parameters": ["experts.gate_up_proj"]}])
 def test_adapters_that_vllm_does_not_take_are_not_tried(settings):
-    with pytest.raises(NoLora):
+    with pytest.raises(UnsupportedAdapter):
         vllm_sampler.lora_settings(settings)
 
 

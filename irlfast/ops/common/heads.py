@@ -58,20 +58,39 @@ def body_of(model: Any) -> Any:
 
 
 def head_at(model: Any, output: Any) -> Head:
-    """The ``output`` module of ``model`` as a head, after a probe that it is remembered by."""
-    if hasattr(output, "modules_to_save"):  # PEFT's: a copy that is trained beside an adapter
+    """Return the ``output`` module of ``model`` as a head."""
+    module = linear_module(model, output)
+    return Head(module.weight, module.bias, *probed(model, module))
+
+
+def linear_module(model: Any, output: Any) -> torch.nn.Linear:
+    """Return the linear layer that computes the logits of ``model``: its ``output`` module, or PEFT's trained copy.
+
+    Raises:
+        ValueError: the module is no ``torch.nn.Linear``.
+    """
+    if hasattr(output, "modules_to_save"):  # PEFT's wrapper around a copy that is trained beside an adapter
         output = output.modules_to_save[output.active_adapter]
-    name = type(model).__name__
     if not isinstance(output, torch.nn.Linear):
-        raise ValueError(f"{name}: found head {type(output).__name__}, expected torch.nn.Linear")
+        raise ValueError(f"{type(model).__name__}: found head {type(output).__name__}, expected torch.nn.Linear")
+    return output
+
+
+def probed(model: Any, output: torch.nn.Linear) -> tuple[float, float | None]:
+    """Return the scale and soft-cap of a model's logits. The first call for a model probes it; later ones remember.
+
+    Raises:
+        ValueError: the logits are another function of the last hidden state.
+    """
+    name = type(model).__name__
     if model not in PROBED:
         try:
             PROBED[model] = probe(model, output)
         except ValueError as error:
             raise ValueError(f"{name}: its head cannot be used by itself: {error}") from error
-        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # of its own
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # raised by the model
             raise ValueError(f"{name}: its head cannot be probed in fp32: its forward raises {error!r}") from error
-    return Head(output.weight, output.bias, *PROBED[model])
+    return PROBED[model]
 
 
 @torch.enable_grad()

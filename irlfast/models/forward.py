@@ -1,0 +1,44 @@
+"""The forward pass of a packed batch: hidden states under the head, with the mask that the model's attention takes."""
+
+from typing import Any
+
+from torch import Tensor
+
+from irlfast.data.packing import Batch
+from irlfast.models import varlen
+from irlfast.models.masks import masks
+from irlfast.ops.common.heads import body_of, unwrapped
+
+
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """Return the last hidden states ``[B*L, H]`` of a packed batch, after the final norm."""
+    return body_output(model, batch).last_hidden_state.flatten(0, 1)
+
+
+def body_output(model: Any, batch: Batch, **options: Any) -> Any:
+    """Return what the body of a model (all but its head) returns for a packed batch."""
+    base = unwrapped(model)
+    return body_of(base)(input_ids=batch.input_ids, use_cache=False, **attention_inputs(base, batch), **options)
+
+
+def attention_inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """Return the arguments that tell ``model`` each token's position, and the tokens that each token attends to."""
+    if takes_cu_seqlens(model):
+        return {
+            "position_ids": batch.position_ids,
+            "cu_seq_lens_q": batch.starts,
+            "cu_seq_lens_k": batch.starts,
+            "max_length_q": batch.longest,
+            "max_length_k": batch.longest,
+        }
+    return {} if batch.causal else {"position_ids": batch.position_ids, "attention_mask": masks(model, batch)}
+
+
+def attention_of(model: Any) -> str:
+    """Return Transformers' name of the attention that a model runs now."""
+    return model.config.get_text_config()._attn_implementation
+
+
+def takes_cu_seqlens(model: Any) -> bool:
+    """Whether a model's attention takes the start of each sequence in a row. Answers cannot share a prompt then."""
+    return "flash" in attention_of(model) or attention_of(model) == varlen.NAME

@@ -1,0 +1,94 @@
+"""The one door to a model that scores or trains: load it, check it, choose its attention, measure its costs, once.
+
+``PreparedModel`` is what comes out. Scoring and training read it; nothing is probed a second time.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from irlfast.common import dist
+from irlfast.common.files import InputError
+from irlfast.config import Config
+from irlfast.data.packing import Layout, PromptGroup
+from irlfast.models.attention import arrange
+from irlfast.models.checks import can_share_prompts, check_forward, check_layout, check_logits
+from irlfast.models.costs import Costs, costs_of
+from irlfast.models.load import is_reward_model, load_model, load_to_train
+from irlfast.ops import Head
+from irlfast.ops.common.heads import linear_module, probed, unwrapped
+
+
+class PreparedModel(NamedTuple):
+    """A policy, reference or reward model that is ready to run packed batches, and what was measured of it."""
+
+    model: Any  # in eval(), on this process's device; PEFT's wrapper if the model has an adapter
+    base: Any  # the Transformers model in that wrapper, or ``model`` itself
+    head_module: torch.nn.Linear  # the LM head, or a reward model's heads
+    logit_scale: float  # logits are softcap(logit_scale * head_module(hidden))
+    logit_softcap: float | None
+    layout: Layout  # how prompt groups are packed for this model and its attention
+    costs: Costs  # operations per token
+
+    def head(self) -> Head:
+        """Return the head with its tensors as they are now.
+
+        Ask for it in each forward pass: training changes the tensors, and ZeRO-3 gathers them only when a module's
+        forward reads them from ``head_module``.
+        """
+        return Head(self.head_module.weight, self.head_module.bias, self.logit_scale, self.logit_softcap)
+
+
+def prepare_to_score(
+    name: Path | str, config: Config, groups: Sequence[PromptGroup], heads: int = 0, in_4bit: bool = False
+) -> PreparedModel:
+    """Load and prepare a frozen model that scores ``groups``: a reward model if it has ``heads``.
+
+    Raises:
+        InputError: as :func:`irlfast.models.load.load_model` and :func:`prepare_model`.
+    """
+    return prepare_model(load_model(name, config, heads, in_4bit).to(dist.device()).eval(), config, groups)
+
+
+def prepare_to_train(
+    name: Path | str, config: Config, groups: Sequence[PromptGroup], reward: dict[str, Any] | None = None
+) -> PreparedModel:
+    """Load and prepare a model that trains on ``groups``; ``reward`` as for :func:`load_to_train`.
+
+    Raises:
+        InputError: as :func:`irlfast.models.load.load_model` and :func:`prepare_model`.
+    """
+    model = load_to_train(name, config, reward=reward, in_4bit=config.load_in_4bit)
+    return prepare_model(model.to(dist.device()).eval(), config, groups)
+
+
+def prepare_model(model: Any, config: Config, groups: Sequence[PromptGroup]) -> PreparedModel:
+    """Check a loaded model, choose its attention and layout for ``groups``, and measure its costs.
+
+    Raises:
+        InputError: the model does not run on token ids alone, its logits do not follow from its last hidden states by
+            its head, or its attention mixes the sequences of a row.
+    """
+    base = unwrapped(model)
+    reward = is_reward_model(base)
+    try:
+        module = linear_module(base, getattr(base, "score", None) if reward else base.get_output_embeddings())
+        scale, softcap = probed(base, module)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    head = Head(module.weight, module.bias, scale, softcap)
+    apart = check_forward(base)
+    if not reward:
+        check_logits(base, head, apart)
+    costs = costs_of(base, head.weight)
+    layout = arrange(base, config, costs, groups, can_share_prompts(base, apart))
+    if layout.one_row:
+        check_layout(base, layout, apart)
+    layout = layout._replace(
+        keep_last_token=reward,
+        answer_cost=costs.answer_token / costs.token,
+        attended_cost=costs.attended / costs.token,
+    )
+    return PreparedModel(model, base, module, scale, softcap, layout, costs)

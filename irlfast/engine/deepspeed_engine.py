@@ -33,7 +33,7 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config, grou
     offload = config.activation_offloading and dist.device().type != "cpu"
     if config.activation_offloading and not offload:
         log("activation_offloading: activations are in host memory already, on a CPU")
-    kept = float32_parameters(prepared.model, config)
+    kept = float32_parameters(prepared, config)
     optimizer = make_optimizer(prepared.model, plan, config)
     engine = deepspeed.initialize(
         model=Policy(prepared, loss, offload, router_aux_loss_coef),

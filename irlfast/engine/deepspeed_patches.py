@@ -16,7 +16,7 @@ from irlfast.common.files import InputError
 from irlfast.common.messages import log_once
 from irlfast.config import Config
 from irlfast.engine.meters import Stopwatch
-from irlfast.ops.common.heads import unwrapped
+from irlfast.models.prepare import PreparedModel
 
 SEEN_ON = "0.19.8"
 COLLECTIVES = (
@@ -61,7 +61,7 @@ def coordinator_caches(module: Any) -> list[Any]:
     return [cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "cache_clear")]
 
 
-def float32_parameters(model: Any, config: Config) -> list[tuple[torch.nn.Parameter, Tensor]]:
+def float32_parameters(prepared: PreparedModel, config: Config) -> list[tuple[torch.nn.Parameter, Tensor]]:
     """The frozen parameters that a bfloat16 model keeps in float32, with their values, for ``keep_float32``.
 
     ``deepspeed.initialize`` rounds every parameter to bfloat16. Its setting ``keep_in_fp32_modules`` is for buffers
@@ -72,10 +72,12 @@ def float32_parameters(model: Any, config: Config) -> list[tuple[torch.nn.Parame
     """
     if config.dtype == "float32":
         return []
-    kept = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    kept = {
+        name: parameter for name, parameter in prepared.model.named_parameters() if parameter.dtype == torch.float32
+    }
     if kept and (config.zero_stage == 3 or any(parameter.requires_grad for parameter in kept.values())):
         raise InputError(
-            f"dtype: {type(unwrapped(model)).__name__} keeps {next(iter(kept))} in float32 beside bfloat16, which "
+            f"dtype: {type(prepared.base).__name__} keeps {next(iter(kept))} in float32 beside bfloat16, which "
             "DeepSpeed would round; expected dtype float32, or use_peft with a zero_stage below 3"
         )
     return [(parameter, parameter.data) for parameter in kept.values()]

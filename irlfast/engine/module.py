@@ -1,7 +1,6 @@
 """The policy as DeepSpeed sees it: one module from a packed batch to its loss, never through the LM head's logits."""
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor

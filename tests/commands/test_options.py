@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.models.load import load_model
-from irlfast.models.lora import add_lora, share_kept, merge
+from irlfast.models.lora import add_lora, merge, share_kept
 from tests.helpers.runs import printed, run, settings
 
 

@@ -42,11 +42,10 @@ def test_operations_are_those_that_torch_counts(shared):
     found = token_counts(groups, layout)
     assert found["answer_tokens"] == 10
     assert found["tokens"] == batch.input_ids.numel()
-    unseen = (
-        sum(row.numel() ** 2 for row in batch.input_ids) - found["attended"]
-    )  # eager attention computes whole squares
-    counted = counter.get_total_flops()
-    assert operations(costs_of(model, model.lm_head.weight), found) + 12 * 2 * 32 * unseen == pytest.approx(counted, rel=0.01)  # norms are no products
+    # Eager attention computes whole squares.
+    masked = sum(row.numel() ** 2 for row in batch.input_ids) - found["attended"]
+    ours = operations(costs_of(model, model.lm_head.weight), found) + 12 * 2 * 32 * masked
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)  # norms are no products
 
 
 def test_what_is_seen_is_what_the_mask_shows():

@@ -69,7 +69,9 @@ def count(folder: Path, groups: list[PromptGroup], stage: int) -> dict[str, Any]
     loss = functools.partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1)
     engine = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config, groups)
     watch, places = Stopwatch(), Counter[str]()
-    *_, prepared = prepare(steps, groups, layout, TokenLimit(config.max_tokens_per_batch, auto=False))
+    *_, prepared = prepare(
+        steps, groups, engine.module.prepared.layout, TokenLimit(config.max_tokens_per_batch, auto=False)
+    )
     train_step(engine, prepared, config.max_grad_norm, watch)
     methods = {name: getattr(torch.Tensor, name) for name in METHODS}
     try:

@@ -15,6 +15,7 @@ from irlfast.losses.rewards import reward_loss
 from irlfast.methods.rft import advantages_of
 from irlfast.ops import Head
 from tests.helpers.exact import ANSWERS, PROMPTS, answer_logps, flat_gradient, model
+from tests.helpers.prepared import prepared
 
 BETA = 0.7
 PROMPT = PROMPTS[0]
@@ -151,7 +152,7 @@ def tokens_of(policy) -> list[torch.Tensor]:
 def aligned_loss(policy, groups, align: str, kl_in: str) -> torch.Tensor:
     options = {"align": align, "answers": len(groups[0].answers), "beta": BETA, "kl_in_loss": kl_in == "loss"}
     loss = functools.partial(align_loss, **options, clip_range=0.2)
-    return Policy(policy, loss)(pack(groups), Normalisers(len(groups), 1))[0]
+    return Policy(prepared(policy), loss)(pack(groups), Normalisers(len(groups), 1))[0]
 
 
 def objective(policy, reference, reward):

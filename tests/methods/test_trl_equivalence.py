@@ -18,6 +18,7 @@ from irlfast.losses.inputs import Normalisers, arguments
 from irlfast.losses.pairs import irft_loss
 from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
+from tests.helpers.prepared import prepared
 from tests.helpers.rows import examples_of, pair
 from tests.helpers.tokenizers_like import pythia
 
@@ -56,7 +57,7 @@ def irlfast_loss(policy, reference, tokenizer, file) -> torch.Tensor:
         hidden = hidden_states(reference, batch)
         ref_logps = ops.log_ratio(hidden, **arguments(lm_head(reference), batch)).token_logps
     loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
-    return Policy(policy, loss)(batch._replace(ref_logps=ref_logps), Normalisers(len(pairs), 1.0))[0]
+    return Policy(prepared(policy), loss)(batch._replace(ref_logps=ref_logps), Normalisers(len(pairs), 1.0))[0]
 
 
 def trl_loss(policy, reference, tokenizer, folder) -> torch.Tensor:

@@ -19,7 +19,7 @@ from irlfast.common.messages import Progress, first_sentence, log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.rows import Demonstration
-from irlfast.data.special_tokens import SafeTokenizer, escape_special_tokens, control_tokens, make_safe_tokenizer
+from irlfast.data.special_tokens import SafeTokenizer, control_tokens, escape_special_tokens, make_safe_tokenizer
 from irlfast.data.templates import Template, TemplateRefusal, join_turns, mend_conversation, render, without_first_turns
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_texts import cached, row_of, text_of
@@ -197,7 +197,8 @@ def ids_of(reader: Reader, row: Demonstration) -> list[int]:
     assert row.answer is not None
     before, behind = reader.before, reader.behind
     if reader.template.tokenizer.chat_template:
-        ids, behind = reader.safe_tokenizer.encode([render(reader.template, [*row.prompt, row.answer], row.tools)])[0].ids, []
+        text, behind = render(reader.template, [*row.prompt, row.answer], row.tools), []
     else:
-        ids = reader.safe_tokenizer.encode([join_turns(row.prompt) + str(row.answer.get("content") or "")])[0].ids
+        text = join_turns(row.prompt) + str(row.answer.get("content") or "")
+    ids = reader.safe_tokenizer.encode([text])[0].ids
     return [*(before if ids[: len(before)] != before else []), *ids, *behind]

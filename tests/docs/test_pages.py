@@ -6,15 +6,16 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import pytest
 import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from irlfast.config import load_config, make_config
+from irlfast.config import Config, load_config, make_config
 from irlfast.data.demonstrations import to_demonstration
+from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from tests.helpers import keys_page
 
 ROOT = Path(__file__).parents[2]
@@ -235,6 +236,12 @@ def test_the_page_of_keys_is_what_the_schema_says():
 
 def test_every_key_is_under_a_heading():
     assert [name for _, names in keys_page.sections() for name in names] == [*keys_page.schema.FIELDS]
+
+
+def test_every_pair_loss_is_a_value_of_loss_type_and_on_the_page_of_irft_with_its_formula():
+    assert set(get_args(get_type_hints(Config)["loss_type"])) == PAIR_LOSSES.keys()
+    page = (ROOT / "docs/methods/irft.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` | {kind.formula} |" in page for name, kind in PAIR_LOSSES.items())
 
 
 def test_every_environment_variable_that_is_read_is_on_its_page():

@@ -123,6 +123,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     from irlfast.data.packing import PromptGroup
     from irlfast.engine.fit import fit
     from irlfast.engine.plan import Plan
+    from irlfast.engine.process_group import destroy_process_group, init_process_group
     from irlfast.losses.pairs import irft_loss
     from irlfast.runs.metrics_log import MetricsLog
     from irlfast.runs.run import Run
@@ -143,7 +144,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
             moments.append(now())
             peaks.append(memory("VmHWM"))
 
-    dist.start()
+    init_process_group()
     base = memory("VmRSS")
     keys = {"dataset_name": "none", "model_name_or_path": str(folder / "policy"), "learning_rate": RATE, "beta": BETA}
     keys |= {"lr_scheduler_type": "constant", "logging_steps": 1, "save_steps": 0}
@@ -172,7 +173,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
     plan = Plan(0, steps, workload["batch"], RATE, "rmsprop")
     fit(run, output / "stage-00", folder / "policy", groups, loss, plan)
-    dist.stop()
+    destroy_process_group()
     return report(losses[0], scoring, moments, peaks[-1] - base)
 
 

@@ -29,6 +29,7 @@ from irlfast.common.files import write, write_json, write_jsonl
 from irlfast.common.messages import log
 from irlfast.config import Config, load_config
 from irlfast.data.store import Example
+from irlfast.engine.process_group import destroy_process_group
 from irlfast.evaluation.heldout import text
 from irlfast.methods.stages import sampling
 from irlfast.runs.run import Run
@@ -60,7 +61,7 @@ def best_of_n(config: Config) -> None:
         show(curve)
         log(f"best of {config.num_generations}: {run.output / 'best.jsonl'}")
     dist.barrier()
-    dist.stop()
+    destroy_process_group()
 
 
 def choose_best(run: Run, number: int, examples: list[Example], folder: Path) -> None:

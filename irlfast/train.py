@@ -54,9 +54,9 @@ def command() -> None:
     config, dry_run = load_config(sys.argv[1:])
     with writing_to(f"output_dir {config.output_dir}"):
         if dry_run:
-            from irlfast.runs.hub import stay_offline_where_cut_off
+            from irlfast.runs.hub import set_offline_if_unreachable
 
-            stay_offline_where_cut_off()
+            set_offline_if_unreachable()
             from irlfast.startup.dry_run import show
 
             show(config)

@@ -1,9 +1,11 @@
-"""The processes of a run: who this one is, and waiting for the others. torchrun's variables say; none means one."""
+"""The processes of a run: this one's rank and device, and torch.distributed's collectives, which one process skips.
 
-import datetime
+``torchrun`` sets the variables read here. Without them, the run is one process.
+``engine/process_group.py`` starts the process group.
+"""
+
 import gc
 import os
-import socket
 from typing import Any, TypeVar
 
 import torch
@@ -25,33 +27,10 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """This process's GPU, or the CPU."""
+    """Return this process's GPU, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
-
-
-def start() -> None:
-    """Join the other processes through DeepSpeed, which wants torchrun's variables even for one process."""
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel("ERROR")  # it warns of every optimiser that is not its own
-    # Its shared-memory CPU collectives compile for 30 s at the first use, and crash without a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    # A CPU multiplies numbers below 1e-38, as gradients of settled pairs are, up to 150 times more slowly.
-    torch.set_flush_denormal(True)
-    # Sampling a stage can keep the slowest process busy for hours while the others wait.
-    deepspeed.init_distributed(
-        "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=24), verbose=False
-    )
 
 
 def barrier() -> None:
@@ -59,35 +38,31 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def free_memory() -> None:
-    """Give back what GPUs hold for objects that are gone; none goes on before all have, as vLLM takes the rest."""
-    gc.collect()  # an engine and its model hold each other
-    torch.cuda.empty_cache()
-    barrier()
-
-
-def all_gather(value: T) -> list[T]:
-    """Every process's ``value``, in the order of ranks."""
+def all_gather_object(value: T) -> list[T]:
+    """Return every process's ``value``, in the order of ranks."""
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
         torch.distributed.all_gather_object(values, value)
     return values
 
 
-def from_main(value: T | None) -> T:
-    """The main process's ``value``, in every process."""
+def broadcast_object(value: T | None) -> T:
+    """Return the main process's ``value``, in every process."""
     values: list[Any] = [value]
     if world_size() > 1:
         torch.distributed.broadcast_object_list(values)
     return values[0]
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def all_reduce(values: torch.Tensor) -> torch.Tensor:
+    """Sum ``values`` over all processes, in place, and return them."""
     if world_size() > 1:
         torch.distributed.all_reduce(values)
     return values
 
 
-def stop() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def free_memory() -> None:
+    """Give back the GPU memory of deleted objects, and wait for all processes: vLLM takes what is free."""
+    gc.collect()  # an engine and its model hold each other
+    torch.cuda.empty_cache()
+    barrier()

@@ -1,1 +1,1 @@
-"""The loop and what keeps it alive: fit, step, checkpoint, memory."""
+"""Training: ``fit`` takes the optimiser steps of a phase, checkpoints them, and keeps them within a GPU's memory."""

@@ -32,6 +32,21 @@ def report_missing(place: str, effect: str) -> None:
     log_once(f"warning: DeepSpeed {deepspeed.__version__} has no {place} (irlfast was tested with {SEEN_ON}); {effect}")
 
 
+def skip_shared_memory_collectives() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives for CPUs: 30 s at first use, a crash without g++.
+
+    DeepSpeed compiles the operation if ``deepspeed.ops.__compatible_ops__`` says that the machine can, and has no
+    setting against it. No report was found upstream.
+    """
+    import deepspeed
+
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if compatible is None:
+        report_missing("deepspeed.ops.__compatible_ops__", "it may compile collectives, which takes g++ and 30 s")
+        return
+    compatible["deepspeed_shm_comm"] = False
+
+
 def release_zero3_engines() -> None:
     """Let go of the models of finished engines, which ZeRO-3 would hold until the process ends.
 

@@ -86,7 +86,7 @@ def train_steps(
 ) -> None:
     """Take the optimiser steps that follow the ``done`` ones; log, check and save after those that are due."""
     config, phase, last = run.config, folder.relative_to(run.output).as_posix(), len(plan.steps)
-    run.metrics_log.begin(phase, done)
+    run.metrics_log.start_phase(phase, done)
     sums: Metrics = {}  # of the steps since the last logged one, as are counts
     counts: Counter[str] = Counter()
     watch = Stopwatch()
@@ -133,7 +133,7 @@ def progress_of(plan: Plan, step: int, group_count: int) -> dict[str, Any]:
 def means(sums: Metrics) -> dict[str, float]:
     """Means over the prompt groups of all processes. Only here do metrics leave the device."""
     names = sorted(sums)
-    values = dist.sum_over_ranks(torch.stack([sums[name].double() for name in names])).tolist()
+    values = dist.all_reduce(torch.stack([sums[name].double() for name in names])).tolist()
     totals = dict(zip(names, values, strict=True))
     count = totals.pop("count")
     return {name: value / count for name, value in totals.items()}

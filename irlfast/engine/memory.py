@@ -42,7 +42,7 @@ class TokenLimit:
         measured = gpu_memory()
         if measured is None or step < 2:  # the first call starts the measurement of the second step's peak
             return
-        fitting = min(dist.all_gather(fitting_tokens(largest, *measured)))
+        fitting = min(dist.all_gather_object(fitting_tokens(largest, *measured)))
         tokens = max(self.tokens, min(fitting, GPU_TOKENS, self.most))
         log(f"max_tokens_per_batch: {self.tokens:,} tokens to start with, {tokens:,} after measuring a step")
         self.tokens = tokens
@@ -79,7 +79,7 @@ def out_of_memory(limit: TokenLimit, checkpoint: Path) -> Exception:
 def allowed_tokens(checkpoint: Path) -> int:
     """Return half of the fewest tokens with which a process ran out of memory, as noted in ``checkpoint``."""
     halves = [read_json(path)["tokens"] // 2 for path in checkpoint.glob("out-of-memory-*.json")]
-    return min(dist.all_gather(min(halves, default=sys.maxsize)))
+    return min(dist.all_gather_object(min(halves, default=sys.maxsize)))
 
 
 def fitting_tokens(count: int, base: int, peak: int, total: int) -> int:

@@ -1,4 +1,4 @@
-"""The policy as DeepSpeed sees it: one module from a packed batch to its loss, never through the LM head's logits."""
+"""The module that DeepSpeed trains: from a packed batch to its loss, without the logits of the LM head."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ from irlfast.models.forward import body_output
 from irlfast.models.moe import balancing_loss
 from irlfast.models.prepare import PreparedModel
 
-FEW = 1024  # elements: fewer are not worth a copy
+MIN_OFFLOADED = 1024  # elements: a smaller tensor is not worth a copy
 
 
 class Policy(torch.nn.Module):
@@ -29,6 +29,7 @@ class Policy(torch.nn.Module):
         self.router_aux_loss_coef = router_aux_loss_coef
 
     def forward(self, batch: Batch, normalisers: Normalisers) -> tuple[Tensor, Metrics]:
+        """Return the batch's part of the step's loss, and metrics summed over its prompt groups."""
         balanced = {"output_router_logits": True} if self.router_aux_loss_coef else {}
         with offloaded(self.model) if self.offload else contextlib.nullcontext():
             output = body_output(self.model, batch, **balanced)
@@ -43,19 +44,20 @@ class Policy(torch.nn.Module):
 
 
 def offloaded(model: torch.nn.Module) -> saved_tensors_hooks:
-    """Within it, what operations keep for the backward pass goes to host memory, and comes back when it is asked for.
+    """Within the context, keep activations for the backward pass in host memory, and copy them back when it needs them.
 
-    The model's own weights stay. Copies run on the GPU's stream from and to pinned memory, so that nothing waits.
+    The model's weights stay on the GPU. Copies use pinned memory and the GPU's own stream, so nothing waits.
     """
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
-    def out(tensor: Tensor) -> tuple[torch.device, Tensor]:
-        if tensor.numel() < FEW or tensor.untyped_storage().data_ptr() in weights:
+    def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tensor.numel() < MIN_OFFLOADED or tensor.untyped_storage().data_ptr() in weights:
             return tensor.device, tensor
         host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         return tensor.device, host.copy_(tensor, non_blocking=True)
 
-    def back(kept: tuple[torch.device, Tensor]) -> Tensor:
-        return kept[1].to(kept[0], non_blocking=True)
+    def from_host(kept: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = kept
+        return tensor.to(device, non_blocking=True)
 
-    return saved_tensors_hooks(out, back)
+    return saved_tensors_hooks(to_host, from_host)

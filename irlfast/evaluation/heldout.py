@@ -56,7 +56,7 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
             metrics |= {"reward_accuracy": mean([value > 0 for value in margins]), "margin": mean(margins)}
     metrics |= preferences(run, folder, policy, first_folder, first)
     if dist.is_main():
-        run.metrics_log.hold_out(metrics, answers)
+        run.metrics_log.write_held_out(metrics, answers)
         write_jsonl(folder / "answers.jsonl", answers)
         write_json(path, metrics | {"seconds": time.perf_counter() - begun})
     dist.barrier()

@@ -144,7 +144,7 @@ def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any
             metrics[f"{name}_margin"] = (rewards[:, 0] - rewards[:, 1]).mean().item()
             metrics[f"{name}_pairs"] = len(pairs)
     if dist.is_main():
-        run.metrics_log.hold_out(metrics, kind="eval_reward")
+        run.metrics_log.write_held_out(metrics, kind="eval_reward")
         write_json(path, metrics | {"seconds": time.perf_counter() - begun})
     dist.barrier()
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if "accuracy" in name)

@@ -15,10 +15,11 @@ from irlfast.common.files import read_json, write, write_json, write_text
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.encoding import Encoder
+from irlfast.engine.process_group import destroy_process_group
 from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import base_and_adapter, merge
 from irlfast.reports.page import write_report
-from irlfast.runs.hub import card_head, upload
+from irlfast.runs.hub import card_metadata, upload
 from irlfast.runs.run import Run
 
 COLUMNS = {
@@ -42,7 +43,7 @@ def finish(run: Run, policies: dict[str, Path | str], metrics: list[dict[str, An
         if run.config.push_to_hub:
             upload(run.config, final)
     dist.barrier()
-    dist.stop()
+    destroy_process_group()
 
 
 def finish_reward(run: Run, reward: Path) -> None:
@@ -56,7 +57,7 @@ def finish_reward(run: Run, reward: Path) -> None:
         if run.config.push_to_hub:
             upload(run.config, final)
     dist.barrier()
-    dist.stop()
+    destroy_process_group()
 
 
 def save_reward(folder: Path, run: Run, reward: Path, metrics: dict[str, Any]) -> None:
@@ -67,7 +68,7 @@ def save_reward(folder: Path, run: Run, reward: Path, metrics: dict[str, Any]) -
 def reward_card(config: Config, metrics: dict[str, Any]) -> str:
     numbers = {name.replace("_", " "): value for name, value in metrics.items() if name != "phase"}
     rows = "\n".join(f"| {name} | {value:,.3f} |" for name, value in numbers.items())
-    return f"""{card_head(config, "text-classification", "reward-model")}
+    return f"""{card_metadata(config, "text-classification", "reward-model")}
 # A reward model learned from demonstrations with irlfast {irlfast.__version__}
 
 Loss `{config.reward_loss}` on pairs `{config.reward_data}` of `{config.dataset_name}`, per {config.reward_level}. It
@@ -131,7 +132,7 @@ def name_end_tokens(folder: Path, encoder: Encoder) -> None:
 
 def model_card(config: Config, kept: str, why: str, metrics: list[dict[str, Any]]) -> str:
     rows = [f"| {row['phase']} | " + " | ".join(cells(row)) + " |" for row in metrics]
-    return f"""{card_head(config, "text-generation", config.method)}
+    return f"""{card_metadata(config, "text-generation", config.method)}
 # A policy trained from demonstrations with irlfast {irlfast.__version__}
 
 Method `{config.method}` on `{config.dataset_name}`; this is the policy of `{kept}` ({why}).

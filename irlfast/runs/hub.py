@@ -1,4 +1,4 @@
-"""The upload of ``final/`` to the hub: tried before training starts, and described by a card that the hub accepts."""
+"""The Hugging Face hub: whether it can be reached, the upload of ``final/``, and the metadata of a model card."""
 
 import os
 import threading
@@ -10,38 +10,38 @@ from typing import Any
 from irlfast.common.files import InputError, find_path
 from irlfast.config import Config
 
-PATIENCE = 3.0  # seconds
+TIMEOUT = 3.0  # seconds
 
 
-def stay_offline_where_cut_off() -> None:
-    """Set HF_HUB_OFFLINE where the hub does not answer, so that what it has fails at once, not after many retries.
+def set_offline_if_unreachable() -> None:
+    """Set HF_HUB_OFFLINE if the hub does not answer, so that downloads fail at once instead of after many retries.
 
-    Hugging Face's libraries look at the variable when they are imported: this must come before.
+    Call this before Hugging Face's libraries are imported: they read the variable then.
     """
     answered = threading.Event()
 
     def ask() -> None:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PATIENCE).close()
-        except urllib.error.HTTPError:  # an answer, too
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT).close()
+        except urllib.error.HTTPError:  # an error of HTTP is an answer
             answered.set()
         except (OSError, ValueError):
             return
         answered.set()
 
-    asking = threading.Thread(target=ask, daemon=True)  # a name server's silence has no timeout of its own
+    asking = threading.Thread(target=ask, daemon=True)  # a name server that does not answer has no timeout of its own
     asking.start()
-    asking.join(PATIENCE)
+    asking.join(TIMEOUT)
     if not answered.is_set():
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def try_upload(config: Config) -> None:
-    """Make the repository, if it is not there, so that a run does not train for an upload that cannot be.
+def create_repository(config: Config) -> None:
+    """Create the repository ``hub_model_id`` if it does not exist, before training starts for an impossible upload.
 
     Raises:
-        InputError: the hub is out of reach, refuses, or has a public repository where a private one is asked for.
+        InputError: the hub is out of reach, or refuses, or has a public repository where ``hub_private`` is set.
     """
     import huggingface_hub
 
@@ -49,8 +49,8 @@ def try_upload(config: Config) -> None:
     try:
         name = huggingface_hub.create_repo(config.hub_model_id, private=config.hub_private, exist_ok=True).repo_id
         private = huggingface_hub.repo_info(name).private
-    except Exception as error:  # the hub has its own kinds, its HTTP library others, which differ by version
-        raise InputError(f"push_to_hub: {config.hub_model_id} cannot be written ({sentence(error)})") from error
+    except Exception as error:  # the hub's library and its HTTP library raise several types, which differ by version
+        raise InputError(f"push_to_hub: {config.hub_model_id} cannot be written ({one_line(error)})") from error
     if config.hub_private and not private:
         raise InputError(
             f"hub_model_id {name}: found a public repository, expected a private one, or hub_private: false"
@@ -58,28 +58,29 @@ def try_upload(config: Config) -> None:
 
 
 def upload(config: Config, folder: Path) -> None:
-    """Upload the files of ``folder``.
+    """Upload the files of ``folder`` to the repository ``hub_model_id``.
 
     Raises:
-        InputError: it failed; the folder is there, and the same command tries again.
+        InputError: the upload failed. The folder stays, and the same command tries again.
     """
     import huggingface_hub
 
     assert config.hub_model_id
     try:
         huggingface_hub.upload_folder(repo_id=config.hub_model_id, folder_path=folder)
-    except Exception as error:  # as above
+    except Exception as error:  # as in create_repository
         raise InputError(
-            f"push_to_hub: {folder} is there, but its upload failed ({sentence(error)}); the same command tries again"
+            f"push_to_hub: {folder} is complete, but its upload failed ({one_line(error)}); "
+            "the same command tries again"
         ) from error
 
 
-def sentence(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def card_head(config: Config, pipeline_tag: str, *tags: str) -> str:
-    """The metadata of a model card; the base model and the datasets where the hub can know them."""
+def card_metadata(config: Config, pipeline_tag: str, *tags: str) -> str:
+    """Return the YAML head of a model card. It names the base model and the datasets only if they can be on the hub."""
     import huggingface_hub
 
     sources = config.dataset_name if isinstance(config.dataset_name, list) else [config.dataset_name]
@@ -94,11 +95,11 @@ def card_head(config: Config, pipeline_tag: str, *tags: str) -> str:
 
 
 def hub_names(names: list[Any]) -> list[str]:
-    """The names that are valid on the hub and are no files or folders here."""
+    """Return the names that are valid on the hub and are no files or folders here."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    found = []
+    valid = []
     for name in names:
         if name is None or find_path(name) or Path(name).suffix in (".json", ".jsonl", ".parquet", ".csv"):
             continue
@@ -106,5 +107,5 @@ def hub_names(names: list[Any]) -> list[str]:
             validate_repo_id(name)
         except HFValidationError:
             continue
-        found.append(name)
-    return found
+        valid.append(name)
+    return valid

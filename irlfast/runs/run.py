@@ -1,4 +1,4 @@
-"""What every step of a run needs to know."""
+"""The record that every part of a run is given."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +11,10 @@ from irlfast.runs.metrics_log import MetricsLog
 
 class Run(NamedTuple):
     config: Config
-    output: Path
-    initial: Path | str  # the policy that it starts from
+    output: Path  # output_dir
+    initial: Path | str  # the policy that the run starts from: a folder, or a name on the hub
     encoder: Encoder
     train: list[Example]
     held_out: list[Example]
     metrics_log: MetricsLog
-    rows: Rows | None  # what the examples were made from
+    rows: Rows | None  # the rows of data/rows.jsonl that the examples were made from; None where no reward reads them

@@ -144,7 +144,7 @@ def logits_of(model: Any, reader: Reader, texts: Sequence[list[int]], batch_size
 def log_changes(reader: Reader, texts: Sequence[Tokenized], config: Config) -> None:
     """Log how many texts of all processes were cut, and how many conversations were mended."""
     own = (len(texts), sum(text.cut for text in texts), sum(text.mended for text in texts))
-    count, cut, mended = (sum(column) for column in zip(*dist.all_gather(own), strict=True))
+    count, cut, mended = (sum(column) for column in zip(*dist.all_gather_object(own), strict=True))
     if cut:
         result = "their prompts are left out" if config.reward_overlong == "drop" else "their beginnings were cut"
         log(f"reward {reader.name}: {cut:,} of {count:,} texts were longer than its {reader.limit:,} tokens; {result}")

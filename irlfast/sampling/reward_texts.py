@@ -20,7 +20,7 @@ def cached(path: Path, share: Callable[[], dict[int, float]]) -> Tensor:
     """
     if not path.exists():
         rewards: dict[int, float] = {}
-        for part in dist.all_gather(share()):
+        for part in dist.all_gather_object(share()):
             rewards |= part
         if dist.is_main():
             values = torch.tensor([rewards[number] for number in range(len(rewards))], dtype=torch.float32)

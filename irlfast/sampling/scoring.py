@@ -56,7 +56,7 @@ def score(
         starts = ((group, first) for group in groups for first in range(0, len(group.answers), MAX_ANSWERS))
         pieces = [PromptGroup(group.prompt, group.answers[first : first + MAX_ANSWERS]) for group, first in starts]
         scores: dict[int, list[np.ndarray]] = {}
-        for share in dist.all_gather(score_share(run.config, model, pieces, path, measure, heads, in_4bit)):
+        for share in dist.all_gather_object(score_share(run.config, model, pieces, path, measure, heads, in_4bit)):
             scores |= share
         if dist.is_main():
             write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(pieces))]))

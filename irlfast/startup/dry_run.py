@@ -22,6 +22,7 @@ from irlfast.data.sources import locate, sources_of
 from irlfast.data.store import Example
 from irlfast.engine.fit import fit
 from irlfast.engine.plan import plan_phase
+from irlfast.engine.process_group import destroy_process_group, init_process_group
 from irlfast.losses.sft import sft_loss
 from irlfast.methods import METHODS
 from irlfast.models.build import build_model
@@ -189,14 +190,14 @@ def measured_rate(config: Config, policy: str | None, encoder: Encoder, train: l
         alone = dataclasses.replace(
             config, logging_steps=1, save_steps=0, gradient_accumulation_steps=1, profile=False, report_to=[]
         )
-        dist.start()
+        init_process_group()
         run = Run(alone, output, policy, encoder, train, [], MetricsLog(output, alone), None)
         plan = plan_phase(
             alone, len(train), stage=None, epochs=None, steps=2, learning_rate=1e-9, optim=config.optim, seed=[0]
         )
         groups = [PromptGroup(example.prompt_ids, (example.answer_ids,)) for example in train]
         fit(run, output / "sft", policy, groups, sft_loss, plan)
-        dist.stop()
+        destroy_process_group()
         *_, (_, last) = read_jsonl(output / "metrics.jsonl")
         return last["tflops"] * 1e12
 

@@ -16,13 +16,14 @@ from irlfast.data.counts import describe_source, dropped_rows
 from irlfast.data.encoding import Encoder, make_encoder
 from irlfast.data.sets import Sets, read_sets, tokenizer_texts
 from irlfast.data.store import Example, Rows, fingerprint, load_examples, save_examples
+from irlfast.engine.process_group import init_process_group
 from irlfast.models.build import build_model, resize_model
 from irlfast.models.configs import embedding_rows, load_model_config, stop_tokens
 from irlfast.models.lora import base_and_adapter, check_adapter
 from irlfast.models.tokenizers import load_tokenizer, vocabulary_size
-from irlfast.runs.hub import try_upload
+from irlfast.runs.hub import create_repository
 from irlfast.runs.metrics_log import MetricsLog
-from irlfast.runs.output import check_output, hold
+from irlfast.runs.output import check_output, lock
 from irlfast.runs.run import Run
 from irlfast.startup.limits import check_lora, check_rewards, check_sizes, check_vllm
 
@@ -32,7 +33,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.js
 def prepare(config: Config, prompts_only: bool = False) -> Run:
     """The run's data, tokenizer, folder, and the policy that it starts from.
 
-    The main process alone reads and tokenises, while the others wait in ``dist.start``; all map what it wrote.
+    The main process alone reads and tokenises, while the others wait in ``init_process_group``; all map what it wrote.
     ``prompts_only``: rows need no answer, and none is held out.
 
     Raises:
@@ -41,7 +42,7 @@ def prepare(config: Config, prompts_only: bool = False) -> Run:
     output = Path(config.output_dir).expanduser()
     check_output(output, config)
     if dist.is_main() and output.exists():
-        hold(output)
+        lock(output)
     quiet()
     check_model(config)
     if config.sampler == "vllm":
@@ -49,10 +50,10 @@ def prepare(config: Config, prompts_only: bool = False) -> Run:
     if config.facts.aligns:
         check_rewards(config)
     if config.push_to_hub and dist.is_main():
-        try_upload(config)
+        create_repository(config)
     found = write_data(config, output, prompts_only) if dist.is_main() else None
-    dist.start()
-    encoder, lines = dist.from_main(found)
+    init_process_group()
+    encoder, lines = dist.broadcast_object(found)
     train, held_out = (load_examples(output / "data" / f"{name}.safetensors") for name in ("train", "eval"))
     log(lines)
     rows = Rows(output / "data" / "rows.jsonl")
@@ -78,7 +79,7 @@ def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Encode
         if config.model_name_or_path:
             check_rows(config, encoder, [*sets.train, *sets.held_out])
         check_sizes(config, sets.train, sets.held_out)
-        hold(output)
+        lock(output)
         rows.seek(0)
         write(output / "data" / "rows.jsonl", lambda temporary: copy_lines(rows, temporary))
     found = {

@@ -1,4 +1,4 @@
-"""Packing: answers that share a prompt are scored, and pull on the model, as if each had a sequence of its own."""
+"""Packing: answers that share a prompt have the scores and the gradients of separate sequences."""
 
 import copy
 import json
@@ -84,7 +84,7 @@ def with_gradients(model, batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def separate(groups: list[PromptGroup]) -> list:
-    """The oracle: every answer in a batch of its own, with no mask, no padding and no shared prompt."""
+    """The oracle: every answer in a batch of its own, without mask, padding or shared prompt."""
     answers = [PromptGroup(group.prompt, (answer,)) for group in groups for answer in group.answers]
     return [pack([answer]) for answer in answers]
 
@@ -97,29 +97,29 @@ LAYOUTS = [Layout(), Layout(shared=False), Layout(one_row=True), Layout(shared=F
 def test_packed_answers_have_the_log_probabilities_and_gradients_of_separate_ones(name, layout):
     model, groups = model_of(name), ragged()
     expected, gradients = with_gradients(model, separate(groups))
-    found, packed_gradients = with_gradients(model, [pack(groups, layout)])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    actual, packed_gradients = with_gradients(model, [pack(groups, layout)])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(packed_gradients, gradients, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral, window 4", "GPT-NeoX"])
-def test_flex_attention_sees_what_the_dense_mask_does(name):
+def test_flex_attention_attends_to_the_same_tokens_as_the_dense_mask(name):
     model, batch = model_of(name), pack(ragged(), Layout(one_row=True))
     with torch.no_grad():
         expected = hidden_states(model, batch)[batch.rows]
         model.set_attn_implementation("flex_attention")
-        found = hidden_states(model, batch)[batch.rows]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        actual = hidden_states(model, batch)[batch.rows]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_scores_are_sent_to_other_processes_without_what_else_their_batch_scored(tmp_path):
-    """A tensor would be sent with all of the memory that it is a view of."""
+def test_scores_are_sent_to_other_processes_without_the_rest_of_their_batch(tmp_path):
+    """A view would be sent with all of the memory behind it."""
     model_of("Llama").save_pretrained(tmp_path)
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": "float32"})
     groups = [group._replace(answers=group.answers * 50) for group in ragged()]
-    found = score_share(config, tmp_path, groups, tmp_path / "scores", token_logps, heads=0, in_4bit=False)
-    answers = [(ids, logps) for i, x in enumerate(groups) for ids, logps in zip(x.answers, found[i], strict=True)]
+    actual = score_share(config, tmp_path, groups, tmp_path / "scores", token_logps, heads=0, in_4bit=False)
+    answers = [(ids, logps) for i, x in enumerate(groups) for ids, logps in zip(x.answers, actual[i], strict=True)]
     assert len(answers) >= 150
     assert all(len(ids) == len(logps) for ids, logps in answers)
     assert all(len(pickle.dumps(logps)) < logps.nbytes + 200 for _, logps in answers)
@@ -133,7 +133,7 @@ def test_the_batch_that_the_docstring_draws_is_the_one_that_is_packed():
         assert getattr(batch, name).flatten().tolist() == json.loads(values), name
 
 
-def test_a_prompt_is_computed_once_and_last_tokens_not_at_all():
+def test_a_batch_has_a_prompt_once_and_no_last_tokens():
     [group] = [PromptGroup([1] * 10, ([2] * 4, [3] * 6))]
     batch = pack([group])
     assert count_tokens(group) == batch.input_ids.numel() == 10 + 3 + 5
@@ -142,14 +142,14 @@ def test_a_prompt_is_computed_once_and_last_tokens_not_at_all():
 
 
 class Recurrent(transformers.LlamaForCausalLM):
-    """Each token's state takes up the one before it in the row, whatever a mask says."""
+    """A model whose hidden states depend on all tokens before them in the row, whatever the mask says."""
 
     def __init__(self, config):
         super().__init__(config)
         self.model.norm.register_forward_hook(lambda module, given, states: states.cumsum(1))
 
 
-def test_a_model_that_cannot_share_is_found_and_warned_of_once(capsys):
+def test_a_model_that_cannot_share_prompts_is_detected_and_reported_once(capsys):
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = Recurrent(copy.deepcopy(FAMILIES["Llama"])).eval()
     sharing_model = model_of("Llama")
@@ -162,19 +162,19 @@ def of_lengths(prompt: int, *answers: int) -> list[PromptGroup]:
     return [PromptGroup([1] * prompt, tuple([2] * answer for answer in answers))] * 3
 
 
-def test_what_sharing_saves_follows_from_the_lengths():
+def test_the_saving_of_shared_prompts_follows_from_the_lengths():
     model = model_of("Llama")
     costs = costs_of(model, model.lm_head.weight)
     several = ((80, 20), (20, 80, 80), (80, 20, 20), (80, *[20] * 4))
     gains = [sharing(costs, of_lengths(*lengths))[0] for lengths in several]
-    assert gains[0] == 0  # an answer alone shares with none
+    assert gains[0] == 0  # a single answer shares nothing
     assert gains == sorted(gains)
-    assert sharing(costs, of_lengths(400, 1, 1))[0] == pytest.approx(0.5, abs=0.01)  # of two prompts one
+    assert sharing(costs, of_lengths(400, 1, 1))[0] == pytest.approx(0.5, abs=0.01)  # one of two prompts
     assert sharing(costs, of_lengths(80, 20, 40))[1] == "on average prompts of 80 tokens with 2 answers of 30"
     assert sharing(costs, of_lengths(80, 20))[1] == "on average prompts of 80 tokens with 1 answer of 20"
 
 
-def test_the_choice_of_an_attention_is_said_with_the_lengths_behind_it(capsys):
+def test_the_log_gives_the_chosen_attention_with_the_lengths_that_decided(capsys):
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = model_of("Llama")
     first, second = (prepare_model(model, config, of_lengths(80, 20, 20)) for _ in range(2))
@@ -197,11 +197,11 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("shared, gain, unshared, expected", CHOICES)
-def test_a_gpus_attention_follows_from_what_sharing_saves(shared, gain, unshared, expected):
+def test_a_gpus_attention_follows_from_the_saving_of_shared_prompts(shared, gain, unshared, expected):
     assert choose(shared, gain, unshared) == expected
 
 
-def test_a_model_without_a_linear_head_is_one_sentence():
+def test_a_model_without_a_linear_head_is_an_error_of_one_sentence():
     model = model_of("Llama")
     model.set_output_embeddings(torch.nn.Identity())
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
@@ -217,7 +217,7 @@ def drawn(count: int) -> list[PromptGroup]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_get_as_many_batches_of_like_cost_within_the_limit(layout, ranks):
+def test_every_rank_gets_the_same_number_of_batches_at_like_cost_within_the_limit(layout, ranks):
     groups, step, layout = drawn(48), list(range(3, 45)), layout._replace(answer_cost=2.0, attended_cost=0.01)
     each = [micro_batches(step, groups, layout, 400, rank, ranks) for rank in range(ranks)]
     assert sorted(i for batches in each for batch in batches for i in batch) == step
@@ -231,7 +231,7 @@ def test_ranks_get_as_many_batches_of_like_cost_within_the_limit(layout, ranks):
     assert reversed_step == each
 
 
-def test_what_a_segment_costs_is_what_its_operations_are():
+def test_the_cost_of_a_prompt_group_is_its_operations():
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     layout, costs = prepare_model(model_of("Llama"), config, drawn(4))[-2:]
     short, long = of_lengths(10, 5, 5)[0], of_lengths(60, 50, 7)[0]
@@ -239,7 +239,7 @@ def test_what_a_segment_costs_is_what_its_operations_are():
     assert cost_of(long, layout) / cost_of(short, layout) == pytest.approx(ratio)
 
 
-def test_rows_of_like_length_leave_few_pads_and_one_row_next_to_none():
+def test_rows_of_like_length_and_single_rows_have_little_padding():
     groups = drawn(64)
     for layout, share in ((Layout(), 0.1), (Layout(one_row=True), 0.07)):
         batches = [
@@ -249,12 +249,12 @@ def test_rows_of_like_length_leave_few_pads_and_one_row_next_to_none():
         assert pads <= share * sum(batch.group.numel() for batch in batches)
 
 
-def test_fewer_segments_than_ranks_leave_empty_batches():
+def test_fewer_prompt_groups_than_ranks_leave_empty_batches():
     assert sorted(micro_batches([0], drawn(1), Layout(), 400, rank, 2) for rank in (0, 1)) == [[[]], [[0]]]
 
 
-def test_a_reward_models_rows_are_the_answers_own_tokens():
-    """The last one included, whether answers share a prompt or not; a policy's rows are those before."""
+def test_a_reward_models_rows_are_the_answers_own_tokens_with_the_last():
+    """A policy's rows are the tokens before. Both hold whether answers share a prompt or not."""
     groups = [PromptGroup([7, 8], ([1, 2, 3], [4])), PromptGroup([9], ([5, 6], []))]
     for shared in (True, False):
         batch = pack(groups, Layout(shared=shared, keep_last_token=True))

@@ -3,9 +3,12 @@
 import json
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
+from deepspeed.comm.torch import build_shm_op
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
 from irlfast.engine import deepspeed_patches as patches
@@ -25,12 +28,30 @@ def test_deepspeed_still_does_what_the_patches_undo():
     }
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed compiles them for CPUs")
+def test_deepspeed_would_compile_its_shared_memory_collectives(monkeypatch):
+    builder, loaded = type(get_accelerator().create_op_builder("ShareMemCommBuilder")), []
+    monkeypatch.setattr(builder, "load", lambda self: loaded.append(self))
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, builder.NAME, True)
+    build_shm_op()
+    assert len(loaded) == 1
+    patches.skip_shared_memory_collectives()
+    build_shm_op()
+    assert len(loaded) == 1
+
+
 @pytest.fixture
 def reported(monkeypatch):
     """The places that were reported as missing."""
     places = []
     monkeypatch.setattr(patches, "report_missing", lambda place, effect: places.append(place))
     return places
+
+
+def test_a_table_of_operations_that_is_gone_is_reported(monkeypatch, reported):
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", None)
+    patches.skip_shared_memory_collectives()
+    assert reported == ["deepspeed.ops.__compatible_ops__"]
 
 
 def test_lists_and_caches_of_zero_3_that_are_gone_are_reported(monkeypatch, reported):
@@ -57,8 +78,6 @@ def test_a_backend_without_collectives_is_reported_and_the_steps_go_on(monkeypat
 
 
 def test_the_report_is_one_line_with_both_versions_and_the_effect(capsys):
-    import deepspeed
-
     for _ in range(2):
         patches.report_missing("place", "steps are slower")
     assert capsys.readouterr().err == (

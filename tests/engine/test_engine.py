@@ -1,4 +1,4 @@
-"""How the policy's layers run: compiled, or recomputed in the backward pass; and a compiled run's resumption."""
+"""Layers that are compiled, recomputed or offloaded have the plain layers' gradients; a compiled run resumes."""
 
 import copy
 import functools
@@ -42,27 +42,27 @@ def test_gradients_are_those_of_the_plain_layers(name, way):
         change(model)
     for groups in (ragged(), ragged()[1:]):  # two shapes
         expected, gradients = with_gradients(plain, [pack(groups)])
-        found, others = with_gradients(model, [pack(groups)])
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual, others = with_gradients(model, [pack(groups)])
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(others, gradients, strict=True):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("name", ["Llama", "GPT-NeoX"])
-def test_what_is_kept_in_host_memory_comes_back_with_the_same_gradients(name, recomputed):
+def test_activations_kept_in_host_memory_give_the_same_gradients(name, recomputed):
     model = model_of(name)
     if recomputed:
         recompute_layers(model, selective=False)
     expected, gradients = with_gradients(model, [pack(ragged())])
     with offloaded(model):
-        found, others = with_gradients(model, [pack(ragged())])
-    assert torch.equal(found, expected)
+        actual, others = with_gradients(model, [pack(ragged())])
+    assert torch.equal(actual, expected)
     assert all(map(torch.equal, others, gradients))
 
 
 def kept_by(hooks, run) -> tuple[int, int]:
-    """Elements that are copied to host memory, and that stay where they are, in ``run`` under ``hooks``."""
+    """Count the elements that ``run`` copies to host memory, and those that stay, under ``hooks``."""
     moved = stayed = 0
 
     def pack_and_count(tensor):
@@ -91,7 +91,7 @@ def test_activations_move_to_host_memory_and_weights_stay():
     assert config.num_hidden_layers * tokens * config.hidden_size <= inputs < moved / 5
 
 
-def test_selective_recomputation_leaves_out_the_products():
+def test_selective_recomputation_repeats_no_matrix_product():
     operations = {}
     for way in (None, False, True):
         model = model_of("Llama")

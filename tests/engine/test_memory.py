@@ -1,4 +1,4 @@
-"""How many tokens a batch may have: as configured, as a step's memory tells, and fewer after memory ran out."""
+"""The token limit of a batch: as configured, raised to what memory holds, halved after memory ran out."""
 
 import re
 
@@ -20,49 +20,49 @@ from tests.helpers.runs import ended, printed, settings
 AUTO = make_config({"dataset_name": __file__, "model_name_or_path": "."})
 
 
-def test_a_segment_beyond_the_limit_is_one_sentence():
+def test_a_prompt_group_longer_than_the_limit_is_an_error_of_one_sentence():
     config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_tokens_per_batch": 16})
     with pytest.raises(InputError, match="max_tokens_per_batch: found 16, but the longest prompt has 18 tokens"):
         token_limit(config, longest_of([PromptGroup([1] * 10, ([2] * 4, [3] * 6))], Layout()), 1)
 
 
-def test_half_of_what_was_too_much_is_the_most_but_a_segment_the_least():
+def test_the_limit_is_at_most_half_of_what_was_too_much_and_at_least_a_prompt_group():
     groups = [PromptGroup([1] * 10, ([2] * 4, [3] * 6))] * 3  # 18 tokens
     longest = longest_of(groups, Layout())
-    found = {most: token_limit(AUTO, longest, 3, most) for most in (2000, 512, 20, 10)}
-    assert found == {2000: 1024, 512: 512, 20: 20, 10: 18}
+    limits = {most: token_limit(AUTO, longest, 3, most) for most in (2000, 512, 20, 10)}
+    assert limits == {2000: 1024, 512: 512, 20: 20, 10: 18}
 
 
-def test_one_segment_that_is_too_large_leaves_no_note_as_another_machine_may_hold_it(tmp_path):
+def test_a_single_prompt_group_that_is_too_large_leaves_no_note_because_another_machine_may_hold_it(tmp_path):
     folder = tmp_path / "sft" / "checkpoint"
     for tokens, error in ((40, OutOfMemory), (18, InputError)):
         assert isinstance(out_of_memory(TokenLimit(tokens, auto=True, least=18), folder), error)
         assert allowed_tokens(folder) == 20
 
 
-# ---------------------------------------------------------------- measured
+# ---------------------------------------------------------------- raised to what memory holds
 
 
-def test_what_fits_takes_nine_tenths_of_the_memory_if_it_grows_with_the_tokens():
+def test_tokens_that_fit_take_nine_tenths_of_the_memory_if_it_grows_with_the_tokens():
     base, each, fixed, total = 10_000, 30, 5_000, 200_000
     count = 1000
     fits = fitting_tokens(count, base, base + fixed + each * count, total)
-    assert 0.8 * total < base + fixed + each * fits <= 0.9 * total  # what does not grow is on the safe side
+    assert 0.8 * total < base + fixed + each * fits <= 0.9 * total  # memory that does not grow leaves room
     assert fitting_tokens(count, base, base + each * count, total) == (0.9 * total - base) // each
-    assert fitting_tokens(count, int(0.95 * total), total, total) < 0  # no room at all: the caller keeps what it had
-    assert fitting_tokens(count, base, base, total) > count  # nothing was seen to grow
+    assert fitting_tokens(count, int(0.95 * total), total, total) < 0  # no room at all: the caller keeps its limit
+    assert fitting_tokens(count, base, base, total) > count  # no growth was measured
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU's memory of 10,000 bytes, of which 1,000 are always taken, and 2 a token."""
+    """A GPU with 10,000 bytes of memory, of which 1,000 are always in use, and 2 per token."""
     largest = [0]
     monkeypatch.setattr(memory, "gpu_memory", lambda: (1000, 1000 + 2 * largest[0], 10_000))
     return largest
 
 
 @pytest.mark.parametrize("most", [10_000, 2000])
-def test_batches_grow_to_what_fits_once_the_second_step_has_told(gpu, most, capsys):
+def test_batches_grow_to_what_fits_after_the_second_step_was_measured(gpu, most, capsys):
     groups = [PromptGroup([1] * 30, ([2] * 20, [3] * 20))] * 64  # 68 tokens each
     steps, tokens = [np.arange(64)] * 5, []
     limit = TokenLimit(140, auto=True, most=most)
@@ -79,14 +79,14 @@ def test_batches_grow_to_what_fits_once_the_second_step_has_told(gpu, most, caps
 
 
 def after_steps(limit):
-    found = []
+    limits = []
     for step in (1, 2, 3):
         limit.fit_to_memory(step, 100)
-        found.append(limit.tokens)
-    return found
+        limits.append(limit.tokens)
+    return limits
 
 
-def test_batches_never_shrink_by_measuring_nor_change_where_they_are_given(gpu):
+def test_a_measurement_never_lowers_the_limit_and_never_changes_a_given_one(gpu):
     gpu[0] = 100
     assert after_steps(TokenLimit(9000, auto=True)) == [9000] * 3
     assert after_steps(TokenLimit(200, auto=True)) == [200, 4000, 4000]
@@ -105,11 +105,11 @@ import sys, torch
 import irlfast.engine.fit as engine
 from irlfast.common import dist
 from irlfast.train import main
-whole = engine.train_step
+original = engine.train_step
 def train_step(model, prepared, *rest):
     if dist.rank() == dist.world_size() - 1 and max(batch.input_ids.numel() for batch in prepared.batches) > {most}:
         raise torch.OutOfMemoryError("too much")
-    return whole(model, prepared, *rest)
+    return original(model, prepared, *rest)
 engine.train_step = train_step
 sys.exit(main())
 """
@@ -123,7 +123,7 @@ def short_of_memory(folder, most, **keys):
 
 
 @pytest.mark.parametrize("most, code", [(300, 0), (10, 2)])
-def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, most, code):
+def test_out_of_memory_halves_the_batches_until_one_prompt_group_is_left(tmp_path, most, code):
     _, err = printed(short_of_memory(tmp_path, most), code=code)
     assert (
         "sft: out of memory with 1,024 tokens per batch; continues from the last checkpoint with half the tokens" in err
@@ -135,8 +135,8 @@ def test_out_of_memory_halves_the_batches_until_one_segment_is_left(tmp_path, mo
         assert not (tmp_path / "run" / "sft" / "policy").exists()
 
 
-def test_of_several_processes_the_one_out_of_memory_says_so_and_all_start_again_with_half(tmp_path):
-    """The same command, until what is left fits."""
+def test_one_of_several_processes_out_of_memory_says_so_and_all_restart_with_half_the_tokens(tmp_path):
+    """The same command runs until the batches fit."""
     said = (
         r"irlfast, process 1: sft: out of memory with [\d,]+ tokens per batch; the same command continues from the last"
     )
@@ -150,13 +150,13 @@ def test_of_several_processes_the_one_out_of_memory_says_so_and_all_start_again_
     assert not (tmp_path / "run" / "sft" / "checkpoint").exists()
 
 
-def test_given_tokens_a_batch_are_not_halved(tmp_path):
+def test_a_given_limit_is_not_halved(tmp_path):
     _, err = printed(short_of_memory(tmp_path, 300, max_tokens_per_batch=400), code=2)
     assert "sft: out of memory with 400 tokens per batch; expected a lower max_tokens_per_batch" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("most", [40, 10])
-def test_scores_are_made_in_halves_of_a_batch_that_is_too_large(tmp_path, monkeypatch, most):
+def test_a_batch_too_large_to_score_is_scored_in_halves(tmp_path, monkeypatch, most):
     model_of("Llama").save_pretrained(tmp_path)
     groups = [group for group in ragged() if all(group.answers)]
     share = tmp_path, groups, tmp_path / "stage" / "scores", scoring.token_logps, 0, False
@@ -174,9 +174,9 @@ def test_scores_are_made_in_halves_of_a_batch_that_is_too_large(tmp_path, monkey
         with pytest.raises(InputError, match="stage/scores: out of memory with one prompt; expected a lower max_len"):
             scoring.score_share(AUTO, *share)
         return
-    found = scoring.score_share(AUTO, *share)
+    actual = scoring.score_share(AUTO, *share)
     assert max(sizes) > most
-    assert found.keys() == whole.keys()
+    assert actual.keys() == whole.keys()
     for i in whole:
-        for one, other in zip(found[i], whole[i], strict=True):
+        for one, other in zip(actual[i], whole[i], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What a step does and costs: figures of its meters, and no waiting for the device."""
+"""What a step does and costs: its meters, and that it does not wait for the device."""
 
 import json
 from collections import Counter
@@ -39,22 +39,22 @@ def test_operations_are_those_that_torch_counts(shared):
     with FlopCounterMode(display=False) as counter:
         rows = hidden_states(model, batch)[batch.rows]
         (rows @ model.lm_head.weight.T).sum().backward()
-    found = token_counts(groups, layout)
-    assert found["answer_tokens"] == 10
-    assert found["tokens"] == batch.input_ids.numel()
+    counts = token_counts(groups, layout)
+    assert counts["answer_tokens"] == 10
+    assert counts["tokens"] == batch.input_ids.numel()
     # Eager attention computes whole squares.
-    masked = sum(row.numel() ** 2 for row in batch.input_ids) - found["attended"]
-    ours = operations(costs_of(model, model.lm_head.weight), found) + 12 * 2 * 32 * masked
+    masked = sum(row.numel() ** 2 for row in batch.input_ids) - counts["attended"]
+    ours = operations(costs_of(model, model.lm_head.weight), counts) + 12 * 2 * 32 * masked
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)  # norms are no products
 
 
-def test_what_is_seen_is_what_the_mask_shows():
+def test_attended_tokens_are_those_that_the_mask_shows():
     groups = [group for group in ragged() if all(group.answers)]
-    seen = 0
+    attended = 0
     for group in groups:
         for k, answer in enumerate([group.prompt, *(answer[:-1] for answer in group.answers)]):
-            seen += sum(range(1, len(answer) + 1)) + (len(answer) * len(group.prompt) if k else 0)
-    assert token_counts(groups, Layout())["attended"] == seen
+            attended += sum(range(1, len(answer) + 1)) + (len(answer) * len(group.prompt) if k else 0)
+    assert token_counts(groups, Layout())["attended"] == attended
     assert token_counts([], Layout()) == Counter()
 
 
@@ -70,7 +70,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_process_without_segments_adds_nothing(name, monkeypatch):
+def test_a_process_without_prompt_groups_adds_nothing_to_loss_and_gradients(name, monkeypatch):
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "rank", lambda: 1)
     model, heads = model_of("Llama"), torch.nn.Linear(32, 2)
@@ -86,7 +86,7 @@ def test_a_process_without_segments_adds_nothing(name, monkeypatch):
     assert all(gradient is not None and not gradient.any() for gradient in trained)
 
 
-def test_meters_split_the_time_and_a_profile_is_written(tmp_path):
+def test_meters_divide_the_time_of_a_step_and_a_profile_is_written(tmp_path):
     run(tmp_path / "run", profile="true", stages=1)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -136,14 +136,14 @@ def test_a_step_waits_for_the_device_at_known_places_only_and_reduces_gradients_
     batches = alone["batches"]
     assert batches > 1
     known = {
-        "slab.py:plan": batches,  # how long the answers are: the one wait of the loss
-        "slab.py:add_gradients": batches,  # does a slab weigh at all? Asked on a CPU only
-        "custom_op.py:scaled": 2 * batches,  # is a gradient multiplied by 1? Asked on a CPU only
+        "slab.py:plan": batches,  # the answers' lengths: the only wait of the loss
+        "slab.py:add_gradients": batches,  # is any gradient of a slab not zero? Checked on a CPU only
+        "custom_op.py:scaled": 2 * batches,  # is a gradient multiplied by 1? Checked on a CPU only
     }
     assert alone["places"] == known
-    assert alone["operations"] == 3 * batches  # the latter two's: nothing waits unseen
-    for found in zero:
-        assert found["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed looks at the norm
-        assert found["operations"] <= 3 * batches + 2 + 1  # and fills one value by another that lies on the CPU
+    assert alone["operations"] == 3 * batches  # those of the last two: no other operation waits
+    for row in zero:
+        assert row["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed checks the norm
+        assert row["operations"] <= 3 * batches + 2 + 1  # and copies one value from the CPU
     assert alone["collectives"] == 0
-    assert [found["collectives"] for found in zero] == [2, 2]  # of the gradients and of what the norm is made of
+    assert [row["collectives"] for row in zero] == [2, 2]  # one for the gradients, one for the norm

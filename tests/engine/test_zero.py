@@ -11,9 +11,9 @@ from tests.helpers.runs import printed
 @pytest.mark.parametrize("processes", [1, 2])
 def test_steps_are_pytorchs_at_every_zero_stage_with_the_optimiser_offloaded_or_not(tmp_path, processes):
     out, _ = printed(["-m", "tests.helpers.zero_steps", str(tmp_path)], processes)
-    found = json.loads(out.splitlines()[-1])
-    assert len(found) == 8
-    for case, row in found.items():
+    results = json.loads(out.splitlines()[-1])
+    assert len(results) == 8
+    for case, row in results.items():
         assert row["error"] < 2e-6, case  # parameters are up to 0.3, and steps start at 1e-2
         assert {state.split()[0] for state in row["state"]} == {"torch.float32"}, case
         assert "offload cpu" not in case or "ZeRO 0" in case or row["state"] == ["torch.float32 on cpu"], case
@@ -35,9 +35,9 @@ def test_universal_checkpoints_go_on_with_another_number_of_processes(tmp_path):
         workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
         convert = ["-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers, "--inject_missing_state"]
         printed(convert)
-    found = trained("load", 1)
+    results = trained("load", 1)
     for case, row in expected.items():
-        assert found[case]["states"] == row["states"], case
+        assert results[case]["states"] == row["states"], case
         assert ("exp_avg" in row["states"]) == ("momentum" in case), case  # no memory for what is not used
-        for own, other in zip(found[case]["parameters"], row["parameters"], strict=True):
+        for own, other in zip(results[case]["parameters"], row["parameters"], strict=True):
             torch.testing.assert_close(torch.tensor(own), torch.tensor(other), rtol=0, atol=2e-6)

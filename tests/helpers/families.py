@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.data.batching import plan_steps
 from irlfast.data.packing import PromptGroup
 from irlfast.engine.fit import fit
 from irlfast.engine.plan import Plan
+from irlfast.engine.process_group import destroy_process_group, init_process_group
 from irlfast.losses.sft import sft_loss
 from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import merge
@@ -226,7 +226,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     quiet()
-    dist.start()
+    init_process_group()
     names = [argument for argument in sys.argv[1:] if "=" not in argument]
     keys = {name: yaml.safe_load(value) for name, _, value in (x.partition("=") for x in sys.argv[1:]) if value}
     counts: Counter[str] = Counter()
@@ -236,7 +236,7 @@ def main() -> None:
         counts[found] += 1
         print(f"{name:28}{found:12}{why}", flush=True)
     print(f"{counts.total()} families: " + ", ".join(f"{count} {found}" for found, count in counts.most_common()))
-    dist.stop()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from irlfast.common import dist
 from irlfast.config import make_config
 from irlfast.engine.deepspeed_engine import deepspeed_settings
+from irlfast.engine.process_group import destroy_process_group, init_process_group
 from irlfast.optim import FusedRMSprop
 from irlfast.startup.prepare import quiet
 from tests.helpers.zero_steps import batches, network
@@ -59,7 +60,7 @@ def parameters(engine: Any) -> list[Any]:
 def main() -> None:
     action, folder = sys.argv[1], Path(sys.argv[2])
     quiet()
-    dist.start()
+    init_process_group()
     found = {}
     for case in CASES:
         engine = make_engine(folder, case, universal=action == "load")
@@ -77,7 +78,7 @@ def main() -> None:
     if dist.is_main():
         print(json.dumps(found))
     dist.barrier()
-    dist.stop()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

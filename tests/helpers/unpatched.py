@@ -11,6 +11,7 @@ from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordina
 from irlfast.common import dist
 from irlfast.engine.deepspeed_patches import coordinator_caches, release_zero3_engines, timed_collectives
 from irlfast.engine.meters import Stopwatch
+from irlfast.engine.process_group import destroy_process_group, init_process_group
 from irlfast.startup.prepare import quiet
 
 
@@ -76,14 +77,14 @@ def collectives_of_one_process() -> int:
 
 def main() -> None:
     quiet()
-    dist.start()
+    init_process_group()
     seen = {
         **held_layers(),
         "dtype of a float32 parameter": float32_parameter(),
         "collectives of one process": collectives_of_one_process(),
     }
     print(json.dumps(seen))
-    dist.stop()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

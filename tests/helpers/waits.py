@@ -17,7 +17,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from irlfast.common import dist
 from irlfast.config import make_config
 from irlfast.data.packing import PromptGroup
 from irlfast.engine.deepspeed_engine import make_engine
@@ -25,6 +24,7 @@ from irlfast.engine.deepspeed_patches import timed_collectives
 from irlfast.engine.memory import TokenLimit
 from irlfast.engine.meters import Stopwatch
 from irlfast.engine.plan import Plan
+from irlfast.engine.process_group import destroy_process_group, init_process_group
 from irlfast.engine.step import prepare, train_step
 from irlfast.losses.pairs import irft_loss
 from irlfast.ops.common import checks
@@ -50,14 +50,14 @@ def recorded(method: Callable, places: Counter[str]) -> Callable:
 
 def main() -> None:
     quiet()
-    dist.start()
+    init_process_group()
     folder = Path(sys.argv[1])
     LlamaForCausalLM(LlamaConfig(vocab_size=61, **SHAPE)).save_pretrained(folder / "model")
     checks.values_visible = lambda _: False  # values are checked where they are at hand: on a CPU
     logps = (torch.zeros(5), torch.zeros(6))
     groups = [PromptGroup([1] * 9, ([2] * 5, [3] * 6), logps)] * BATCH
     print(json.dumps({stage: count(folder, groups, stage) for stage in (0, 1, 2)}))
-    dist.stop()
+    destroy_process_group()
 
 
 def count(folder: Path, groups: list[PromptGroup], stage: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from irlfast.common import dist
 from irlfast.config import make_config
 from irlfast.engine.deepspeed_engine import deepspeed_settings
+from irlfast.engine.process_group import destroy_process_group, init_process_group
 from irlfast.optim import FusedRMSprop
 from irlfast.startup.prepare import quiet
 
@@ -62,7 +63,7 @@ def by_deepspeed(own: Path, zero: dict) -> tuple[list[torch.Tensor], set[str]]:
 
 def main() -> None:
     quiet()
-    dist.start()
+    init_process_group()
     expected, found = plain(), {}
     for stage in range(4):
         for offload in ("none", "cpu"):
@@ -74,7 +75,7 @@ def main() -> None:
     if dist.is_main():
         print(json.dumps(found))
     dist.barrier()
-    dist.stop()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The upload to the hub: tried before training, private unless told otherwise, with a card that the hub accepts.
+"""The upload to the hub: tried before training, private by default, with a card that the hub accepts.
 
-There is no hub here. What is replaced is the three calls of huggingface_hub that reach it.
+There is no hub here: the tests replace the three functions of huggingface_hub that reach it.
 """
 
 import sys
@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.reports.final import model_card, reward_card
-from irlfast.runs.hub import try_upload, upload
+from irlfast.runs.hub import create_repository, upload
 from irlfast.train import main
 from tests.helpers.runs import ROOT, command
 
@@ -28,38 +28,38 @@ def config_of(**keys):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What was asked of the hub, which has repositories as ``private`` says."""
-    asked = SimpleNamespace(created=[], uploaded=[], private=True)
+    """A hub that records requests; its repositories are private or not, as ``private`` says."""
+    requests = SimpleNamespace(created=[], uploaded=[], private=True)
 
     def create_repo(name, private, exist_ok):
         assert exist_ok
-        asked.created.append((name, private))
+        requests.created.append((name, private))
         return SimpleNamespace(repo_id=name)
 
     monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub, "repo_info", lambda name: SimpleNamespace(private=asked.private))
-    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **given: asked.uploaded.append(given))
-    return asked
+    monkeypatch.setattr(huggingface_hub, "repo_info", lambda name: SimpleNamespace(private=requests.private))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **given: requests.uploaded.append(given))
+    return requests
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_the_repository_is_private_unless_told_otherwise(hub, tmp_path, private):
+def test_the_repository_is_private_by_default(hub, tmp_path, private):
     hub.private = private
     config = config_of(**({} if private else {"hub_private": False}))
-    try_upload(config)
+    create_repository(config)
     assert hub.created == [("me/policy", private)]
     upload(config, tmp_path)
     assert hub.uploaded == [{"repo_id": "me/policy", "folder_path": tmp_path}]
 
 
-def test_a_public_repository_gets_nothing_of_a_run_that_is_to_be_private(hub):
+def test_a_private_run_uploads_nothing_to_a_public_repository(hub):
     hub.private = False
     with pytest.raises(InputError, match="hub_model_id me/policy: found a public repository, expected a private one"):
-        try_upload(config_of())
+        create_repository(config_of())
 
 
-def test_a_hub_out_of_reach_ends_the_run_before_it_starts(tmp_path, monkeypatch, capsys):
-    """HF_HUB_OFFLINE is set for all tests, so huggingface_hub itself refuses."""
+def test_an_unreachable_hub_ends_the_run_before_it_starts(tmp_path, monkeypatch, capsys):
+    """HF_HUB_OFFLINE is set for all tests, so huggingface_hub refuses by itself."""
     monkeypatch.chdir(ROOT)
     arguments = command(tmp_path / "run", push_to_hub="true", hub_model_id="me/policy")[1:]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -69,7 +69,7 @@ def test_a_hub_out_of_reach_ends_the_run_before_it_starts(tmp_path, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
-def test_an_upload_that_fails_says_where_the_policy_is(hub, tmp_path, monkeypatch):
+def test_a_failed_upload_says_where_the_policy_is(hub, tmp_path, monkeypatch):
     def fails(**_):
         raise ConnectionError("no route")
 
@@ -83,7 +83,7 @@ def test_an_upload_that_fails_says_where_the_policy_is(hub, tmp_path, monkeypatc
     [(".", None), ("owner/model", "owner/model"), ("gpt2", "gpt2"), (str(ROOT), None), ("a: b", None)],
 )
 @pytest.mark.parametrize(("dataset", "listed"), [(__file__, None), ("owner/rows", ["owner/rows"]), ("x" * 99, None)])
-def test_the_cards_metadata_names_what_the_hub_can_know_alone(model, base, dataset, listed):
+def test_the_cards_metadata_names_only_what_can_be_on_the_hub(model, base, dataset, listed):
     config = config_of(model_name_or_path=model, dataset_name=dataset)
     policy = ModelCard(model_card(config, "sft", "the last", [FIGURES])).data
     reward = ModelCard(reward_card(config, {"phase": "reward", "reward_accuracy": 0.5})).data

@@ -1,4 +1,4 @@
-"""The folder of a run: what goes on, what is refused with the difference, and one run at a time."""
+"""The folder of a run: which changes of the configuration it takes, which it refuses, and one run at a time."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ import yaml
 from irlfast.common.files import InputError
 from irlfast.config import dump, make_config
 from irlfast.config.checks import PER_STAGE
-from irlfast.runs.output import HARMLESS, HELD, differences, hold
+from irlfast.runs.output import LOCKS, MAY_CHANGE, differences, lock
 from tests.helpers.runs import ROOT, contents, run
 
 OTHER = {"logging_steps": 20, "save_steps": 300, "report_to": ["wandb"], "vllm_python": "python", "run_name": "a"}
@@ -25,8 +25,8 @@ def resolved(**keys) -> dict:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_run_goes_on_where_what_it_did_stays_and_is_refused_else(seed):
-    """Drawn: a schedule, then harmless keys and more stages, then one harm."""
+def test_a_run_continues_if_nothing_that_it_learned_changes_and_is_refused_otherwise(seed):
+    """Random draws: a schedule, then keys that may change and more stages, then one key that may not."""
     draw = random.Random(seed)
     stages, more = draw.randint(1, 4), draw.randint(0, 3)
     old, new = resolved(stages=stages), resolved(stages=stages + more)
@@ -63,21 +63,21 @@ def test_another_logging_interval_is_refused_where_it_decides_when_a_stage_ends(
     assert differences(old, new)[0] == ["logging_steps: 10 -> 20, and max_expert_drop ends a stage at a logged step"]
 
 
-def test_every_harmless_key_is_a_key_and_changes_nothing_that_is_trained():
+def test_every_key_that_may_change_exists_and_is_not_refused():
     old = resolved()
-    assert {*HARMLESS} <= {*old}
-    for name in HARMLESS:
+    assert {*MAY_CHANGE} <= {*old}
+    for name in MAY_CHANGE:
         assert differences(old, old | {name: "other"})[0] == []
 
 
-def test_a_finished_run_goes_on_to_more_stages_and_ends_as_one_that_had_them_from_the_start(tmp_path):
+def test_a_finished_run_that_gets_more_stages_ends_as_one_that_had_them_from_the_start(tmp_path):
     keys = {"prompts_per_stage": "all", "max_train_samples": 48}
     run(tmp_path / "whole", **keys, stages=2, learning_rate=[1e-5, 2e-5])
     run(tmp_path / "grown", **keys, stages=1, learning_rate=1e-5)
     first = contents(tmp_path / "grown" / "final")
     more = {"stages": 2, "learning_rate": [1e-5, 2e-5], "logging_steps": 1, "per_device_eval_batch_size": 63}
     _, err = run(tmp_path / "grown", **keys, **more)
-    assert "goes on with stages: 1 -> 2 (more stages)" in err.splitlines()[0]
+    assert "continues with stages: 1 -> 2 (more stages)" in err.splitlines()[0]
     grown, whole = contents(tmp_path / "grown" / "final"), contents(tmp_path / "whole" / "final")
     assert grown == whole != first
     assert "stage-01" in (tmp_path / "grown" / "report.html").read_text()
@@ -86,32 +86,32 @@ def test_a_finished_run_goes_on_to_more_stages_and_ends_as_one_that_had_them_fro
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from irlfast.runs.output import hold
-hold(Path(sys.argv[1]))
-child = os.fork()  # as a sampler or a loader that outlives a killed run
+from irlfast.runs.output import lock
+lock(Path(sys.argv[1]))
+child = os.fork()  # like a sampler or a loader that outlives a killed run
 print(os.getpid(), child, flush=True) if child else None
 time.sleep(600)
 """
 
 
-def test_one_run_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
+def test_a_folder_has_one_run_at_a_time_and_a_killed_run_leaves_no_lock(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     owner, child = map(int, holder.stdout.readline().split())
     try:
-        with pytest.raises(InputError, match=rf"output_dir \S+: process {owner} on \S+, begun .* is at work in it"):
-            hold(tmp_path)
+        with pytest.raises(InputError, match=rf"output_dir \S+: process {owner} on \S+, started .* is running in it"):
+            lock(tmp_path)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        os.kill(child, 0)  # it lives
-        hold(tmp_path)
-        hold(tmp_path)  # its own lock keeps no run out
+        os.kill(child, 0)  # the child lives
+        lock(tmp_path)
+        lock(tmp_path)  # a process may lock twice
     finally:
         os.kill(child, signal.SIGKILL)
-        if path := next((path for path in HELD if path.parent == tmp_path), None):
-            HELD.pop(path).close()
+        if path := next((path for path in LOCKS if path.parent == tmp_path), None):
+            LOCKS.pop(path).close()
 
 
-def test_a_second_run_in_the_folder_is_told_who_is_at_work_before_it_reads_data(finished):
+def test_a_second_run_in_the_folder_names_the_first_before_it_reads_data(finished):
     output = finished[0]
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, output], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     owner, child = map(int, holder.stdout.readline().split())

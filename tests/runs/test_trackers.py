@@ -13,7 +13,7 @@ from irlfast.config import make_config
 from irlfast.runs.metrics_log import MetricsLog
 from tests.helpers.runs import ROOT
 
-WANDB = next(iter((ROOT / ".venv").glob("wandb-*")), None)  # `make test` installs it there, apart from all else
+WANDB = next(iter((ROOT / ".venv").glob("wandb-*")), None)  # `make test` installs it apart from the other packages
 ANSWERS = [{"prompt": "a|b", "expert": "two\nlines", "answer": "c"}]
 
 
@@ -22,24 +22,24 @@ def row(phase: str, step: int, **metrics) -> dict:
 
 
 def write_all(log: MetricsLog) -> None:
-    """A run of SFT and two stages, the second of which was killed after step 4 and goes on from step 2."""
-    log.hold_out({"phase": "initial", "nll": 9.0})
-    log.begin("sft", 0)
+    """A run of SFT and two stages, the second of which was killed after step 4 and resumes from step 2."""
+    log.write_held_out({"phase": "initial", "nll": 9.0})
+    log.start_phase("sft", 0)
     log.write(row("sft", 10, loss=3.0))
     log.write(row("sft", 15, loss=2.0))
-    log.hold_out({"phase": "sft", "nll": 8.0, "reward_accuracy": None}, ANSWERS)
-    log.begin("stage-00/reward", 0)
+    log.write_held_out({"phase": "sft", "nll": 8.0, "reward_accuracy": None}, ANSWERS)
+    log.start_phase("stage-00/reward", 0)
     log.write(row("stage-00/reward", 5, loss=0.7))
-    log.hold_out({"reward_accuracy": 0.6}, kind="eval_reward")
-    log.begin("stage-00", 0)
+    log.write_held_out({"reward_accuracy": 0.6}, kind="eval_reward")
+    log.start_phase("stage-00", 0)
     log.write(row("stage-00", 2, loss=0.5))
     log.write(row("stage-00", 4, loss=99.0))
 
 
-def go_on(log: MetricsLog) -> None:
-    log.begin("stage-00", 2)
+def resume(log: MetricsLog) -> None:
+    log.start_phase("stage-00", 2)
     log.write(row("stage-00", 4, loss=0.4))
-    log.hold_out({"phase": "stage-00", "nll": 7.0}, ANSWERS)
+    log.write_held_out({"phase": "stage-00", "nll": 7.0}, ANSWERS)
 
 
 CURVES = {
@@ -56,10 +56,10 @@ def config_of(report_to: str, **keys):
     return make_config(given | keys)
 
 
-def test_tensorboard_has_curves_by_kind_over_the_steps_of_the_run_and_none_that_a_kill_took(tmp_path):
+def test_tensorboard_has_curves_by_kind_over_the_steps_of_the_run_without_rows_lost_to_a_kill(tmp_path):
     config = config_of("tensorboard")
     write_all(MetricsLog(tmp_path, config))
-    go_on(MetricsLog(tmp_path, config))
+    resume(MetricsLog(tmp_path, config))
     found = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     curves = {name: [(x.step, pytest.approx(x.value)) for x in found.Scalars(name)] for name in CURVES}
     assert curves == CURVES
@@ -72,8 +72,8 @@ def test_tensorboard_has_curves_by_kind_over_the_steps_of_the_run_and_none_that_
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
     if WANDB is None:
-        pytest.skip("wandb is not there: make .venv/wandb-*")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(WANDB)])  # behind the environment's own packages
+        pytest.skip("wandb is not installed: make .venv/wandb-*")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(WANDB)])  # after the environment's own packages
     for name, value in {"MODE": "offline", "SILENT": "true", "PROJECT": "of-the-environment"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     import wandb
@@ -82,7 +82,7 @@ def wandb(monkeypatch, tmp_path):
 
 
 def records(folder) -> list:
-    """What W&B wrote of every start, in order."""
+    """The records that W&B wrote, start by start."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
@@ -90,23 +90,23 @@ def records(folder) -> list:
 
 
 def pieces(log: bytes, block: int = 32768) -> Iterator[bytes]:
-    """The records of LevelDB's log format, behind a header of W&B's."""
+    """Read records in LevelDB's log format, after W&B's own header."""
     at, whole = 7, b""
     while at < len(log):
-        if block - at % block < 7:  # no record begins in the last bytes of a block
+        if block - at % block < 7:  # the last bytes of a block hold no record
             at += block - at % block
             continue
         _, length, kind = struct.unpack_from("<IHB", log, at)
         whole += log[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part of one
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield whole
             whole = b""
 
 
-def test_wandb_has_the_same_curves_over_the_same_axis_with_config_project_and_samples(wandb, tmp_path):
+def test_wandb_has_the_same_curves_and_axis_and_the_config_project_and_samples(wandb, tmp_path):
     config = config_of("wandb", run_name="mine")
-    for write in (write_all, go_on):
+    for write in (write_all, resume):
         write(MetricsLog(tmp_path, config))
         wandb.teardown()
     found = records(tmp_path)
@@ -122,13 +122,13 @@ def test_wandb_has_the_same_curves_over_the_same_axis_with_config_project_and_sa
     for record in (record for record in found if record.HasField("history")):
         items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
         for name in CURVES.keys() & items.keys():
-            curves.setdefault(name, {})[items["global_step"]] = items[name]  # the last that was logged is shown
+            curves.setdefault(name, {})[items["global_step"]] = items[name]  # W&B shows the last value of a step
         if "eval/samples" in items:
             assert items["eval/samples"]["nrows"] == 1
     assert {name: [*curve.items()] for name, curve in curves.items()} == CURVES
 
 
-def test_the_project_of_the_configuration_goes_before_the_environments(wandb, tmp_path):
+def test_the_configurations_project_wins_over_the_environments(wandb, tmp_path):
     MetricsLog(tmp_path, config_of("wandb", project="of-the-run"))
     wandb.teardown()
     assert {record.run.project for record in records(tmp_path) if record.HasField("run")} == {"of-the-run"}

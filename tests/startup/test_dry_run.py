@@ -8,7 +8,7 @@ import pytest
 
 from irlfast.config import make_config
 from irlfast.data.store import Example
-from irlfast.runs.hub import PATIENCE, stay_offline_where_cut_off
+from irlfast.runs.hub import TIMEOUT, set_offline_if_unreachable
 from irlfast.startup.dry_run import Size, rate_of
 from tests.helpers.runs import ROOT, printed, settings
 
@@ -51,8 +51,8 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes calls, and says nothing
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         begun = time.monotonic()
-        stay_offline_where_cut_off()
-        assert time.monotonic() - begun < 2 * PATIENCE
+        set_offline_if_unreachable()
+        assert time.monotonic() - begun < 2 * TIMEOUT
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
@@ -61,7 +61,7 @@ def test_a_hub_that_answers_is_used(monkeypatch):
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hub:  # 501, which is an answer
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
         threading.Thread(target=hub.handle_request, daemon=True).start()
-        stay_offline_where_cut_off()
+        set_offline_if_unreachable()
     assert "HF_HUB_OFFLINE" not in os.environ
 
 

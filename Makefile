@@ -1,6 +1,6 @@
-# make train: the default run.   make test: linters, types and tests.   make sweep: what `make test` takes a sample of.
+# make train: the default run.   make test: linters, types and tests.   make sweep: the full sweeps; `make test` runs samples.
 # make docs: the pages of docs/ as a site.
-# All need Python >= 3.10 and a package registry.
+# All targets need Python >= 3.10 and a package registry.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,11 +24,11 @@ sweep: $(VENV)/installed gates
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
-# The kernels compile for sm_80 and sm_90 by Triton 3.6 too (torch 2.11 comes with it), not only by the one installed.
+# Compile the kernels for sm_80 and sm_90 by Triton 3.6, too, which torch 2.11 comes with.
 gates: $(VENV)/triton-3.6.0
 	PYTHONPATH=$< $(PYTEST) tests/aot
 
-# On a machine with a GPU, in the environment that is active there: is it right, and how fast? Writes benchmarks/results/.
+# On a machine with a GPU, in the active environment: test the kernels and time them. Writes benchmarks/results/.
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'found no GPU'"
 	$(PYTHON) -c "from irlfast import native; assert native.cuda, 'built without nvcc: pip install -e . where it is'"
@@ -40,7 +40,7 @@ gpu-tests:
 gpu-benchmarks:
 	$(PYTHON) -m pytest -s benchmarks
 
-# There, the kernels in CUDA C++ under the compute-sanitizer of CUDA's toolkit; torch's allocator would hide what lies beyond.
+# On a machine with a GPU: run the CUDA C++ kernels under compute-sanitizer, without torch's caching allocator, which would hide errors.
 sanitized:
 	for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --target-processes all --error-exitcode 1 \
@@ -77,7 +77,7 @@ $(VENV)/installed: requirements.txt setup.py
 $(VENV)/triton-% $(VENV)/bitsandbytes-%: | $(VENV)/installed
 	$(BIN)/$(INSTALL) --no-deps --target $@ $(subst -,==,$(@F))
 
-# With what it needs, behind the environment's own packages (tests/runs/test_trackers.py).
+# wandb with its dependencies, found behind the environment's own packages (tests/runs/test_trackers.py).
 $(VENV)/wandb-%: | $(VENV)/installed
 	$(BIN)/$(INSTALL) --target $@ $(subst -,==,$(@F))
 

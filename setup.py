@@ -1,8 +1,10 @@
-"""Installs irlfast. ``irlfast/kernels`` is a link to ``kernels/``, which must not be a package of its own: it would
-shadow Hugging Face's ``kernels`` when Python runs from the repository's root. ``irlfast/configs`` is a link too.
+"""Install irlfast.
 
-CMake builds the native modules of ``csrc/``. What cannot be built is left out, and one line says so, or it is an error
-where the environment has ``IRLFAST_STRICT=1``; but nvcc may be absent. ``IRLFAST_CUDA_ARCHS`` chooses architectures.
+``irlfast/kernels`` is a link to ``kernels/``. That folder must not be a package of its own: it would shadow Hugging
+Face's ``kernels`` when Python runs from the repository's root. ``irlfast/configs`` is a link to ``configs/``.
+
+CMake builds the native modules of ``csrc/``. A module that cannot be built is left out, and one line says so. With
+``IRLFAST_STRICT=1`` a failed build is an error, but nvcc may be absent. ``IRLFAST_CUDA_ARCHS`` chooses architectures.
 """
 
 import os
@@ -18,21 +20,21 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "irlfast/__init__.py").read_text()).group(1)
 
-
-# What each module is built by, and what does its work where it is not.
-NEEDS = {
+WITHOUT = {  # a native module: its replacement, and the tools that build it
     "_cpu": "PyTorch does its work; it takes a C++17 compiler, cmake and pybind11",
     "_cuda": "Triton and PyTorch do its work; it takes nvcc, a C++17 compiler, cmake and pybind11",
 }
 
 
 class BuildNative(build_ext):
+    """Build each native module with CMake, or print the reason why it is left out."""
+
     def build_extension(self, extension: Extension) -> None:
         name = extension.name.rpartition(".")[2]
         module = Path(self.get_ext_fullpath(extension.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
         if name == "_cuda" and not shutil.which(os.environ.get("CUDACXX", "nvcc")):
-            return say_without(extension.name, NEEDS[name], "no nvcc")
+            return print_left_out(extension.name, WITHOUT[name], "no nvcc")
         try:
             build_native(name, Path(self.build_temp).resolve() / name, module.parent)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
@@ -40,11 +42,11 @@ class BuildNative(build_ext):
             if os.environ.get("IRLFAST_STRICT") == "1":
                 sys.exit(f"{output}\n{extension.name} could not be built, and IRLFAST_STRICT=1")
             reason = next((line for line in output.splitlines() if "error" in line.lower()), output).strip()
-            say_without(extension.name, NEEDS[name], reason)
+            print_left_out(extension.name, WITHOUT[name], reason)
 
 
-def say_without(module: str, needs: str, reason: str) -> None:
-    print(f"irlfast: without {module}, {needs} ({reason})", file=sys.stderr)
+def print_left_out(module: str, without: str, reason: str) -> None:
+    print(f"irlfast: without {module}, {without} ({reason})", file=sys.stderr)
 
 
 def build_native(name: str, work: Path, destination: Path) -> None:
@@ -75,7 +77,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=["irlfast", "irlfast.kernels", *(f"irlfast.{name}" for name in find_packages("irlfast"))],
     entry_points={"console_scripts": ["irlfast = irlfast.__main__:main"]},
-    ext_modules=[Extension(f"irlfast.{name}", sources=[], optional=True) for name in NEEDS],
+    ext_modules=[Extension(f"irlfast.{name}", sources=[], optional=True) for name in WITHOUT],
     cmdclass={"build_ext": BuildNative},
     package_data={
         "irlfast": ["configs/*.yaml", "py.typed"],

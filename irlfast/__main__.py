@@ -1,4 +1,4 @@
-"""The command ``irlfast``: ``irlfast train …`` is ``python -m irlfast.train …``, and so for every subcommand."""
+"""The command ``irlfast``: ``irlfast train …`` is the same as ``python -m irlfast.train …``, for every subcommand."""
 
 import difflib
 import importlib
@@ -8,21 +8,21 @@ import irlfast
 
 COMMANDS = {
     "train": ("irlfast.train", "train a policy or a reward from demonstrations"),
-    "bon": ("irlfast.bon", "let a policy answer every prompt n times, and keep the answer of the highest reward"),
-    "select": ("irlfast.data.select", "keep the demonstrations of the highest reward"),
-    "report": ("irlfast.report", "write the page of a run's figures and samples"),
-    "chat": ("irlfast.chat", "talk with a model, or with the policy that a run made"),
-    "recipes": ("irlfast.recipes", "list the recipes that train takes by name, or print one"),
-    "doctor": ("irlfast.doctor", "say what this machine can do, and how to get what is missing"),
+    "bon": ("irlfast.bon", "sample n answers per prompt, and keep the answer with the highest reward"),
+    "select": ("irlfast.data.select", "keep the demonstrations with the highest reward"),
+    "report": ("irlfast.report", "write the page with a run's metrics and samples"),
+    "chat": ("irlfast.chat", "talk with a model, or with the policy of a run"),
+    "recipes": ("irlfast.recipes", "list the recipes, or print one"),
+    "doctor": ("irlfast.doctor", "show what this machine can run, and how to install missing parts"),
 }
 
 
 def main() -> int:
-    """Exit codes are those of the subcommand; 2 where there is no such."""
+    """Run the subcommand and return its exit code; 2 for an unknown subcommand."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
         lines = [f"  {name:10}{purpose}" for name, (_, purpose) in COMMANDS.items()]
-        print("usage: irlfast COMMAND ...\n", *lines, "\n`irlfast COMMAND --help` lists what it takes.", sep="\n")
+        print("usage: irlfast COMMAND ...\n", *lines, "\n`irlfast COMMAND --help` lists its arguments.", sep="\n")
         return 0
     if name == "--version":
         print(f"irlfast {irlfast.__version__}")

@@ -1,6 +1,6 @@
-"""Talk with a model: ``irlfast chat MODEL_OR_RUN``, one line a turn; the end of the input (Ctrl-D) ends the talk.
+"""Talk with a model: ``irlfast chat MODEL_OR_RUN``. Each line is a turn; the end of the input (Ctrl-D) ends the talk.
 
-A run's folder means its ``final/``. Where the input is no terminal, each of its lines is a turn.
+The folder of a run means the run's ``final/``. The input may be a terminal or a file.
 """
 
 import argparse
@@ -12,29 +12,29 @@ from irlfast.common.command import run_command
 from irlfast.common.files import InputError, find_path
 
 
-def options() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="irlfast chat", description="Talk with a model, one line a turn.", epilog="Ctrl-D ends the talk."
+        prog="irlfast chat", description="Talk with a model, one line per turn.", epilog="Ctrl-D ends the talk."
     )
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="a model's folder or hub name, or a run's output_dir")
     parser.add_argument("--system", help="a system message to begin with")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the answers; 0 is greedy [1.0]")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer [512]")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; 0 is greedy [1.0]")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="the most tokens per answer [512]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
-    found = parser.parse_args()
-    if found.temperature < 0:
-        raise InputError(f"--temperature: found {found.temperature}, expected 0 or more")
-    if found.max_new_tokens < 1:
-        raise InputError(f"--max_new_tokens: found {found.max_new_tokens}, expected 1 or more")
-    return found
+    settings = parser.parse_args()
+    if settings.temperature < 0:
+        raise InputError(f"--temperature: found {settings.temperature}, expected 0 or more")
+    if settings.max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens: found {settings.max_new_tokens}, expected 1 or more")
+    return settings
 
 
-def model_of(name: str) -> str:
-    """The model that ``name`` means: of a run its ``final/``.
+def find_model(name: str) -> str:
+    """Return the model that ``name`` means; the folder of a run means its ``final/``.
 
     Raises:
-        InputError: the run has none yet, or ``name`` can only be a folder and there is none.
+        InputError: the run has no ``final/`` yet, or ``name`` can only be a folder and the folder is missing.
     """
     folder = find_path(name)
     if folder and (folder / "final").is_dir():
@@ -47,10 +47,10 @@ def model_of(name: str) -> str:
 
 
 def load(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Tokenizer and model, on a GPU where there is one.
+    """Load the tokenizer and the model, onto a GPU if there is one.
 
     Raises:
-        InputError: where they cannot be loaded, or the tokenizer has no chat template.
+        InputError: they cannot be loaded, or the tokenizer has no chat template.
     """
     import torch
     import transformers
@@ -70,10 +70,10 @@ def load(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     return tokenizer, model.to(device).eval()
 
 
-def turns() -> Iterator[str]:
-    """The user's lines; empty ones are passed over."""
+def read_lines() -> Iterator[str]:
+    """Read the user's lines, without empty ones."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (lines can be edited, and called back)
+        import readline  # noqa: F401  (gives input() editing and history)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -84,20 +84,22 @@ def turns() -> Iterator[str]:
 
 
 def talk(tokenizer: Any, model: Any, settings: argparse.Namespace) -> None:
-    """Answer every turn, in sight of those before it.
+    """Answer every line with the whole conversation as the prompt.
 
     Raises:
-        InputError: what the chat template refuses, or a conversation that leaves the model no room for an answer.
+        InputError: the chat template refuses the conversation, or the conversation leaves no room for an answer.
     """
     import jinja2
     import transformers
 
     transformers.set_seed(settings.seed)
-    greedy = settings.temperature == 0
-    draw = {"temperature": settings.temperature} if not greedy else {"temperature": None, "top_p": None, "top_k": None}
+    is_greedy = settings.temperature == 0
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": settings.temperature}
+    if is_greedy:
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     messages = [{"role": "system", "content": settings.system}] if settings.system else []
-    for line in turns():
+    for line in read_lines():
         messages.append({"role": "user", "content": line})
         try:
             inputs = tokenizer.apply_chat_template(
@@ -112,17 +114,16 @@ def talk(tokenizer: Any, model: Any, settings: argparse.Namespace) -> None:
         generated = model.generate(
             **inputs.to(model.device),
             streamer=streamer,
-            do_sample=not greedy,
             max_new_tokens=min(settings.max_new_tokens, positions - length),
-            **draw,
+            **sampling,
         )
         answer = tokenizer.decode(generated[0, length:], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
 
 
 def command() -> None:
-    settings = options()
-    tokenizer, model = load(model_of(settings.model), settings.trust_remote_code)
+    settings = parse_arguments()
+    tokenizer, model = load(find_model(settings.model), settings.trust_remote_code)
     try:
         talk(tokenizer, model, settings)
     except KeyboardInterrupt:

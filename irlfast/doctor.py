@@ -1,4 +1,4 @@
-"""What this machine can do: ``irlfast doctor``. Exit status 1 where a part that is required is missing."""
+"""Show what this machine can run: ``irlfast doctor``. The exit code is 1 if a required part is missing."""
 
 import argparse
 import importlib.metadata
@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = {
+PACKAGES = {  # a package, and its use in irlfast
     "torch": "everything",
     "transformers": "models, tokenizers",
     "deepspeed": "training",
@@ -20,10 +20,11 @@ PACKAGES = {
     "peft": "LoRA",
     "bitsandbytes": "QLoRA (load_in_4bit)",
     "triton": "the kernels on a GPU",
-    "vllm": "fast sampling; may live in an environment of its own (vllm_python)",
+    "vllm": "fast sampling; may be in an environment of its own (vllm_python)",
     "flash-attn": "attention over packed rows on a GPU",
 }
 GOOD, BAD, ABSENT = "[green]yes[/]", "[red]no[/]", "[yellow]absent[/]"
+REBUILD = "install a C++17 compiler, then irlfast again"
 
 
 class Finding(NamedTuple):
@@ -34,34 +35,35 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order in which they are shown."""
+    """Return all findings, in the order in which they are shown."""
     python = sys.version_info[:2]
     fits = (3, 10) <= python <= (3, 13)
     findings = [Finding("Python", GOOD if fits else BAD, f"{platform.python_version()}; 3.10 to 3.13", not fits)]
     try:
-        wanted = {found.name: found for found in map(Requirement, importlib.metadata.requires("irlfast") or [])}
-        findings += [of_package(wanted[name]) for name in PACKAGES]
+        requirements = [Requirement(text) for text in importlib.metadata.requires("irlfast") or []]
+        by_name = {requirement.name: requirement for requirement in requirements}
+        findings += [examine_package(by_name[name]) for name in PACKAGES]
     except importlib.metadata.PackageNotFoundError:
         findings.append(Finding("irlfast", ABSENT, "pip install -e . in its folder", True))
     if importlib.util.find_spec("torch"):
-        findings += backends()
+        findings += examine_backends()
     return findings
 
 
-def of_package(wanted: Requirement) -> Finding:
-    """A package beside what irlfast's own metadata asks for; one of an extra may be absent."""
-    what, required = PACKAGES[wanted.name], wanted.marker is None
-    command = f"pip install '{wanted.name}{wanted.specifier}'"
+def examine_package(requirement: Requirement) -> Finding:
+    """Compare the installed version of a package with the requirement. A package of an extra may be absent."""
+    name, use, required = requirement.name, PACKAGES[requirement.name], requirement.marker is None
+    command = f"pip install '{name}{requirement.specifier}'"
     try:
-        version = importlib.metadata.version(wanted.name)
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(wanted.name, ABSENT, f"{what}: {command}", required)
-    if not wanted.specifier.contains(version, prereleases=True):
-        return Finding(wanted.name, BAD, f"found {version}, expected {wanted.specifier}: {command}", required)
-    return Finding(wanted.name, GOOD, f"{version}; {wanted.specifier}: {what}")
+        return Finding(name, ABSENT, f"{use}: {command}", required)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(name, BAD, f"found {version}, expected {requirement.specifier}: {command}", required)
+    return Finding(name, GOOD, f"{version}; {requirement.specifier}: {use}")
 
 
-def backends() -> list[Finding]:
+def examine_backends() -> list[Finding]:
     import torch
 
     from irlfast import native
@@ -69,38 +71,43 @@ def backends() -> list[Finding]:
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
     has_triton = importlib.util.find_spec("triton") is not None
-    rebuild = "pip install irlfast again where there is a C++17 compiler"
     return [
-        Finding("GPU", GOOD if gpus else ABSENT, names or f"no CUDA device; torch {torch.__version__}"),
+        Finding("GPU", state(gpus), names or f"no CUDA device; torch {torch.__version__}"),
         Finding("backend cpu", GOOD, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
-        Finding("native CPU code", GOOD if native.cpu else ABSENT, "irlfast._cpu" if native.cpu else rebuild),
-        Finding(
-            "native CUDA code", GOOD if native.cuda else ABSENT, "irlfast._cuda" if native.cuda else f"{rebuild}, nvcc"
-        ),
-        of_tool("C++ compiler", "c++", "g++"),
-        of_tool("cmake", "cmake"),
-        of_tool("nvcc", "nvcc"),
+        Finding("native CPU code", state(native.cpu), "irlfast._cpu" if native.cpu else REBUILD),
+        Finding("native CUDA code", state(native.cuda), "irlfast._cuda" if native.cuda else f"{REBUILD}; needs nvcc"),
+        examine_tool("C++ compiler", "c++", "g++"),
+        examine_tool("cmake", "cmake"),
+        examine_tool("nvcc", "nvcc"),
         Finding(
             "backend triton",
-            GOOD if gpus and has_triton else ABSENT,
-            "log-ratios, pair loss, rewards" if gpus and has_triton else "needs a GPU and Triton; backend cpu serves",
+            state(gpus and has_triton),
+            "log-ratios, pair loss, rewards"
+            if gpus and has_triton
+            else "needs a GPU and Triton; backend cpu does its work",
         ),
         Finding(
             "backend cuda",
-            GOOD if gpus and native.cuda else ABSENT,
-            "log-ratios, pair loss" if gpus and native.cuda else "needs a GPU and native CUDA code; triton serves too",
+            state(gpus and native.cuda),
+            "log-ratios, pair loss"
+            if gpus and native.cuda
+            else "needs a GPU and native CUDA code; triton does its work",
         ),
     ]
 
 
-def of_tool(part: str, *commands: str) -> Finding:
-    """What builds the native code at installation."""
+def state(present: object) -> str:
+    return GOOD if present else ABSENT
+
+
+def examine_tool(part: str, *commands: str) -> Finding:
+    """Look for a tool that builds the native code at installation."""
     path = next(filter(None, map(shutil.which, commands)), None)
-    return Finding(part, GOOD if path else ABSENT, path or "builds the native code at installation")
+    return Finding(part, state(path), path or "builds the native code at installation")
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="irlfast doctor", description="Say what this machine can do.").parse_args()
+    argparse.ArgumentParser(prog="irlfast doctor", description="Show what this machine can run.").parse_args()
     findings = examine()
     table = Table("", "", "", box=None, show_header=False)
     for finding in findings:

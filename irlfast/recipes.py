@@ -1,4 +1,4 @@
-"""The recipes that come with irlfast: ``irlfast recipes`` lists them, ``irlfast recipes NAME`` prints one."""
+"""Show the recipes that come with irlfast: ``irlfast recipes`` lists them, ``irlfast recipes NAME`` prints one."""
 
 import argparse
 import sys

@@ -2,9 +2,9 @@
 
     irlfast select DATASET REWARD_MODEL OUTPUT.jsonl --keep 10000
 
-reads the rows as training does, scores them in shards that survive a kill (``OUTPUT.jsonl.scores/``; the same command
-goes on), and writes the ``--keep`` rows of the highest reward, as they are and in their order, with their ``reward``.
-Only the rewards are held in memory.
+The command reads the rows as training does and scores them in shards, which it keeps in ``OUTPUT.jsonl.scores/``: after
+a kill, the same command resumes. It writes the ``--keep`` rows with the highest reward, unchanged and in their order,
+each with its ``reward``. Only the rewards are held in memory.
 """
 
 import argparse
@@ -41,18 +41,19 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
         if not path.exists():
             score = score or load_external(reward, config, datetime.datetime.now())
             write_jsonl(path, [{"reward": value} for value in score(shard).tolist()])
-        found = [row["reward"] for _, row in read_jsonl(path)]
-        if len(found) != len(shard):
-            raise InputError(f"{path}: found {len(found)} rewards, expected {len(shard)}; it is of another dataset")
-        rewards += found
+        shard_rewards = [row["reward"] for _, row in read_jsonl(path)]
+        if len(shard_rewards) != len(shard):
+            raise InputError(
+                f"{path}: found {len(shard_rewards)} rewards, expected {len(shard)}; they belong to another dataset"
+            )
+        rewards += shard_rewards
         progress.advance(len(shard))
         progress.show()
     if not rewards:
         raise InputError(f"dataset {dataset}, split {split!r}: found no rows, expected demonstrations")
     chosen = {*np.argsort(-np.array(rewards), kind="stable")[:keep].tolist()}
-    again = enumerate(read_demonstrations(config, sources_of(config), []))
-    kept = ({**row.row, "reward": rewards[i]} for i, row in again if i in chosen)
-    write_jsonl(output, kept)
+    numbered = enumerate(read_demonstrations(config, sources_of(config), []))  # a second pass over the files
+    write_jsonl(output, ({**row.row, "reward": rewards[i]} for i, row in numbered if i in chosen))
     print(f"{len(chosen):,} of {len(rewards):,} rows: {output} (reward from {min(rewards[i] for i in chosen):.3f})")
 
 
@@ -63,9 +64,9 @@ def command() -> None:
     parser.add_argument("dataset", help="jsonl, json, parquet or csv file, saved dataset, or hub name")
     parser.add_argument("reward", help="AutoModelForSequenceClassification with one label: a folder or hub name")
     parser.add_argument("output", type=Path, help="jsonl file to write")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--keep", type=int, default=10_000, help="rows to keep")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--split", default="train", help="the dataset's split [train]")
+    parser.add_argument("--keep", type=int, default=10_000, help="rows to keep [10000]")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows that are scored together [16]")
     options = parser.parse_args()
     with writing_to(str(options.output)):
         select(options.dataset, options.split, options.reward, options.output, options.keep, options.batch_size)

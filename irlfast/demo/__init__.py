@@ -1,1 +1,1 @@
-"""The demonstrations, held-out rows and model shape of ``configs/irft.yaml``; ``generate.py`` wrote the rows."""
+"""The data of ``configs/irft.yaml``: demonstrations and held-out rows (by ``generate.py``), and the model's shape."""

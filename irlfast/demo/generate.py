@@ -1,16 +1,17 @@
-"""The demonstration set that ships with irlfast: what people write, and its canonical form.
+"""Write the demonstrations that ship with irlfast: quantities in words, and their canonical form.
 
     python -m irlfast.demo.generate
 
-writes ``train.jsonl`` and ``test.jsonl`` beside this file, the same bytes every time. A quarter of the rows each:
+The command writes ``train.jsonl`` and ``test.jsonl`` beside this file, the same bytes every time. Each kind has a
+quarter of the rows:
 
     times      twenty to nine in the evening                        20:40
     dates      the day after the 28th of February 1987              1987-03-01
     numbers    twelve thousand four hundred and six                 12406
     durations  ten minutes short of two hours                       110 min
 
-The writers below turn a value into words. ``expert`` goes the other way, from words to the canonical form, by rules of
-its own; ``tests/commands/test_demo.py`` holds every row against it.
+The writers turn a value into words. ``expert`` reads words back into the canonical form by rules of its own, and
+``tests/commands/test_demo.py`` checks every row with it.
 """
 
 import datetime
@@ -29,13 +30,13 @@ ONES = (
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth"}
 ORDINALS |= {"twelve": "twelfth", "twenty": "twentieth", "thirty": "thirtieth"}
-MONTHS = (  # counted from 1; not calendar's names, which follow the locale
+MONTHS = (  # counted from 1; the names in ``calendar`` follow the locale
     "- January February March April May June July August September October November December"
 ).split()
 FEASTS = {"New Year's Day": (1, 1), "Valentine's Day": (2, 14), "Halloween": (10, 31), "Christmas Eve": (12, 24)}
 FEASTS |= {"Christmas Day": (12, 25), "New Year's Eve": (12, 31)}
-# The hours (0 to 23) that each part of the day covers. Of the two hours that a clock face shows as one, a part has one.
-PARTS = {
+# The hours (0 to 23) in each part of the day. Two hours that look alike on a clock face are in different parts.
+DAY_PARTS = {
     "at night": (0, 21, 22, 23),
     "in the morning": range(1, 12),
     "in the afternoon": range(12, 18),
@@ -43,7 +44,7 @@ PARTS = {
 }
 
 
-# ---------------------------------------------------------------- writers: a value, drawn at random, to words
+# ---------------------------------------------------------------- writers: from a random value to words
 
 
 def write_number(rng: random.Random) -> tuple[str, str]:
@@ -84,8 +85,8 @@ def write_time(rng: random.Random) -> tuple[str, str]:
 
 def spoken_time(rng: random.Random, hour: int, minute: int) -> str:
     form = rng.randrange(4)
-    part = next(part for part, hours in PARTS.items() if hour in hours)
-    face = (hour - 1) % 12 + 1  # what a clock's face shows, 1 to 12
+    part = next(part for part, hours in DAY_PARTS.items() if hour in hours)
+    face = (hour - 1) % 12 + 1  # the hour on a clock face, 1 to 12
     if form == 0:
         return f"{face}:{minute:02d} {'am' if hour < 12 else 'pm'}"
     if minute == 0:
@@ -169,11 +170,11 @@ def spoken_duration(hours: int, minutes: int) -> str:
 
 
 def draw_minute(rng: random.Random) -> int:
-    """Minutes of an hour, mostly round ones, as people say them."""
+    """Draw a minute of an hour: mostly a round one, as people say them."""
     return 5 * rng.randrange(12) if rng.random() < 0.6 else rng.randrange(60)
 
 
-# ---------------------------------------------------------------- the expert: words to the canonical form
+# ---------------------------------------------------------------- the expert: from words to the canonical form
 
 VALUES = {word: i for i, word in enumerate(ONES)} | {word: 20 + 10 * i for i, word in enumerate(TENS)}
 VALUES |= {"a": 1, "an": 1, "oh": 0}
@@ -181,7 +182,7 @@ CARDINALS = {ordinal: cardinal for cardinal, ordinal in ORDINALS.items()}
 
 
 def expert(prompt: str) -> str:
-    """The one right answer to a prompt of the four kinds, by rules that share the writers' words but no code."""
+    """Return the one right answer to a prompt, by rules that share the writers' words but no code."""
     if re.search("|".join([*FEASTS, *(rf"\b{name[:3]}" for name in MONTHS[1:])]), prompt):
         return read_date(prompt).isoformat()
     if re.search(r"noon|midnight|in the|at night|\d [ap]m", prompt):
@@ -193,7 +194,7 @@ def expert(prompt: str) -> str:
 
 
 def read_number(text: str) -> float:
-    """Digits or words; a hundred, thousand or million multiplies what stands before it."""
+    """Read digits or words; "hundred", "thousand" and "million" multiply the number before them."""
     text = text.replace("three quarters", "0.75").replace("a quarter", "0.25").replace("a half", "0.5")
     total, part = 0.0, 0.0
     for word in re.findall(r"[a-z]+|[\d.]+", text):
@@ -209,7 +210,7 @@ def read_number(text: str) -> float:
 
 
 def read_duration(text: str) -> int:
-    """Minutes."""
+    """Read a duration in minutes."""
     missing, short_of, whole = text.partition(" short of ")
     if short_of:
         return read_duration(whole) - read_duration(missing)
@@ -220,7 +221,7 @@ def read_duration(text: str) -> int:
 
 
 def read_time(text: str) -> int:
-    """Minutes since midnight; negative for times to midnight."""
+    """Read a time as minutes since midnight; times before midnight are negative."""
     if relative := re.fullmatch("(.+) (past|to) (noon|midnight)", text):
         return read_time(relative[3]) + read_distance(relative[1], relative[2])
     if digits := re.fullmatch(r"(\d+):(\d+) ([ap])m", text):
@@ -235,11 +236,12 @@ def read_time(text: str) -> int:
     else:
         hour, minutes = spoken.split(" ", 1)
         face = read_number(hour) * 60 + (0 if minutes == "o'clock" else read_number(minutes))
-    return next(minute for minute in (round(face) % 720, round(face) % 720 + 720) if minute // 60 in PARTS[part])
+    morning = round(face) % 720
+    return morning if morning // 60 in DAY_PARTS[part] else morning + 720
 
 
 def read_distance(text: str, side: str) -> int:
-    """Minutes past the hour; negative to it."""
+    """Read minutes past the hour; minutes to the hour are negative."""
     distance = {"a quarter": 15, "half": 30}.get(text) or round(read_number(text.removesuffix(" minutes")))
     return distance if side == "past" else -distance
 
@@ -267,7 +269,7 @@ WRITERS = (write_time, write_date, write_number, write_duration)
 
 
 def make_rows(seed: int = SEED) -> list[dict[str, str]]:
-    """``TRAIN_ROWS + TEST_ROWS`` rows, the kinds in equal shares and shuffled, no prompt twice."""
+    """Make ``TRAIN_ROWS + TEST_ROWS`` shuffled rows: every kind in equal shares, and no prompt twice."""
     rng = random.Random(seed)
     rows: dict[str, str] = {}
     for writer in WRITERS:

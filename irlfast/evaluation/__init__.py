@@ -1,1 +1,1 @@
-"""Held-out figures of a policy."""
+"""Measure a policy on held-out demonstrations."""

@@ -1,4 +1,4 @@
-"""Held-out figures of a policy: exact match, likelihood of the demonstrations, and reward accuracy."""
+"""Measure a policy on held-out demonstrations: exact match, likelihood of the demonstrations, reward accuracy."""
 
 import time
 from pathlib import Path
@@ -17,14 +17,17 @@ from irlfast.sampling.scoring import log_ratios, score
 
 
 def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, Any]:
-    """Figures of ``policy`` on the held-out demonstrations, kept in ``folder/eval.json``.
+    """Measure ``policy`` on the held-out demonstrations, and keep the metrics in ``folder/eval.json``.
 
-    - ``exact_match``: share of greedy answers that equal the expert's text;
-    - ``nll``: nats a demonstration, and ``nll_per_token``;
-    - ``reward_accuracy``: among (expert, fresh sample of the run's ``first`` policy) pairs that differ, the share with
-      a positive margin, and the mean ``margin`` in nats; both with the first policy as the reference, so none for it;
-    - where there are rejected answers, ``preference_gap``: log π(chosen) − log π(rejected) in nats, and
-      ``preference_accuracy``: the share whose margin to the first policy is positive.
+    - ``exact_match``: the share of greedy answers that equal the expert's text.
+    - ``nll``: nats per demonstration. ``nll_per_token``: nats per token.
+    - ``reward_accuracy``: the share of (expert, fresh sample of the run's ``first`` policy) pairs with a positive
+      margin, and ``margin``: the mean margin in nats. Equal pairs do not count. The first policy is the reference, so
+      the first policy itself has neither.
+    - With rejected answers, ``preference_gap``: log π(chosen) − log π(rejected) in nats, and
+      ``preference_accuracy``: the share of pairs whose margin to the first policy is positive.
+
+    ``reports/metrics.py`` lists the metrics that the report shows.
     """
     path = folder / "eval.json"
     if path.exists():
@@ -64,7 +67,7 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
 
 
 def preferences(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, float]:
-    """Figures on held-out (chosen, rejected) pairs; none where there are no such."""
+    """Measure the policy on held-out (chosen, rejected) pairs, if there are any."""
     pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, x.rejected_ids)) for x in run.held_out if x.rejected_ids]
     if not pairs:
         return {}
@@ -82,7 +85,7 @@ def text(run: Run, ids: TokenIds) -> str:
 
 
 def margin(logps: tuple[Tensor, ...], ref_logps: tuple[Tensor, ...]) -> float:
-    """ρ(expert) − ρ(synthetic)."""
+    """Return ρ(expert) − ρ(synthetic)."""
     expert, synthetic = log_ratios(logps, ref_logps).tolist()
     return expert - synthetic
 

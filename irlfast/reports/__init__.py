@@ -1,1 +1,1 @@
-"""What a run leaves for people: page, plots, tables, model card."""
+"""The results of a run, for people: the page with its plots, the closing table, the model card."""

@@ -1,4 +1,4 @@
-"""What the report reads: the files of a finished or stopped run. One that is missing or broken becomes a note."""
+"""Read the files of a finished or stopped run for the report. A missing or broken file becomes a note on the page."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def read_config(output_dir: Path, notes: list[str]) -> tuple[str, dict[str, Any]
 
 
 def read_object(output_dir: Path, name: str, notes: list[str]) -> dict[str, Any]:
-    """A JSON object; an empty one, and a note, where the file is missing or holds something else."""
+    """Read a JSON object. If the file is missing or holds something else, return an empty object and add a note."""
     path = output_dir / name
     try:
         value = json.loads(path.read_bytes()) if path.is_file() else None
@@ -49,7 +49,7 @@ def read_object(output_dir: Path, name: str, notes: list[str]) -> dict[str, Any]
 
 
 def read_lines(output_dir: Path, name: str, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON-lines file. A run that was killed may leave half a line, which is left out and noted."""
+    """Read the objects of a JSON-lines file. A killed run may leave half a line, which is left out and noted."""
     if not (output_dir / name).is_file():
         notes.append(f"{name} is missing.")
         return
@@ -69,7 +69,7 @@ def read_lines(output_dir: Path, name: str, notes: list[str]) -> Iterator[dict[s
 
 
 def phase_order(phase: str) -> tuple[int, str]:
-    """Of a stage, the reward and the rounds come before the phase that ends it."""
+    """Return a sort key: a stage's reward and rounds come before the phase that ends the stage."""
     match = PHASE.fullmatch(phase)
     assert match
     stage, part = match.groups()
@@ -77,15 +77,19 @@ def phase_order(phase: str) -> tuple[int, str]:
 
 
 def read_phases(output_dir: Path, name: str, notes: list[str]) -> dict[str, dict[str, Any]]:
-    """The file ``name`` of every phase that has one, in the order of the run."""
+    """Read the file ``name`` of every phase that has one, in the order of the run."""
     paths = [*output_dir.glob(f"*/{name}"), *output_dir.glob(f"*/round-*/{name}")]
-    phases = [phase for path in paths if PHASE.fullmatch(phase := path.parent.relative_to(output_dir).as_posix())]
-    read = {phase: read_object(output_dir, f"{phase}/{name}", notes) for phase in sorted(phases, key=phase_order)}
-    return {phase: value for phase, value in read.items() if value}
+    folders = [path.parent.relative_to(output_dir).as_posix() for path in paths]
+    phases = sorted(filter(PHASE.fullmatch, folders), key=phase_order)
+    values = {phase: read_object(output_dir, f"{phase}/{name}", notes) for phase in phases}
+    return {phase: value for phase, value in values.items() if value}
 
 
 def read_metrics(output_dir: Path, keys: list[str], notes: list[str]) -> dict[str, np.ndarray]:
-    """Phase -> [steps, 1 + keys]: the step, then its metrics. A step logged twice (a resumed run) counts once."""
+    """Read ``metrics.jsonl`` as phase -> ``[steps, 1 + keys]``: the number of the step, then its metrics.
+
+    A resumed run may log a step twice; it counts once.
+    """
     phases: dict[str, dict[float, list[float]]] = {}
     for row in read_lines(output_dir, "metrics.jsonl", notes):
         phase, step = str(row.get("phase")), number(row.get("step"))
@@ -98,15 +102,16 @@ def read_metrics(output_dir: Path, keys: list[str], notes: list[str]) -> dict[st
 def split_time(
     metrics: dict[str, np.ndarray], pairs: dict[str, dict[str, Any]], rounds: dict[str, dict[str, Any]]
 ) -> dict[str, list[float]]:
-    """Phase -> seconds of sampling, scoring, training, and training's parts as in TIMES; NaN where not measured.
+    """Return phase -> seconds of sampling, scoring, training, and the parts of training as in TIMES.
 
-    Before it trains, a stage of self-play or its reward makes ``pairs``, a round of alignment answers of its own.
+    A time that was not measured is NaN. The times of sampling and scoring are in ``pairs`` for a stage of self-play or
+    its reward, and in ``rounds`` for a round of alignment.
     """
     split = {}
     for phase, rows in metrics.items():
         seconds, *shares = rows[:, -len(TIMES) :].T
-        made = rounds.get(phase) or pairs.get(phase.removesuffix("/reward"), {})
-        before = [number(made.get(key)) for key in ("sample_seconds", "score_seconds")]
+        times = rounds.get(phase) or pairs.get(phase.removesuffix("/reward"), {})
+        before = [number(times.get(key)) for key in ("sample_seconds", "score_seconds")]
         split[phase] = [*before, seconds.sum(), *((seconds * share).sum() for share in shares)]
     return split
 
@@ -138,7 +143,7 @@ def expected_files(config: dict[str, Any], notes: list[str]) -> list[str]:
 
 
 def number(value: Any) -> float:
-    """A value as a float: NaN where it is missing, infinity where it is there but not finite."""
+    """Return a value as a float: NaN for a missing one, infinity for one that is not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    return float(value) if abs(value) < 1e30 else math.inf  # a NaN compares false too
+    return float(value) if abs(value) < 1e30 else math.inf  # a NaN compares as false, and so becomes infinity

@@ -1,4 +1,4 @@
-"""The end of a run: the policy to keep with its model card, the closing table, and the report."""
+"""The end of a run: ``final/`` with its model card, the closing table, and the report."""
 
 import copy
 import math
@@ -18,16 +18,12 @@ from irlfast.data.encoding import Encoder
 from irlfast.engine.process_group import destroy_process_group
 from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import base_and_adapter, merge
+from irlfast.reports.metrics import HELD_OUT
 from irlfast.reports.page import write_report
 from irlfast.runs.hub import card_metadata, upload
 from irlfast.runs.run import Run
 
-COLUMNS = {
-    "exact match": ("exact_match", "{:.3f}"),
-    "reward accuracy": ("reward_accuracy", "{:.3f}"),
-    "demonstration log-likelihood (nats)": ("nll", "{:.3f}"),
-    "answer tokens": ("answer_length", "{:.1f}"),
-}
+COLUMNS = [metric for metric in HELD_OUT if metric.card]
 
 
 def finish(run: Run, policies: dict[str, Path | str], metrics: list[dict[str, Any]]) -> None:
@@ -35,7 +31,7 @@ def finish(run: Run, policies: dict[str, Path | str], metrics: list[dict[str, An
     kept, why = choose(run.config, metrics)
     final = run.output / "final"
     if dist.is_main():
-        if not final.exists() or read_json(final / "policy.json") != choice(kept, why, metrics):
+        if not final.exists() or read_json(final / "policy.json") != policy_json(kept, why, metrics):
             write(final, lambda temporary: save_final(temporary, run, policies[kept], kept, why, metrics))
         report = write_report(run.output)
         print_table(metrics, kept)
@@ -81,7 +77,7 @@ reads prompt and answer, end token included, in the policy's template; several l
 
 
 def choose(config: Config, metrics: list[dict[str, Any]]) -> tuple[str, str]:
-    """The phase whose policy is kept, and why."""
+    """Return the phase whose policy is kept, and the reason."""
     if config.keep == "last":
         return metrics[-1]["phase"], "the last"
     name = config.metric_for_best_model
@@ -92,8 +88,8 @@ def choose(config: Config, metrics: list[dict[str, Any]]) -> tuple[str, str]:
     return best["phase"], f"the best held-out {name}, {best[name]:.3f}"
 
 
-def choice(kept: str, why: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """The content of ``policy.json``. It changes where a run goes on to more stages; then ``final/`` is made anew."""
+def policy_json(kept: str, why: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of ``policy.json``. It changes when a run goes on to more stages: ``final/`` is remade."""
     return {"kept": kept, "why": why, "phases": [row["phase"] for row in metrics]}
 
 
@@ -103,15 +99,15 @@ def save_final(folder: Path, run: Run, policy: Path | str, kept: str, why: str, 
     else:
         save_pretrained(folder, merge(load_model(policy, run.config), str(policy)), run.encoder.tokenizer)
     name_end_tokens(folder, run.encoder)
-    write_json(folder / "policy.json", choice(kept, why, metrics))
+    write_json(folder / "policy.json", policy_json(kept, why, metrics))
     write_text(folder / "README.md", model_card(run.config, kept, why, metrics))
 
 
 def name_end_tokens(folder: Path, encoder: Encoder) -> None:
     """Name the token that answers were trained to end with, so that ``generate`` and servers stop at it.
 
-    The generation config names it, beside the model's other end tokens. So does the tokenizer as its EOS, unless the
-    chat template would write another text then.
+    The generation config names this token beside the model's other end tokens. The tokenizer gets it as its EOS,
+    unless that would change the text that the chat template writes.
     """
     import transformers
 
@@ -131,13 +127,13 @@ def name_end_tokens(folder: Path, encoder: Encoder) -> None:
 
 
 def model_card(config: Config, kept: str, why: str, metrics: list[dict[str, Any]]) -> str:
-    rows = [f"| {row['phase']} | " + " | ".join(cells(row)) + " |" for row in metrics]
+    rows = [f"| {row['phase']} | " + " | ".join(card_cells(row)) + " |" for row in metrics]
     return f"""{card_metadata(config, "text-generation", config.method)}
 # A policy trained from demonstrations with irlfast {irlfast.__version__}
 
 Method `{config.method}` on `{config.dataset_name}`; this is the policy of `{kept}` ({why}).
 
-| held-out, after | {" | ".join(COLUMNS)} |
+| held-out, after | {" | ".join(metric.card for metric in COLUMNS)} |
 | --- | {" | ".join("---" for _ in COLUMNS)} |
 {chr(10).join(rows)}
 
@@ -146,20 +142,20 @@ log π(y|x) − log π_first(y|x) is higher for the demonstration.
 """
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    def show(name: str, pattern: str) -> str:
-        if row[name] is None:
-            return "–"
-        return pattern.format(-row[name] if name == "nll" else row[name])
-
-    return [show(name, pattern) for name, pattern in COLUMNS.values()]
+def card_cells(row: dict[str, Any]) -> list[str]:
+    """Return the cells of one phase in the closing table and the model card."""
+    cells = []
+    for metric in COLUMNS:
+        value = row[metric.key]
+        cells.append("–" if value is None else f"{metric.card_sign * value:{metric.card_form}}")
+    return cells
 
 
 def print_table(metrics: list[dict[str, Any]], kept: str) -> None:
     table = Table(title=f"{metrics[0]['count']:,} held-out demonstrations")
     table.add_column("after")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
+    for metric in COLUMNS:
+        table.add_column(metric.card, justify="right")
     for row in metrics:
-        table.add_row(row["phase"] + (" (kept)" if row["phase"] == kept else ""), *cells(row))
+        table.add_row(row["phase"] + (" (kept)" if row["phase"] == kept else ""), *card_cells(row))
     Console(width=100).print(table)

@@ -1,9 +1,9 @@
-"""The report of a run: one HTML page that opens offline, from the files of a finished or stopped run (DESIGN §5).
+"""The report of a finished or stopped run: one HTML page that opens offline (docs/design.md, section 5).
 
     python -m irlfast.report OUTPUT_DIR
 
-Read the files, judge, draw (SVG), mark the answers, fill ``report.html.j2``, write. A file that is missing or broken
-is named in the page; only a folder that is no run (no ``config.yaml``) is an error.
+``metrics.py`` lists the metrics that the page shows. The page names a file that is missing or broken. Only a folder
+without a ``config.yaml`` is an error, because it is no run.
 """
 
 import math
@@ -30,23 +30,24 @@ from irlfast.reports.files import (
     read_phases,
     split_time,
 )
-from irlfast.reports.plots import METRICS, POINTS, draw_curves, draw_held_out
+from irlfast.reports.metrics import HELD_OUT, TRAINING_KEYS
+from irlfast.reports.plots import POINTS, draw_curves, draw_held_out
 
-PROMPTS = 20  # held-out prompts shown, and
-CHARACTERS = 1200  # of each text shown: 20 rows of 4 marked texts stay far under 2 MB
-NLL_CHANGE = 0.02  # a smaller relative change of the demonstrations' nll is called no clear change
+PROMPTS = 20  # held-out prompts on the page
+CHARACTERS = 1200  # characters of each text on the page: 20 rows of 4 marked texts stay far under 2 MB
+NLL_CHANGE = 0.02  # a smaller relative change of the demonstrations' nll counts as no clear change
 
 
 def write_report(output_dir: Path) -> Path:
     """Write ``output_dir/report.html`` from the files of the run and return its path.
 
     Raises:
-        InputError: (a ValueError) where ``output_dir`` holds no ``config.yaml``.
+        InputError: (a ValueError) ``output_dir`` holds no ``config.yaml``.
     """
     output_dir = Path(output_dir)
-    notes: list[str] = []  # what is missing or broken, in words
+    notes: list[str] = []  # sentences about missing or broken files
     config_text, config = read_config(output_dir, notes)
-    metrics = read_metrics(output_dir, METRICS + TIMES, notes)
+    metrics = read_metrics(output_dir, TRAINING_KEYS + TIMES, notes)
     evals = read_phases(output_dir, "eval.json", notes)
     pairs = read_phases(output_dir, "pairs.json", notes)
     data = read_object(output_dir, "data.json", notes)
@@ -65,12 +66,13 @@ def write_report(output_dir: Path) -> Path:
         title=[str(config[key]) for key in ("method", "model_name_or_path", "dataset_name") if config.get(key)],
         headline=headline(changes, first, kept),
         changes=changes,
-        warnings=warn(changes, metrics),
+        warnings=list_warnings(changes, metrics),
         why=policy.get("why"),
         notes=notes,
         first=first,
         kept=kept,
         evals=evals,
+        held_out_metrics=HELD_OUT,
         curves=draw_curves(metrics) if metrics else [],
         logged=sum(map(len, metrics.values())),
         points=POINTS,
@@ -89,7 +91,10 @@ def write_report(output_dir: Path) -> Path:
 
 
 def first_and_kept(evals: dict, policy: dict, notes: list[str]) -> tuple[str, str]:
-    """The policy that self-play started from, and the one the run ends with (the last evaluated, if none is named)."""
+    """Return the policy that self-play started from, and the policy that the run keeps.
+
+    If no policy is named as kept, the last evaluated one stands in for it.
+    """
     if not evals:
         return "", ""
     first = "sft" if "sft" in evals and any(phase.startswith("stage-") for phase in evals) else next(iter(evals))
@@ -101,9 +106,12 @@ def first_and_kept(evals: dict, policy: dict, notes: list[str]) -> tuple[str, st
 
 
 def compare(first: dict, kept: dict) -> list[dict[str, Any]]:
-    """First policy -> kept policy. ``sign``: 1 better, -1 worse, 0 no clear change, None not measured."""
+    """Judge the change from the first policy to the kept policy.
+
+    ``sign`` is 1 for better, -1 for worse, 0 for no clear change, None for not measured.
+    """
     rows = number(kept.get("count"))
-    chance = 0.5  # the first policy is its own reference: its rewards are all 0, its accuracy a coin's
+    chance = 0.5  # the first policy is its own reference: all its rewards are 0, and its accuracy is a coin's
     before = first.get("reward_accuracy")
     return [
         compare_shares("exact match", first.get("exact_match"), kept.get("exact_match"), rows),
@@ -113,7 +121,7 @@ def compare(first: dict, kept: dict) -> list[dict[str, Any]]:
 
 
 def compare_shares(name: str, before: Any, after: Any, rows: float) -> dict[str, Any]:
-    """Two shares of ``rows`` rows; within two standard errors they do not clearly differ."""
+    """Compare two shares of ``rows`` rows. Within two standard errors there is no clear change."""
     p, q = number(before), number(after)
     tile: dict[str, Any] = {"name": name, "before": show(before, ".1%"), "after": show(after, ".1%"), "sign": None}
     if not math.isfinite(p + q):
@@ -125,6 +133,7 @@ def compare_shares(name: str, before: Any, after: Any, rows: float) -> dict[str,
 
 
 def compare_nll(before: Any, after: Any) -> dict[str, Any]:
+    """Compare two negative log-likelihoods of the demonstrations. A change below ``NLL_CHANGE`` is no clear change."""
     p, q = number(before), number(after)
     tile: dict[str, Any] = {"name": "demonstration likelihood", "before": show(before), "after": show(after)}
     if math.isfinite(p) and math.isinf(q):
@@ -134,38 +143,41 @@ def compare_nll(before: Any, after: Any) -> dict[str, Any]:
     change = q / p - 1
     sign = -int(np.sign(change)) if abs(change) > NLL_CHANGE else 0
     words = {1: "more likely", 0: "about as likely", -1: "less likely"}[sign]
-    return tile | {"sign": sign, "words": f"nll in nats an answer, {change:+.1%}: {words}"}
+    return tile | {"sign": sign, "words": f"nll in nats per answer, {change:+.1%}: {words}"}
 
 
 def headline(changes: list[dict[str, Any]], first: str, kept: str) -> tuple[str, str]:
-    """A word or two, and the sentence that says why."""
+    """Return a verdict in one to three words, and a sentence that gives its reason."""
     if not changes:
         return "Not known yet", "No policy of this run has been evaluated."
     if first == kept:
         return "No change", f"The final policy is the first one ({first}): no later one was evaluated and kept."
-    by = {sign: " and ".join(c["name"] for c in changes if c["sign"] == sign) for sign in (1, -1, 0, None)}
-    word = "Mixed" if by[1] and by[-1] else "Improved" if by[1] else "Worse" if by[-1] else "No clear change"
+    names = {sign: " and ".join(c["name"] for c in changes if c["sign"] == sign) for sign in (1, -1, 0, None)}
+    verdict = "No clear change"
+    if names[1] or names[-1]:
+        verdict = "Worse" if not names[1] else "Mixed" if names[-1] else "Improved"
     phrases = {1: "better on", -1: "worse on", 0: "not clearly different on", None: "not measured on"}
-    parts = "; ".join(f"{phrase} {by[sign]}" for sign, phrase in phrases.items() if by[sign])
-    return word, f"Against the first policy ({first}), the final one ({kept}) is {parts}."
+    parts = "; ".join(f"{phrase} {names[sign]}" for sign, phrase in phrases.items() if names[sign])
+    return verdict, f"Against the first policy ({first}), the final one ({kept}) is {parts}."
 
 
-def warn(changes: list[dict[str, Any]], metrics: dict[str, np.ndarray]) -> list[str]:
-    found = [
+def list_warnings(changes: list[dict[str, Any]], metrics: dict[str, np.ndarray]) -> list[str]:
+    """Warn of demonstrations that became less likely, and of logged values that are not finite."""
+    warnings = [
         f"The log-likelihood of the demonstrations fell: nll {change['before']} → {change['after']}. "
         "The policy has moved away from the answers it was given to learn."
         for change in changes
         if change["name"] == "demonstration likelihood" and change["sign"] == -1
     ]
-    for column, key in enumerate(METRICS, 1):
+    for column, key in enumerate(TRAINING_KEYS, 1):
         count = sum(int(np.isinf(rows[:, column]).sum()) for rows in metrics.values())
         if count:
-            found.append(f"{key}: {count:,} logged value{'s are' if count > 1 else ' is'} not finite.")
-    return found
+            warnings.append(f"{key}: {count:,} logged value{'s are' if count > 1 else ' is'} not finite.")
+    return warnings
 
 
 def compare_answers(output_dir: Path, first: str, kept: str, notes: list[str]) -> dict[str, Any]:
-    """The first held-out prompts with three answers each, and over all prompts how many answers came and went."""
+    """Return the first held-out prompts with three answers each, and the counts of answers gained and lost over all."""
     before = list(read_lines(output_dir, f"{first}/answers.jsonl", notes))
     after = before if kept == first else list(read_lines(output_dir, f"{kept}/answers.jsonl", notes))
     rows: list[dict[str, Any]] = []
@@ -176,7 +188,8 @@ def compare_answers(output_dir: Path, first: str, kept: str, notes: list[str]) -
     for one, two in zip_longest(before, after, fillvalue=nothing):
         expert = str((one | two).get("expert", ""))
         right = [str(row["answer"]).strip() == expert.strip() if "answer" in row else None for row in (one, two)]
-        if (name := names.get((right[0], right[1]))) is not None:
+        name = names.get((right[0], right[1]))
+        if name is not None:
             counts[name] += 1
         if len(rows) < PROMPTS:
             texts = [mark(expert, str(row["answer"])) if "answer" in row else None for row in (one, two)]
@@ -190,10 +203,10 @@ def clip(text: str) -> str:
 
 
 def mark(expert: str, answer: str) -> Markup:
-    """The answer with the words that the expert does not have marked and, where close, the missing ones struck."""
+    """Mark the answer's words that the expert's answer lacks; if both are close, add the missing words, struck."""
     theirs, ours = (re.findall(r"\s+|\w+|[^\w\s]", clip(text)) for text in (expert, answer))
     matcher = SequenceMatcher(None, theirs, ours)
-    close = matcher.ratio() > 0.5  # else the struck words would drown the answer
+    close = matcher.ratio() > 0.5  # otherwise the struck words would drown the answer
     parts = []
     for kind, i, j, k, m in matcher.get_opcodes():
         missing, words = "".join(theirs[i:j]), "".join(ours[k:m])
@@ -205,7 +218,7 @@ def mark(expert: str, answer: str) -> Markup:
 
 
 def show(value: Any, form: str = ",.2f") -> str:
-    """A number for a reader: a count in full, any other as ``form`` says, a dash where it is missing."""
+    """Write a number for a reader: a count in full, any other number as ``form`` says, a dash for a missing one."""
     if not math.isfinite(number(value)):
         return "not finite" if math.isinf(number(value)) else "–"
     return f"{value:{',' if isinstance(value, int) and form.endswith('f') else form}}"

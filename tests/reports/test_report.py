@@ -12,8 +12,8 @@ import pytest
 
 from irlfast.common.files import InputError
 from irlfast.reports.files import TIMES, number, read_metrics, read_phases, split_time
+from irlfast.reports.metrics import TRAINING_KEYS
 from irlfast.reports.page import clip, compare_nll, compare_shares, headline, mark, write_report
-from irlfast.reports.plots import METRICS
 
 VOID = {"meta", "br", "use", "path", "input", "img", "hr", "link"}
 
@@ -96,7 +96,7 @@ def test_a_finished_run_shows_its_own_figures_and_answers(copied):
 def test_the_time_of_a_phase_is_the_sum_of_its_logged_parts(copied):
     rows = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
     pairs = read_phases(copied, "pairs.json", [])
-    split = split_time(read_metrics(copied, METRICS + TIMES, []), pairs, {})
+    split = split_time(read_metrics(copied, TRAINING_KEYS + TIMES, []), pairs, {})
     assert list(split) == ["sft", "stage-00", "stage-01"]
     for phase, (sampling, scoring, training, *parts) in split.items():
         assert training == pytest.approx(sum(row["seconds"] for row in rows if row["phase"] == phase))

@@ -24,6 +24,7 @@ def test_what_is_missing_is_named_with_the_command_that_gets_it(monkeypatch, cap
     monkeypatch.setattr(native, "cpu", None)
     monkeypatch.setattr(native, "cuda", None)
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "argv", ["irlfast doctor"])
     findings = {finding.part: finding for finding in doctor.examine()}
     assert findings["peft"].fatal and "pip install 'peft>=0.18'" in findings["peft"].detail
     assert (

@@ -48,11 +48,11 @@ PAIRS = ("init_sft", "init_demo", "sft_demo")
 N, BON_PROMPTS = 16, 500
 
 
-def best_of_n(output: Path, policy: Path, reward: str, rollouts: Path | None, **keys) -> None:
-    """Best of N by a reward, on answers that an earlier reward's run has sampled."""
+def best_of_n(output: Path, policy: Path, reward: dict[str, object], rollouts: Path | None, **keys) -> None:
+    """Best of N by a reward, as keys, on answers that the run of an earlier reward has sampled."""
     if rollouts and not output.exists():
         shutil.copytree(rollouts, output / "part-00000" / "rollouts")
-    own = {"model_name_or_path": policy, "reward_model_name_or_path": reward, "num_generations": N}
+    own = {"model_name_or_path": policy, "num_generations": N, **reward}
     own |= {"max_train_samples": BON_PROMPTS, "beta": 1.0, "output_dir": output}
     runs.start(["-m", "irlfast.bon", *settings(COMMON | keys | own)])
 
@@ -94,22 +94,24 @@ def choose_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
     """Figures of best of N of the SFT policy's answers by every reward, and of its greedy answers to the same words."""
     policy = folder / "SFT" / "sft" / "policy"
     figures: dict[str, dict] = {}
-    rewards = {
-        "init_sft": folder / "init_sft" / "final",
-        "init_demo": folder / "init_demo" / "final",
-        "sft_demo": folder / "sft_demo" / "final",
-        "implicit: SFT to early": f"{policy},{folder / 'early' / 'final'}",
-        "implicit: IRFT to SFT": f"{folder / 'IRFT' / 'final'},{policy}",
-        "log-likelihood": policy,
-        "log-likelihood + init_demo": f"[{policy}, {folder / 'init_demo' / 'final'}]",
-        "log-likelihood of IRFT": folder / "IRFT" / "final",
-        "log-likelihood of all seeds' SFT": f"[{', '.join(map(str, sft_policies(folder.parent)))}]",
+    model, implicit, reference = "reward_model_name_or_path", "implicit_reward_policy", "implicit_reward_reference"
+    irft, init_demo = folder / "IRFT" / "final", folder / "init_demo" / "final"
+    rewards: dict[str, dict[str, object]] = {
+        "init_sft": {model: folder / "init_sft" / "final"},
+        "init_demo": {model: init_demo},
+        "sft_demo": {model: folder / "sft_demo" / "final"},
+        "implicit: SFT to early": {implicit: policy, reference: folder / "early" / "final"},
+        "implicit: IRFT to SFT": {implicit: irft, reference: policy},
+        "log-likelihood": {implicit: policy},
+        "log-likelihood + init_demo": {implicit: policy, model: init_demo},
+        "log-likelihood of IRFT": {implicit: irft},
+        "log-likelihood of all seeds' SFT": {implicit: f"[{', '.join(map(str, sft_policies(folder.parent)))}]"},
     }
     first = None
     for name, reward in rewards.items():
         output = folder / "bon" / name
         test = {"dataset_name": data / "cmudict_test.jsonl", "seed": seed}
-        best_of_n(output, policy, str(reward), first, **test)
+        best_of_n(output, policy, reward, first, **test)
         first = first or output / "part-00000" / "rollouts"
         figures[f"best of {N}, {name}"] = quality(output)
     figures["SFT, the same words"] = first_words(folder / "SFT" / "sft", output)

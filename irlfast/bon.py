@@ -68,7 +68,7 @@ def choose_best(run: Run, number: int, examples: list[Example], folder: Path) ->
     config, n = run.config, run.config.num_generations
     drawn = sampling(config, 0)._replace(seed=(config.seed * 1000 + number) * 100_000)
     groups = sample_groups(run, run.initial, examples, n, folder / "rollouts", drawn)
-    found = rewards_of(run, config.reward_model_name_or_path, groups, folder).view(-1, n)
+    found = rewards_of(run, [], groups, folder).view(-1, n)
     kept = complete(found)
     examples, groups, rewards = [examples[i] for i in kept], [groups[i] for i in kept], found[kept].numpy()
     if dist.is_main():

@@ -44,10 +44,6 @@ def check(config: Any) -> None:
         raise InputError("prompt_template: expected '{}' exactly once, where the prompt goes")
     if config.dtype == "bfloat16" and config.zero_stage == 0:
         raise InputError("zero_stage: found 0 with dtype bfloat16, expected 1 to 3 (they keep the fp32 master copy)")
-    if config.save_steps % config.logging_steps:  # so that a resumed run logs and stops where an unbroken one does
-        raise InputError(
-            f"save_steps: found {config.save_steps}, expected a multiple of logging_steps ({config.logging_steps})"
-        )
     if config.activation_offloading:
         check_offloading(config)
     if config.load_in_4bit:
@@ -131,9 +127,13 @@ def check_4bit(config: Any) -> None:
 def check_reward(config: Any) -> None:
     """What RFT, AfD and reward models ask for."""
     learned = config.reward_data != "none"
-    added = len(config.reward_model_name_or_path) + len(config.reward_function)
+    added = len(config.reward_model_name_or_path) + len(config.implicit_reward_policy) + len(config.reward_function)
+    check_implicit_rewards(config)
     if config.facts.aligns and not learned and not added:
-        raise InputError("reward_model_name_or_path, reward_function: found none, and reward_data: none; expected one")
+        raise InputError(
+            "reward_model_name_or_path, implicit_reward_policy, reward_function: found none, and reward_data: none; "
+            "expected one"
+        )
     for name in config.reward_function:
         place, _, function = name.rpartition(":")
         file = place.endswith(".py")
@@ -147,10 +147,13 @@ def check_reward(config: Any) -> None:
         raise InputError(
             f"reward_weights: found {len(config.reward_weights)}, expected {learned + added}, one a reward"
         )
-    if config.reward_loss == "sigmoid" and config.reward_level == "token":
-        raise InputError("reward_level: found 'token' with reward_loss sigmoid, which compares whole answers")
-    if config.reward_loss in ("sigmoid", "linear") and config.divergence != "reverse_kl":
-        raise InputError(f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}; expected bce")
+    if config.reward_loss == "bradley_terry" and config.reward_level == "token":
+        raise InputError("reward_level: found 'token' with reward_loss bradley_terry, which compares whole answers")
+    if config.reward_loss in ("bradley_terry", "linear") and config.divergence != "airl":
+        raise InputError(
+            f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}, which trains no "
+            "discriminator; expected airl, or reward_loss bce"
+        )
     if config.reward_combine != "mean" and config.reward_heads < 2 and not added:
         raise InputError(
             f"reward_combine: found {config.reward_combine!r} with one head, expected reward_heads of 2 or more"
@@ -167,6 +170,22 @@ def check_reward(config: Any) -> None:
             "kl_in: found 'reward' with reference 'stage' and align_rounds 1, where the policy that samples is the "
             "reference and its KL is 0; expected kl_in: loss, more rounds, reference: initial, or kl_in: none"
         )
+
+
+def check_implicit_rewards(config: Any) -> None:
+    policies, references = config.implicit_reward_policy, config.implicit_reward_reference
+    if references and len(references) != len(policies):
+        raise InputError(
+            f"implicit_reward_reference: found {len(references)}, expected none or one per implicit_reward_policy "
+            f"({len(policies)})"
+        )
+    for name in config.reward_model_name_or_path:
+        if "," in name and not find_path(name):  # a folder may have a comma in its name
+            policy, reference = name.split(",", 1)
+            raise InputError(
+                f"reward_model_name_or_path: found {name!r}, expected one model; for an implicit reward, "
+                f"implicit_reward_policy: {policy} and implicit_reward_reference: {reference}"
+            )
 
 
 def check_path(name: str, value: str | None) -> None:

@@ -6,6 +6,7 @@ argparse reads the command line and prints the help; :mod:`irlfast.config.schema
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -19,28 +20,37 @@ from irlfast.config.methods import METHOD_FACTS, MethodFacts
 from irlfast.config.recipes import recipe
 from irlfast.config.schema import FIELDS, Config
 
-ALIASES = {"bf16": ("dtype", "bfloat16"), "use_vllm": ("sampler", "vllm")}  # TRL's spellings, when true
+LISTS = ("reward_model_name_or_path", "implicit_reward_policy", "implicit_reward_reference", "reward_function")
+# Earlier spellings of keys, or of keys with a value, and what to write now.
+RENAMED = {
+    "bf16": "dtype: bfloat16",
+    "sampler": "use_vllm: true",
+    "reward_loss: sigmoid": "reward_loss: bradley_terry",
+    "reward_loss: bound": "reward_loss: airl, gail, fairl or alpha",
+    "divergence: reverse_kl": "divergence: airl",
+    "divergence: js": "divergence: gail",
+    "divergence: forward_kl": "divergence: fairl",
+}
 
 
 def load_config(arguments: list[str], prog: str = "irlfast train") -> tuple[Config, bool]:
-    """Config from ``[FILE.yaml | RECIPE] [key=value | --key value | --key=value | --dry_run]...``; whether to run dry.
+    """Read ``[FILE.yaml | RECIPE] [key=value | --key value | --key=value | --dry_run]...``.
+
+    Returns:
+        The configuration, and whether ``--dry_run`` is given.
 
     Raises:
         InputError: naming every wrong key, what was found and what was expected.
     """
     parser = make_parser(prog)
     tokens = [re.sub(r"^(--)?([A-Za-z][\w-]*)(=|$)", dashed, token) for token in arguments]
-    found, unknown = parser.parse_known_args(tokens)
+    parsed, unknown = parser.parse_known_args(tokens)
     unexpected = [token for token in unknown if token.startswith("--")] or unknown
     if unexpected:
         raise InputError(unknown_key(unexpected[0].lstrip("-").split("=")[0], "on the command line"))
-    given = read_yaml(config_file(found.config)) if found.config else {}
-    typed = {
-        name: literal(name, text)
-        for name, text in vars(found).items()
-        if name in {*FIELDS, *ALIASES} and text is not None
-    }
-    return make_config(given | typed), found.dry_run
+    given = read_yaml(config_file(parsed.config)) if parsed.config else {}
+    typed = {name: literal(name, text) for name, text in vars(parsed).items() if name in FIELDS and text is not None}
+    return make_config(given | typed), parsed.dry_run
 
 
 def dashed(match: re.Match) -> str:
@@ -65,8 +75,6 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         text = f"{field.description} [{'none' if field.default is None else repr(field.default)}]"
         boolean = {"nargs": "?", "const": "true"} if isinstance(field.default, bool) else {}
         parser.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"), **boolean)  # type: ignore[arg-type]
-    for alias in ALIASES:
-        parser.add_argument(f"--{alias}", nargs="?", const="true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -95,12 +103,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def make_config(given: dict[str, Any]) -> Config:
-    """Validate keys and values whole, and fill in what follows from them: presets and TRL's spellings."""
+    """Check all keys and values, and fill in the defaults that follow from other keys.
+
+    Raises:
+        InputError: naming every wrong key, what was found and what was expected.
+    """
     given = dict(given)
-    for alias, (name, value) in ALIASES.items():
-        if str(given.pop(alias, False)).lower() in ("true", "1", "yes"):
-            given[name] = value
-    for name in ("reward_model_name_or_path", "reward_function"):
+    for name, value in given.items():
+        if f"{name}: {value}" in RENAMED:
+            raise InputError(f"{name}: found the earlier spelling {value!r}, expected {RENAMED[f'{name}: {value}']}")
+    for name in LISTS:
         if isinstance(given.get(name), str):
             given[name] = [given[name]]
     if isinstance(given.get("report_to"), str):
@@ -109,11 +121,23 @@ def make_config(given: dict[str, Any]) -> Config:
     if unknown:
         raise InputError(unknown_key(unknown[0], "in the configuration"))
     try:
-        config = Config(**(preset(given) | given))
+        config = resolved(Config(**(preset(given) | given)))
     except ValidationError as error:
         raise InputError(describe(error, given)) from error
     check(config)
     return config
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with the defaults that follow from other keys, and ``save_steps`` rounded up."""
+    own = config.reward_loss if config.reward_loss in ("airl", "gail", "fairl", "alpha") else "airl"
+    # A checkpoint is written at a logged step, so that a resumed run logs and stops where an unbroken one does.
+    save_steps = math.ceil(config.save_steps / config.logging_steps) * config.logging_steps
+    if save_steps != config.save_steps:
+        from irlfast.common.messages import log  # which imports torch
+
+        log(f"save_steps: {config.save_steps} is rounded up to {save_steps}, a multiple of logging_steps")
+    return dataclasses.replace(config, divergence=config.divergence or own, save_steps=save_steps)
 
 
 def preset(given: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +147,8 @@ def preset(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def unknown_key(name: str, where: str) -> str:
+    if name in RENAMED:
+        return f"{name}: found an earlier spelling {where}, expected {RENAMED[name]}"
     nearest = difflib.get_close_matches(name, FIELDS, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else "; --help lists all keys"
     return f"unknown key {name!r} {where}{hint}"

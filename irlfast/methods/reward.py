@@ -27,7 +27,7 @@ from irlfast.methods.stages import (
 )
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import DRAWN, sample
-from irlfast.sampling.rewards import KINDS, combine, recipe, reward_of
+from irlfast.sampling.rewards import combine, recipe, reward_of
 
 
 def reward_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
@@ -75,7 +75,7 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
     if config.reward_data == "init_sft":
         better = sample(run, policy, examples, folder / "better", sampling(config, stage))
         examples = [x._replace(answer_ids=ids) for x, ids in zip(examples, better, strict=True)]
-    differences = config.reward_loss == "sigmoid" or config.reward_data == "preference"
+    differences = config.reward_loss == "bradley_terry" or config.reward_data == "preference"
     pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not differences)
     if dist.is_main() and not (folder / "pairs.json").exists():
         write_json(folder / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
@@ -83,10 +83,9 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
 
 
 def loss_of(config: Config) -> functools.partial:
-    kinds = {"sigmoid": "bradley_terry", "bound": KINDS[config.divergence]}
     return functools.partial(
         reward_loss,
-        kind=kinds.get(config.reward_loss, config.reward_loss),
+        kind=config.reward_loss,
         level=config.reward_level,
         alpha=config.divergence_alpha,
         regularization=config.reward_regularization,

@@ -33,14 +33,12 @@ from irlfast.sampling.scoring import log_ratios, score
 def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path | str:
     """Learn a reward that tells the experts' answers from others, then raise it in rounds of fresh samples."""
     config = run.config
-    rewards: list[Path | str] = list(config.reward_model_name_or_path or [])
-    if config.reward_data != "none":
-        rewards.insert(0, learn_reward(run, stage, policy))
+    learned = [learn_reward(run, stage, policy)] if config.reward_data != "none" else []
     examples = stage_examples(run.train, config, stage)
     for number, part in enumerate(np.array_split(np.arange(len(examples)), config.align_rounds)):
         folder = run.output / round_name(config, stage, number)
         if not (folder / "DONE").exists():
-            align(run, stage, number, policy, reference, rewards, [examples[i] for i in part])
+            align(run, stage, number, policy, reference, learned, [examples[i] for i in part])
         if number and dist.is_main():
             remove(run.output / round_name(config, stage, number - 1) / "policy")
         dist.barrier()
@@ -60,7 +58,7 @@ def align(
     number: int,
     policy: Path | str,
     reference: Path | str,
-    rewards: Sequence[Path | str],
+    learned: Sequence[Path],
     examples: list[Example],
 ) -> None:
     """One round: sample n answers to each prompt, score their rewards, and make the better answers likelier."""
@@ -70,7 +68,7 @@ def align(
     begun = time.perf_counter()
     groups = sample_groups(run, policy, examples, n, folder / "rollouts", drawn)
     sampled = time.perf_counter()
-    reward = rewards_of(run, rewards, groups, folder).view(-1, n)  # [P, n]
+    reward = rewards_of(run, learned, groups, folder).view(-1, n)  # [P, n]
     kept = complete(reward)
     groups, reward = [groups[i] for i in kept], reward[kept]
     old = score(run, policy, groups, folder / "old.safetensors", in_4bit=config.load_in_4bit)

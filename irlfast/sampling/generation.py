@@ -49,7 +49,7 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
     Each process samples its share of the shards, and returns all answers.
     """
     by_length = sorted(range(len(examples)), key=lambda i: (-len(examples[i].prompt_ids), i))
-    size = shard_size(folder, len(examples), run.config.sampler)
+    size = shard_size(folder, len(examples), run.config.use_vllm)
     cuts = [by_length[start : start + size] for start in range(0, len(examples), size)]
     paths = [folder / f"{number:05d}.jsonl" for number in range(len(cuts))]
     mine = [
@@ -59,7 +59,7 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
     ]
     dist.free_memory()
     if mine:
-        generate = vllm_answers if run.config.sampler == "vllm" else transformers_answers
+        generate = vllm_answers if run.config.use_vllm else transformers_answers
         for number, answers in with_progress(generate(run, policy, mine, sampling), mine, folder):
             texts = run.encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
             rows = [
@@ -71,13 +71,13 @@ def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, 
     return read_samples(folder)
 
 
-def shard_size(folder: Path, count: int, sampler: str) -> int:
+def shard_size(folder: Path, count: int, use_vllm: bool) -> int:
     """Return the number of prompts per shard.
 
     With vLLM every process gets the same number of shards, and a folder with some samples keeps the size that it began
     with. With Transformers the size is fixed, so that the answers do not depend on the number of processes.
     """
-    if sampler != "vllm":
+    if not use_vllm:
         return SHARD_SIZE
     path, processes = folder / "shards.json", dist.world_size()
     if dist.is_main() and not path.exists():

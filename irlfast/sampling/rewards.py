@@ -1,20 +1,19 @@
 """Rewards of answers, from reward models, policies and Python functions (docs/design.md §3, RFT and AfD).
 
-Every answer is scored once, and the scores are kept in files. A reward is named by the folder or hub name of a model:
+Every answer is scored once, and the scores are kept in files. A reward is one of:
 
 - a reward model that this project trained (``method: reward``, ``rft`` or ``afd``): heads on a body, read at the
   answer's last token or at every token. ``irlfast_reward`` in its config.json says how;
-- ``POLICY,REFERENCE``, two policies: the implicit reward β·Σ_t log π(y_t)/π_ref(y_t) that IRFT, SPIN and SFT learn
-  (arXiv 2405.17888, section 4), with no training of its own; ``POLICY`` alone: β·log π(y), where the reference of
-  maximum-entropy IRL is uniform;
 - any other ``AutoModelForSequenceClassification`` with its tokenizer: its logit of the conversation
-  (:mod:`irlfast.sampling.reward_external`).
-
-Python functions are a further source of rewards (:mod:`irlfast.sampling.reward_function`).
+  (:mod:`irlfast.sampling.reward_external`);
+- the implicit reward β·Σ_t log π(y_t)/π_ref(y_t) of a policy and its reference, which IRFT, SPIN and SFT learn
+  (arXiv 2405.17888, section 4). Without a reference it is β·log π(y): the reference of maximum-entropy IRL is uniform;
+- a Python function (:mod:`irlfast.sampling.reward_function`).
 """
 
 import functools
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,12 @@ from irlfast.sampling.reward_external import external_rewards
 from irlfast.sampling.reward_function import function_rewards
 from irlfast.sampling.scoring import log_ratios, score
 
-KINDS = {"reverse_kl": "airl", "js": "gail", "forward_kl": "fairl", "alpha": "alpha"}  # in irlfast.ops
+POLICY_ENDINGS = ("ForCausalLM", "LMHeadModel")  # of the names of architectures
+EARLIER = {
+    "reverse_kl": "airl",
+    "js": "gail",
+    "forward_kl": "fairl",
+}  # divergences as saved reward models may spell them
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -41,8 +45,8 @@ def recipe(config: Config) -> dict[str, Any]:
     return {"level": config.reward_level, "divergence": config.divergence, "alpha": config.divergence_alpha}
 
 
-def rewards_of(run: Run, rewards: Sequence[Path | str], groups: Sequence[PromptGroup], folder: Path) -> Tensor:
-    """Return the reward ``[S]`` fp64 of every answer of ``groups``: all ``rewards`` and the run's functions, combined.
+def rewards_of(run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], folder: Path) -> Tensor:
+    """Return the reward ``[S]`` fp64 of every answer of ``groups``: the ``learned`` and the added rewards, combined.
 
     The values of each reward are kept in ``folder``. NaN marks an answer that ``reward_overlong`` leaves out.
 
@@ -50,15 +54,20 @@ def rewards_of(run: Run, rewards: Sequence[Path | str], groups: Sequence[PromptG
         InputError: ``reward_combine`` asks for an ensemble, but there is one reward of one head.
     """
     config = run.config
-    names = [*map(str, rewards), *config.reward_function]
-    weights = config.reward_weights or [1.0] * len(names)
-    each = []
-    for number, name in enumerate(names):
-        measure = reward_of if number < len(rewards) else function_rewards
-        each.append(measure(run, name, groups, folder / f"reward-{number}.safetensors"))
+    models = [*map(str, learned), *config.reward_model_name_or_path]
+    implicit = zip_longest(config.implicit_reward_policy, config.implicit_reward_reference)
+    by_models = [
+        *(functools.partial(reward_of, run, model) for model in models),
+        *(functools.partial(implicit_reward, run, *both) for both in implicit),
+    ]
+    by_functions = [functools.partial(function_rewards, run, name) for name in config.reward_function]
+    scorers = [*by_models, *by_functions]
+    weights = config.reward_weights or [1.0] * len(scorers)
+    each = [scorer(groups, folder / f"reward-{number}.safetensors") for number, scorer in enumerate(scorers)]
     if config.reward_combine != "mean" and sum(values.shape[1] for values in each) < 2:
         raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
-    each[len(rewards) :] = without_none(each[len(rewards) :], alone=not rewards, combined=config.reward_combine)
+    of_models, of_functions = each[: len(by_models)], each[len(by_models) :]
+    each = [*of_models, *without_none(of_functions, alone=not of_models, combined=config.reward_combine)]
     return combine([weight * values for weight, values in zip(weights, each, strict=True)], config)
 
 
@@ -97,16 +106,12 @@ def complete(rewards: Tensor) -> list[int]:
 
 
 def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) -> Tensor:
-    """One reward of every answer by each of its heads, ``[S, M]`` fp64, cached in ``path``; others have M = 1.
+    """Return the rewards ``[S, M]`` fp64 of every answer by the M heads of a reward model; ``path`` keeps them.
 
     Raises:
-        InputError: where there is no such model, it is of another kind, or it has another tokenizer.
+        InputError: there is no such reward model, or a learned one has another tokenizer than the policy.
     """
-    if "," in reward and not find_path(reward):  # a folder may have a comma in its name
-        return implicit(run, reward.split(",", 1), groups, path)
     config = reward_config(reward, run.config)
-    if not config.architectures[0].endswith("ForSequenceClassification"):
-        return implicit(run, [reward], groups, path)
     how = getattr(config, "irlfast_reward", None)
     if how is None:
         return external_rewards(run, reward, groups, path)
@@ -117,21 +122,39 @@ def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) 
 
 
 def reward_config(reward: str, config: Config) -> Any:
-    """Load the Transformers config of a reward.
+    """Load the Transformers config of a reward model.
 
     Raises:
-        InputError: there is no config, or it is of neither a classifier nor a language model.
+        InputError: there is no config, or it is of another kind of model.
     """
+    model_config = any_config(reward, config)
+    kind = model_config.architectures[0]
+    if not kind.endswith("ForSequenceClassification"):
+        hint = "; a policy goes to implicit_reward_policy" if kind.endswith(POLICY_ENDINGS) else ""
+        raise InputError(f"reward model {reward}: found {kind}, expected one ForSequenceClassification{hint}")
+    return model_config
+
+
+def check_policy(policy: str, config: Config) -> None:
+    """Check that the policy or reference of an implicit reward is a causal language model.
+
+    Raises:
+        InputError: there is no config, or it is of another kind of model.
+    """
+    kind = any_config(policy, config).architectures[0]
+    if not kind.endswith(POLICY_ENDINGS):
+        raise InputError(f"implicit reward {policy}: found {kind}, expected one ForCausalLM")
+
+
+def any_config(model: str, config: Config) -> Any:
     import transformers
 
-    name, _ = base_and_adapter(reward)
+    name, _ = base_and_adapter(model)
     try:
         model_config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"reward model {reward}: cannot be loaded ({first_sentence(error)})") from error
-    kind = (model_config.architectures or ["no architecture"])[0]
-    if not kind.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel")):
-        raise InputError(f"reward model {reward}: found {kind}, expected one ForSequenceClassification or ForCausalLM")
+        raise InputError(f"reward model {model}: cannot be loaded ({first_sentence(error)})") from error
+    model_config.architectures = model_config.architectures or ["no architecture"]
     return model_config
 
 
@@ -144,7 +167,7 @@ def head_rewards(
     """
     pooling = "token" if level == "token" else "last"
     logits = ops.reward_head(hidden, head.weight, batch.cu_seqlens, rows=batch.rows, bias=head.bias, pooling=pooling)
-    rewards = ops.discriminator_reward(logits, kind=KINDS[divergence], alpha=alpha).cpu()
+    rewards = ops.discriminator_reward(logits, kind=EARLIER.get(divergence, divergence), alpha=alpha).cpu()
     lengths = batch.cu_seqlens.diff().tolist() if level == "token" else [1] * (len(batch.cu_seqlens) - 1)
     return [part.sum(0, keepdim=True) for part in rewards.split(lengths)]
 
@@ -163,17 +186,20 @@ def combine(rewards: Sequence[Tensor], config: Config) -> Tensor:
     return every.mean(1) - config.reward_std_weight * every.std(1, correction=min(1, every.shape[1] - 1))
 
 
-def implicit(run: Run, policies: Sequence[str], groups: Sequence[PromptGroup], path: Path) -> Tensor:
-    """β·ρ of each answer ``[S, 1]``, of a policy to its reference if there is one: the per-token differences, summed.
+def implicit_reward(run: Run, policy: str, reference: str | None, groups: Sequence[PromptGroup], path: Path) -> Tensor:
+    """Return β·Σ_t log π(y_t)/π_ref(y_t) of every answer, ``[S, 1]`` fp64; without a reference β·log π(y).
 
     Raises:
-        InputError: where a policy reads other token ids than the run's.
+        InputError: policy or reference have another tokenizer than the run's policy.
     """
-    for policy in policies:
-        check_tokenizer(run, policy)
-    paths = [path, path.with_name(f"{path.stem}-reference.safetensors")]
-    new, *references = (score(run, policy, groups, each) for policy, each in zip(policies, paths, strict=False))
-    old = references[0] if references else [[torch.zeros_like(logps) for logps in found] for found in new]
+    for model in (policy, reference):
+        if model:
+            check_tokenizer(run, model)
+    new = score(run, policy, groups, path)
+    if reference:
+        old = score(run, reference, groups, path.with_name(f"{path.stem}-reference.safetensors"))
+    else:
+        old = [tuple(torch.zeros_like(logps) for logps in answers) for answers in new]
     return run.config.at("beta", 0) * torch.cat([log_ratios(*both) for both in zip(new, old, strict=True)])[:, None]
 
 

@@ -171,7 +171,7 @@ def start(interpreter: str, request: IO[str], output: IO[str], variables: dict[s
 def fail(interpreter: str, code: int, output: str) -> NoReturn:
     """Raise the error that the output of a dead worker shows."""
     if "No module named 'vllm'" in output:
-        raise InputError(f"sampler vllm: {interpreter} has no vLLM; {GET_VLLM}")
+        raise InputError(f"use_vllm: {interpreter} has no vLLM; {GET_VLLM}")
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     lines = [line for line in output.splitlines() if line.strip()]
     causes = [i for i, line in enumerate(lines) if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]

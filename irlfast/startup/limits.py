@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from irlfast.common.files import InputError, find_path
+from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup, count_tokens
 from irlfast.data.store import Example
@@ -15,7 +15,7 @@ from irlfast.losses.policy import POLICY_LOSSES
 from irlfast.methods.stages import stage_examples, stage_name
 from irlfast.models.lora import add_lora
 from irlfast.sampling.reward_function import load_function
-from irlfast.sampling.rewards import reward_config
+from irlfast.sampling.rewards import check_policy, reward_config
 from irlfast.sampling.scoring import MAX_ANSWERS
 from irlfast.sampling.vllm_sampler import GET_VLLM, environment
 
@@ -75,13 +75,14 @@ def check_rewards(config: Config) -> None:
     """
     heads = config.reward_heads if config.reward_data != "none" else 0
     for name in config.reward_model_name_or_path:
-        policies = [name] if find_path(name) else name.split(",", 1)
-        found, *_ = [reward_config(policy, config) for policy in policies]
-        own = hasattr(found, "irlfast_reward")
-        classifier = found.architectures[0].endswith("ForSequenceClassification")
-        if classifier and not own and found.num_labels != 1:
-            raise InputError(f"reward model {name}: found {found.num_labels} labels, expected 1")
-        heads += found.num_labels if own else 1
+        model_config = reward_config(name, config)
+        learned_here = hasattr(model_config, "irlfast_reward")
+        if not learned_here and model_config.num_labels != 1:
+            raise InputError(f"reward model {name}: found {model_config.num_labels} labels, expected 1")
+        heads += model_config.num_labels if learned_here else 1
+    for name in [*config.implicit_reward_policy, *config.implicit_reward_reference]:
+        check_policy(name, config)
+    heads += len(config.implicit_reward_policy)
     for name in config.reward_function:
         load_function(name)
         heads += 1
@@ -103,7 +104,7 @@ def check_vllm(config: Config) -> None:
     except OSError as error:
         raise InputError(f"vllm_python {interpreter}: {error.strerror}; expected an interpreter with vLLM") from error
     if done.returncode:
-        raise InputError(f"sampler vllm: {interpreter} has no vLLM; {GET_VLLM}")
+        raise InputError(f"use_vllm: {interpreter} has no vLLM; {GET_VLLM}")
 
 
 def check_lora(config: Config, model_config: object) -> None:

@@ -45,7 +45,7 @@ def prepare(config: Config, prompts_only: bool = False) -> Run:
         lock(output)
     quiet()
     check_model(config)
-    if config.sampler == "vllm":
+    if config.use_vllm:
         check_vllm(config)
     if config.facts.aligns:
         check_rewards(config)

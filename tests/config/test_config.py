@@ -6,6 +6,7 @@ import yaml
 
 from irlfast.common.files import InputError
 from irlfast.config import Config, difference, dump, load_config, make_config
+from irlfast.config.read import RENAMED
 from irlfast.config.schema import FIELDS
 
 
@@ -28,10 +29,9 @@ def test_yaml_then_command_line_in_every_spelling(tmp_path, given):
     assert load_config([str(file)])[0].learning_rate == 5e-7
 
 
-def test_trl_spellings(given):
-    assert make_config(given | {"bf16": True}).dtype == "bfloat16"
-    assert make_config(given | {"use_vllm": True}).sampler == "vllm"
-    assert make_config(given | {"bf16": False, "report_to": "none"}).report_to == []
+def test_one_value_stands_for_a_list_of_one_and_none_for_an_empty_list(given):
+    assert make_config(given | {"report_to": "none"}).report_to == []
+    assert make_config(given | {"implicit_reward_policy": "gpt2"}).implicit_reward_policy == ["gpt2"]
     assert make_config(given | {"report_to": "tensorboard"}).report_to == ["tensorboard"]
 
 
@@ -44,6 +44,31 @@ def test_spin_is_irft_with_a_preset_that_keys_override(given):
 def test_the_resolved_config_reads_back_as_itself(given):
     config = make_config(given | {"temperature": [1.0, 0.9, 0.8]})
     assert make_config(yaml.safe_load(dump(config))) == config
+
+
+def test_defaults_that_follow_from_other_keys(given):
+    assert make_config(given | {"method": "rft"}).divergence == "airl"
+    assert make_config(given | {"method": "afd", "reward_loss": "fairl"}).divergence == "fairl"
+    assert make_config(given | {"method": "afd", "divergence": "gail"}).reward_loss == "bce"
+    assert make_config(given | {"method": "sft"}).sft_epochs == 1
+    assert make_config(given | {"method": "sft", "sft_steps": 9}).sft_epochs is None
+
+
+def test_save_steps_are_rounded_up_to_logged_steps_and_a_line_says_so(given, capsys):
+    assert make_config(given | {"save_steps": 15, "logging_steps": 10}).save_steps == 20
+    assert "save_steps: 15 is rounded up to 20, a multiple of logging_steps" in capsys.readouterr().err
+    assert make_config(given | {"save_steps": 0, "logging_steps": 7}).save_steps == 0
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelling", RENAMED)
+def test_an_earlier_spelling_is_refused_with_the_new_one(given, spelling):
+    name, _, value = spelling.partition(": ")
+    expected = f"^{name}: found (an|the) earlier spelling .*expected {RENAMED[spelling]}$"
+    with pytest.raises(InputError, match=expected):
+        make_config(given | {name: value or "true"})
+    with pytest.raises(InputError, match=expected):
+        load_config([f"{name}={value or 'true'}"])
 
 
 def test_difference_names_keys_and_values():
@@ -69,7 +94,12 @@ WRONG = {
     "prompt_template: expected": {"prompt_template": "no place"},
     "max_prompt_length: found 99": {"max_prompt_length": 99, "max_length": 99},
     "zero_stage: found 0 with dtype bfloat16": {"dtype": "bfloat16", "zero_stage": 0},
-    "save_steps: found 15": {"save_steps": 15, "logging_steps": 10},
+    "divergence: found 'gail' with reward_loss bradley_terry": {"method": "rft", "divergence": "gail"},
+    "implicit_reward_reference: found 1, expected none or one per": {"implicit_reward_reference": "gpt2"},
+    "found 'a,b', expected one model; for an implicit reward, implicit_reward_policy: a and": {
+        "reward_model_name_or_path": "a,b"
+    },
+    "sft_steps: found 0 with method sft": {"method": "sft", "sft_steps": 0},
     "method sft takes sft_steps": {"method": "sft", "inner_steps": 3},
     "gradient_checkpointing: found 'x', expected a valid boolean.* or 'selective'": {"gradient_checkpointing": "x"},
     "activation_offloading: found true with gradient_checkpointing 'selective'": {

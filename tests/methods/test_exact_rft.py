@@ -34,7 +34,7 @@ def rewards_at(seed: int) -> torch.Tensor:
 # ---------------------------------------------------------------- what a reward model learns
 
 
-def learned(kind: str, expert: torch.Tensor, policy: torch.Tensor, divergence: str = "reverse_kl", alpha: float = 0.5):
+def learned(kind: str, expert: torch.Tensor, policy: torch.Tensor, alpha: float = 0.5):
     """The logits of every answer that the trainer's loss is least at, over all functions of the answer, by Newton-like
     descent on expectations: every pair (y, ỹ) once, weighted by π_E(y)·π(ỹ), through one hidden row an answer."""
     count = len(expert)

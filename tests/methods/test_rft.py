@@ -93,11 +93,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(rft, tmp_path, moment):
 
 
 OPTIONS = {
-    "afd-js-token-ppo": {"method": "afd", "divergence": "js", "reward_level": "token", "align": "ppo"},
-    "afd-bound-apa-lora": {
+    "afd-gail-token-ppo": {"method": "afd", "divergence": "gail", "reward_level": "token", "align": "ppo"},
+    "afd-alpha-apa-lora": {
         "method": "afd",
-        "reward_loss": "bound",
-        "divergence": "alpha",
+        "reward_loss": "alpha",
         "align": "apa",
         "use_peft": True,
         "reward_heads": 2,
@@ -199,13 +198,12 @@ def bon(output, how=1, **keys) -> str:
 def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
     folder, output = rft[0], tmp_path / "bon"
     policy = folder / "sft" / "policy"
-    rewards = {"explicit": folder / "stage-00/reward/model", "likelihood": policy}
-    reward = rewards.get(kind, f"{folder / 'final'},{policy}")
-    keys = {
-        "model_name_or_path": policy,
-        "reward_model_name_or_path": reward,
-        "dataset_name": "irlfast/demo/test.jsonl",
+    rewards = {
+        "explicit": {"reward_model_name_or_path": folder / "stage-00/reward/model"},
+        "implicit": {"implicit_reward_policy": folder / "final", "implicit_reward_reference": policy},
+        "likelihood": {"implicit_reward_policy": policy},
     }
+    keys = rewards[kind] | {"model_name_or_path": policy, "dataset_name": "irlfast/demo/test.jsonl"}
     shown = bon(output, PYTHON if kind == "explicit" else 1, **keys)
     assert "best of" in shown
     best = [json.loads(line) for line in (output / "best.jsonl").open()]
@@ -254,9 +252,10 @@ def test_an_implicit_reward_is_beta_times_the_difference_of_two_likelihoods(rft,
     final, policy = rft[0] / "final", rft[0] / "sft" / "policy"
     found = {}
     ensemble = {"reward_combine": "mean_std", "reward_std_weight": 2.0}
-    cases = {"both": f"{final},{policy}", "final": final, "policy": policy, "ensemble": f"[{final}, {policy}]"}
-    for name, reward in cases.items():
-        keys = {"model_name_or_path": policy, "reward_model_name_or_path": reward, "max_train_samples": 8, "beta": 0.5}
+    cases = {"both": final, "final": final, "policy": policy, "ensemble": f"[{final}, {policy}]"}
+    for name, implicit in cases.items():
+        keys = {"model_name_or_path": policy, "implicit_reward_policy": implicit, "max_train_samples": 8, "beta": 0.5}
+        keys |= {"implicit_reward_reference": policy} if name == "both" else {}
         keys |= ensemble if name == "ensemble" else {}
         bon(tmp_path / name, **keys, dataset_name="irlfast/demo/test.jsonl", num_generations=3)
         found[name] = load_file(tmp_path / name / "part-00000" / "scores.safetensors")["rewards"]
@@ -269,7 +268,7 @@ def test_an_implicit_reward_is_beta_times_the_difference_of_two_likelihoods(rft,
 
 def test_many_answers_to_a_prompt_are_scored_as_each_alone(rft, tmp_path):
     policy, output, n = rft[0] / "final", tmp_path / "bon", 19
-    keys = {"model_name_or_path": policy, "reward_model_name_or_path": policy, "max_train_samples": 2, "beta": 1}
+    keys = {"model_name_or_path": policy, "implicit_reward_policy": policy, "max_train_samples": 2, "beta": 1}
     bon(output, **keys, dataset_name="irlfast/demo/test.jsonl", num_generations=n)
     found = load_file(output / "part-00000" / "scores.safetensors")["rewards"].flatten()
     examples = load_examples(output / "data" / "train.safetensors")
@@ -286,7 +285,7 @@ def test_many_answers_to_a_prompt_are_scored_as_each_alone(rft, tmp_path):
 
 def test_an_implicit_reward_with_another_tokenizer_is_refused(rft, tmp_path):
     run(tmp_path / "other", method="sft", train_tokenizer=290, sft_steps=1, inner_steps="null")
-    keys = {"reward_model_name_or_path": tmp_path / "other" / "final", "reward_data": "none"}
+    keys = {"implicit_reward_policy": tmp_path / "other" / "final", "reward_data": "none"}
     _, err = run(tmp_path / "run", code=2, **{**RFT, **keys})
     assert "found another tokenizer than the policy's" in err
     assert "Traceback" not in err

@@ -13,7 +13,7 @@ import yaml
 from irlfast.common.files import InputError
 from irlfast.config import dump, make_config
 from irlfast.config.checks import PER_STAGE
-from irlfast.runs.output import LOCKS, MAY_CHANGE, differences, lock
+from irlfast.runs.output import LOCKS, MAY_CHANGE, check_output, differences, lock
 from tests.helpers.runs import ROOT, contents, run
 
 OTHER = {"logging_steps": 20, "save_steps": 300, "report_to": ["wandb"], "vllm_python": "python", "run_name": "a"}
@@ -49,6 +49,15 @@ def test_a_run_continues_if_nothing_that_it_learned_changes_and_is_refused_other
             worse[harm] = {"seed": 7, "max_length": 77, "stages": stages - 1, "method": "sft"}[harm]
         assert [text.partition(":")[0] for text in differences(old, worse)[0]][:1] != []
         assert any(text.startswith(f"{harm}: {old[harm]!r} -> ") for text in differences(old, worse)[0])
+
+
+def test_a_run_of_earlier_spellings_is_another_configuration(tmp_path):
+    config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "output_dir": str(tmp_path)})
+    earlier = yaml.safe_load(dump(config)) | {"divergence": "reverse_kl", "reward_loss": "sigmoid", "learn_turns": None}
+    del earlier["use_vllm"], earlier["implicit_reward_policy"], earlier["implicit_reward_reference"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(earlier | {"sampler": "transformers"}))
+    with pytest.raises(InputError, match=r"its run has another configuration .*divergence: 'reverse_kl' -> 'airl'"):
+        check_output(tmp_path, config)
 
 
 def test_more_stages_of_split_prompts_are_refused_with_the_reason():

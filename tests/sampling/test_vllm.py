@@ -128,7 +128,7 @@ def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_i
     adapted = perturbed_lora(model, rank=12)
     adapted.peft_config["default"].base_model_name_or_path = str(stand_in / "base")
     adapted.save_pretrained(stand_in / "adapter")
-    config = make_config({"dataset_name": __file__, "model_name_or_path": str(stand_in / "base"), "sampler": "vllm"})
+    config = make_config({"dataset_name": __file__, "model_name_or_path": str(stand_in / "base"), "use_vllm": True})
     words = {str(token): token for token in range(VOCABULARY)}
     tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: None, get_vocab=lambda: words)
     encoder = types.SimpleNamespace(tokenizer=tokenizer, ends=(2,))
@@ -170,17 +170,17 @@ def test_every_request_has_a_seed_of_its_own_that_follows_from_the_shards(stand_
 
 
 def test_every_process_has_as_many_shards_and_begun_samples_keep_theirs(tmp_path, monkeypatch):
-    def sizes(count, processes, folder, sampler="vllm"):
+    def sizes(count, processes, folder, use_vllm=True):
         monkeypatch.setattr(generation.dist, "world_size", lambda: processes)
         monkeypatch.setattr(generation.dist, "barrier", lambda: None)
-        size = generation.shard_size(tmp_path / folder, count, sampler)
+        size = generation.shard_size(tmp_path / folder, count, use_vllm)
         return [min(size, count - start) for start in range(0, count, size)]
 
     assert sizes(10_000, 8, "stage") == [625] * 16
     assert sizes(10_000, 1, "stage") == [625] * 16  # another number of processes goes on with it
     assert sizes(501, 8, "evaluation") == [63] * 7 + [60]
     assert sizes(3, 8, "few") == [1] * 3
-    assert sizes(2500, 1, "alone") == sizes(2500, 8, "transformers", "transformers") == [1024, 1024, 452]
+    assert sizes(2500, 1, "alone") == sizes(2500, 8, "transformers", use_vllm=False) == [1024, 1024, 452]
 
 
 def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(
     monkeypatch.setattr(generation, "vllm_answers", lambda *_: calls.append("vllm") or iter([(0, [[5, 2]])]))
     tokenizer = types.SimpleNamespace(decode=lambda ids: "p", batch_decode=lambda answers, **_: ["a"] * len(answers))
     encoder = types.SimpleNamespace(tokenizer=tokenizer)
-    run = types.SimpleNamespace(config=types.SimpleNamespace(sampler="vllm"), encoder=encoder)
+    run = types.SimpleNamespace(config=types.SimpleNamespace(use_vllm=True), encoder=encoder)
     example = types.SimpleNamespace(prompt_ids=np.array([3, 4]))
     [answer] = generation.sample(run, tmp_path, [example], tmp_path / "samples", generation.DRAWN)
     assert list(answer) == [5, 2]

@@ -244,6 +244,14 @@ def test_every_pair_loss_is_a_value_of_loss_type_and_on_the_page_of_irft_with_it
     assert all(f"| `{name}` | {kind.formula} |" in page for name, kind in PAIR_LOSSES.items())
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/methods").glob("*.md")), ids=lambda page: page.name)
+def test_the_keys_that_a_methods_page_names_are_keys_or_their_values(page):
+    [paragraph] = re.findall(r"^\*\*Keys\.\*\*.+?(?=\n\n)", page.read_text(encoding="utf-8"), re.M | re.S)
+    values = {str(value) for hint in get_type_hints(Config).values() for value in get_args(hint)}
+    names = set(re.findall(r"`(\w+)`", paragraph))
+    assert names and names <= {*keys_page.schema.FIELDS} | values, names - {*keys_page.schema.FIELDS} - values
+
+
 def test_every_environment_variable_that_is_read_is_on_its_page():
     page = (ROOT / "docs/environment.md").read_text()
     read = set()

@@ -1,6 +1,6 @@
-"""Tiny models of all causal families of Transformers: a step of SFT at rate 0 must leave each as it was, to the bit.
+"""Tiny models of all causal families of Transformers: an SFT step at learning rate 0 must keep every bit of a model.
 
-python -m tests.helpers.families [FAMILY ...]     # all of them: a table of what is right, refused, or cannot be built
+python -m tests.helpers.families [FAMILY ...]     # default: all; prints a table of right, refused, wrong and not built
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from irlfast.runs.run import Run
 from irlfast.startup.prepare import quiet
 
 ALL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-MOST = 4_000_000  # parameters of a model that is tiny
+MAX_PARAMETERS = 4_000_000  # of a tiny model
 
 SIZES = {
     128: "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length",
@@ -62,8 +62,8 @@ SIZES = {
 }
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()} | {"is_decoder": True}
 LAYERS = ["sliding_attention", "full_attention"]
-HYBRID = {"num_hidden_layers": 4}  # of which one attends to all
-OWN = {  # what the sizes above do not fit, by the config's model_type
+HYBRID = {"num_hidden_layers": 4}  # one of them has full attention
+OWN = {  # sizes of families that the sizes above do not fit, by the config's model_type
     "bailing_hybrid": {"num_hidden_layers": 6},
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50},
@@ -107,7 +107,7 @@ def small_config(name: str) -> Any:
 
 
 def shrunk(kind: type) -> Any:
-    """A config of this kind and its parts, with small sizes."""
+    """Return a config of this class with small sizes, in its sub-configs, too."""
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     given = {name: size for name, size in SMALL.items() if defaults.get(name) not in (None, dataclasses.MISSING)}
     if "kv_lora_rank" in given:  # multi-head latent attention
@@ -120,16 +120,16 @@ def shrunk(kind: type) -> Any:
 
 
 def build(name: str, folder: Path, dtype: str) -> None:
-    """Write a tiny model of a family, no tensor of which, parameter or buffer, has its first value.
+    """Write a tiny model of a family whose parameters and buffers all differ from their initial values.
 
-    It is what Transformers loads and saves, so that what differs later is not of its making.
+    Transformers loads and saves the model once more, so that later differences are not of Transformers' making.
     """
     config = small_config(name)
     with torch.device("meta"):
         size = sum(
             parameter.numel() for parameter in transformers.AutoModelForCausalLM.from_config(config).parameters()
         )
-    if size > MOST:
+    if size > MAX_PARAMETERS:
         raise ValueError(f"{size:,} parameters are not tiny")
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -143,7 +143,7 @@ def build(name: str, folder: Path, dtype: str) -> None:
 
 
 def outcome(name: str, folder: Path, **keys: Any) -> tuple[str, str]:
-    """What became of a family, and why: right, refused, wrong, or not built."""
+    """Return whether a family came out right, refused, wrong or not built, and why."""
     given = folder / "given"
     try:
         build(name, folder, keys.get("dtype", "float32"))
@@ -164,20 +164,23 @@ def brief(error: Exception) -> str:
 
 
 class Silent:
-    """In place of a tokenizer, which a step does not need."""
+    """Stands in for the tokenizer, which a training step does not need."""
 
     def save_pretrained(self, folder: Path) -> None: ...
 
 
 def train(given: Path, output: Path, zero_stage: int | None = None, **keys: Any) -> Path:
-    """The folder of the model after one step of SFT at rate 0; ``zero_stage`` also where one process needs none."""
+    """Return the folder of the model after one SFT step at learning rate 0.
+
+    ``zero_stage`` applies even to one process in float32, which would train without ZeRO.
+    """
     output.mkdir()
     if zero_stage is not None:
         keys["deepspeed"] = str(output / "deepspeed.json")
         Path(keys["deepspeed"]).write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(given), "method": "sft"} | keys)
     groups = [PromptGroup(list(range(3, 9)), (list(range(20 + i, 30 + i)),)) for i in range(4)]
-    encoder: Any = SimpleNamespace(tokenizer=Silent())  # a step reads nothing else of it
+    encoder: Any = SimpleNamespace(tokenizer=Silent())  # a step reads no other attribute
     run = Run(config, output, given, encoder, [], [], MetricsLog(output, config), None)
     plan = Plan(None, plan_steps(len(groups), 4, epochs=None, steps=1, seed=[0]), 4, 0.0, config.optim)
     policy = fit(run, output / "sft", given, groups, sft_loss, plan)
@@ -188,9 +191,9 @@ def train(given: Path, output: Path, zero_stage: int | None = None, **keys: Any)
 
 
 def compare(given: Path, trained: Path) -> list[str]:
-    """How two saved models differ: names, dtypes and bits of their tensors, configs, logits."""
+    """Return how two saved models differ: in names, dtypes and bits of tensors, in configs, or in logits."""
     before, after = tensors(given), tensors(trained)
-    found = [
+    differences = [
         f"{name} is only in {place}"
         for place, a, b in (("given", before, after), ("trained", after, before))
         for name in sorted(a.keys() - b.keys())
@@ -202,12 +205,12 @@ def compare(given: Path, trained: Path) -> list[str]:
             or a.shape != b.shape
             or not torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
         ):
-            found.append(f"{name} changed: {a.dtype} {tuple(a.shape)}, then {b.dtype} {tuple(b.shape)}")
+            differences.append(f"{name} changed: {a.dtype} {tuple(a.shape)}, then {b.dtype} {tuple(b.shape)}")
     configs = [transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (given, trained)]
     names = (configs[0] | configs[1]).keys() - {"_name_or_path"}
     changed = [key for key in sorted(names) if configs[0].get(key) != configs[1].get(key)]
-    found += [f"config.{key} changed" for key in changed]
-    if not found:
+    differences += [f"config.{key} changed" for key in changed]
+    if not differences:
         ids = torch.arange(3, 12)[None]
         with torch.no_grad():
             logits = [
@@ -215,8 +218,8 @@ def compare(given: Path, trained: Path) -> list[str]:
                 for x in (given, trained)
             ]
         if not torch.equal(*logits):
-            found.append("logits changed")
-    return found
+            differences.append("logits changed")
+    return differences
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -232,10 +235,10 @@ def main() -> None:
     counts: Counter[str] = Counter()
     for name in names or ALL:
         with tempfile.TemporaryDirectory() as folder:
-            found, why = outcome(name, Path(folder), **keys)
-        counts[found] += 1
-        print(f"{name:28}{found:12}{why}", flush=True)
-    print(f"{counts.total()} families: " + ", ".join(f"{count} {found}" for found, count in counts.most_common()))
+            result, why = outcome(name, Path(folder), **keys)
+        counts[result] += 1
+        print(f"{name:28}{result:12}{why}", flush=True)
+    print(f"{counts.total()} families: " + ", ".join(f"{count} {result}" for result, count in counts.most_common()))
     destroy_process_group()
 
 

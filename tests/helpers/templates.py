@@ -1,4 +1,4 @@
-"""Chat templates of the kinds that models have, each on a small tokenizer in the manner of the family named."""
+"""Chat templates as well-known models have them, each on a small tokenizer that works like that family's."""
 
 # ruff: noqa: E501
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-# How Llama 3 and Qwen cut a text into words: line ends stay with the white space before them.
+# How Llama 3 and Qwen split a text into words: line ends stay with the white space before them.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEXT = ["what is two and two? it is four", "user assistant system model", "    return yes\n\n", "Stop!!! <think>"] * 4
 
@@ -100,9 +100,9 @@ class Kind(NamedTuple):
     end: str  # ends an answer
     bos: str | None = None
     adds_bos: bool = False
-    metaspace: bool = False  # SentencePiece's manner
-    plain: tuple[str, ...] = ()  # added tokens that are not special by their flag
-    strips: bool = False  # its special tokens take the white space behind them
+    metaspace: bool = False  # spaces become ▁, as in SentencePiece
+    plain: tuple[str, ...] = ()  # added tokens that are not marked as special
+    strips: bool = False  # its special tokens swallow the white space behind them
 
 
 CHATML_TOKENS = ["<|im_start|>", "<|endoftext|>", "<|im_end|>"]
@@ -190,8 +190,7 @@ def tokenizer_of(kind: Kind) -> PreTrainedTokenizerFast:
 
 
 def without_added(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
-    """The same, where ``tokens`` are of the vocabulary alone: byte fallbacks are matched in no text."""
-
+    """Return a copy in which ``tokens`` are only in the vocabulary: byte fallbacks must not match in a text."""
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in tokens]
     return Tokenizer.from_str(json.dumps(state))

@@ -1,4 +1,4 @@
-"""Small tokenizers built here in the manner of well-known families, and their chat templates."""
+"""Small tokenizers that work like those of well-known families, and their chat templates."""
 
 import json
 
@@ -28,7 +28,7 @@ GEMMA = (
 
 
 def sentencepiece_like(specials: list[str], bos: str, eos: str, template: str | None) -> PreTrainedTokenizerFast:
-    """Llama's kind: words start with ▁, unknown characters fall back to bytes, BOS is added to a text."""
+    """Return a tokenizer like Llama's: words start with ▁, unknown characters become bytes, a text gets a BOS."""
     learner = Tokenizer(models.BPE())
     learner.train_from_iterator(
         [text.replace(" ", "▁") for text in TEXT],
@@ -57,7 +57,7 @@ def sentencepiece_like(specials: list[str], bos: str, eos: str, template: str | 
 
 
 def byte_level(specials: list[str], eos: str, template: str | None) -> PreTrainedTokenizerFast:
-    """GPT-NeoX's and Qwen's kind: bytes, no BOS added."""
+    """Return a tokenizer like GPT-NeoX's and Qwen's: byte-level, without a BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,7 +88,7 @@ def gemma() -> PreTrainedTokenizerFast:
 
 def pythia() -> PreTrainedTokenizerFast:
     tokenizer = byte_level(["<|endoftext|>"], "<|endoftext|>", None)
-    tokenizer.bos_token = "<|endoftext|>"  # named, but never added
+    tokenizer.bos_token = "<|endoftext|>"  # the tokenizer names it and never adds it
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""For the tests of sampling by vLLM: a call of it, prompts, and tiny models that answer them."""
+"""Helpers of the tests of sampling by vLLM: prompts, tiny models, and a call of the sampler."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SETTINGS = {
 }
 
 VOCABULARY = 101
-# Ragged, and two that share more than a block of the engine's cache (128 tokens on a CPU).
+# Different lengths. The last two prompts share more than a block of the engine's cache (128 tokens on a CPU).
 LENGTHS = (1, 2, 3, 5, 9, 17, 33, 64, 150, 151)
 PROMPTS = [
     [(7 * i * i + 3 * length // 150 + 11 * (length % 150) + i) % VOCABULARY for i in range(length)]
@@ -33,10 +33,10 @@ def answers(policy: Path, *shards: Shard, python: str | None = None, **settings)
 
 
 def tiny(architecture: str):
-    """A random model whose two best logits stay at least 1e-3 apart on PROMPTS, 300 times the rounding error of fp32.
+    """Return a random model whose two best logits differ by at least 1e-3 on PROMPTS: 300 times fp32's rounding error.
 
-    At the usual initializer_range of 0.02 near-ties are decided by rounding, which differs between vLLM and
-    Transformers; from 0.5 on rounding errors grow to 1e-4 and decide as well.
+    With the usual initializer_range of 0.02, rounding decides near-ties, and vLLM rounds differently than Transformers.
+    From 0.5 on, rounding errors grow to 1e-4 and decide, too.
     """
     config = {"llama": transformers.LlamaConfig, "gpt_neox": transformers.GPTNeoXConfig}[architecture](
         vocab_size=VOCABULARY,
@@ -52,7 +52,7 @@ def tiny(architecture: str):
 
 
 def perturbed_lora(model, rank: int):
-    """The model with an adapter that changes what it says."""
+    """Return the model with an adapter that changes its answers."""
     settings = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, settings).eval()
     for name, parameter in adapted.named_parameters():

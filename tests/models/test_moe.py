@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts is the model's own, on packed batches."""
+"""The load-balancing loss of a mixture of experts, on packed batches, is the loss that the model itself returns."""
 
 import copy
 import json
@@ -31,34 +31,34 @@ ROUTED = {
 }
 
 
-def routed(name: str) -> torch.nn.Module:
+def moe_model(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(ROUTED[name])).eval()
 
 
 @pytest.mark.parametrize("name", ROUTED)
-def test_it_is_the_models_own_loss_without_the_padding(name):
-    model, batch = routed(name), pack(ragged(), APART)
-    seen = (batch.group != PAD).long()
-    assert not seen.all()
+def test_the_loss_is_the_models_own_without_the_padding(name):
+    model, batch = moe_model(name), pack(ragged(), APART)
+    attention_mask = (batch.group != PAD).long()
+    assert not attention_mask.all()
     check_router(model, 0.1)
-    found = balancing_loss(model, body_output(model, batch, output_router_logits=True).router_logits, batch)
-    own = model(input_ids=batch.input_ids, attention_mask=seen, output_router_logits=True).aux_loss
-    torch.testing.assert_close(found, own)
+    ours = balancing_loss(model, body_output(model, batch, output_router_logits=True).router_logits, batch)
+    own = model(input_ids=batch.input_ids, attention_mask=attention_mask, output_router_logits=True).aux_loss
+    torch.testing.assert_close(ours, own)
 
 
 @pytest.mark.parametrize("name", ROUTED)
-def test_one_row_of_all_segments_has_the_loss_of_rows_apart(name):
-    model, found = routed(name), []
+def test_all_groups_in_one_row_have_the_loss_of_separate_rows(name):
+    model, losses = moe_model(name), []
     for layout in (APART, Layout(shared=False, one_row=True)):
         batch = pack(ragged(), layout)
-        found.append(balancing_loss(model, body_output(model, batch, output_router_logits=True).router_logits, batch))
-    torch.testing.assert_close(*found)
+        losses.append(balancing_loss(model, body_output(model, batch, output_router_logits=True).router_logits, batch))
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_a_step_adds_it_weighted_by_the_micro_batches_segments(recomputed):
-    model = routed("Mixtral")
+def test_a_step_weights_the_loss_by_the_prompt_groups_of_a_micro_batch(recomputed):
+    model = moe_model("Mixtral")
     groups = [PromptGroup(x.prompt, x.answers[:1]) for x in ragged()]
     parts, share = [pack(groups[:1]), pack(groups[1:])], Normalisers(4, 10)
     auxiliary = [
@@ -86,10 +86,10 @@ def test_a_model_without_a_router_is_refused_in_one_sentence(tmp_path):
     assert "irlfast: router_aux_loss_coef: found 0.1, but a llama has no router; expected 0" in err
 
 
-def test_a_run_logs_it(tmp_path):
+def test_a_run_logs_the_loss(tmp_path):
     ROUTED["Mixtral"].to_json_file(tmp_path / "config.json", use_diff=False)
     keys = {"config_name": tmp_path / "config.json", "router_aux_loss_coef": 0.01, "max_length": 60}
     run(tmp_path / "run", **keys, max_prompt_length=40, method="sft", sft_steps=2, inner_steps="null", stages=1)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first = next(row for row in rows if "aux_loss" in row)
-    assert 1.9 < first["aux_loss"] < 4  # the number of experts that a token goes to, where their load is even
+    assert 1.9 < first["aux_loss"] < 4  # 2, the experts per token, if the load is even

@@ -1,4 +1,4 @@
-"""The padding of reward models: no text, template or end of an answer has it, and it is invisible in scores."""
+"""A reward model's padding token is in no text, template or end of an answer, and does not change scores."""
 
 import random
 import string
@@ -24,7 +24,7 @@ TURNS = [{"role": "user", "content": "What is two and two?"}, {"role": "assistan
 
 
 def padded_with(text: str | None, *more: str):
-    """A base model's tokenizer, in which "!" is the first id after the special tokens."""
+    """Return a base model's tokenizer. "!" is its first id after the special tokens."""
     tokenizer = byte_level(["<|endoftext|>", *more], "<|endoftext|>", None)
     tokenizer.pad_token = text
     return tokenizer
@@ -52,7 +52,7 @@ def drawn_texts(count: int) -> list[str]:
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def saved(request, tmp_path_factory):
-    """Name, the policy's format, and the folder of a reward model made from it."""
+    """Return the case's name, the policy's encoder, and the folder of a reward model with its tokenizer."""
     encoder = make_encoder(TOKENIZERS[request.param](), Config(dataset_name="any"))
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def saved(request, tmp_path_factory):
     return request.param, encoder, folder
 
 
-def test_the_saved_tokenizer_reads_and_writes_texts_as_the_policys(saved):
+def test_the_saved_tokenizer_encodes_and_decodes_texts_as_the_policys_does(saved):
     name, encoder, folder = saved
     tokenizer, policys = AutoTokenizer.from_pretrained(folder), encoder.tokenizer
     texts = drawn_texts(300)
@@ -77,7 +77,7 @@ def test_the_saved_tokenizer_reads_and_writes_texts_as_the_policys(saved):
     assert tokenizer.pad_token == CHOSEN.get(name, tokenizer.pad_token)
 
 
-def test_the_padding_is_in_no_text_template_or_end(saved):
+def test_the_padding_token_is_in_no_text_template_or_end_of_an_answer(saved):
     _, encoder, folder = saved
     tokenizer = AutoTokenizer.from_pretrained(folder)
     read = encoder.tokenizer(drawn_texts(300), split_special_tokens=True).input_ids
@@ -87,7 +87,7 @@ def test_the_padding_is_in_no_text_template_or_end(saved):
 
 
 def test_the_padding_of_a_batch_of_prompts_changes_no_answer():
-    """It is an end token, which a prompt may have, too."""
+    """The padding is an end token, which may occur in a prompt."""
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=40, pad_token_id=0, eos_token_id=0, initializer_range=0.5, **size))
@@ -95,7 +95,7 @@ def test_the_padding_of_a_batch_of_prompts_changes_no_answer():
     prompts = [[draw.randrange(40) for _ in range(draw.randint(1, 20))] for _ in range(24)]
     alone = [generate_batch(model.eval(), [prompt], [0, 1], GREEDY, 12)[0] for prompt in prompts]
     assert generate_batch(model, prompts, [0, 1], GREEDY, 12) == alone
-    assert {len(answer) for answer in alone} != {12}  # some end, and the others go on beside their padding
+    assert {len(answer) for answer in alone} != {12}  # some end, the others go on beside their padding
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

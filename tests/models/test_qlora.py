@@ -1,4 +1,4 @@
-"""QLoRA, where bitsandbytes is: ``make test`` gives it to this file alone, as it takes seconds to import."""
+"""QLoRA, if bitsandbytes is installed: ``make test`` gives it to this file alone, as it takes seconds to import."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ QLORA = LORA | {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "stages"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_qlora_learns_resumes_and_leaves_a_whole_model_close_to_what_it_trained(tmp_path, dtype):
+def test_qlora_learns_and_resumes_and_its_final_model_is_close_to_the_trained_one(tmp_path, dtype):
     output, killed = tmp_path / "run", tmp_path / "killed"
     run(output, dtype=dtype, **QLORA)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -44,7 +44,7 @@ def test_qlora_learns_resumes_and_leaves_a_whole_model_close_to_what_it_trained(
 
 
 def check_merged(output, final):
-    """``final`` is the whole base plus the adapter, but for what 16 bits lose of the same weights and in products."""
+    """Check that ``final`` is the 16-bit base plus the adapter, up to rounding of the weights and of the products."""
     config = make_config(yaml.safe_load((output / "config.yaml").read_text()))
     examples = load_examples(output / "data" / "eval.safetensors")
 
@@ -56,11 +56,12 @@ def check_merged(output, final):
     state = final.state_dict()
     for name, layer in whole.named_modules():
         if hasattr(layer, "get_delta_weight"):
-            found, base = state[f"{name.removeprefix('base_model.model.')}.weight"], layer.get_base_layer().weight
+            merged_weight = state[f"{name.removeprefix('base_model.model.')}.weight"]
+            base = layer.get_base_layer().weight
             a, b = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
             delta = layer.scaling["default"] * b @ a
-            half_a_digit = torch.finfo(final.dtype).eps / 2 * (found.double().norm() + delta.norm())
-            assert (found - base.double() - delta).norm() <= half_a_digit, name
+            half_a_digit = torch.finfo(final.dtype).eps / 2 * (merged_weight.double().norm() + delta.norm())
+            assert (merged_weight - base.double() - delta).norm() <= half_a_digit, name
     merged = logps_of(final, examples)
     apart, exact = logps_of(whole, examples), logps_of(whole.float(), examples)
     rounded = logps_of(load("stage-00").float().merge_and_unload().to(final.dtype).float(), examples)
@@ -71,7 +72,7 @@ def check_merged(output, final):
 
 
 def logps_of(model, examples):
-    """Log-probability of every token of the examples."""
+    """Return the log-probability of every token of the examples."""
     with torch.no_grad():
         ids = [torch.tensor([[*example.prompt_ids, *example.answer_ids]]) for example in examples]
         logps = [model(own).logits[:, :-1].float().log_softmax(-1).gather(2, own[:, 1:, None]) for own in ids]
@@ -82,7 +83,7 @@ def distance(one, other):
     return (one - other).abs().mean().item()
 
 
-def test_a_reward_and_the_policy_aligned_to_it_learn_in_4_bits(tmp_path):
+def test_a_reward_model_and_the_policy_aligned_to_it_learn_in_4_bits(tmp_path):
     output = tmp_path / "run"
     keys = {"method": "rft", "num_generations": 3, "kl_in": "loss", "align": "ppo", "reward_steps": 20}
     run(output, **QLORA | keys)
@@ -100,9 +101,9 @@ def test_a_reward_and_the_policy_aligned_to_it_learn_in_4_bits(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("nested, heads", [(False, 0), (True, 0), (True, 2)])
-def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tmp_path, dtype, nested, heads):
-    """But for what PyTorch errs in that dtype. Scored without a gradient before, which must not change how layers
-    train. Reward heads stay whole."""
+def test_gradients_through_4_bits_are_those_of_the_dequantised_weights(tmp_path, dtype, nested, heads):
+    """They agree up to PyTorch's own error in that dtype. A forward pass without gradients comes first, which must not
+    change how the layers train. Reward heads are not quantised."""
     keys = {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": nested, "lora_r": 4}
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": name} | keys)
@@ -111,22 +112,22 @@ def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tmp_
     assert prepare_model(quantised, config, ragged()).layout.shared
     assert type(quantised.score if heads else quantised.lm_head) is torch.nn.Linear
     adapted = add_lora(quantised, config, reward=bool(heads))
-    written_out = add_lora(load_model(tmp_path, config, heads, in_4bit=True).dequantize(), config, reward=bool(heads))
-    for model in (adapted, written_out):
+    dequantised = add_lora(load_model(tmp_path, config, heads, in_4bit=True).dequantize(), config, reward=bool(heads))
+    for model in (adapted, dequantised):
         for parameter in model.parameters():
             if parameter.requires_grad and not parameter.any():  # B starts at 0, and A would have no gradient
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    exact = copy.deepcopy(written_out).double()
-    found, plain, true = (adapter_gradients(model) for model in (adapted, written_out, exact))
-    assert found.keys() == true.keys()
+    exact = copy.deepcopy(dequantised).double()
+    ours, plain, true = (adapter_gradients(model) for model in (adapted, dequantised, exact))
+    assert ours.keys() == true.keys()
     for parameter, gradient in true.items():
         assert gradient.norm() > 0
         theirs = (plain[parameter] - gradient).norm() + 1e-5 * gradient.norm()
-        assert (found[parameter] - gradient).norm() <= 2 * theirs, parameter
+        assert (ours[parameter] - gradient).norm() <= 2 * theirs, parameter
 
 
 def adapter_gradients(model):
-    """By name, of a sum of the hidden states of all answers' tokens."""
+    """Return the gradients of the adapter's tensors by name; the loss is a weighted sum of all hidden states."""
     hidden = hidden_states(model, pack(ragged())).double()
     (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
     return {name: p.grad.double() for name, p in model.named_parameters() if "lora" in name}

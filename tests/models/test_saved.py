@@ -1,4 +1,4 @@
-"""What a run saves is what it was given and trained: every tensor, adapters, and more embeddings where asked for."""
+"""Loading and saving: every tensor of a checkpoint, adapters and their bases, and new embedding rows."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ def config_of(folder, **keys):
     return make_config({"dataset_name": __file__, "model_name_or_path": str(folder), "dtype": "float32"} | keys)
 
 
-def test_a_checkpoint_that_lacks_tensors_is_refused_and_one_that_has_more_is_told_of(tmp_path, capsys):
+def test_a_checkpoint_that_lacks_tensors_is_refused_and_one_with_more_is_logged(tmp_path, capsys):
     model_of("Llama").save_pretrained(tmp_path)
     path, kept = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
     save_file(kept | {"vision.weight": torch.ones(2), "vision.bias": torch.ones(2)}, path)
@@ -35,7 +35,7 @@ def test_a_checkpoint_that_lacks_tensors_is_refused_and_one_that_has_more_is_tol
         load_model(tmp_path, config_of(tmp_path))
 
 
-def test_tensors_that_transformers_ignores_in_a_checkpoint_are_told_of(tmp_path, capsys):
+def test_tensors_that_transformers_ignores_in_a_checkpoint_are_logged(tmp_path, capsys):
     model_of("GPT-NeoX").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     save_file(load_file(path) | {"gpt_neox.layers.0.attention.bias": torch.ones(2)}, path)
@@ -44,7 +44,7 @@ def test_tensors_that_transformers_ignores_in_a_checkpoint_are_told_of(tmp_path,
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_embeddings_are_the_mean_of_the_old_ones_which_stay(tmp_path, tied):
+def test_new_embedding_rows_are_the_mean_of_the_old_rows_which_do_not_change(tmp_path, tied):
     config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, tie_word_embeddings=tied)
     given = transformers.LlamaForCausalLM(config)
     given.save_pretrained(tmp_path / "given")
@@ -63,7 +63,7 @@ def test_new_embeddings_are_the_mean_of_the_old_ones_which_stay(tmp_path, tied):
 
 
 def adapter_of(folder, base, **settings):
-    """The folder of a LoRA by PEFT whose every tensor is drawn, and the logits of the model with it."""
+    """Save a LoRA adapter whose tensors are all random; return its folder and the logits of the model with it."""
     torch.manual_seed(1)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(base)
     own = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | settings
@@ -85,7 +85,7 @@ def adapter_of(folder, base, **settings):
     ],
     ids=str,
 )
-def test_adapters_that_are_taken_load_as_peft_loads_them(tmp_path, settings):
+def test_supported_adapters_load_as_peft_loads_them(tmp_path, settings):
     config = copy.deepcopy(FAMILIES["Qwen2"])
     transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")  # its projections have biases
     folder, logits = adapter_of(tmp_path / "adapter", tmp_path / "base", **settings)
@@ -100,7 +100,7 @@ def test_adapters_that_are_taken_load_as_peft_loads_them(tmp_path, settings):
     [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}, {"lora_bias": True}],
     ids=str,
 )
-def test_adapters_that_hold_more_are_refused_by_the_name_of_the_setting(tmp_path, settings):
+def test_unsupported_adapters_are_refused_and_the_setting_is_named(tmp_path, settings):
     model_of("Llama").save_pretrained(tmp_path / "base")
     folder, _ = adapter_of(tmp_path / "adapter", tmp_path / "base", **settings)
     [name] = settings
@@ -121,7 +121,7 @@ def test_the_base_of_a_moved_adapter_is_found_where_it_moved_to(tmp_path, adapte
         base_and_adapter(moved / adapter)
 
 
-def test_a_revision_is_asked_for_of_the_given_model_and_of_an_adapters_base(tmp_path, monkeypatch):
+def test_the_hub_revision_is_the_runs_for_its_model_and_the_adapters_for_its_base(tmp_path, monkeypatch):
     asked = []
     for kind in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
         monkeypatch.setattr(

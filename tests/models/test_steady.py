@@ -1,4 +1,4 @@
-"""The policy in training is the policy that sampled: a stage's first rewards are 0, and noise is refused."""
+"""The policy in training computes what the policy that sampled computes: first rewards are 0, and noise is refused."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def test_a_stages_first_rewards_are_exactly_zero(tmp_path, name, keys):
 
 
 def noisy(name: str, heads: int = 0):
-    """A model with much that is random in training, and an adapter with dropout, its weights no zeros."""
+    """Return a model with much randomness in ``train()``, and an adapter with dropout that changes the outputs."""
     torch.manual_seed(0)
     config = copy.deepcopy(NOISY[name])
     config.vocab_size, config.num_labels = 61, heads
@@ -71,17 +71,17 @@ def test_hidden_states_and_gradients_in_training_are_those_of_the_policy_that_sa
         if way is not None:
             recompute_layers(model, selective=way)
         model.zero_grad()
-        found = hidden_states(model, batch)
-        found.square().mean().backward()
-        assert torch.equal(found, expected)
+        hidden = hidden_states(model, batch)
+        hidden.square().mean().backward()
+        assert torch.equal(hidden, expected)
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     check_steady(model, batch)
     for one, other in zip(gradients[0], gradients[-1], strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_what_is_random_in_training_is_random_in_these_models():
-    """Else the tests above would show nothing."""
+def test_these_models_are_random_in_train_mode():
+    """Without this, the tests above would prove nothing."""
     for name in NOISY:
         model, batch = noisy(name).train(), pack(ragged(), APART)
         assert not torch.equal(hidden_states(model, batch), hidden_states(model, batch))
@@ -90,7 +90,7 @@ def test_what_is_random_in_training_is_random_in_these_models():
 
 
 def changed(change) -> torch.nn.Module:
-    """A Llama whose second MLP's outputs are changed."""
+    """Return a Llama whose second MLP's output is changed."""
     model = model_of("Llama")
     mlp = model.model.layers[1].mlp
     usual = mlp.forward
@@ -107,7 +107,7 @@ NOISES = {
 
 
 @pytest.mark.parametrize("noise", NOISES)
-def test_noise_that_eval_does_not_stop_is_refused_by_the_modules_name(noise):
+def test_noise_in_eval_mode_is_refused_and_the_module_is_named(noise):
     model = changed(NOISES[noise])
     expected = r"LlamaForCausalLM: its module model\.layers\.1\.mlp \(LlamaMLP\) draws random numbers in eval\(\)"
     random.seed(1)
@@ -115,12 +115,12 @@ def test_noise_that_eval_does_not_stop_is_refused_by_the_modules_name(noise):
         check_steady(model, pack(ragged()))
 
 
-def test_a_forward_pass_that_depends_on_gradients_is_refused_by_the_modules_name():
+def test_a_forward_pass_that_depends_on_gradients_is_refused_and_the_module_is_named():
     model = changed(lambda x: x * (1 + x.requires_grad))
     with pytest.raises(InputError, match=r"its module model\.layers\.1\.mlp \(LlamaMLP\) gives another result"):
         check_steady(model, pack(ragged()))
 
 
-def test_layers_that_cannot_be_recomputed_are_one_sentence():
+def test_layers_that_cannot_be_recomputed_are_refused_in_one_sentence():
     with pytest.raises(InputError, match="gradient_checkpointing: Linear has no layers for it; expected false"):
         recompute_layers(torch.nn.Linear(2, 2), selective=False)

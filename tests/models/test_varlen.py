@@ -1,4 +1,4 @@
-"""torch's own varlen attention, whose kernels are a GPU's: a plain one stands in for them; theirs get the shapes."""
+"""torch's own varlen attention. Its kernels need a GPU: here a plain function replaces them, or checks their shapes."""
 
 from unittest import mock
 
@@ -21,29 +21,29 @@ UNCAPPED = [name for name in FAMILIES if "soft-cap" not in name]
 
 
 def plain(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What torch's documentation says of ``varlen_attn``."""
+    """Compute what torch's documentation says of ``varlen_attn``, by SDPA."""
     assert max_q >= int(cu_seq_q.diff().max()) and window_size[1] == 0
     attended = []
     for first, end in zip(cu_seq_q[:-1].tolist(), cu_seq_k[1:].tolist(), strict=True):
         q, k, v = (x[first:end].transpose(0, 1) for x in (query, key, value))
         before = torch.arange(end - first)[:, None] - torch.arange(end - first)
-        seen = (before >= 0) & (before <= (window_size[0] if window_size[0] >= 0 else end))
-        found = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
-        attended.append(found.transpose(0, 1))
+        mask = (before >= 0) & (before <= (window_size[0] if window_size[0] >= 0 else end))
+        output = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        attended.append(output.transpose(0, 1))
     return torch.cat(attended)
 
 
 def blind(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
-    """One that takes a row for one sequence."""
+    """Compute attention as if a row were one sequence."""
     whole = cu_seq_q[[0, -1]]
     return plain(query, key, value, whole, whole, len(query), len(query), **options)
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Puts a function in the place of torch's, with the same signature."""
+    """Return a function that replaces torch's ``varlen_attn`` by another function of the same signature."""
     own = torchs.varlen_attn
-    return lambda it: monkeypatch.setattr(torchs, "varlen_attn", mock.create_autospec(own, side_effect=it))
+    return lambda other: monkeypatch.setattr(torchs, "varlen_attn", mock.create_autospec(own, side_effect=other))
 
 
 def with_varlen(model):
@@ -59,14 +59,14 @@ def test_answers_have_the_log_probabilities_and_gradients_of_separate_ones(name,
     model, groups = model_of(name), ragged()
     model.to(torch.bfloat16).float()  # rounded, as with_varlen does
     expected, gradients = with_gradients(model, separate(groups))
-    found, packed_gradients = with_gradients(with_varlen(model), [pack(groups, layout)])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    logps, packed_gradients = with_gradients(with_varlen(model), [pack(groups, layout)])
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(packed_gradients, gradients, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral, window 4", "GPT-NeoX"])
-def test_torchs_own_operation_takes_what_a_layer_gives_it_and_nothing_waits_for_a_value(name):
+def test_torchs_own_operation_accepts_a_layers_arguments_and_nothing_waits_for_a_value(name):
     meta = torch.device("meta")  # which has shapes and no values
     model = with_varlen(model_of(name)).to(torch.bfloat16).to(meta)
     hidden = hidden_states(model, pack(ragged(), ROW).to(meta))
@@ -75,7 +75,7 @@ def test_torchs_own_operation_takes_what_a_layer_gives_it_and_nothing_waits_for_
     assert all(parameter.grad is not None for parameter in model.base_model.parameters())
 
 
-def test_it_is_offered_where_it_can_run(monkeypatch):
+def test_varlen_is_chosen_only_if_it_can_run(monkeypatch):
     half = torch.bfloat16
     assert unshared_attention(model_of("Llama").to(half)) == "varlen"
     assert unshared_attention(model_of("Llama")) is None
@@ -89,7 +89,7 @@ def test_it_is_offered_where_it_can_run(monkeypatch):
     assert unshared_attention(model_of("Llama").to(half)) == "flash_attention_2"
 
 
-def test_a_layer_that_wants_more_is_refused(kernel):
+def test_a_layer_with_a_soft_cap_is_refused(kernel):
     kernel(plain)
     varlen.register(model_of("Llama").to(torch.bfloat16))
     model = model_of("Gemma2, soft-cap, window 4")

@@ -1,4 +1,4 @@
-"""Anyone's reward model reads a conversation by its own template; a Python function is called as TRL calls it."""
+"""Reward models of others read a conversation in their own template; reward functions are called as TRL calls them."""
 
 import datetime
 import json
@@ -23,7 +23,7 @@ STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system tur
 
 
 def conversations(count: int, system: bool = True) -> list[Demonstration]:
-    """Of one to three turns, with system text or without."""
+    """Return random conversations of one to three turns, every third with system text."""
     draw = random.Random(0)
     words = ["the cat", "is", "Paris?", "two and two", "é", "🙂", "\n", "!!!", "France", "  "]
 
@@ -42,7 +42,7 @@ def conversations(count: int, system: bool = True) -> list[Demonstration]:
 
 
 def save_reward(folder, tokenizer, limit: int | None = None, padding: bool = True):
-    """A random reward model whose scores differ much from one text to another, and its folder."""
+    """Save a random reward model whose scores differ much between texts; return its folder and the model."""
     if limit:
         tokenizer.model_max_length = limit
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def save_reward(folder, tokenizer, limit: int | None = None, padding: bool = Tru
 
 
 def whole_ids(tokenizer, row: Demonstration) -> list[int]:
-    """What the reward model's own template and tokenizer make of a conversation, with one BOS."""
+    """Return the ids of a conversation by the reward model's own template and tokenizer, with one BOS."""
     if not tokenizer.chat_template:
         names = {"system": "System", "user": "Human", "assistant": "Assistant"}
         turns = [f"{names[turn['role']]}: {turn['content']}" for turn in row.prompt]
@@ -78,14 +78,14 @@ def scores(folder: str, rows: list[Demonstration], **keys) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("padding", [True, False])
-def test_a_conversation_scores_as_its_own_template_writes_it_in_any_batch(name, padding, tmp_path):
+def test_scores_are_those_of_the_models_own_template_in_any_batch(name, padding, tmp_path):
     tokenizer, rows = FAMILIES[name](), conversations(20)
     folder, model = save_reward(tmp_path, tokenizer, padding=padding)
-    wanted = logits(model, [whole_ids(tokenizer, row) for row in rows])
+    expected = logits(model, [whole_ids(tokenizer, row) for row in rows])
     for size in (1, 7, 64):
-        found = scores(folder, rows, per_device_eval_batch_size=size)
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-    assert wanted.std() > 0.1
+        actual = scores(folder, rows, per_device_eval_batch_size=size)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    assert expected.std() > 0.1
 
 
 def test_a_special_token_in_a_text_stays_text(tmp_path):
@@ -94,16 +94,16 @@ def test_a_special_token_in_a_text_stays_text(tmp_path):
     rows = [Demonstration([{"role": "user", "content": x}], {"role": "assistant", "content": "a"}) for x in texts]
     begin, behind = qwen()("<|im_start|>user\n").input_ids, "<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     spelled = [qwen()(x, split_special_tokens=True).input_ids for x in texts]
-    wanted = logits(model, [begin + ids + qwen()(behind).input_ids for ids in spelled])
-    torch.testing.assert_close(scores(folder, rows), wanted, rtol=1e-3, atol=1e-4)
+    expected = logits(model, [begin + ids + qwen()(behind).input_ids for ids in spelled])
+    torch.testing.assert_close(scores(folder, rows), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("limit", [50, 70])
 def test_a_long_conversation_keeps_its_end_and_is_counted(limit, tmp_path, capsys):
-    """It loses whole turns where the rest fits, and else the beginning of the last ones; a BOS stays."""
+    """It loses whole turns if the rest fits, else the beginning of its last turns. The BOS stays."""
     tokenizer, rows = gemma(), conversations(40, system=False)
     folder, model = save_reward(tmp_path, tokenizer, limit)
-    wanted, cut = [], []
+    expected, cut = [], []
     for row in rows:
         ids = whole_ids(tokenizer, row)
         cut.append(len(ids) > limit)
@@ -111,16 +111,16 @@ def test_a_long_conversation_keeps_its_end_and_is_counted(limit, tmp_path, capsy
         tries = [whole_ids(tokenizer, row._replace(prompt=row.prompt[at:])) for at in later]
         last = tries[-1]
         fits = [ids for ids in tries if len(ids) <= limit]
-        wanted.append(fits[0] if fits else last[:1] + last[len(last) - limit + 1 :])
+        expected.append(fits[0] if fits else last[:1] + last[len(last) - limit + 1 :])
     assert 0 < sum(cut) < len(rows)
-    torch.testing.assert_close(scores(folder, rows), logits(model, wanted), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(scores(folder, rows), logits(model, expected), rtol=1e-3, atol=1e-4)
     told = f"{sum(cut)} of 40 texts were longer than its {limit} tokens; their beginnings were cut"
     assert told in "".join(capsys.readouterr())
     dropped = scores(folder, rows, reward_overlong="drop")
     assert dropped.isnan().tolist() == cut
 
 
-def test_a_template_that_refuses_system_text_gets_it_in_the_users_turn(tmp_path, capsys):
+def test_system_text_that_a_template_refuses_moves_into_the_users_turn(tmp_path, capsys):
     tokenizer = qwen()
     tokenizer.chat_template = STRICT
     folder, model = save_reward(tmp_path, tokenizer)
@@ -136,7 +136,7 @@ def test_a_template_that_refuses_system_text_gets_it_in_the_users_turn(tmp_path,
     assert "4 of 12 conversations were mended" in "".join(capsys.readouterr())
 
 
-def test_a_conversation_that_a_template_refuses_is_named_with_the_model(tmp_path):
+def test_a_refused_conversation_is_named_with_its_row_and_the_model(tmp_path):
     tokenizer = qwen()
     tokenizer.chat_template = "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}" + QWEN
     folder, _ = save_reward(tmp_path, tokenizer)
@@ -148,7 +148,7 @@ def test_a_conversation_that_a_template_refuses_is_named_with_the_model(tmp_path
 
 
 ROWS = [
-    {"prompt": "say yes", "completion": "yes", "wanted": "y"},
+    {"prompt": "say yes", "completion": "yes", "expected": "y"},
     {"prompt": [{"role": "user", "content": "say no"}], "completion": [{"role": "assistant", "content": "no"}]},
 ]
 
@@ -159,7 +159,7 @@ class Rows(list):
 
 @pytest.fixture
 def given(tmp_path):
-    """A run of two rows, one of texts and one of messages, with two answers to each; and a file for functions."""
+    """Return a run of two rows (texts, and messages), two answers to each row, and a path for a file of functions."""
     tokenizer = qwen()
     asked = [[{"role": "user", "content": f"say {word}"}] for word in ("yes", "no")]
     rows = Rows({"messages": prompt, "row": row} for prompt, row in zip(asked, ROWS, strict=True))
@@ -172,11 +172,11 @@ def given(tmp_path):
 def test_a_function_is_called_as_trl_calls_it(given):
     a_run, groups, file = given
     file.write_text("seen = []\nasync def reward(**given):\n    seen.append(given)\n    return [0, 1.5, None, True]\n")
-    found = function_rewards(a_run, f"{file}:reward", groups, file.with_name("cache.safetensors"))
-    assert found[:2].flatten().tolist() == [0.0, 1.5]
-    assert found[2].isnan()
+    rewards = function_rewards(a_run, f"{file}:reward", groups, file.with_name("cache.safetensors"))
+    assert rewards[:2].flatten().tolist() == [0.0, 1.5]
+    assert rewards[2].isnan()
     again = function_rewards(a_run, "nowhere:reward", groups, file.with_name("cache.safetensors"))
-    torch.testing.assert_close(again, found, equal_nan=True)
+    torch.testing.assert_close(again, rewards, equal_nan=True)
     file.write_text(file.read_text().replace("seen.append(given)", "open(__file__ + '.json', 'w').write(repr(given))"))
     function_rewards(a_run, f"{file}:reward", groups, file.with_name("other.safetensors"))
     said = [[{"role": "assistant", "content": text}] for text in ("no", "nay")]
@@ -184,7 +184,7 @@ def test_a_function_is_called_as_trl_calls_it(given):
         "prompts": ["say yes"] * 2 + [ROWS[1]["prompt"]] * 2,
         "completions": ["yes", "so", *said],
         "completion_ids": [answer for group in groups for answer in group.answers],
-        "wanted": ["y", "y", None, None],
+        "expected": ["y", "y", None, None],
     }
 
 
@@ -203,7 +203,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("code", BAD)
-def test_what_a_function_does_wrong_is_one_sentence(given, code):
+def test_a_faulty_function_is_reported_in_one_sentence(given, code):
     a_run, groups, file = given
     file.write_text(code)
     with pytest.raises(InputError) as caught:
@@ -214,7 +214,7 @@ def test_what_a_function_does_wrong_is_one_sentence(given, code):
     assert not file.with_name("cache.safetensors").exists()
 
 
-def test_a_function_of_a_module_in_the_working_folder_is_found(tmp_path, monkeypatch):
+def test_a_function_may_be_in_a_module_of_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "my_rewards").mkdir()
     (tmp_path / "my_rewards" / "short.py").write_text("def reward(completions, **given): return [0.0]\n")
     monkeypatch.chdir(tmp_path)
@@ -222,7 +222,7 @@ def test_a_function_of_a_module_in_the_working_folder_is_found(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["my_rewards", "my_rewards:", ":reward", "a/b:reward", "nothing.py:reward"])
-def test_a_function_with_no_place_is_refused_before_anything_is_read(name):
+def test_a_function_without_a_place_is_refused_before_data_is_read(name):
     with pytest.raises(InputError, match="reward_function: "):
         make_config({"dataset_name": "x.jsonl", "model_name_or_path": "a/b", "method": "rft", "reward_function": name})
 
@@ -243,14 +243,14 @@ def test_a_policy_is_aligned_to_a_function_of_its_answers(tmp_path):
     run(tmp_path / "run", **keys)
     stage = tmp_path / "run" / "stage-00"
     rollouts = [json.loads(line) for path in (stage / "rollouts").glob("*.jsonl") for line in path.open()]
-    wanted = {row["index"]: -float(len(row["answer"])) for row in rollouts}
-    found = load_file(stage / "reward-0.safetensors")["values"].tolist()
-    assert found == [wanted[number] for number in range(len(found))]
-    assert json.loads((stage / "round.json").read_text())["reward"] == pytest.approx(sum(found) / len(found))
+    expected = {row["index"]: -float(len(row["answer"])) for row in rollouts}
+    rewards = load_file(stage / "reward-0.safetensors")["values"].tolist()
+    assert rewards == [expected[number] for number in range(len(rewards))]
+    assert json.loads((stage / "round.json").read_text())["reward"] == pytest.approx(sum(rewards) / len(rewards))
 
 
 def test_best_of_n_of_bare_prompts_is_data_to_train_on(tmp_path):
-    """Prompts alone, as texts and as messages with earlier turns; the best rows are demonstrations."""
+    """The prompts have no answers, and are texts or messages with earlier turns. The best rows are demonstrations."""
     from tests.methods.test_rft import bon
 
     file, policy = tmp_path / "short.py", tmp_path / "run" / "final"
@@ -290,5 +290,5 @@ def test_rows_that_select_keeps_are_data_to_train_on(tmp_path):
         for config in (Config(dataset_name=str(tmp_path / name)) for name in ("best.jsonl", "rows.jsonl"))
     )
     assert len(kept) == 2
-    wanted = {row.row["id"]: (row.prompt, row.answer) for row in every}
-    assert all((row.prompt, row.answer) == wanted[row.row["id"]] for row in kept)
+    expected = {row.row["id"]: (row.prompt, row.answer) for row in every}
+    assert all((row.prompt, row.answer) == expected[row.row["id"]] for row in kept)

@@ -1,4 +1,4 @@
-"""Sampling by vLLM without it: a module of that name stands in for it. ``test_vllm_itself.py`` runs the real one."""
+"""Sampling by vLLM, with a module in its place. ``test_vllm_itself.py`` runs the real vLLM."""
 
 import json
 import math
@@ -21,8 +21,8 @@ from irlfast.sampling import generation, vllm_sampler
 from irlfast.sampling.vllm_sampler import Shard, UnsupportedAdapter, fail, generate_vllm
 from tests.helpers.vllm_cases import PROMPTS, SETTINGS, VOCABULARY, answers, perturbed_lora, tiny
 
-# Its answer to a prompt is its process id, the seed and the prompt.
-# Token 13 kills it, token 14 raises, token 15 takes for ever, and token 16 writes down what it was given.
+# The module in vLLM's place. Its answer to a prompt is its process id, the seed and the prompt.
+# Token 13 kills the process, token 14 raises an error, token 15 takes ten minutes, token 16 writes the job to a file.
 STAND_IN = """
 import importlib.util, json, os, signal, time, types
 print("INFO noise on stdout at import")
@@ -65,8 +65,8 @@ def stand_in(tmp_path, monkeypatch):
     return tmp_path
 
 
-def gone(process: int) -> bool:
-    """Whether the process is dead, within a few seconds (a dead one may wait for its parent as a zombie)."""
+def has_ended(process: int) -> bool:
+    """Wait up to ten seconds for a process to end; return whether it did. A zombie counts as ended."""
     for _ in range(100):
         try:
             if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -78,13 +78,13 @@ def gone(process: int) -> bool:
     return False
 
 
-def test_answers_come_shard_by_shard_and_noise_on_stdout_does_not_mix_in(stand_in):
-    found = answers(stand_in, Shard(7, [[5], [6, 7]], 0), Shard(3, [], 1), Shard(1, [[8]], 2))
-    assert list(found) == [7, 3, 1]
-    assert [[answer[2:] for answer in found[number]] for number in found] == [[[5], [6, 7]], [], [[8]]]
+def test_answers_come_by_shards_and_other_output_on_stdout_does_not_mix_in(stand_in):
+    shards = answers(stand_in, Shard(7, [[5], [6, 7]], 0), Shard(3, [], 1), Shard(1, [[8]], 2))
+    assert list(shards) == [7, 3, 1]
+    assert [[answer[2:] for answer in shards[number]] for number in shards] == [[[5], [6, 7]], [], [[8]]]
 
 
-def test_vllm_is_told_that_the_end_tokens_alone_end_an_answer_and_which_ids_are_none(stand_in):
+def test_vllm_gets_the_end_tokens_the_ids_that_are_no_tokens_and_the_settings(stand_in):
     answers(
         stand_in,
         Shard(0, [[16]], 0),
@@ -122,7 +122,7 @@ def test_vllm_is_told_that_the_end_tokens_alone_end_an_answer_and_which_ids_are_
     }
 
 
-def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_in, monkeypatch):
+def test_vllm_puts_an_adapter_on_its_base_and_an_unsupported_one_is_merged(stand_in, monkeypatch):
     model = tiny("llama")
     model.save_pretrained(stand_in / "base")
     adapted = perturbed_lora(model, rank=12)
@@ -135,8 +135,8 @@ def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_i
     run = types.SimpleNamespace(config=config, encoder=encoder, output=stand_in)
 
     def job_of(policy):
-        found = dict(generation.vllm_answers(run, policy, [Shard(0, [[16]], 0)], generation.GREEDY))
-        assert len(found[0]) == 1
+        shards = dict(generation.vllm_answers(run, policy, [Shard(0, [[16]], 0)], generation.GREEDY))
+        assert len(shards[0]) == 1
         return json.loads((stand_in / "job.json").read_text())
 
     job = job_of(stand_in / "adapter")
@@ -155,21 +155,21 @@ def test_an_adapter_is_put_on_its_base_by_vllm_or_merged_where_it_cannot(stand_i
 
 
 @pytest.mark.parametrize("settings", [{"r": 513}, {"r": 8, "target_parameters": ["experts.gate_up_proj"]}])
-def test_adapters_that_vllm_does_not_take_are_not_tried(settings):
+def test_adapters_that_vllm_does_not_support_are_not_tried(settings):
     with pytest.raises(UnsupportedAdapter):
         vllm_sampler.lora_settings(settings)
 
 
 def test_every_request_has_a_seed_of_its_own_that_follows_from_the_shards(stand_in):
-    """Neighbouring shards have neighbouring seeds: adding the position would give most requests the same noise."""
+    """Neighbouring shards have neighbouring seeds: adding the position would give most requests equal random draws."""
     prompts = [[1]] * 50
-    found = answers(stand_in, *[Shard(number, prompts, number) for number in range(4)], Shard(4, prompts, 3))
-    seeds = [[answer[1] for answer in found[number]] for number in range(5)]
+    shards = answers(stand_in, *[Shard(number, prompts, number) for number in range(4)], Shard(4, prompts, 3))
+    seeds = [[answer[1] for answer in shards[number]] for number in range(5)]
     assert len({seed for shard in seeds[:4] for seed in shard}) == 200
     assert seeds[4] == seeds[3]
 
 
-def test_every_process_has_as_many_shards_and_begun_samples_keep_theirs(tmp_path, monkeypatch):
+def test_processes_get_equal_numbers_of_shards_and_a_begun_folder_keeps_its_size(tmp_path, monkeypatch):
     def sizes(count, processes, folder, use_vllm=True):
         monkeypatch.setattr(generation.dist, "world_size", lambda: processes)
         monkeypatch.setattr(generation.dist, "barrier", lambda: None)
@@ -177,15 +177,15 @@ def test_every_process_has_as_many_shards_and_begun_samples_keep_theirs(tmp_path
         return [min(size, count - start) for start in range(0, count, size)]
 
     assert sizes(10_000, 8, "stage") == [625] * 16
-    assert sizes(10_000, 1, "stage") == [625] * 16  # another number of processes goes on with it
+    assert sizes(10_000, 1, "stage") == [625] * 16  # another number of processes continues with the same size
     assert sizes(501, 8, "evaluation") == [63] * 7 + [60]
     assert sizes(3, 8, "few") == [1] * 3
     assert sizes(2500, 1, "alone") == sizes(2500, 8, "transformers", use_vllm=False) == [1024, 1024, 452]
 
 
-def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(tmp_path, monkeypatch):
+def test_cached_gpu_memory_is_freed_before_vllm_starts(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("freed"))
     monkeypatch.setattr(generation, "vllm_answers", lambda *_: calls.append("vllm") or iter([(0, [[5, 2]])]))
     tokenizer = types.SimpleNamespace(decode=lambda ids: "p", batch_decode=lambda answers, **_: ["a"] * len(answers))
     encoder = types.SimpleNamespace(tokenizer=tokenizer)
@@ -193,14 +193,14 @@ def test_what_a_gpu_held_for_scores_is_given_back_before_vllm_asks_for_the_rest(
     example = types.SimpleNamespace(prompt_ids=np.array([3, 4]))
     [answer] = generation.sample(run, tmp_path, [example], tmp_path / "samples", generation.DRAWN)
     assert list(answer) == [5, 2]
-    assert calls == ["given back", "vllm"]
+    assert calls == ["freed", "vllm"]
 
 
 def test_closing_the_generator_kills_the_child(stand_in):
     results = generate_vllm(stand_in, [Shard(0, [[1]], 0), Shard(1, [[15]], 0)], python=None, **SETTINGS)
     _, [[process, *_]] = next(results)
     results.close()
-    assert gone(process)
+    assert has_ended(process)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
@@ -208,7 +208,7 @@ def test_closing_the_generator_kills_the_child(stand_in):
 def test_the_child_does_not_outlive_its_parent(stand_in, how):
     program = (
         "import signal; from irlfast.sampling.vllm_sampler import *\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits it ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "shards = [Shard(0, [[1]], 0), Shard(1, [[15]], 0)]\n"
         f"for _, [[process, *_]] in generate_vllm({str(stand_in)!r}, shards, python=None, **{SETTINGS}):\n"
         "    print(process, flush=True)\n"
@@ -223,25 +223,25 @@ def test_the_child_does_not_outlive_its_parent(stand_in, how):
         process = int(parent.stdout.readline())
         parent.send_signal(how)
         parent.wait(60)
-    assert gone(process)
+    assert has_ended(process)
 
 
-def test_a_child_that_dies_is_an_error_that_says_how_after_the_answers_it_gave(stand_in):
+def test_a_childs_death_is_reported_with_its_cause_after_the_answers_that_it_gave(stand_in):
     results = generate_vllm(stand_in, [Shard(0, [[1]], 0), Shard(1, [[14]], 0)], python=None, **SETTINGS)
     assert next(results)[0] == 0
     with pytest.raises(RuntimeError, match=r"vLLM ended with code 1 .*: ValueError: token 14 was asked for") as raised:
         next(results)
-    assert "in generate" in str(raised.value)  # the traceback's end
+    assert "in generate" in str(raised.value)  # the end of the traceback
     with pytest.raises(RuntimeError, match="vLLM was killed by signal 9"):
         answers(stand_in, Shard(0, [[13]], 0))
 
 
-def test_the_cause_is_found_behind_the_name_of_a_rank():
+def test_the_cause_may_follow_the_name_of_a_rank():
     with pytest.raises(RuntimeError, match=r"answers were there: \[rank0\]: RuntimeError: no offset\. Its last lines"):
         fail("python", 1, "[rank0]: Traceback\n[rank0]: RuntimeError: no offset\n")
 
 
-def test_no_shards_start_nothing(tmp_path):
+def test_without_shards_no_process_is_started(tmp_path):
     assert answers(tmp_path, python="/no/such/python") == {}
 
 
@@ -255,33 +255,33 @@ def test_an_interpreter_without_vllm_says_how_to_get_it(tmp_path, monkeypatch):
         answers(tmp_path, Shard(0, [[1]], 0), python="/no/such/python")
 
 
-def test_a_missing_policy_is_named_before_anything_starts(tmp_path):
+def test_a_missing_policy_is_named_before_a_process_is_started(tmp_path):
     with pytest.raises(InputError, match=r"policy .*/nowhere: no such folder"):
         answers(tmp_path / "nowhere", Shard(0, [[1]], 0))
 
 
-def test_the_child_gets_nothing_of_torchrun(monkeypatch):
+def test_the_child_gets_no_variables_of_torchrun(monkeypatch):
     torchrun = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_NAME"
     for name in [*torchrun.split(), "TORCHELASTIC_RUN_ID"]:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
-    found = vllm_sampler.environment(1)
-    assert not {*torchrun.split(), "TORCHELASTIC_RUN_ID"} & set(found)
-    assert (found["HF_HUB_OFFLINE"], found["VLLM_CPU_KVCACHE_SPACE"], found["VLLM_NO_USAGE_STATS"]) == ("1", "3", "1")
-    assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and found["PATH"] == os.environ["PATH"]
+    child = vllm_sampler.environment(1)
+    assert not {*torchrun.split(), "TORCHELASTIC_RUN_ID"} & set(child)
+    assert (child["HF_HUB_OFFLINE"], child["VLLM_CPU_KVCACHE_SPACE"], child["VLLM_NO_USAGE_STATS"]) == ("1", "3", "1")
+    assert child["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and child["PATH"] == os.environ["PATH"]
 
 
 @pytest.mark.parametrize(
     ("rank", "visible", "gpus", "expected"),
     [
-        (None, None, 1, None),  # not under a launcher: as it is
+        (None, None, 1, None),  # without a launcher the variable is unchanged
         (None, "4,5", 1, "4,5"),
         ("1", None, 1, "1"),
         ("1", "4,5,6,7", 1, "5"),
         ("1", "4,5,6,7", 2, "6,7"),
         ("1", "GPU-a,GPU-b", 1, "GPU-b"),
-        ("1", "", 1, ""),  # every GPU hidden
+        ("1", "", 1, ""),  # all GPUs are hidden
     ],
 )
 def test_a_rank_samples_on_its_own_gpus(monkeypatch, rank, visible, gpus, expected):
@@ -293,7 +293,7 @@ def test_a_rank_samples_on_its_own_gpus(monkeypatch, rank, visible, gpus, expect
     assert vllm_sampler.environment(gpus).get("CUDA_VISIBLE_DEVICES") == expected
 
 
-def test_too_few_gpus_for_every_ranks_engine_is_an_error(monkeypatch):
+def test_too_few_gpus_for_all_ranks_engines_are_an_error(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(InputError, match="vllm_tensor_parallel_size: found 2, for which rank 1 needs GPUs 2 to 3"):

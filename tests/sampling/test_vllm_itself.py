@@ -1,5 +1,7 @@
-"""Sampling by the real vLLM, in the interpreter that IRLFAST_VLLM_PYTHON names, against Transformers on tiny fp32
-models."""
+"""Sampling by the real vLLM, compared with Transformers on tiny fp32 models.
+
+IRLFAST_VLLM_PYTHON names the interpreter that has vLLM.
+"""
 
 import collections
 import os
@@ -13,26 +15,28 @@ from tests.helpers.vllm_cases import PROMPTS, SETTINGS, VOCABULARY, answers, per
 
 VLLM_PYTHON = os.environ.get("IRLFAST_VLLM_PYTHON", "")
 
-# A name without vLLM behind it is no reason to skip: it would hide a broken set-up, and the error says what is wrong.
+# If the named interpreter has no vLLM, the tests fail: skipping them would hide a broken set-up.
 needs_vllm = pytest.mark.skipif(
     not VLLM_PYTHON, reason="IRLFAST_VLLM_PYTHON is not set to an interpreter that has vLLM (.ci/run makes one)"
 )
 
 
 def greedy(model, prompt: list[int], end_id: int | None) -> list[int]:
-    model.generation_config = GenerationConfig()  # nothing of the checkpoint's own
+    model.generation_config = GenerationConfig()  # without the checkpoint's defaults
     options = GenerationConfig(
         do_sample=False, max_new_tokens=SETTINGS["max_new_tokens"], eos_token_id=end_id, pad_token_id=0
     )
     ids = torch.tensor([prompt])
-    generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)  # 0 is no padding
+    generated = model.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=options
+    )  # token 0 is not padding
     return generated[0, len(prompt) :].tolist()
 
 
 @needs_vllm
 @pytest.mark.parametrize(("architecture", "lora"), [("llama", False), ("gpt_neox", True)])
 def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
-    """Token for token, the end token included where one came; the checkpoint's own end tokens end nothing."""
+    """They agree token for token, the end token included. The checkpoint's own end tokens do not end an answer."""
     model, policy = tiny(architecture), tmp_path / "model"
     model.save_pretrained(policy)
     if lora:
@@ -41,7 +45,7 @@ def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
         assert greedy(model, PROMPTS[0], None) != before
     full = [greedy(model, prompt, None) for prompt in PROMPTS]
     counts = collections.Counter(token for answer in full for token in set(answer))
-    # The end token occurs in about half of the answers, another that the checkpoint names in many.
+    # The end token occurs in about half of the answers. The checkpoint names another end token, which occurs in many.
     by_use = sorted(counts, key=lambda token: (abs(counts[token] - len(full) // 2), token))
     end_id, named = by_use[:2]
     expected = [greedy(model, prompt, end_id) for prompt in PROMPTS]
@@ -59,12 +63,12 @@ def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
         policy = tmp_path / "adapter"
         model.save_pretrained(policy)
     shards = [Shard(0, PROMPTS[:4], 0), Shard(1, PROMPTS[4:], 1)]
-    found = answers(policy, *shards, python=VLLM_PYTHON, ends=[end_id])
-    assert found[0] + found[1] == expected
+    by_shard = answers(policy, *shards, python=VLLM_PYTHON, ends=[end_id])
+    assert by_shard[0] + by_shard[1] == expected
 
 
 @needs_vllm
-def test_sampled_answers_follow_from_prompts_and_seed_and_are_distributed_as_the_policy(tmp_path):
+def test_sampled_answers_depend_on_prompts_and_seed_and_have_the_policys_distribution(tmp_path):
     model = tiny("llama")
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -73,32 +77,32 @@ def test_sampled_answers_follow_from_prompts_and_seed_and_are_distributed_as_the
     draws, likely = 2000, int(chances[spread].argmax())
     chances[spread][likely] = 0
     chances[spread] /= chances[spread].sum()
-    found = answers(
+    by_shard = answers(
         tmp_path,
         Shard(0, PROMPTS, 5),
         Shard(1, [PROMPTS[spread]] * draws, 6),
         Shard(2, PROMPTS, 5),
         Shard(3, PROMPTS, 7),
-        Shard(4, [[5] * 37] * 400, 8),  # more tokens than vLLM takes at a time, and the limit lies within a prompt
+        Shard(4, [[5] * 37] * 400, 8),  # more tokens than one step of vLLM takes; its limit falls inside a prompt
         python=VLLM_PYTHON,
         temperature=1.0,
         max_new_tokens=6,
         ends=[2],
         never=[likely],
     )
-    assert len(found[4]) == 400
-    assert not any(likely in answer for shard in found.values() for answer in shard)
-    assert found[2] == found[0]  # whatever was made in between
-    assert sum(a != b for a, b in zip(found[0], found[3], strict=True)) > len(PROMPTS) // 2
-    assert all(len(answer) == 6 or answer[-1] == 2 for shard in found.values() for answer in shard)
-    assert all(2 not in answer[:-1] for shard in found.values() for answer in shard)
+    assert len(by_shard[4]) == 400
+    assert not any(likely in answer for shard in by_shard.values() for answer in shard)
+    assert by_shard[2] == by_shard[0]  # whatever was sampled in between
+    assert sum(a != b for a, b in zip(by_shard[0], by_shard[3], strict=True)) > len(PROMPTS) // 2
+    assert all(len(answer) == 6 or answer[-1] == 2 for shard in by_shard.values() for answer in shard)
+    assert all(2 not in answer[:-1] for shard in by_shard.values() for answer in shard)
 
     # Pearson's chi-squared of the first token against Transformers' softmax, rare tokens pooled.
     expected = chances[spread] * draws
-    seen = torch.bincount(torch.tensor([answer[0] for answer in found[1]]), minlength=VOCABULARY).double()
+    observed = torch.bincount(torch.tensor([answer[0] for answer in by_shard[1]]), minlength=VOCABULARY).double()
     common = expected >= 5
     expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    seen = torch.cat([seen[common], seen[~common].sum()[None]])
+    observed = torch.cat([observed[common], observed[~common].sum()[None]])
     freedom = len(expected) - 1
     assert freedom >= 3
-    assert ((seen - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5
+    assert ((observed - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5

@@ -12,11 +12,11 @@ from irlfast.data.packing import SHARED, Batch, Layout, PromptGroup, pack
 from irlfast.models.forward import attention_of, hidden_states
 from irlfast.ops import Head
 
-APART = Layout(shared=False)  # each answer in a row of its own: every model can run this layout
+SEPARATE = Layout(shared=False)  # each answer in a row of its own: every model can run this layout
 FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def probe(model: Any, layout: Layout) -> Batch:
+def probe_batch(model: Any, layout: Layout) -> Batch:
     """Return a batch of two prompts with two answers each."""
     ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size).tolist()
     groups = [PromptGroup(ids[:3], (ids[3:6], ids[5:8])), PromptGroup(ids[7:9], (ids[1:3], ids[8:12]))]
@@ -25,8 +25,8 @@ def probe(model: Any, layout: Layout) -> Batch:
 
 @torch.no_grad()
 def probe_states(model: Any, layout: Layout) -> Tensor:
-    """Return the hidden states ``[N, H]`` of the :func:`probe` that predict answer tokens."""
-    batch = probe(model, layout)
+    """Return the hidden states ``[N, H]`` of the :func:`probe_batch` that predict answer tokens."""
+    batch = probe_batch(model, layout)
     return hidden_states(model, batch)[batch.rows]
 
 
@@ -37,43 +37,48 @@ def check_forward(model: Any) -> Tensor:
         InputError: the forward pass fails.
     """
     try:
-        return probe_states(model, APART)
+        return probe_states(model, SEPARATE)
     except FORWARD_ERRORS as error:
         reason = f"{type(error).__name__} {first_sentence(error)}".rstrip()
         raise InputError(f"{type(model).__name__}: its forward pass of token ids alone fails ({reason})") from error
 
 
 @torch.no_grad()
-def check_logits(model: Any, head: Head, apart: Tensor) -> None:
-    """Check that the last hidden states (``apart``, from :func:`check_forward`) and the head give the model's logits.
+def check_logits(model: Any, head: Head, separate_states: Tensor) -> None:
+    """Check that the head turns the last hidden states into the model's own logits.
+
+    ``separate_states`` are those that :func:`check_forward` returned.
 
     Raises:
         InputError: the model's logits are others, so that training would optimise something else.
     """
-    logits = linear(apart, head.weight, head.bias).float() * head.logit_scale
+    logits = linear(separate_states, head.weight, head.bias).float() * head.logit_scale
     if head.logit_softcap:
         logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
-    batch = probe(model, APART)
+    batch = probe_batch(model, SEPARATE)
     expected = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.rows].float()
     if not is_close(logits, expected, head.weight.dtype):
         raise InputError(f"{type(model).__name__}: its logits do not follow from its last hidden state and LM head")
 
 
-def can_share_prompts(model: Any, apart: Tensor) -> bool:
-    """Whether answers that share a prompt's tokens have the hidden states that they have in rows of their own."""
+def can_share_prompts(model: Any, separate_states: Tensor) -> bool:
+    """Whether answers that share a prompt's tokens have the hidden states that they have in rows of their own.
+
+    ``separate_states`` are those that :func:`check_forward` returned for rows of their own.
+    """
     try:
-        return is_close(probe_states(model, SHARED), apart, apart.dtype)
+        return is_close(probe_states(model, SHARED), separate_states, separate_states.dtype)
     except FORWARD_ERRORS:  # the model takes no such mask or no position ids
         return False
 
 
-def check_layout(model: Any, layout: Layout, apart: Tensor) -> None:
+def check_layout(model: Any, layout: Layout, separate_states: Tensor) -> None:
     """Check that sequences packed in one row have the hidden states that they have in rows of their own.
 
     Raises:
         InputError: the attention lets the sequences of a row attend to each other.
     """
-    if not is_close(probe_states(model, layout), apart, apart.dtype):
+    if not is_close(probe_states(model, layout), separate_states, separate_states.dtype):
         raise InputError(
             f"{type(model).__name__}: {attention_of(model)} mixes the sequences of a row; try attn_implementation=sdpa"
         )

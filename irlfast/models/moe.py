@@ -8,7 +8,7 @@ from torch import Tensor
 
 from irlfast.common.files import InputError
 from irlfast.data.packing import PAD, Batch, PromptGroup, pack
-from irlfast.models.checks import APART
+from irlfast.models.checks import SEPARATE
 from irlfast.models.forward import body_output
 
 
@@ -34,7 +34,7 @@ def check_router(model: Any, coefficient: float) -> None:
         InputError: the model has no router, or returns another loss.
     """
     name = type(model).__name__
-    batch = pack([PromptGroup([0, 1, 2], ([3, 4, 5],))], APART).to(model.device)
+    batch = pack([PromptGroup([0, 1, 2], ([3, 4, 5],))], SEPARATE).to(model.device)
     router_logits = getattr(body_output(model, batch, output_router_logits=True), "router_logits", None)
     if not router_logits:
         raise InputError(f"router_aux_loss_coef: found {coefficient}, but {name} has no router; expected 0")

@@ -1,6 +1,6 @@
-"""The one door to a model that scores or trains: load it, check it, choose its attention, measure its costs, once.
+"""The one door to a model that scores or trains: load it, check it, choose its attention and measure its costs, once.
 
-``PreparedModel`` is what comes out. Scoring and training read it; nothing is probed a second time.
+The result is a ``PreparedModel``. Scoring and training read everything from it, and probe nothing again.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from irlfast.models.checks import can_share_prompts, check_forward, check_layout
 from irlfast.models.costs import Costs, costs_of
 from irlfast.models.load import is_reward_model, load_model, load_to_train
 from irlfast.ops import Head
-from irlfast.ops.common.heads import linear_module, probed, unwrapped
+from irlfast.ops.common.heads import linear_module, scale_and_softcap, unwrapped
 
 
 class PreparedModel(NamedTuple):
@@ -75,17 +75,17 @@ def prepare_model(model: Any, config: Config, groups: Sequence[PromptGroup]) -> 
     reward = is_reward_model(base)
     try:
         module = linear_module(base, getattr(base, "score", None) if reward else base.get_output_embeddings())
-        scale, softcap = probed(base, module)
+        scale, softcap = scale_and_softcap(base, module)
     except ValueError as error:
         raise InputError(str(error)) from error
     head = Head(module.weight, module.bias, scale, softcap)
-    apart = check_forward(base)
+    separate_states = check_forward(base)
     if not reward:
-        check_logits(base, head, apart)
+        check_logits(base, head, separate_states)
     costs = costs_of(base, head.weight)
-    layout = arrange(base, config, costs, groups, can_share_prompts(base, apart))
+    layout = arrange(base, config, costs, groups, can_share_prompts(base, separate_states))
     if layout.one_row:
-        check_layout(base, layout, apart)
+        check_layout(base, layout, separate_states)
     layout = layout._replace(
         keep_last_token=reward,
         answer_cost=costs.answer_token / costs.token,

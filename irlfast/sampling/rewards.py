@@ -98,7 +98,7 @@ def complete(rewards: Tensor) -> list[int]:
     """
     numbers = (~rewards.isnan().any(1)).nonzero().flatten().tolist()
     if not numbers:
-        raise InputError("reward_overlong: found drop, and every prompt has an answer of which the text is too long")
+        raise InputError("reward_overlong: found drop, and every prompt has an answer whose text is too long")
     if len(numbers) < len(rewards):
         left_out = len(rewards) - len(numbers)
         log(f"reward_overlong: {left_out:,} of {len(rewards):,} prompts are left out, as an answer's text was too long")

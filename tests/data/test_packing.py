@@ -17,7 +17,7 @@ from irlfast.data.batching import cost_of, micro_batches
 from irlfast.data.packing import PAD, Batch, Layout, PromptGroup, count_tokens, pack, token_counts
 from irlfast.losses.inputs import arguments
 from irlfast.models.attention import choose, sharing
-from irlfast.models.checks import APART, can_share_prompts, probe_states
+from irlfast.models.checks import SEPARATE, can_share_prompts, probe_states
 from irlfast.models.costs import costs_of, operations
 from irlfast.models.forward import hidden_states
 from irlfast.models.prepare import prepare_model
@@ -153,7 +153,7 @@ def test_a_model_that_cannot_share_prompts_is_detected_and_reported_once(capsys)
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = Recurrent(copy.deepcopy(FAMILIES["Llama"])).eval()
     sharing_model = model_of("Llama")
-    assert can_share_prompts(sharing_model, probe_states(sharing_model, APART))
+    assert can_share_prompts(sharing_model, probe_states(sharing_model, SEPARATE))
     assert [prepare_model(model, config, ragged()).layout.shared for _ in range(2)] == [False, False]
     assert capsys.readouterr().err.count("cannot share a prompt between answers; each gets its own") == 1
 

@@ -13,7 +13,7 @@ from irlfast.data.packing import PAD, Layout, PromptGroup, pack
 from irlfast.engine.module import Policy
 from irlfast.losses.inputs import Normalisers
 from irlfast.losses.sft import sft_loss
-from irlfast.models.checks import APART
+from irlfast.models.checks import SEPARATE
 from irlfast.models.forward import body_output
 from irlfast.models.moe import balancing_loss, check_router
 from irlfast.models.steady import recompute_layers
@@ -38,7 +38,7 @@ def moe_model(name: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", ROUTED)
 def test_the_loss_is_the_models_own_without_the_padding(name):
-    model, batch = moe_model(name), pack(ragged(), APART)
+    model, batch = moe_model(name), pack(ragged(), SEPARATE)
     attention_mask = (batch.group != PAD).long()
     assert not attention_mask.all()
     check_router(model, 0.1)
@@ -50,7 +50,7 @@ def test_the_loss_is_the_models_own_without_the_padding(name):
 @pytest.mark.parametrize("name", ROUTED)
 def test_all_groups_in_one_row_have_the_loss_of_separate_rows(name):
     model, losses = moe_model(name), []
-    for layout in (APART, Layout(shared=False, one_row=True)):
+    for layout in (SEPARATE, Layout(shared=False, one_row=True)):
         batch = pack(ragged(), layout)
         losses.append(balancing_loss(model, body_output(model, batch, output_router_logits=True).router_logits, batch))
     torch.testing.assert_close(*losses)

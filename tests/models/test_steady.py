@@ -12,7 +12,7 @@ import transformers
 
 from irlfast.common.files import InputError
 from irlfast.data.packing import pack
-from irlfast.models.checks import APART
+from irlfast.models.checks import SEPARATE
 from irlfast.models.forward import hidden_states
 from irlfast.models.steady import check_steady, recompute_layers
 from tests.data.test_packing import model_of, ragged
@@ -63,7 +63,7 @@ def noisy(name: str, heads: int = 0):
 @pytest.mark.parametrize("recomputed", [None, False, True], ids=["kept", "recomputed", "recomputed but for products"])
 @pytest.mark.parametrize("name, heads", [*((name, 0) for name in NOISY), ("GPT-2", 1), ("Mixtral", 2)])
 def test_hidden_states_and_gradients_in_training_are_those_of_the_policy_that_sampled(name, heads, recomputed):
-    model, batch = noisy(name, heads).eval(), pack(ragged(), APART)
+    model, batch = noisy(name, heads).eval(), pack(ragged(), SEPARATE)
     with torch.no_grad():
         expected = hidden_states(model, batch)
     gradients = []
@@ -83,7 +83,7 @@ def test_hidden_states_and_gradients_in_training_are_those_of_the_policy_that_sa
 def test_these_models_are_random_in_train_mode():
     """Without this, the tests above would prove nothing."""
     for name in NOISY:
-        model, batch = noisy(name).train(), pack(ragged(), APART)
+        model, batch = noisy(name).train(), pack(ragged(), SEPARATE)
         assert not torch.equal(hidden_states(model, batch), hidden_states(model, batch))
         with pytest.raises(InputError, match="draws random numbers"):
             check_steady(model, batch)

@@ -12,7 +12,7 @@ from irlfast.common.files import InputError
 from irlfast.data.packing import Layout, pack
 from irlfast.models import varlen
 from irlfast.models.attention import unshared_attention
-from irlfast.models.checks import APART, check_layout, probe_states
+from irlfast.models.checks import SEPARATE, check_layout, probe_states
 from irlfast.models.forward import hidden_states
 from tests.data.test_packing import FAMILIES, model_of, ragged, separate, with_gradients
 
@@ -52,7 +52,7 @@ def with_varlen(model):
     return model.float()
 
 
-@pytest.mark.parametrize("layout", [APART, ROW], ids=str)
+@pytest.mark.parametrize("layout", [SEPARATE, ROW], ids=str)
 @pytest.mark.parametrize("name", UNCAPPED)
 def test_answers_have_the_log_probabilities_and_gradients_of_separate_ones(name, layout, kernel):
     kernel(plain)
@@ -100,7 +100,7 @@ def test_a_layer_with_a_soft_cap_is_refused(kernel):
 
 def test_an_attention_that_mixes_the_sequences_of_a_row_is_refused(kernel):
     model = model_of("Llama").to(torch.bfloat16).float()
-    expected = probe_states(model, APART)
+    expected = probe_states(model, SEPARATE)
     with_varlen(model)
     kernel(plain)
     check_layout(model, ROW, expected)

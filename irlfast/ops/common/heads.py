@@ -60,7 +60,7 @@ def body_of(model: Any) -> Any:
 def head_at(model: Any, output: Any) -> Head:
     """Return the ``output`` module of ``model`` as a head."""
     module = linear_module(model, output)
-    return Head(module.weight, module.bias, *probed(model, module))
+    return Head(module.weight, module.bias, *scale_and_softcap(model, module))
 
 
 def linear_module(model: Any, output: Any) -> torch.nn.Linear:
@@ -76,7 +76,7 @@ def linear_module(model: Any, output: Any) -> torch.nn.Linear:
     return output
 
 
-def probed(model: Any, output: torch.nn.Linear) -> tuple[float, float | None]:
+def scale_and_softcap(model: Any, output: torch.nn.Linear) -> tuple[float, float | None]:
     """Return the scale and soft-cap of a model's logits. The first call for a model probes it; later ones remember.
 
     Raises:

@@ -49,7 +49,7 @@ def micro_batches(
 
 
 def cost_of(group: PromptGroup, layout: Layout) -> float:
-    """Return the operations that a group takes, in those of one token in the layers."""
+    """Return the operations that a group takes, relative to those of one token in the layers."""
     counts = token_counts([group], layout)
     return counts["tokens"] + layout.answer_cost * counts["answer_tokens"] + layout.attended_cost * counts["attended"]
 

@@ -39,7 +39,7 @@ class Layout(NamedTuple):
     one_row: bool = False  # all groups in one row; otherwise a row per group, padded to the longest
     keep_last_token: bool = False  # for a reward model, which reads each token's own hidden state, the last one's too
     answer_cost: float = 0.0  # operations of an answer token at the head, relative to those of a token in the layers
-    attended_cost: float = 0.0  # operations of attention per pair of tokens, relative to the same
+    attended_cost: float = 0.0  # operations of attention per token that a token attends to, relative to the same
 
 
 SHARED = Layout()

@@ -12,10 +12,10 @@ from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.engine.deepspeed_patches import float32_parameters, keep_float32, skip_reduction_of_one_process
+from irlfast.engine.layers import arrange_layers
 from irlfast.engine.module import Policy
 from irlfast.engine.optim import make_optimizer, make_scheduler
 from irlfast.engine.plan import Plan
-from irlfast.engine.trainable import arrange_layers
 from irlfast.losses.inputs import Loss
 from irlfast.models.moe import check_router
 from irlfast.models.prepare import prepare_to_train
@@ -48,7 +48,7 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config, grou
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run; the user's own is merged over it."""
+    """Return DeepSpeed's JSON for this run, with the file that ``deepspeed`` names merged over it."""
     # One process in float32 gains nothing from ZeRO, which would only copy.
     alone = dist.world_size() == 1 and config.dtype == "float32" and not config.deepspeed
     stage = 0 if alone else config.zero_stage

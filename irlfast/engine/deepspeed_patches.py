@@ -1,7 +1,8 @@
-"""Every place where irlfast reaches into DeepSpeed's insides. All were seen on DeepSpeed 0.19.8.
+"""Every place where irlfast reaches into DeepSpeed's internals. All were seen on DeepSpeed 0.19.8.
 
-Each function says what DeepSpeed does and where it is reported. A function whose place in DeepSpeed is gone logs one
-line and does nothing: training goes on without the patch. tests/engine/test_deepspeed_patches.py fails then.
+Each function says what DeepSpeed does, and which upstream issue reports it. If a newer DeepSpeed no longer has the
+place that a function patches, the function logs one line and does nothing, and training continues without the patch.
+tests/engine/test_deepspeed_patches.py fails when DeepSpeed no longer needs a patch, or has moved its place.
 """
 
 import contextlib
@@ -35,8 +36,8 @@ def report_missing(place: str, effect: str) -> None:
 def skip_shared_memory_collectives() -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives for CPUs: 30 s at first use, a crash without g++.
 
-    DeepSpeed compiles the operation if ``deepspeed.ops.__compatible_ops__`` says that the machine can, and has no
-    setting against it. No report was found upstream.
+    DeepSpeed compiles them if ``deepspeed.ops.__compatible_ops__`` has them, and offers no setting against it.
+    No upstream issue was found.
     """
     import deepspeed
 
@@ -52,7 +53,7 @@ def release_zero3_engines() -> None:
 
     Each engine appends its module to ``parameter_offload.FWD_MODULE_STACK`` and never removes it. A method of
     ``PartitionedParameterCoordinator`` caches its results by coordinator and module, without a limit. Both outlive
-    ``engine.destroy()``. Reported, open: https://github.com/deepspeedai/DeepSpeed/issues/7204
+    ``engine.destroy()``. Upstream issue, open: https://github.com/deepspeedai/DeepSpeed/issues/7204
     """
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
@@ -77,10 +78,10 @@ def coordinator_caches(module: Any) -> list[Any]:
 
 
 def float32_parameters(prepared: PreparedModel, config: Config) -> list[tuple[torch.nn.Parameter, Tensor]]:
-    """The frozen parameters that a bfloat16 model keeps in float32, with their values, for ``keep_float32``.
+    """Return the frozen parameters that a bfloat16 model keeps in float32, with their values, for ``keep_float32``.
 
     ``deepspeed.initialize`` rounds every parameter to bfloat16. Its setting ``keep_in_fp32_modules`` is for buffers
-    only. Reported, open: https://github.com/deepspeedai/DeepSpeed/issues/7747
+    only. Upstream issue, open: https://github.com/deepspeedai/DeepSpeed/issues/7747
 
     Raises:
         InputError: such a parameter is in training, or ZeRO-3 would split it.
@@ -107,7 +108,7 @@ def keep_float32(kept: list[tuple[torch.nn.Parameter, Tensor]]) -> None:
 def skip_reduction_of_one_process(engine: Any) -> None:
     """Spare a single process without ZeRO the reduction of its gradients, for which DeepSpeed would copy them all.
 
-    No report was found upstream.
+    No upstream issue was found.
     """
     if dist.world_size() > 1 or not isinstance(engine.optimizer, torch.optim.Optimizer):
         return
@@ -124,14 +125,16 @@ def timed_collectives(watch: Stopwatch) -> Iterator[None]:
     The stopwatch takes their time from the part of the step that calls them: it is the time that the step waits.
     Collectives on another stream of a GPU run beside the backward pass, and ZeRO-3 waits for its own later: both stay
     in the part where they are. DeepSpeed's communication logger waits for the GPU at every collective, and gives sums
-    for the whole run only. Reported, open: https://github.com/deepspeedai/DeepSpeed/issues/7403
+    for the whole run only. Upstream issue, open: https://github.com/deepspeedai/DeepSpeed/issues/7403
     """
     from deepspeed.comm import comm
 
     backend = getattr(comm, "cdb", None)
     present = [name for name in COLLECTIVES if hasattr(backend, name)]
-    if not present:
-        report_missing("collective in deepspeed.comm.comm.cdb", "time/communication is 0 in metrics.jsonl")
+    missing = [name for name in COLLECTIVES if name not in present]
+    if missing:
+        place = f"{', '.join(missing)} in deepspeed.comm.comm.cdb"
+        report_missing(place, "time/communication in metrics.jsonl leaves them out")
 
     def timed(collective: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:

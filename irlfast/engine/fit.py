@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from irlfast.engine.deepspeed_patches import release_zero3_engines, timed_collec
 from irlfast.engine.memory import OutOfMemory, TokenLimit, out_of_memory, phase_limit
 from irlfast.engine.meters import Stopwatch, meters, profiled
 from irlfast.engine.plan import Plan
-from irlfast.engine.step import Prepared, add, prepare, train_step
+from irlfast.engine.step import add, prepare_steps, train_step
 from irlfast.losses.inputs import Loss, Metrics
 from irlfast.runs.run import Run
 
@@ -34,8 +34,8 @@ def fit(run: Run, folder: Path, policy: Path | str, groups: Sequence[PromptGroup
     """Train ``policy`` as planned and return the result's folder: ``folder/policy``, or ``folder/model`` for a reward.
 
     A killed run loses at most ``save_steps`` steps: the same call continues from the last checkpoint in ``folder``.
-    With ``max_tokens_per_batch: auto``, a single process that runs out of memory does so by itself, with half the
-    tokens per batch.
+    A single process that runs out of memory with ``max_tokens_per_batch: auto`` continues from there by itself, with
+    half the tokens per batch.
 
     Raises:
         InputError: the loss or its gradient is not finite; no policy is written then.
@@ -58,12 +58,10 @@ def train_phase(
     """Train from the last checkpoint, or from the start, to the end of the phase; save the model."""
     config, checkpoint = run.config, folder / "checkpoint"
     engine = make_engine(policy, loss, plan, config, groups)
-    layout = engine.module.prepared.layout
-    limit = phase_limit(config, groups, layout, plan.micro_batch, checkpoint)
+    limit = phase_limit(config, groups, engine.module.prepared.layout, plan.micro_batch, checkpoint)
     done = resume(engine, checkpoint, config)
-    prepared_steps = prepare(plan.steps[done:], groups, layout, limit)
     try:
-        train_steps(run, folder, engine, plan, done, prepared_steps, limit, len(groups))
+        train_steps(run, folder, engine, groups, plan, done, limit)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(limit, checkpoint) from error
     save_model(engine, policy, folder / result_name(plan), run.encoder, plan.reward, config)
@@ -75,19 +73,13 @@ def train_phase(
 
 
 def train_steps(
-    run: Run,
-    folder: Path,
-    engine: Any,
-    plan: Plan,
-    done: int,
-    prepared_steps: Iterable[Prepared],
-    limit: TokenLimit,
-    group_count: int,
+    run: Run, folder: Path, engine: Any, groups: Sequence[PromptGroup], plan: Plan, done: int, limit: TokenLimit
 ) -> None:
-    """Take the optimiser steps that follow the ``done`` ones; log, check and save after those that are due."""
+    """Take the steps after the first ``done``; log every ``logging_steps`` and save every ``save_steps`` steps."""
     config, phase, last = run.config, folder.relative_to(run.output).as_posix(), len(plan.steps)
+    steps = prepare_steps(plan.steps[done:], groups, engine.module.prepared.layout, limit)
     run.metrics_log.start_phase(phase, done)
-    sums: Metrics = {}  # of the steps since the last logged one, as are counts
+    sums: Metrics = {}  # sums and counts are over the steps since the last logged one
     counts: Counter[str] = Counter()
     watch = Stopwatch()
     warned = False
@@ -96,7 +88,7 @@ def train_steps(
         profiled(config.profile and dist.is_main(), folder / "trace.json") as profile_step,
         timed_collectives(watch),
     ):
-        for step, prepared in enumerate(prepared_steps, done + 1):
+        for step, prepared in enumerate(steps, done + 1):
             metrics, grad_norm = train_step(engine, prepared, config.max_grad_norm, watch)
             limit.fit_to_memory(step - done, prepared.largest())
             sums, counts = add(sums, metrics), counts + prepared.counts
@@ -106,7 +98,7 @@ def train_steps(
             finite = dist.device().type != "cpu" or math.isfinite(grad_norm or 0.0)
             if finite and step % config.logging_steps and step < last:
                 continue
-            row = {"phase": phase, **progress_of(plan, step, group_count), **means(sums)}
+            row = {"phase": phase, **position(plan, step, len(groups)), **means(sums)}
             row |= {"grad_norm": float(grad_norm or 0.0), "learning_rate": engine.get_lr()[0]}
             row |= meters(engine.module.prepared.costs, counts, watch.read())
             sums, counts = {}, Counter()
@@ -124,14 +116,14 @@ def train_steps(
                 save_checkpoint(engine, folder / "checkpoint", step, config)
 
 
-def progress_of(plan: Plan, step: int, group_count: int) -> dict[str, Any]:
-    """The first columns of a row of metrics.jsonl, where SFT has the stage -1."""
-    stage = -1 if plan.stage is None else plan.stage
+def position(plan: Plan, step: int, group_count: int) -> dict[str, Any]:
+    """Return where the run is: stage, step and epoch, as in metrics.jsonl."""
+    stage = -1 if plan.stage is None else plan.stage  # metrics.jsonl writes SFT's stage as -1
     return {"stage": stage, "step": step, "epoch": step * plan.steps[0].size / group_count}
 
 
 def means(sums: Metrics) -> dict[str, float]:
-    """Means over the prompt groups of all processes. Only here do metrics leave the device."""
+    """Return means over the prompt groups of all processes. Only here do metrics leave the device."""
     names = sorted(sums)
     values = dist.all_reduce(torch.stack([sums[name].double() for name in names])).tolist()
     totals = dict(zip(names, values, strict=True))
@@ -147,12 +139,12 @@ def check_finite(row: dict[str, Any]) -> None:
 
 
 def expert_drop(row: dict[str, Any]) -> float:
-    """Nats per demonstration that the policy's log-likelihood lies below the reference's; 0 without a reference."""
+    """Return by how many nats per demonstration the policy is below the reference; 0 without a reference."""
     return row["logps/reference"] - row["logps/chosen"] if "logps/reference" in row else 0.0
 
 
 def postfix(row: dict[str, Any]) -> str:
-    """The metrics that the progress bar shows."""
+    """Return the metrics that the progress bar shows."""
     shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies", "logp": "logps/chosen"}
     metrics = [f"{label} {row[name]:.3g}" for label, name in shown.items() if name in row]
     utilisation = [f"MFU {row['mfu']:.0%}"] if "mfu" in row else []

@@ -15,7 +15,7 @@ from irlfast.data.batching import longest_of, token_limit
 from irlfast.data.packing import Layout, PromptGroup
 
 GPU_TOKENS = 32768  # at most: more is no faster on a GPU, and an attention mask grows with their square
-SAFE = 0.9  # of a GPU's memory; what lies between its blocks is lost
+SAFE = 0.9  # share of a GPU's memory that is used: gaps between blocks take some of the rest
 
 
 class OutOfMemory(Exception):
@@ -34,8 +34,8 @@ class TokenLimit:
     def fit_to_memory(self, step: int, largest: int) -> None:
         """Raise the limit to what memory holds, after the second ``step`` since the phase was started or resumed.
 
-        The second step is the first with all of the optimiser's state. Its peak of memory with its
-        ``largest`` micro-batch, in tokens, tells how many tokens fit. The process with the least room decides.
+        The second step is the first with all of the optimiser's state. The memory that its micro-batch of ``largest``
+        tokens took tells how many tokens fit. The process with the least room decides.
         """
         if not self.auto or step > 2:
             return
@@ -60,9 +60,9 @@ def phase_limit(
 def out_of_memory(limit: TokenLimit, checkpoint: Path) -> Exception:
     """Note in ``checkpoint`` with how many tokens memory ran out; return the error to raise.
 
-    It is ``OutOfMemory`` where this process can restart the phase by itself. It is a ``LocalError`` where the command
-    must be started again, because other processes wait for this one; and where smaller batches are impossible, because
-    the limit was given, or a batch was a single prompt group. The latter leave no note.
+    The error is ``OutOfMemory`` if this process can restart the phase by itself. It is a ``LocalError`` if the user
+    must start the command again, because other processes wait for this one. It is a ``LocalError`` without a note if
+    smaller batches are impossible: the limit was given, or a batch was a single prompt group.
     """
     ran_out = f"{checkpoint.parent.name}: out of memory with {limit.tokens:,} tokens per batch"
     if not limit.auto:
@@ -92,7 +92,7 @@ def fitting_tokens(count: int, base: int, peak: int, total: int) -> int:
 
 
 def gpu_memory() -> tuple[int, int, int] | None:
-    """Return bytes in use now, at most since the last call, and that this process can have; None on a CPU."""
+    """Return the bytes in use, the peak since the last call, and the most this process can have; None on a CPU."""
     if dist.device().type != "cuda":
         return None
     used, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()

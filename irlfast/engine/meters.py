@@ -1,4 +1,4 @@
-"""What a step costs: seconds per part, tokens per second, operations per second."""
+"""The cost of a step: seconds per part, tokens per second, operations per second."""
 
 import contextlib
 import itertools

@@ -21,7 +21,7 @@ from irlfast.engine.meters import Stopwatch
 from irlfast.losses.inputs import Metrics, Normalisers
 
 
-class Prepared(NamedTuple):
+class PreparedStep(NamedTuple):
     """A step before it runs."""
 
     batches: list[Batch]  # this process's micro-batches, in host memory
@@ -33,12 +33,12 @@ class Prepared(NamedTuple):
         return max(batch.input_ids.numel() for batch in self.batches)
 
 
-def prepare(
+def prepare_steps(
     steps: Sequence[np.ndarray], groups: Sequence[PromptGroup], layout: Layout, limit: TokenLimit
-) -> Iterator[Prepared]:
+) -> Iterator[PreparedStep]:
     """Yield every step with its batches of at most ``limit.tokens`` tokens. A thread prepares one step ahead.
 
-    A new limit takes effect two steps later: when it changes after a step, the next one is prepared already.
+    A limit that is changed after a step holds from the second next step on, because the next one is prepared already.
     """
     with ThreadPoolExecutor(1) as worker:
         ahead = worker.submit(prepare_step, steps[0], groups, layout, limit.tokens)
@@ -49,7 +49,7 @@ def prepare(
         yield ahead.result()
 
 
-def prepare_step(step: np.ndarray, groups: Sequence[PromptGroup], layout: Layout, limit: int) -> Prepared:
+def prepare_step(step: np.ndarray, groups: Sequence[PromptGroup], layout: Layout, limit: int) -> PreparedStep:
     """Pack this process's share of a step into micro-batches of at most ``limit`` tokens."""
     ranks = dist.world_size()
     chosen = [groups[i] for i in step]
@@ -60,10 +60,10 @@ def prepare_step(step: np.ndarray, groups: Sequence[PromptGroup], layout: Layout
         # Without a group, this process runs a batch that scores nothing: the others wait for its gradients.
         batch = pack([groups[i] for i in numbers], layout) if numbers else pack(groups[:1], layout).unscored()
         batches.append(batch.pinned())
-    return Prepared(batches, normalisers, token_counts(chosen, layout))
+    return PreparedStep(batches, normalisers, token_counts(chosen, layout))
 
 
-def train_step(engine: Any, prepared: Prepared, max_grad_norm: float, watch: Stopwatch) -> tuple[Metrics, Any]:
+def train_step(engine: Any, prepared: PreparedStep, max_grad_norm: float, watch: Stopwatch) -> tuple[Metrics, Any]:
     """Take one optimiser step; return the summed metrics of this process's micro-batches and the gradient's norm."""
     sums: Metrics = {}
     with reduced_together(engine):

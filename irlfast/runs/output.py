@@ -59,7 +59,7 @@ def check_output(output: Path, config: Config) -> None:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Compare a run's configuration with a ``new`` one: changes it cannot take, and changes it can.
 
-    Each is told as ``key: old -> new (why)``.
+    A change is described as ``key: old -> new (why)``.
     """
     refused, allowed = [], []
     for name in {**old, **new}:

@@ -69,12 +69,20 @@ def test_a_switch_of_the_reduction_that_is_gone_is_reported(reported):
     assert vars(engine) == {"optimizer": optimizer}
 
 
-def test_a_backend_without_collectives_is_reported_and_the_steps_go_on(monkeypatch, reported):
-    monkeypatch.setattr(comm, "cdb", None)
-    steps = []
-    with patches.timed_collectives(Stopwatch()):
-        steps.append(1)
-    assert (reported, steps) == (["collective in deepspeed.comm.comm.cdb"], [1])
+def test_collectives_that_are_gone_are_reported_and_the_others_are_timed(monkeypatch, reported):
+    class Backend:
+        """DeepSpeed's, but for ``broadcast``."""
+
+    for name in patches.COLLECTIVES:
+        if name != "broadcast":
+            setattr(Backend, name, lambda self: None)
+    backend, watch = Backend(), Stopwatch()
+    monkeypatch.setattr(comm, "cdb", backend)
+    with patches.timed_collectives(watch):
+        backend.all_reduce()
+    assert reported == ["broadcast in deepspeed.comm.comm.cdb"]
+    assert len(watch.collectives) == 1
+    assert not vars(backend)
 
 
 def test_the_report_is_one_line_with_both_versions_and_the_effect(capsys):

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from irlfast.data.packing import pack
+from irlfast.engine.layers import compile_layers
 from irlfast.engine.module import offloaded
-from irlfast.engine.trainable import compile_layers
 from irlfast.models.forward import hidden_states
 from irlfast.models.steady import recompute_layers
 from tests.data.test_packing import model_of, ragged, with_gradients

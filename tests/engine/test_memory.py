@@ -12,7 +12,7 @@ from irlfast.data.batching import longest_of, token_limit
 from irlfast.data.packing import Layout, PromptGroup
 from irlfast.engine import memory
 from irlfast.engine.memory import OutOfMemory, TokenLimit, allowed_tokens, fitting_tokens, out_of_memory
-from irlfast.engine.step import prepare
+from irlfast.engine.step import prepare_steps
 from irlfast.sampling import scoring
 from tests.data.test_packing import model_of, ragged
 from tests.helpers.runs import ended, printed, settings
@@ -66,7 +66,7 @@ def test_batches_grow_to_what_fits_after_the_second_step_was_measured(gpu, most,
     groups = [PromptGroup([1] * 30, ([2] * 20, [3] * 20))] * 64  # 68 tokens each
     steps, tokens = [np.arange(64)] * 5, []
     limit = TokenLimit(140, auto=True, most=most)
-    for step, prepared in enumerate(prepare(steps, groups, Layout(), limit), 1):
+    for step, prepared in enumerate(prepare_steps(steps, groups, Layout(), limit), 1):
         tokens.append([batch.input_ids.numel() for batch in prepared.batches])
         gpu[0] = max(tokens[-1])
         limit.fit_to_memory(step, prepared.largest())

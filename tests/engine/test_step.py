@@ -16,7 +16,7 @@ from irlfast.data.packing import Layout, PromptGroup, pack, token_counts
 from irlfast.engine.deepspeed_patches import timed_collectives
 from irlfast.engine.memory import TokenLimit
 from irlfast.engine.meters import Stopwatch
-from irlfast.engine.step import prepare
+from irlfast.engine.step import prepare_steps
 from irlfast.losses.pairs import irft_loss
 from irlfast.losses.policy import align_loss
 from irlfast.losses.rewards import reward_loss
@@ -76,7 +76,7 @@ def test_a_process_without_prompt_groups_adds_nothing_to_loss_and_gradients(name
     model, heads = model_of("Llama"), torch.nn.Linear(32, 2)
     logps = torch.full((4,), -1.0)
     groups = [PromptGroup([1, 2], ([3] * 4, [4] * 4), (logps, logps), (logps, logps), (1.0, -1.0))]
-    [prepared] = prepare([np.array([0])], groups, Layout(), TokenLimit(8, auto=False))
+    [prepared] = prepare_steps([np.array([0])], groups, Layout(), TokenLimit(8, auto=False))
     [batch] = prepared.batches
     head = ops.Head(heads.weight, heads.bias, 1.0, None) if LOSSES[name].func is reward_loss else ops.lm_head(model)
     loss, metrics = LOSSES[name](hidden_states(model, batch), head, batch, prepared.normalisers)

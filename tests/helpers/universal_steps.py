@@ -1,7 +1,7 @@
 """Started by test_zero.py: FusedRMSprop through DeepSpeed's universal checkpoints, from two processes to one.
 
-``save FOLDER`` trains, keeps a checkpoint of every case half-way, and prints its parameters at the end as JSON;
-``load FOLDER`` goes on from the converted checkpoints, and prints the same.
+``save FOLDER`` trains, writes a checkpoint of every case half-way, and prints the last parameters as JSON.
+``load FOLDER`` continues from the converted checkpoints, and prints the same.
 """
 
 import json
@@ -50,18 +50,18 @@ def steps(engine: Any, batches: list[torch.Tensor]) -> None:
 def parameters(engine: Any) -> list[Any]:
     import deepspeed
 
-    found = []
+    results = []
     for parameter in engine.module.parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
-            found.append(parameter.detach().clone().tolist())
-    return found
+            results.append(parameter.detach().clone().tolist())
+    return results
 
 
 def main() -> None:
     action, folder = sys.argv[1], Path(sys.argv[2])
     quiet()
     init_process_group()
-    found = {}
+    results = {}
     for case in CASES:
         engine = make_engine(folder, case, universal=action == "load")
         if action == "save":
@@ -70,13 +70,13 @@ def main() -> None:
         else:
             engine.load_checkpoint(str(folder / case), tag="universal")
         steps(engine, batches()[HALF : 2 * HALF])
-        found[case] = {
+        results[case] = {
             "parameters": parameters(engine),
             "states": sorted({name for state in engine.optimizer.optimizer.state.values() for name in state}),
         }
         engine.destroy()
     if dist.is_main():
-        print(json.dumps(found))
+        print(json.dumps(results))
     dist.barrier()
     destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Started by test_deepspeed_patches.py: what DeepSpeed does by itself, where irlfast patches it. Prints JSON."""
+"""Started by test_deepspeed_patches.py: print, as JSON, how DeepSpeed behaves in each place without irlfast's patch."""
 
 import gc
 import json

@@ -1,7 +1,7 @@
-"""Started by test_step.py: where training steps make the host wait for values of tensors, as they would for a GPU's.
+"""Started by test_step.py: count the places of a training step where the host would wait for a GPU's values.
 
-Prints JSON: for ZeRO stages 0 to 2, how often a step waits at each place (file and function), and how often by
-operations that no place accounts for (indexing by a mask, or what C++ calls itself); and how many collectives it calls.
+Prints JSON. For ZeRO stages 0 to 2: how often a step reads values at each place (``file:function``); how many
+operations that wait ran in all, those included that C++ or indexing by a mask starts; and how many collectives.
 """
 
 import functools
@@ -25,19 +25,19 @@ from irlfast.engine.memory import TokenLimit
 from irlfast.engine.meters import Stopwatch
 from irlfast.engine.plan import Plan
 from irlfast.engine.process_group import destroy_process_group, init_process_group
-from irlfast.engine.step import prepare, train_step
+from irlfast.engine.step import prepare_steps, train_step
 from irlfast.losses.pairs import irft_loss
 from irlfast.ops.common import checks
 from irlfast.startup.prepare import quiet
 
 METHODS = ("item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "tolist", "numpy", "cpu")
-OPERATIONS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")  # what most of them become
+OPERATIONS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")  # the operations behind most of them
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 STEPS, BATCH = 3, 8
 
 
 def recorded(method: Callable, places: Counter[str]) -> Callable:
-    """The method of Tensor, its callers counted."""
+    """Wrap a method of Tensor so that it counts its callers in ``places``."""
 
     @functools.wraps(method)
     def call(*given: Any, **options: Any) -> Any:
@@ -53,7 +53,7 @@ def main() -> None:
     init_process_group()
     folder = Path(sys.argv[1])
     LlamaForCausalLM(LlamaConfig(vocab_size=61, **SHAPE)).save_pretrained(folder / "model")
-    checks.values_visible = lambda _: False  # values are checked where they are at hand: on a CPU
+    checks.values_visible = lambda _: False  # as on a GPU, where values are not checked
     logps = (torch.zeros(5), torch.zeros(6))
     groups = [PromptGroup([1] * 9, ([2] * 5, [3] * 6), logps)] * BATCH
     print(json.dumps({stage: count(folder, groups, stage) for stage in (0, 1, 2)}))
@@ -69,7 +69,7 @@ def count(folder: Path, groups: list[PromptGroup], stage: int) -> dict[str, Any]
     loss = functools.partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1)
     engine = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config, groups)
     watch, places = Stopwatch(), Counter[str]()
-    *_, prepared = prepare(
+    *_, prepared = prepare_steps(
         steps, groups, engine.module.prepared.layout, TokenLimit(config.max_tokens_per_batch, auto=False)
     )
     train_step(engine, prepared, config.max_grad_norm, watch)
@@ -82,9 +82,9 @@ def count(folder: Path, groups: list[PromptGroup], stage: int) -> dict[str, Any]
     finally:
         for name, method in methods.items():
             setattr(torch.Tensor, name, method)
-    found = sum(event.count for event in profiler.key_averages() if event.key in OPERATIONS)
+    operations = sum(event.count for event in profiler.key_averages() if event.key in OPERATIONS)
     collectives = sum(len(lap.collectives) for lap in watch.laps)
-    return {"batches": len(prepared.batches), "places": places, "operations": found, "collectives": collectives}
+    return {"batches": len(prepared.batches), "places": places, "operations": operations, "collectives": collectives}
 
 
 if __name__ == "__main__":

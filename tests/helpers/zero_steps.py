@@ -1,7 +1,7 @@
-"""Started by test_zero.py, by torchrun too: steps of FusedRMSprop under DeepSpeed against PyTorch's RMSprop alone.
+"""Started by test_zero.py: compare FusedRMSprop under DeepSpeed with PyTorch's RMSprop alone.
 
-Prints JSON: for every ZeRO stage, with and without ``offload_optimizer``, the largest difference of a parameter, the
-dtype of the state, and where it lies.
+Prints JSON. For every ZeRO stage, with and without ``offload_optimizer``: the largest difference of a parameter, and
+the dtype and the device of the optimiser's state.
 """
 
 import json
@@ -64,16 +64,16 @@ def by_deepspeed(own: Path, zero: dict) -> tuple[list[torch.Tensor], set[str]]:
 def main() -> None:
     quiet()
     init_process_group()
-    expected, found = plain(), {}
+    expected, results = plain(), {}
     for stage in range(4):
         for offload in ("none", "cpu"):
             own = Path(sys.argv[1]) / f"{dist.rank()}.json"
             zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload == "cpu" else {})
             parameters, state = by_deepspeed(own, zero)
             error = max((p - q).abs().max().item() for p, q in zip(parameters, expected, strict=True))
-            found[f"ZeRO {stage}, offload {offload}"] = {"error": error, "state": sorted(state)}
+            results[f"ZeRO {stage}, offload {offload}"] = {"error": error, "state": sorted(state)}
     if dist.is_main():
-        print(json.dumps(found))
+        print(json.dumps(results))
     dist.barrier()
     destroy_process_group()
 

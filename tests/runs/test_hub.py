@@ -18,7 +18,7 @@ from irlfast.runs.hub import create_repository, upload
 from irlfast.train import main
 from tests.helpers.runs import ROOT, command
 
-FIGURES = {"phase": "sft", "exact_match": 0.5, "reward_accuracy": None, "nll": 2.0, "answer_length": 3.0}
+METRICS = {"phase": "sft", "exact_match": 0.5, "reward_accuracy": None, "nll": 2.0, "answer_length": 3.0}
 
 
 def config_of(**keys):
@@ -85,7 +85,7 @@ def test_a_failed_upload_says_where_the_policy_is(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("dataset", "listed"), [(__file__, None), ("owner/rows", ["owner/rows"]), ("x" * 99, None)])
 def test_the_cards_metadata_names_only_what_can_be_on_the_hub(model, base, dataset, listed):
     config = config_of(model_name_or_path=model, dataset_name=dataset)
-    policy = ModelCard(model_card(config, "sft", "the last", [FIGURES])).data
+    policy = ModelCard(model_card(config, "sft", "the last", [METRICS])).data
     reward = ModelCard(reward_card(config, {"phase": "reward", "reward_accuracy": 0.5})).data
     for data, task in ((policy, "text-generation"), (reward, "text-classification")):
         assert (data.base_model, data.datasets, data.pipeline_tag) == (base, listed, task)

@@ -33,8 +33,8 @@ def test_a_run_continues_if_nothing_that_it_learned_changes_and_is_refused_other
     for name in draw.sample(PER_STAGE, 3):
         values = [draw.choice([0.5, 1.0, 2.0]) for _ in range(stages)]
         old[name] = values if draw.random() < 0.7 else values[0]
-        begun = old[name] if isinstance(old[name], list) else [old[name]] * stages
-        new[name] = begun + [draw.choice([0.5, 3.0]) for _ in range(more)]
+        started = old[name] if isinstance(old[name], list) else [old[name]] * stages
+        new[name] = started + [draw.choice([0.5, 3.0]) for _ in range(more)]
     for name in draw.sample([*OTHER], 3):
         new[name] = OTHER[name]
     harmful, harmless = differences(old, new)
@@ -61,10 +61,10 @@ def test_a_run_of_earlier_spellings_is_another_configuration(tmp_path):
 
 
 def test_more_stages_of_split_prompts_are_refused_with_the_reason():
-    [said], _ = differences(
+    [refused], _ = differences(
         resolved(stages=2, prompts_per_stage="split"), resolved(stages=3, prompts_per_stage="split")
     )
-    assert said == "stages: 2 -> 3, and with prompts_per_stage: split more stages change the prompts of each"
+    assert refused == "stages: 2 -> 3, and with prompts_per_stage: split more stages change the prompts of each"
 
 
 def test_another_logging_interval_is_refused_where_it_decides_when_a_stage_ends():

@@ -60,11 +60,11 @@ def test_tensorboard_has_curves_by_kind_over_the_steps_of_the_run_without_rows_l
     config = config_of("tensorboard")
     write_all(MetricsLog(tmp_path, config))
     resume(MetricsLog(tmp_path, config))
-    found = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
-    curves = {name: [(x.step, pytest.approx(x.value)) for x in found.Scalars(name)] for name in CURVES}
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    curves = {name: [(x.step, pytest.approx(x.value)) for x in events.Scalars(name)] for name in CURVES}
     assert curves == CURVES
-    assert {*found.Tags()["scalars"]} == {*CURVES}
-    samples = found.Tensors("eval/samples/text_summary")
+    assert {*events.Tags()["scalars"]} == {*CURVES}
+    samples = events.Tensors("eval/samples/text_summary")
     assert [x.step for x in samples] == [15, 24]
     assert b"| a\\|b | two<br>lines | c |" in samples[0].tensor_proto.string_val[0]
 
@@ -109,17 +109,17 @@ def test_wandb_has_the_same_curves_and_axis_and_the_config_project_and_samples(w
     for write in (write_all, resume):
         write(MetricsLog(tmp_path, config))
         wandb.teardown()
-    found = records(tmp_path)
-    runs = [record.run for record in found if record.HasField("run")]
+    written = records(tmp_path)
+    runs = [record.run for record in written if record.HasField("run")]
     assert {run.project for run in runs} == {"of-the-environment"}
     assert {run.display_name for run in runs} == {"mine"}
     assert len({run.run_id for run in runs}) == 1
     keys = {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}
     assert (keys["method"], keys["beta"], keys["run_name"]) == ("rft", 0.1, "mine")
-    axes = {record.metric.step_metric for record in found if record.HasField("metric") and record.metric.glob_name}
+    axes = {record.metric.step_metric for record in written if record.HasField("metric") and record.metric.glob_name}
     assert axes == {"global_step"}
     curves: dict = {}
-    for record in (record for record in found if record.HasField("history")):
+    for record in (record for record in written if record.HasField("history")):
         items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
         for name in CURVES.keys() & items.keys():
             curves.setdefault(name, {})[items["global_step"]] = items[name]  # W&B shows the last value of a step

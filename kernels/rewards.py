@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+KINDS = ("bradley_terry", "bce", "airl", "gail", "fairl", "alpha")  # the losses that have their formula here
 LOG_2 = tl.constexpr(0.6931471805599453)
 COUNTED = tl.constexpr(256)  # sequences that a program counts at once
 PROGRAMS = 1024  # of the backward: several waves on any GPU, so that the last one costs little

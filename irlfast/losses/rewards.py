@@ -1,7 +1,5 @@
 """Losses of reward models on pairs (expert, synthetic)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -22,33 +20,24 @@ def reward_loss(
     alpha: float,
     regularization: float,
 ) -> tuple[Tensor, Metrics]:
-    """Loss of a reward model's M heads on pairs (expert, synthetic), the mean over heads (DESIGN §3, RFT and AfD).
+    """Loss of a reward model's M heads on pairs (expert, synthetic), the mean over heads.
 
-    ``kind``: ``linear`` is −(r(y) − r(ỹ)) + λ·(r(y)² + r(ỹ)²), λ the ``regularization``; the others are those of
-    :func:`irlfast.ops.discriminator_loss`. At ``level`` "token" a mean is over the tokens of a micro-batch.
+    :func:`irlfast.ops.discriminator_loss` has every ``kind``. At ``level`` "token", a mean is over the tokens of a
+    micro-batch.
     """
-    options: dict[str, Any] = {
-        "rows": batch.rows,
-        "bias": head.bias,
-        "pooling": "token" if level == "token" else "last",
-    }
     pairs = (len(batch.cu_seqlens) - 1) // 2
-    if kind == "linear":
-        logits = ops.reward_head(hidden, head.weight, batch.cu_seqlens, **options)
-        expert, synthetic = logits[0::2], logits[1::2]
-        terms = synthetic - expert + regularization * (expert**2 + synthetic**2)
-        loss = terms.sum() / max(terms.numel(), 1)
-    else:
-        labels = torch.arange(2 * pairs, device=hidden.device) % 2 == 0
-        loss, logits, _ = ops.discriminator_loss(
-            hidden,
-            head.weight,
-            batch.cu_seqlens,
-            labels,
-            kind=kind,
-            alpha=alpha,
-            **options,
-        )
+    loss, logits, _ = ops.discriminator_loss(
+        hidden,
+        head.weight,
+        batch.cu_seqlens,
+        labels=torch.arange(2 * pairs, device=hidden.device) % 2 == 0,
+        kind=kind,
+        rows=batch.rows,
+        bias=head.bias,
+        pooling="token" if level == "token" else "last",
+        alpha=alpha,
+        regularization=regularization,
+    )
     loss = loss * (pairs / normalisers.pairs)
     rewards = logits.detach().mean(1)
     if level == "token":

@@ -100,6 +100,14 @@ def token_by_token(case: dict[str, Any], prefix: str = "") -> list[list[torch.Te
     return result
 
 
+# Each loss of PAIR_LOSSES as its paper has it, of the log-ratios ρ(y) and ρ(ỹ), and β.
+PAIR_LOSS_ORACLES = {
+    "sigmoid": lambda y, s, beta: (1 + (-beta * (y - s)).exp()).log(),
+    "hinge": lambda y, s, beta: (1 - beta * (y - s)).clamp(min=0),
+    "linear": lambda y, s, beta: -beta * (y - s),
+}
+
+
 def looped_pair_loss(case: dict[str, Any], pairs: torch.Tensor, beta: float, loss_type: str, nll_weight: float) -> Any:
     """Loss and log-ratios as the definition reads."""
     policy = [[x for x in sequence if x is not None] for sequence in token_by_token(case)]
@@ -117,9 +125,7 @@ def looped_pair_loss(case: dict[str, Any], pairs: torch.Tensor, beta: float, los
                 ratio[s] = ratio[s] - case["ref_logps"][s]
     loss = torch.zeros(()).double()
     for expert, synthetic in pairs.tolist():
-        u = beta * (ratio[expert] - ratio[synthetic])
-        term = {"sigmoid": (1 + (-u).exp()).log(), "hinge": (1 - u).clamp(min=0), "linear": -u}[loss_type]
-        loss = loss + term / len(pairs)
+        loss = loss + PAIR_LOSS_ORACLES[loss_type](ratio[expert], ratio[synthetic], beta) / len(pairs)
     experts = sorted(set(pairs[:, 0].tolist()))
     tokens = max(1, sum(len(policy[s]) for s in experts))
     for s in experts:

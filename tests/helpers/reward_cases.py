@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
 PAIRED: dict[str, dict[str, Any]] = {
     "bradley_terry": {"kind": "bradley_terry"},
     "bradley_terry smoothed": {"kind": "bradley_terry", "label_smoothing": 0.2},
+    "linear": {"kind": "linear", "regularization": 0.1},
 }
 FORMS = [*itertools.product(KINDS, POOLINGS), *itertools.product(PAIRED, ["last"])]  # every kind as it may be pooled
 
@@ -119,14 +120,17 @@ def mean(values: list[float]) -> float:
 
 
 def looped_loss(case: dict[str, Any], pooling: str, options: dict[str, Any], pairs: list[list[int]]) -> float:
-    found, kind, wrong = looped_logits(case, pooling), options["kind"], options.get("label_smoothing", 0.0)
+    items, kind, wrong = looped_logits(case, pooling), options["kind"], options.get("label_smoothing", 0.0)
     losses = []
     for m in range(len(case["head"])):
-        logits = [[item[m] for item in sequence] for sequence in found]
+        logits = [[item[m] for item in sequence] for sequence in items]
         expert, synthetic = (list(itertools.chain(*logits[first::2])) for first in (0, 1))
+        compared = [(logits[e][0], logits[s][0]) for e, s in pairs if logits[e] and logits[s]]
         if kind == "bradley_terry":
-            margins = [logits[e][0] - logits[s][0] for e, s in pairs if logits[e] and logits[s]]
+            margins = [e - s for e, s in compared]
             losses.append(mean([-(1 - wrong) * log_sigmoid(u) - wrong * log_sigmoid(-u) for u in margins]))
+        elif kind == "linear":
+            losses.append(mean([s - e + options["regularization"] * (e * e + s * s) for e, s in compared]))
         elif kind == "bce":
             right = expert + [-h for h in synthetic]
             losses.append(mean([-(1 - wrong) * log_sigmoid(z) - wrong * log_sigmoid(-z) for z in right]))

@@ -8,6 +8,7 @@ import torch
 from irlfast import ops
 from irlfast.ops.common import checks
 from irlfast.ops.common.types import IGNORE
+from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from tests.helpers.ops_cases import converted, gradients, make, random_pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +24,7 @@ FACTORS = {
     "ignored": [False, True],
     "reference": ["none", "hidden", "token", "sequence"],
     "frozen": [False, True],
-    "loss_type": ["sigmoid", "hinge", "linear"],
+    "loss_type": list(PAIR_LOSSES),
     "nll_weight": [0.0, 0.3],
     "coupling": ["default", "random"],
     "rows_in_buffer": [1, 9, 10**6],

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from irlfast.ops.rewards import public as ops
+from irlfast import ops
+from irlfast.ops.rewards import custom_op
+from irlfast.ops.rewards.losses import Options
 from tests.helpers.ops_cases import random_pairs, sequences
-from tests.helpers.reward_cases import FORMS, LENGTHS, POOLINGS, gradients, in_fp64, labels_of, make, options_of
+from tests.helpers.reward_cases import FORMS, LENGTHS, PAIRED, POOLINGS, gradients, in_fp64, labels_of, make, options_of
 from tests.ops.test_rewards import check_autocast_and_checkpointing, check_bf16, check_compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +81,7 @@ def test_sizes_at_the_edge(lengths):
             check_head(case, pooling)
         if name != "bradley_terry" or len(lengths) % 2 == 0:
             inputs = {"labels": labels_of(lengths, DEVICE), "pooling": pooling}
-            pairs = torch.zeros(0, 2).long().to(DEVICE) if len(lengths) % 2 and name.startswith("bradley") else None
+            pairs = torch.zeros(0, 2).long().to(DEVICE) if len(lengths) % 2 and name in PAIRED else None
             check_loss(case, **inputs, pairs=pairs, **options_of(name))
 
 
@@ -103,7 +105,7 @@ def test_large_blocks():
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bradley_terry", "bradley_terry smoothed"])
+@pytest.mark.parametrize("name", PAIRED)
 def test_pairs_may_share_sequences_and_leave_some_out(name):
     case = make(LENGTHS, dtype=torch.float32, device=DEVICE)
     for seed, dtype in itertools.product(range(4), (torch.int32, torch.int64)):
@@ -179,7 +181,7 @@ def test_a_nan_stays_in_its_sequence(pooling, value):
             inputs = {"labels": labels_of(lengths, DEVICE), "pooling": pooling, "backend": "triton"} | options_of(name)
             result = ops.discriminator_loss(**case, **inputs)
             assert result.reward[others].isfinite().all() and not result.reward[own].isfinite().all()
-            kept = [n for n in range(8) if n != 3 and not (n == 1 and name.startswith("bradley"))]
+            kept = [n for n in range(8) if n != 3 and not (n == 1 and name in PAIRED)]
             assert gradients(result.loss, case)["hidden"][kept].isfinite().all()
             if value != value:
                 assert result.loss.isnan()
@@ -220,16 +222,17 @@ def test_without_gradients_nothing_is_kept():
 def test_opcheck(token, rows):
     case = make(LENGTHS, dtype=torch.float32, rows=rows, device=DEVICE)
     inputs = case["hidden"], case["head"], case["bias"], case["rows"], case["cu_seqlens"]
-    torch.library.opcheck(ops.head_logits, (*inputs, token))
+    torch.library.opcheck(custom_op.head_logits, (*inputs, token))
     labels = labels_of(LENGTHS, DEVICE) != 0
-    torch.library.opcheck(ops.discriminate, (*inputs, labels, None, token, "alpha", 0.3, 0.0, False, 20.0))
+    torch.library.opcheck(custom_op.discriminate, (*inputs, labels, None, token, *Options("alpha", 0.3)))
     if not token:
         pairs = random_pairs(len(LENGTHS), 0).to(DEVICE)
-        torch.library.opcheck(ops.discriminate, (*inputs, None, pairs, token, "bradley_terry", 0.3, 0.1, False, 20.0))
+        options = Options("bradley_terry", label_smoothing=0.1)
+        torch.library.opcheck(custom_op.discriminate, (*inputs, None, pairs, token, *options))
     slopes = torch.randn(len(case["hidden"]), 3, device=DEVICE)
     for wanted in ([True, True, True], [False, True, False]):
         leaves = case["hidden"].detach(), case["head"].detach(), slopes
-        torch.library.opcheck(ops.gradients, (*leaves, torch.tensor(2.0, device=DEVICE), wanted))
+        torch.library.opcheck(custom_op.gradients, (*leaves, torch.tensor(2.0, device=DEVICE), wanted))
 
 
 def test_compiles_as_one_graph_of_any_length():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from irlfast.ops.rewards import public as ops
+from irlfast import ops
 from tests.helpers.ops_cases import sequences
 from tests.helpers.reward_cases import FORMS, LENGTHS, POOLINGS, critic, gradients, labels_of, make, options_of
 
@@ -117,7 +117,7 @@ H = torch.linspace(-6, 6, 49, dtype=torch.float64)
 
 def test_rewards_are_what_the_papers_say():
     reward = ops.discriminator_reward
-    for kind in ("bce", "bradley_terry", "airl"):
+    for kind in ("bce", "bradley_terry", "linear", "airl"):
         assert torch.equal(reward(H, kind=kind), H)
     torch.testing.assert_close(reward(H, kind="gail"), -(1 - H.sigmoid()).log())
     torch.testing.assert_close(reward(H, kind="fairl"), H.exp())

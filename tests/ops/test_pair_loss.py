@@ -12,10 +12,11 @@ from torch.autograd import gradcheck
 
 from irlfast import ops
 from irlfast.ops.pair_loss import cpu_slab
+from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from tests.helpers.ops_cases import Recorder, converted, gradients, looped_pair_loss, make, random_pairs
 
 BACKENDS = ["plain", "cpu"]
-LOSSES = ["sigmoid", "hinge", "linear"]
+LOSSES = list(PAIR_LOSSES)
 LENGTHS = [5, 3, 0, 7, 1, 0, 4, 6]
 EVERYTHING = {"rows": True, "bias": True, "scale": 0.5, "softcap": 2.0, "ignored": True, "reference": "hidden"}
 

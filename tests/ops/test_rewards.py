@@ -10,8 +10,9 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
+from irlfast import ops
 from irlfast.ops.common import checks
-from irlfast.ops.rewards import public as ops
+from irlfast.ops.rewards.checks import check_heads
 from tests.helpers.ops_cases import random_pairs, sequences
 from tests.helpers.reward_cases import (
     FORMS,
@@ -50,13 +51,14 @@ def test_matches_loops(name, pooling, rows, bias, backend):
     assert result.loss.requires_grad and not result.logits.requires_grad and not result.reward.requires_grad
 
 
+@pytest.mark.parametrize("name", PAIRED)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_pairs_may_share_sequences_and_leave_some_out(backend):
+def test_pairs_may_share_sequences_and_leave_some_out(backend, name):
     case = make(LENGTHS)
     for seed in range(4):
         pairs = random_pairs(len(LENGTHS), seed, pairs=5)
-        result = ops.discriminator_loss(**case, labels=None, kind="bradley_terry", pairs=pairs, backend=backend)
-        expected = looped_loss(case, "last", PAIRED["bradley_terry"], pairs.tolist())
+        result = ops.discriminator_loss(**case, labels=None, **PAIRED[name], pairs=pairs, backend=backend)
+        expected = looped_loss(case, "last", PAIRED[name], pairs.tolist())
         assert result.loss.item() == pytest.approx(expected, rel=1e-9)
         assert torch.equal(result.logits, ops.reward_head(**case))
 
@@ -148,7 +150,7 @@ def test_a_nan_stays_in_its_sequence(pooling, rows, value):
             case["hidden"] = broken.requires_grad_()
             result = ops.discriminator_loss(**case, **inputs)
             assert result.reward[others].isfinite().all()
-            partner = [1] if form == "last" and "bradley" in name else []
+            partner = [1] if form == "last" and name in PAIRED else []
             kept = [n for n in range(8) if n not in (3, *partner)]
             assert gradients(result.loss, case)["hidden"][kept].isfinite().all()
 
@@ -264,7 +266,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "rows of another length": ({"rows": torch.zeros(4).long()}, r"cu_seqlens\[-1\]: found 5, expected 4, the number"),
     "unknown pooling": ({"pooling": "mean"}, "pooling: found 'mean', expected 'last' or 'token'"),
     "unknown backend": ({"backend": "cuda"}, "backend: found 'cuda', expected 'auto', 'plain', 'cpu' or 'triton'"),
-    "unknown kind": ({"kind": "wgan"}, "kind: found 'wgan', expected 'bce' or 'bradley_terry' or"),
+    "unknown kind": ({"kind": "wgan"}, "kind: found 'wgan', expected 'bradley_terry', 'linear', 'bce', .* or 'alpha'"),
     "no labels": ({"labels": None}, r"labels: found None, expected a tensor \[S\] for kind 'bce'"),
     "labels of another length": ({"labels": torch.zeros(3)}, r"labels: found \[3\].*expected \[2\]"),
     "label of 2": ({"labels": torch.tensor([1, 2])}, r"labels: found 2, expected 1 \(expert\) or 0 \(synthetic\)"),
@@ -273,6 +275,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "too much smoothing": ({"label_smoothing": 0.5}, "label_smoothing: found 0.5, expected 0 <= label_smoothing < 0.5"),
     "smoothing a bound": ({"kind": "gail", "label_smoothing": 0.1}, "label_smoothing: found 0.1, expected 0 for kind"),
     "f_max of another kind": ({"kind": "airl", "f_max": True}, "f_max: found True, expected False for kind 'airl'"),
+    "regularization is text": (
+        {"kind": "linear", "regularization": "0.1"},
+        "regularization: found '0.1', expected a number",
+    ),
     "clamp of 100": ({"clamp": 100}, "clamp: found 100, expected 0 < clamp <= 80"),
     "clamp of 0": ({"clamp": 0.0}, "clamp: found 0.0"),
     "pairs for bce": ({"pairs": torch.zeros(1, 2).long()}, r"pairs: found \[1, 2\].*None for kind 'bce'"),
@@ -327,4 +333,4 @@ def test_a_machine_without_triton_imports_and_runs():
 def test_more_heads_than_a_kernel_takes_are_for_plain_pytorch():
     hidden, cu_seqlens = torch.zeros(5, 6), torch.tensor([0, 5], dtype=torch.int32)
     for heads, backend in ((64, "cpu"), (65, "plain")):
-        assert ops.check_heads(hidden, torch.zeros(heads, 6), cu_seqlens, None, None, "last", "auto") == backend
+        assert check_heads(hidden, torch.zeros(heads, 6), cu_seqlens, None, None, "last", "auto") == backend

@@ -122,8 +122,8 @@ def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
             kept = answer[: kept_length(answer, layout)]
             write(end, kept, prompt, number_in_row, k)
             own = range(end, end + len(kept))
-            read = own if layout.keep_last_token else [begin + prompt - 1, *own][: len(answer)]
-            rows += learned(read, piece)
+            # A policy predicts each token from the one before it. A reward model reads the token itself.
+            rows += learned(own if layout.keep_last_token else [begin + prompt - 1, *own][: len(answer)], piece)
             targets += learned(answer, piece)
             lengths.append(len(learned(answer, piece)))
             end += len(kept)

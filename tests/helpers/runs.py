@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 # A process that has imported what every run does, and is forked for each: half of a small run's time is imports.
 SERVER = multiprocessing.get_context("forkserver")
-OURS = ("engine", "final", "leaks", "methods", "prepare", "report")
+OURS = ("data.leaks", "engine.fit", "methods", "report", "reports.final", "startup.prepare")
 THEIRS = ("deepspeed", "matplotlib.pyplot", "peft", "sklearn.linear_model", "transformers.models.llama.modeling_llama")
 SERVER.set_forkserver_preload([*(f"irlfast.{name}" for name in OURS), *THEIRS, "bitsandbytes"])  # if it is there
 PORT = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # any that is free

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from irlfast.config import Config, load_config, make_config
 from irlfast.data.demonstrations import to_demonstration
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
+from irlfast.ops.rewards.losses import REWARD_LOSSES
 from tests.helpers import keys_page
 
 ROOT = Path(__file__).parents[2]
@@ -249,6 +250,12 @@ def test_every_pair_loss_is_a_value_of_loss_type_and_on_the_page_of_irft_with_it
     assert set(get_args(get_type_hints(Config)["loss_type"])) == PAIR_LOSSES.keys()
     page = (ROOT / "docs/methods/irft.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` | {kind.formula} |" in page for name, kind in PAIR_LOSSES.items())
+
+
+def test_every_reward_loss_is_a_value_of_its_key_and_on_the_page_of_rft():
+    assert set(get_args(get_type_hints(Config)["reward_loss"])) == REWARD_LOSSES.keys()
+    page = (ROOT / "docs/methods/rft.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in REWARD_LOSSES)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/methods").glob("*.md")), ids=lambda page: page.name)

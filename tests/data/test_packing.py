@@ -11,16 +11,11 @@ import torch
 import transformers
 
 from irlfast import ops
-from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.data.batching import cost_of, micro_batches
-from irlfast.data.packing import PAD, Batch, Layout, PromptGroup, count_tokens, pack, token_counts
+from irlfast.data.packing import PAD, Batch, Layout, PromptGroup, count_tokens, pack
 from irlfast.losses.inputs import arguments
-from irlfast.models.attention import choose, sharing
-from irlfast.models.checks import SEPARATE, can_share_prompts, probe_states
-from irlfast.models.costs import costs_of, operations
 from irlfast.models.forward import hidden_states
-from irlfast.models.prepare import prepare_model
 from irlfast.ops import lm_head
 from irlfast.sampling.scoring import score_share, token_logps
 
@@ -141,74 +136,6 @@ def test_a_batch_has_a_prompt_once_and_no_last_tokens():
     assert batch.position_ids[0, [9, 10, 13]].tolist() == [9, 10, 10]
 
 
-class Recurrent(transformers.LlamaForCausalLM):
-    """A model whose hidden states depend on all tokens before them in the row, whatever the mask says."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model.norm.register_forward_hook(lambda module, given, states: states.cumsum(1))
-
-
-def test_a_model_that_cannot_share_prompts_is_detected_and_reported_once(capsys):
-    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
-    model = Recurrent(copy.deepcopy(FAMILIES["Llama"])).eval()
-    sharing_model = model_of("Llama")
-    assert can_share_prompts(sharing_model, probe_states(sharing_model, SEPARATE))
-    assert [prepare_model(model, config, ragged()).layout.shared for _ in range(2)] == [False, False]
-    assert capsys.readouterr().err.count("cannot share a prompt between answers; each gets its own") == 1
-
-
-def of_lengths(prompt: int, *answers: int) -> list[PromptGroup]:
-    return [PromptGroup([1] * prompt, tuple([2] * answer for answer in answers))] * 3
-
-
-def test_the_saving_of_shared_prompts_follows_from_the_lengths():
-    model = model_of("Llama")
-    costs = costs_of(model, model.lm_head.weight)
-    several = ((80, 20), (20, 80, 80), (80, 20, 20), (80, *[20] * 4))
-    gains = [sharing(costs, of_lengths(*lengths))[0] for lengths in several]
-    assert gains[0] == 0  # a single answer shares nothing
-    assert gains == sorted(gains)
-    assert sharing(costs, of_lengths(400, 1, 1))[0] == pytest.approx(0.5, abs=0.01)  # one of two prompts
-    assert sharing(costs, of_lengths(80, 20, 40))[1] == "on average prompts of 80 tokens with 2 answers of 30"
-    assert sharing(costs, of_lengths(80, 20))[1] == "on average prompts of 80 tokens with 1 answer of 20"
-
-
-def test_the_log_gives_the_chosen_attention_with_the_lengths_that_decided(capsys):
-    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
-    model = model_of("Llama")
-    first, second = (prepare_model(model, config, of_lengths(80, 20, 20)) for _ in range(2))
-    assert first.layout == second.layout
-    assert first.layout[:3] == Layout()[:3]
-    gain = sharing(first.costs, of_lengths(80, 20, 20))[0]
-    said = (
-        f"attention: sdpa; sharing prompts saves {gain:.0%} of the operations: on average prompts of 80 tokens with 2"
-    )
-    assert capsys.readouterr().err.count(said) == 1
-
-
-CHOICES = [
-    (True, 0.4, "varlen", "flex_attention"),
-    (True, 0.0, "varlen", "varlen"),
-    (True, 0.0, None, "flex_attention"),
-    (False, 0.4, "flash_attention_2", "flash_attention_2"),
-    (False, 0.4, None, "sdpa"),
-]
-
-
-@pytest.mark.parametrize("shared, gain, unshared, expected", CHOICES)
-def test_a_gpus_attention_follows_from_the_saving_of_shared_prompts(shared, gain, unshared, expected):
-    assert choose(shared, gain, unshared) == expected
-
-
-def test_a_model_without_a_linear_head_is_an_error_of_one_sentence():
-    model = model_of("Llama")
-    model.set_output_embeddings(torch.nn.Identity())
-    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
-    with pytest.raises(InputError, match=r"found head Identity, expected torch\.nn\.Linear"):
-        prepare_model(model, config, ragged())
-
-
 def drawn(count: int) -> list[PromptGroup]:
     draw = np.random.default_rng(1)
     sizes = draw.integers(1, 60, (count, 3))
@@ -229,14 +156,6 @@ def test_every_rank_gets_the_same_number_of_batches_at_like_cost_within_the_limi
     assert max(costs) <= 1.02 * min(costs)
     reversed_step = [micro_batches(step[::-1], groups, layout, 400, rank, ranks) for rank in range(ranks)]
     assert reversed_step == each
-
-
-def test_the_cost_of_a_prompt_group_is_its_operations():
-    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
-    layout, costs = prepare_model(model_of("Llama"), config, drawn(4))[-2:]
-    short, long = of_lengths(10, 5, 5)[0], of_lengths(60, 50, 7)[0]
-    ratio = operations(costs, token_counts([long], layout)) / operations(costs, token_counts([short], layout))
-    assert cost_of(long, layout) / cost_of(short, layout) == pytest.approx(ratio)
 
 
 def test_rows_of_like_length_and_single_rows_have_little_padding():

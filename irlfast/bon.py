@@ -1,14 +1,15 @@
-"""Best of N: ``irlfast bon [CONFIG.yaml] key=value...``, with the keys of training; it resumes like a run.
+"""Best of N: ``irlfast bon [CONFIG.yaml] key=value...``, with the keys of training. It resumes as a run does.
 
     irlfast bon model_name_or_path=runs/rft/sft/policy \\
         reward_model_name_or_path=runs/rft/stage-00/reward/model dataset_name=prompts.jsonl \\
         num_generations=16 output_dir=runs/bon
 
-The policy answers every prompt of the dataset ``num_generations`` times, in shards, and the answer of the highest
-reward goes to ``best.jsonl``, which training reads as it is. The dataset's rows need no answers.
+The policy answers every prompt of the dataset ``num_generations`` times. The answer with the highest reward goes to
+``best.jsonl``, which training reads as it is. The rows of the dataset need no answers.
 
-``curve.json`` has what best of n would give for n = 1, 2, 4, … N, from the same answers: the mean over all choices of n
-of the N, exact without more sampling; with the KL to the policy, at most log n − (n − 1)/n (arXiv 2401.01879).
+``curve.json`` has the expected result of best of n for n = 1, 2, 4, … N, from the same answers: the mean over all
+choices of n of the N answers, which is exact without more sampling. It also has a bound of the KL to the policy,
+log n − (n − 1)/n (arXiv 2401.01879).
 """
 
 import dataclasses
@@ -38,11 +39,11 @@ from irlfast.sampling.reward_texts import row_of, text_of
 from irlfast.sampling.rewards import complete, rewards_of
 from irlfast.startup.prepare import prepare
 
-ANSWERS = 2**17  # that are held in memory at a time
+ANSWERS = 2**17  # answers in memory at a time
 
 
 def best_of_n(config: Config) -> None:
-    """Sample, score and choose, a part of the prompts at a time; then the curve."""
+    """Sample, score and choose for one part of the prompts at a time, then compute the curve."""
     given: dict[str, Any] = {"stages": 1, "align_rounds": 1, "push_to_hub": False}
     run = prepare(dataclasses.replace(config, **given), prompts_only=True)
     size = max(1, ANSWERS // config.num_generations)
@@ -65,12 +66,13 @@ def best_of_n(config: Config) -> None:
 
 
 def choose_best(run: Run, number: int, examples: list[Example], folder: Path) -> None:
+    """Sample n answers to each prompt of a part, and write the scores of all and the best of each."""
     config, n = run.config, run.config.num_generations
     drawn = sampling(config, 0)._replace(seed=(config.seed * 1000 + number) * 100_000)
     groups = sample_groups(run, run.initial, examples, n, folder / "rollouts", drawn)
-    found = rewards_of(run, [], groups, folder).view(-1, n)
-    kept = complete(found)
-    examples, groups, rewards = [examples[i] for i in kept], [groups[i] for i in kept], found[kept].numpy()
+    scored = rewards_of(run, [], groups, folder).view(-1, n)  # [P, n]
+    kept = complete(scored)
+    examples, groups, rewards = [examples[i] for i in kept], [groups[i] for i in kept], scored[kept].numpy()
     if dist.is_main():
         known = np.array([len(x.answer_ids) > 0 for x in examples])
         exact = np.array([[a == x.answer_ids for a in g.answers] for x, g in zip(examples, groups, strict=True)])
@@ -85,27 +87,28 @@ def choose_best(run: Run, number: int, examples: list[Example], folder: Path) ->
 
 
 def best_row(run: Run, example: Example, answer: Sequence[int], reward: float) -> dict[str, Any]:
-    """A prompt with its best answer: as the model reads and writes them, and as ``messages``, which training reads.
+    """Return a prompt with its best answer, as the model's text and as ``messages``, which training reads.
 
-    Earlier answers in ``messages`` are context: their weight is 0.
+    Earlier answers in ``messages`` have the weight 0: they are context.
     """
     row = row_of(run, example.row)
     before = [message | ({"weight": 0} if message["role"] == "assistant" else {}) for message in row["messages"]]
-    found = {
+    best = {
         "messages": [*before, {"role": "assistant", "content": text_of(run, answer)}],
         "prompt": prompt_of(run, example),
         "answer": text_of(run, answer).strip(),
         "answer_ids": [*answer],
         "reward": reward,
     }
-    found |= {"tools": row["tools"]} if row.get("tools") else {}
-    return found | ({"expert": text(run, example.answer_ids)} if example.answer_ids else {})
+    best |= {"tools": row["tools"]} if row.get("tools") else {}
+    return best | ({"expert": text(run, example.answer_ids)} if example.answer_ids else {})
 
 
 def best_of_each(rewards: np.ndarray, exact: np.ndarray, known: np.ndarray) -> list[dict[str, Any]]:
-    """Expected reward and exact match of the best of n = 1, 2, 4, … N answers, from those of N, ``[P, N]``.
+    """Compute the expected reward and exact match of the best of n = 1, 2, 4, … N answers.
 
-    The exact match is that of prompts with a ``known`` answer ``[P]``, and None where there is none.
+    ``rewards`` and ``exact`` are those of all answers, ``[P, N]``. The exact match is over the prompts with a ``known``
+    answer ``[P]``; None where no prompt has one.
     """
     count = rewards.shape[1]
     order = rewards.argsort(1, kind="stable")
@@ -113,7 +116,7 @@ def best_of_each(rewards: np.ndarray, exact: np.ndarray, known: np.ndarray) -> l
     sizes = sorted({*(2**k for k in range(count.bit_length()) if 2**k <= count), count})
     rows = []
     for n in sizes:
-        # The i-th least of N is the best of n where the other n − 1 are among the i that are less.
+        # The i-th lowest of N answers is the best of n where the other n − 1 are among the i lower ones.
         weights = np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
         rows.append(
             {

@@ -65,9 +65,9 @@ def command() -> None:
 
 
 def main() -> int:
-    """Exit codes as :func:`irlfast.common.command.run_command` says."""
+    """Run the command and return the exit code of :func:`irlfast.common.command.run_command`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors, where Linux has them to give
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors, where Linux has them
     return run_command(command)
 
 

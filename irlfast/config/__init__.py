@@ -1,4 +1,4 @@
-"""Every key of a run, what keys say of each other, and how they are read: YAML, the command line, recipes."""
+"""The configuration: every key of a run, checks of the keys, and how they are read (YAML, command line, recipes)."""
 
 from irlfast.config.read import difference, dump, load_config, make_config
 from irlfast.config.schema import Config

@@ -1,4 +1,4 @@
-"""What one key of the configuration cannot tell alone. Looks at files but imports nothing heavy."""
+"""Checks of several keys together, and of files that keys name. Nothing heavy is imported."""
 
 import importlib.util
 import json
@@ -11,80 +11,176 @@ from irlfast.common.files import InputError, find_path, is_glob, is_local
 from irlfast.config.methods import OWN_KL
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
-PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")
+PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")  # a list has one value per stage
 
 
 def check(config: Any) -> None:
-    """Every check; the first that fails raises an InputError that names the keys."""
-    if not config.dataset_name:
-        raise InputError("dataset_name: found nothing, expected a file of demonstrations or a hub dataset")
+    """Run every check.
+
+    Raises:
+        InputError: a check fails; the message names the keys.
+    """
+    check_model(config)
+    check_reward(config)
+    check_added_rewards(config)
+    check_alignment(config)
+    check_phases(config)
+    check_lengths(config)
+    check_engine(config)
+    check_offloading(config)
+    check_4bit(config)
+    check_tracking(config)
+    check_data(config)
+
+
+def check_model(config: Any) -> None:
     if (config.model_name_or_path is None) == (config.config_name is None):
         raise InputError("model_name_or_path and config_name: expected exactly one of them")
     if config.config_name and not (config.train_tokenizer or config.tokenizer_name_or_path):
-        raise InputError("config_name builds a new model, which needs tokenizer_name_or_path or train_tokenizer")
+        raise InputError(
+            "config_name: a new model needs a tokenizer; expected tokenizer_name_or_path or train_tokenizer"
+        )
     if config.train_tokenizer and not config.config_name:
-        raise InputError("train_tokenizer: a trained model needs its own tokenizer; expected config_name with it")
-    check_reward(config)
-    check_phases(config)
-    for first, second in IN_PLACE_OF.items():
-        if getattr(config, first) is not None and getattr(config, second) is not None:
-            raise InputError(f"{first} and {second}: expected at most one of them")
-    for name in ("inner_epochs", "inner_steps"):
-        if not config.facts.has_stages and getattr(config, name) is not None:
-            raise InputError(f"{name}: method {config.method} takes {name.replace('inner', 'sft')} instead")
-    for name in PER_STAGE:
-        value = getattr(config, name)
-        if isinstance(value, list) and len(value) != config.stages:
-            raise InputError(f"{name}: found {len(value)} values, expected one or one a stage ({config.stages})")
+        raise InputError("train_tokenizer: a given model has a tokenizer of its own; expected config_name, a new model")
+    for name in ("config_name", "model_name_or_path"):
+        check_path(name, getattr(config, name))
+
+
+def check_data(config: Any) -> None:
+    if not config.dataset_name:
+        raise InputError("dataset_name: found nothing, expected a file of demonstrations or a hub dataset")
+    for name in ("dataset_name", "eval_dataset_name"):
+        check_datasets(name, getattr(config, name))
+    if config.dataset_test_split == config.dataset_train_split and not config.eval_dataset_name:
+        raise InputError(
+            f"dataset_test_split: found {config.dataset_test_split!r}, which the run learns from; expected another"
+        )
+
+
+def check_lengths(config: Any) -> None:
     if config.max_prompt_length >= config.max_length:
         raise InputError(
             f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length ({config.max_length})"
         )
     if config.prompt_template.count("{}") != 1:
         raise InputError("prompt_template: expected '{}' exactly once, where the prompt goes")
-    if config.dtype == "bfloat16" and config.zero_stage == 0:
-        raise InputError("zero_stage: found 0 with dtype bfloat16, expected 1 to 3 (they keep the fp32 master copy)")
-    if config.activation_offloading:
-        check_offloading(config)
-    if config.load_in_4bit:
-        check_4bit(config)
-    compiler = os.environ.get("CXX", "g++")
-    if config.torch_compile and not shutil.which(compiler):
-        raise InputError(f"torch_compile: found no compiler {compiler}, expected one (CXX may name it), or false")
-    for package in config.report_to:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")
-    if config.push_to_hub and not config.hub_model_id:
-        raise InputError("push_to_hub: expected hub_model_id with it")
-    for name in ("config_name", "deepspeed", "model_name_or_path"):
-        check_path(name, getattr(config, name))
-    for name in ("dataset_name", "eval_dataset_name"):
-        check_datasets(name, getattr(config, name))
-    if config.dataset_test_split == config.dataset_train_split and not config.eval_dataset_name:
-        raise InputError(
-            f"dataset_test_split: found {config.dataset_test_split!r}, from which the run learns; expected another"
-        )
 
 
 def check_phases(config: Any) -> None:
-    """Refuse phases without a step to train, or without a policy to choose."""
-    if not config.facts.has_stages and not (config.sft_epochs or config.sft_steps):
+    """Check that each phase has steps to train, and values for each stage."""
+    for first, second in IN_PLACE_OF.items():
+        if getattr(config, first) is not None and getattr(config, second) is not None:
+            raise InputError(f"{first} and {second}: expected at most one of them")
+    for name in PER_STAGE:
+        value = getattr(config, name)
+        if isinstance(value, list) and len(value) != config.stages:
+            raise InputError(f"{name}: found {len(value)} values, expected one or one per stage ({config.stages})")
+    if not config.facts.has_stages:
+        check_sft_alone(config)
+
+
+def check_sft_alone(config: Any) -> None:
+    for name in ("inner_epochs", "inner_steps"):
+        if getattr(config, name) is not None:
+            raise InputError(f"{name}: method {config.method} takes {name.replace('inner', 'sft')} instead")
+    if not (config.sft_epochs or config.sft_steps):
         name = "sft_epochs" if config.sft_steps is None else "sft_steps"
         raise InputError(
-            f"{name}: found {getattr(config, name)} with method {config.method}, which would train nothing"
+            f"{name}: found {getattr(config, name)} with method {config.method}, which would train nothing; "
+            "expected more than 0"
         )
-    no_first = not config.facts.has_stages and not config.model_name_or_path
-    if config.keep == "best" and config.metric_for_best_model == "reward_accuracy" and no_first:
+    if config.keep == "best" and config.metric_for_best_model == "reward_accuracy" and not config.model_name_or_path:
         raise InputError(
-            "metric_for_best_model: found 'reward_accuracy' with SFT of a new model alone, which has no policy before "
-            "it to compare with; expected nll or exact_match"
+            "metric_for_best_model: found 'reward_accuracy' with SFT of a new model alone, which has no earlier policy "
+            "to compare with; expected nll or exact_match"
         )
+
+
+def check_reward(config: Any) -> None:
+    """Check the keys of the reward model that a run learns."""
+    if not config.facts.leaves_policy and config.reward_data == "none":
+        raise InputError(f"reward_data: found 'none', expected pairs to learn from for method {config.method}")
+    if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
+        raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
+    if config.reward_loss == "bradley_terry" and config.reward_level == "token":
+        raise InputError("reward_level: found 'token' with reward_loss bradley_terry, which compares whole answers")
+    if config.reward_loss in ("bradley_terry", "linear") and config.divergence != "airl":
+        raise InputError(
+            f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}, which trains no "
+            "discriminator; expected airl, or reward_loss bce"
+        )
+
+
+def check_added_rewards(config: Any) -> None:
+    """Check the rewards that a run is given, and how they are combined."""
+    learned = config.reward_data != "none"
+    added = len(config.reward_model_name_or_path) + len(config.implicit_reward_policy) + len(config.reward_function)
+    if config.facts.aligns and not learned and not added:
+        raise InputError(
+            "reward_model_name_or_path, implicit_reward_policy, reward_function: found none, and reward_data: none; "
+            "expected a reward"
+        )
+    for name in config.reward_model_name_or_path:
+        if "," in name and not find_path(name):  # a folder may have a comma in its name
+            policy, reference = name.split(",", 1)
+            raise InputError(
+                f"reward_model_name_or_path: found {name!r}, expected one model; for an implicit reward, "
+                f"implicit_reward_policy: {policy} and implicit_reward_reference: {reference}"
+            )
+    policies, references = config.implicit_reward_policy, config.implicit_reward_reference
+    if references and len(references) != len(policies):
+        raise InputError(
+            f"implicit_reward_reference: found {len(references)}, expected none or one per implicit_reward_policy "
+            f"({len(policies)})"
+        )
+    for name in config.reward_function:
+        check_function(name)
+    if config.reward_weights and len(config.reward_weights) != learned + added:
+        raise InputError(
+            f"reward_weights: found {len(config.reward_weights)}, expected {learned + added}, one per reward"
+        )
+    if config.reward_combine != "mean" and config.reward_heads < 2 and not added:
+        raise InputError(
+            f"reward_combine: found {config.reward_combine!r} with one head, expected reward_heads of 2 or more"
+        )
+
+
+def check_function(name: str) -> None:
+    place, _, function = name.rpartition(":")
+    is_file = place.endswith(".py")
+    if not function.isidentifier() or not (is_file or all(part.isidentifier() for part in place.split("."))):
+        raise InputError(f"reward_function: found {name!r}, expected package.module:function or file.py:function")
+    if is_file:
+        check_path("reward_function", place)
+
+
+def check_alignment(config: Any) -> None:
+    """Check how the policy is aligned to the rewards."""
     temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
     if config.facts.aligns and 0 in temperatures:
         raise InputError(
-            f"temperature: found 0 with num_generations {config.num_generations}, which would all be the same answer; "
+            f"temperature: found 0 with num_generations {config.num_generations}, whose answers would all be the same; "
             "expected more than 0"
         )
+    if config.kl_in != "loss" and config.align in OWN_KL:
+        raise InputError(
+            f"kl_in: found {config.kl_in!r} with align {config.align}; expected it left out: the loss of apa has a KL "
+            "of its own, and SFT on the best of n has none"
+        )
+    if config.kl_in == "reward" and config.reference == "stage" and config.align_rounds == 1:
+        raise InputError(
+            "kl_in: found 'reward' with reference 'stage' and align_rounds 1, where the policy that samples is the "
+            "reference and its KL is 0; expected kl_in: loss, more rounds, reference: initial, or kl_in: none"
+        )
+
+
+def check_engine(config: Any) -> None:
+    if config.dtype == "bfloat16" and config.zero_stage == 0:
+        raise InputError("zero_stage: found 0 with dtype bfloat16, expected 1 to 3 (they keep the fp32 master copy)")
+    compiler = os.environ.get("CXX", "g++")
+    if config.torch_compile and not shutil.which(compiler):
+        raise InputError(f"torch_compile: found no compiler {compiler}, expected one (CXX may name it), or false")
+    check_path("deepspeed", config.deepspeed)
     if config.deepspeed and (path := find_path(config.deepspeed)):
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -95,27 +191,34 @@ def check_phases(config: Any) -> None:
 
 
 def check_offloading(config: Any) -> None:
-    """Where there is nothing to move to host memory, or more than was asked for."""
+    """Check that layers keep activations on the GPU, which can be moved to host memory, and nothing else."""
+    if not config.activation_offloading:
+        return
     if config.gradient_checkpointing == "selective":
         raise InputError(
-            "activation_offloading: found true with gradient_checkpointing 'selective', which keeps on the GPU; "
-            "expected true or false"
+            "activation_offloading: found true with gradient_checkpointing 'selective', which keeps its activations on "
+            "the GPU; expected gradient_checkpointing true or false"
         )
     if config.torch_compile:
         raise InputError(
-            "activation_offloading: found true with torch_compile, whose layers take nothing back; expected one"
+            "activation_offloading: found true with torch_compile, whose layers cannot read activations back; "
+            "expected one of the two"
         )
     if config.zero_stage == 3:
         raise InputError(
-            "activation_offloading: found true with zero_stage 3, of which it would move every gathered weight too; "
+            "activation_offloading: found true with zero_stage 3, whose gathered weights would be moved, too; "
             "expected zero_stage 0 to 2"
         )
 
 
 def check_4bit(config: Any) -> None:
-    """What QLoRA takes."""
+    """Check what QLoRA needs."""
+    if not config.load_in_4bit:
+        return
     if not config.use_peft:
-        raise InputError("load_in_4bit: found true without use_peft, but 4-bit weights stay; expected use_peft: true")
+        raise InputError(
+            "load_in_4bit: found true without use_peft, but 4-bit weights cannot be trained; expected use_peft: true"
+        )
     if config.zero_stage == 3:
         raise InputError(
             "load_in_4bit: found true with zero_stage 3, which cannot split 4-bit weights; expected 0 to 2"
@@ -124,72 +227,17 @@ def check_4bit(config: Any) -> None:
         raise InputError("load_in_4bit: bitsandbytes is not installed; pip install 'bitsandbytes>=0.50'")
 
 
-def check_reward(config: Any) -> None:
-    """What RFT, AfD and reward models ask for."""
-    learned = config.reward_data != "none"
-    added = len(config.reward_model_name_or_path) + len(config.implicit_reward_policy) + len(config.reward_function)
-    check_implicit_rewards(config)
-    if config.facts.aligns and not learned and not added:
-        raise InputError(
-            "reward_model_name_or_path, implicit_reward_policy, reward_function: found none, and reward_data: none; "
-            "expected one"
-        )
-    for name in config.reward_function:
-        place, _, function = name.rpartition(":")
-        file = place.endswith(".py")
-        if not function.isidentifier() or not (file or all(part.isidentifier() for part in place.split("."))):
-            raise InputError(f"reward_function: found {name!r}, expected package.module:function or file.py:function")
-        if file:
-            check_path("reward_function", place)
-    if not config.facts.leaves_policy and not learned:
-        raise InputError(f"reward_data: found 'none', expected pairs to learn from for method {config.method}")
-    if config.reward_weights and len(config.reward_weights) != learned + added:
-        raise InputError(
-            f"reward_weights: found {len(config.reward_weights)}, expected {learned + added}, one a reward"
-        )
-    if config.reward_loss == "bradley_terry" and config.reward_level == "token":
-        raise InputError("reward_level: found 'token' with reward_loss bradley_terry, which compares whole answers")
-    if config.reward_loss in ("bradley_terry", "linear") and config.divergence != "airl":
-        raise InputError(
-            f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}, which trains no "
-            "discriminator; expected airl, or reward_loss bce"
-        )
-    if config.reward_combine != "mean" and config.reward_heads < 2 and not added:
-        raise InputError(
-            f"reward_combine: found {config.reward_combine!r} with one head, expected reward_heads of 2 or more"
-        )
-    if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
-        raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
-    if config.kl_in != "loss" and config.align in OWN_KL:
-        raise InputError(
-            f"kl_in: found {config.kl_in!r} with align {config.align}; expected it left out: apa's own loss has the "
-            "KL, and SFT on the best of n has none"
-        )
-    if config.kl_in == "reward" and config.reference == "stage" and config.align_rounds == 1:
-        raise InputError(
-            "kl_in: found 'reward' with reference 'stage' and align_rounds 1, where the policy that samples is the "
-            "reference and its KL is 0; expected kl_in: loss, more rounds, reference: initial, or kl_in: none"
-        )
-
-
-def check_implicit_rewards(config: Any) -> None:
-    policies, references = config.implicit_reward_policy, config.implicit_reward_reference
-    if references and len(references) != len(policies):
-        raise InputError(
-            f"implicit_reward_reference: found {len(references)}, expected none or one per implicit_reward_policy "
-            f"({len(policies)})"
-        )
-    for name in config.reward_model_name_or_path:
-        if "," in name and not find_path(name):  # a folder may have a comma in its name
-            policy, reference = name.split(",", 1)
-            raise InputError(
-                f"reward_model_name_or_path: found {name!r}, expected one model; for an implicit reward, "
-                f"implicit_reward_policy: {policy} and implicit_reward_reference: {reference}"
-            )
+def check_tracking(config: Any) -> None:
+    """Check the trackers and the hub."""
+    for package in config.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")
+    if config.push_to_hub and not config.hub_model_id:
+        raise InputError("push_to_hub: found true without hub_model_id, expected both")
 
 
 def check_path(name: str, value: str | None) -> None:
-    """A value that can only be a file must exist; one like ``owner/name`` may be on the hub."""
+    """Check that a value which can only be a file exists. A value like ``owner/name`` may be on the hub."""
     if value is None or find_path(value):
         return
     local = (
@@ -202,7 +250,7 @@ def check_path(name: str, value: str | None) -> None:
 
 
 def check_datasets(key: str, value: Any) -> None:
-    """Files that are named must exist, and of several sources all have a weight or none."""
+    """Check that files exist, and that all sources have a weight or none has."""
     sources = value if isinstance(value, list) else [value] if value else []
     weights = {getattr(source, "weight", None) is None for source in sources}
     if len(weights) > 1:

@@ -1,6 +1,6 @@
-"""The configuration, read from flat YAML and the command line, and validated before anything heavy is imported.
+"""Read the configuration from flat YAML and the command line, and check it before anything heavy is imported.
 
-argparse reads the command line and prints the help; :mod:`irlfast.config.schema` has the keys.
+argparse reads the command line and prints the help. :mod:`irlfast.config.schema` has the keys.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def load_config(arguments: list[str], prog: str = "irlfast train") -> tuple[Conf
         The configuration, and whether ``--dry_run`` is given.
 
     Raises:
-        InputError: naming every wrong key, what was found and what was expected.
+        InputError: a key is wrong; the message names it, what was found and what was expected.
     """
     parser = make_parser(prog)
     tokens = [re.sub(r"^(--)?([A-Za-z][\w-]*)(=|$)", dashed, token) for token in arguments]
@@ -54,7 +54,7 @@ def load_config(arguments: list[str], prog: str = "irlfast train") -> tuple[Conf
 
 
 def dashed(match: re.Match) -> str:
-    """``key=value`` and ``--some-key`` in the one spelling that argparse is given: ``--some_key``."""
+    """Spell ``key=value`` and ``--some-key`` as argparse takes them: ``--key=value`` and ``--some_key``."""
     option, name, equals = match.group(1), match.group(2), match.group(3)
     return f"--{name.replace('-', '_')}{equals}" if option or equals else match.group(0)
 
@@ -67,8 +67,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
     )
-    parser.add_argument("config", nargs="?", help="YAML file of keys, or a name that `irlfast recipes` lists")
-    parser.add_argument("--dry_run", action="store_true", help="show what would be done, with estimates, then stop")
+    parser.add_argument("config", nargs="?", help="A YAML file of keys, or a name that `irlfast recipes` lists.")
+    parser.add_argument("--dry_run", action="store_true", help="Show what the run would do, with estimates, then stop.")
     descriptions = Config.__pydantic_fields__  # type: ignore[attr-defined]
     for name in FIELDS:
         field = descriptions[name]
@@ -79,13 +79,13 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def literal(name: str, text: str) -> Any:
-    """A command-line value: lists, mappings and null as YAML, everything else as text that pydantic converts."""
+    """Read a value of the command line: lists, mappings and null as YAML, others as text, which pydantic converts."""
     structured = text.startswith("[") or text == "null" or (text.startswith("{") and not name.endswith("template"))
     return yaml.safe_load(text) if structured else text
 
 
 def config_file(name: str) -> Path:
-    """The file that ``name`` means: itself, else a recipe."""
+    """Return the file of this name, else that of the recipe of this name."""
     path = Path(name).expanduser()
     return path if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1 else recipe(name)
 
@@ -106,7 +106,7 @@ def make_config(given: dict[str, Any]) -> Config:
     """Check all keys and values, and fill in the defaults that follow from other keys.
 
     Raises:
-        InputError: naming every wrong key, what was found and what was expected.
+        InputError: a key is wrong; the message names it, what was found and what was expected.
     """
     given = dict(given)
     for name, value in given.items():
@@ -129,7 +129,7 @@ def make_config(given: dict[str, Any]) -> Config:
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with the defaults that follow from other keys, and ``save_steps`` rounded up."""
+    """Fill in the defaults that follow from other keys, and round ``save_steps`` up."""
     own = config.reward_loss if config.reward_loss in ("airl", "gail", "fairl", "alpha") else "airl"
     # A checkpoint is written at a logged step, so that a resumed run logs and stops where an unbroken one does.
     save_steps = math.ceil(config.save_steps / config.logging_steps) * config.logging_steps
@@ -141,7 +141,7 @@ def resolved(config: Config) -> Config:
 
 
 def preset(given: dict[str, Any]) -> dict[str, Any]:
-    """The method's own defaults. Epochs are no default where steps are given in their place."""
+    """Return the method's own defaults, without the epochs that given steps replace."""
     facts = METHOD_FACTS.get(str(given.get("method")), MethodFacts())
     return {name: value for name, value in facts.preset.items() if given.get(IN_PLACE_OF.get(name, "")) is None}
 
@@ -155,6 +155,7 @@ def unknown_key(name: str, where: str) -> str:
 
 
 def describe(error: ValidationError, given: dict[str, Any]) -> str:
+    """Say in one line which keys are wrong, what was found and what was expected."""
     expected: dict[str, list[str]] = {}
     inputs = {}
     for problem in error.errors():
@@ -162,18 +163,18 @@ def describe(error: ValidationError, given: dict[str, Any]) -> str:
         wanted = problem["msg"].replace("Input should be ", "").split(", unable")[0]
         expected.setdefault(name, []).append(wanted)
         inputs[name] = problem["input"]
-    for name in expected.keys() & {"dataset_name", "eval_dataset_name"}:  # whose alternatives are too many to tell
+    for name in expected.keys() & {"dataset_name", "eval_dataset_name"}:  # pydantic would list a dozen alternatives
         expected[name] = ["a name, or a list of names or of {name, weight, split, config, columns}, weights above 0"]
         inputs[name] = given[name]
     return "; ".join(f"{name}: found {inputs[name]!r}, expected {' or '.join(expected[name])}" for name in expected)
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, every default filled in."""
+    """Write the configuration as YAML, with every default filled in."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The keys whose values differ, as ``key: old -> new``."""
+    """List the keys whose values differ, as ``key: old -> new``."""
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return ", ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names)

@@ -10,15 +10,15 @@ FOLDER = Path(irlfast.__file__).with_name("configs")
 
 
 def recipes() -> dict[str, Path]:
-    """The file of every recipe by its name."""
+    """Return the file of every recipe, by name."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def recipe(name: str) -> Path:
-    """The file of the recipe ``name``.
+    """Return the file of the recipe ``name``.
 
     Raises:
-        InputError: naming the nearest recipe, where there is no such.
+        InputError: there is no such recipe; the message names the nearest one.
     """
     known = recipes()
     if name in known:

@@ -308,13 +308,13 @@ class Config:
     hub_private: bool = key(True, "Make the repository private. false: make it public.")
 
     def at(self, name: str, stage: int) -> Any:
-        """The value of a key at a stage: a list has one value per stage."""
+        """Return the value of a key at a stage: a list has one value per stage."""
         value = getattr(self, name)
         return value[stage] if isinstance(value, list) else value
 
     @property
     def facts(self) -> MethodFacts:
-        """What the method needs and leaves."""
+        """The method's defaults, and what it needs and leaves."""
         return METHOD_FACTS[self.method]
 
 

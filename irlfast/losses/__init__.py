@@ -1,1 +1,1 @@
-"""What is minimised, as formulas: SFT, pair losses, reward losses, policy losses. Nothing else."""
+"""The losses, as formulas: of SFT, of pairs, of rewards and of policies. Nothing else."""

@@ -1,6 +1,7 @@
-"""What every loss of a batch is given and returns: its share of a step's loss, and figures for the log.
+"""The arguments and results that all losses share.
 
-Figures are sums over segments, which the engine divides by their ``count``.
+A loss takes the hidden states, the head, the batch and the normalisers of a micro-batch. It returns the micro-batch's
+share of the step's loss, and metrics: sums over prompt groups, which the engine divides by their ``count``.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from irlfast.ops.common.sequences import sequence_ids
 
 
 class Normalisers(NamedTuple):
-    """What a micro-batch's sums are divided by: a step's segments and expert tokens, over its processes."""
+    """The divisors of a micro-batch's sums: counts of a whole step, over all processes."""
 
-    pairs: float
-    tokens: float
+    pairs: float  # prompt groups
+    tokens: float  # expert tokens
 
 
 Metrics = dict[str, Tensor]
@@ -25,6 +26,7 @@ Loss = Callable[[Tensor, Head, Batch, Normalisers], tuple[Tensor, Metrics]]
 
 
 def arguments(head: Head, batch: Batch) -> dict[str, Any]:
+    """Return the arguments that :mod:`irlfast.ops` takes of a head and a batch."""
     return {
         "weight": head.weight,
         "bias": head.bias,
@@ -37,5 +39,5 @@ def arguments(head: Head, batch: Batch) -> dict[str, Any]:
 
 
 def per_sequence(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums ``[S]`` of values ``[N]``."""
+    """Sum per-token values ``[N]`` over each sequence: ``[S]``."""
     return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence_ids(cu_seqlens, len(values)), values)

@@ -1,4 +1,4 @@
-"""Losses on pairs (expert, synthetic) of a policy's log-ratios."""
+"""The loss of pairs (expert, synthetic), from a policy's log-ratios."""
 
 from torch import Tensor
 
@@ -18,7 +18,12 @@ def irft_loss(
     loss_type: str,
     nll_weight: float,
 ) -> tuple[Tensor, Metrics]:
-    """IRFT's inner loss (arXiv 2405.17888; SPIN, arXiv 2401.01335, eq. 4.7, with ``sigmoid``) on pairs (y, ỹ)."""
+    """Compute the inner loss of IRFT (arXiv 2405.17888) on pairs (y, ỹ).
+
+    It is a loss of u = β·(ρ(y) − ρ(ỹ)), named by ``loss_type`` (:data:`irlfast.ops.pair_loss.losses.PAIR_LOSSES`); with
+    ``sigmoid`` it is SPIN's (arXiv 2401.01335, eq. 4.7). ``nll_weight`` adds the mean of −log π(y_t) over the experts'
+    tokens, with this weight.
+    """
     result = ops.pair_loss(
         hidden,
         **arguments(head, batch),

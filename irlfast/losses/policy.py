@@ -29,12 +29,12 @@ class SampledAnswers(NamedTuple):
 
 
 def rloo(x: SampledAnswers) -> Tensor:
-    """−A·log π(y), the policy gradient, which is unbiased at the policy that sampled (arXiv 2402.14740, eq. 7)."""
+    """Return −A·log π(y) (arXiv 2402.14740, eq. 7): the policy gradient, unbiased at the policy that sampled."""
     return -x.advantages * x.logps
 
 
 def ppo(x: SampledAnswers) -> Tensor:
-    """−Σ_t min(r_t·A, clip(r_t, 1 ± ``clip_range``)·A), r_t = π(y_t)/π_old(y_t) (arXiv 1707.06347, eq. 7).
+    """Return −Σ_t min(r_t·A, clip(r_t, 1 ± ``clip_range``)·A), r_t = π(y_t)/π_old(y_t) (arXiv 1707.06347, eq. 7).
 
     At the policy that sampled, the gradient is that of :func:`rloo`.
     """
@@ -43,13 +43,13 @@ def ppo(x: SampledAnswers) -> Tensor:
 
 
 def clipped(change: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """PPO's loss ``[N]`` of each token, from log r_t and A."""
+    """Return PPO's loss ``[N]`` of each token, from log r_t and A."""
     ratio = change.exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
 
 
 def apa(x: SampledAnswers) -> Tensor:
-    """β/2·(ρ − A/β − mean over the prompt's answers)², ρ = log π(y)/π_old(y) (arXiv 2306.02231, eq. 4).
+    """Return β/2·(ρ − A/β − mean over the prompt's answers)², ρ = log π(y)/π_old(y) (arXiv 2306.02231, eq. 4).
 
     The mean stands for the log of the normaliser, which is unknown. The loss is least at π ∝ π_old·exp(A/β).
     """
@@ -85,7 +85,7 @@ def align_loss(
     kl_in_loss: bool,
     clip_range: float,
 ) -> tuple[Tensor, Metrics]:
-    """Mean of a policy loss over n ``answers`` to each prompt, all sampled by the policy (docs/design.md §3, RFT).
+    """Compute the mean of a policy loss over n ``answers`` to each prompt, all sampled by the policy.
 
     ``kl_in_loss`` adds β/2·(log π(y)/π_ref(y))² per answer. At the policy that sampled, its gradient is that of
     β·KL(π‖π_ref).

@@ -1,4 +1,4 @@
-"""Losses of reward models on pairs (expert, synthetic)."""
+"""The losses of reward models, on pairs (expert, synthetic)."""
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ def reward_loss(
     alpha: float,
     regularization: float,
 ) -> tuple[Tensor, Metrics]:
-    """Loss of a reward model's M heads on pairs (expert, synthetic), the mean over heads.
+    """Compute the loss of a reward model's M heads on pairs (expert, synthetic), averaged over heads.
 
-    :func:`irlfast.ops.discriminator_loss` has every ``kind``. At ``level`` "token", a mean is over the tokens of a
-    micro-batch.
+    :func:`irlfast.ops.discriminator_loss` has the formula of every ``kind``. At ``level`` "token", a mean is over the
+    tokens of a micro-batch.
     """
     pairs = (len(batch.cu_seqlens) - 1) // 2
     loss, logits, _ = ops.discriminator_loss(

@@ -12,10 +12,10 @@ from irlfast.ops import Head
 def sft_loss(
     hidden: Tensor, head: Head, batch: Batch, normalisers: Normalisers, *, remaining: bool = False
 ) -> tuple[Tensor, Metrics]:
-    """Mean over the step's answer tokens of −log π(y): forward KL to the expert.
+    """Compute the mean of −log π(y_t) over the step's answer tokens: the forward KL to the expert.
 
-    With ``remaining``, that of states and actions (Inverse-RLignment): token k of T, from 0, weighs (T − k)/T, for all
-    states after it are reached through it.
+    ``remaining`` makes it the forward KL of states and actions (Inverse-RLignment, arXiv 2405.15624): token k of T,
+    counted from 0, has the weight (T − k)/T, because all later states are reached through it.
     """
     result = ops.log_ratio(hidden, **arguments(head, batch))
     logps, lengths = result.policy_logps, batch.cu_seqlens.diff()

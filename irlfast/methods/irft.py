@@ -55,7 +55,7 @@ def fit_pairs(
 
 
 def irft_phases(config: Config, rows: int) -> Iterator[Phase]:
-    """The phases of a run on ``rows`` demonstrations: SFT if asked for, then a phase per stage."""
+    """List the phases of a run on ``rows`` demonstrations: SFT if asked for, then a phase per stage."""
     yield from sft_phases(config, rows)
     for stage in range(config.stages):
         name, first = stage_name(stage), max(0, stage - config.history)

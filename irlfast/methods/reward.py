@@ -31,7 +31,7 @@ from irlfast.sampling.rewards import combine, recipe, reward_of
 
 
 def reward_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
-    """The one stage of method ``reward``: return the reward model. The reference plays no part."""
+    """Train the reward model of method ``reward``, which has one stage and no reference, and return its folder."""
     return learn_reward(run, stage, policy)
 
 
@@ -58,12 +58,15 @@ def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
 
 
 def learns_in(config: Config, stage: int) -> bool:
-    """Whether a stage trains a reward model: every stage on the policy's own answers, else at most the first."""
+    """Return whether a stage trains a reward model: every stage on the policy's answers, else only the first."""
     return config.reward_data == "policy_demo" or (config.reward_data != "none" and stage == 0)
 
 
 def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
-    """Prompt groups (prompt, (better, worse)) as ``reward_data`` says. The first stage's policy is that of SFT."""
+    """Make the prompt groups (prompt, (better, worse)) that ``reward_data`` names.
+
+    At the first stage, ``policy`` is the policy after SFT.
+    """
     config, folder = run.config, run.output / stage_name(stage)
     begun = time.perf_counter()
     examples = stage_examples(run.train, config, stage)
@@ -75,14 +78,15 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
     if config.reward_data == "init_sft":
         better = sample(run, policy, examples, folder / "better", sampling(config, stage))
         examples = [x._replace(answer_ids=ids) for x, ids in zip(examples, better, strict=True)]
-    differences = config.reward_loss == "bradley_terry" or config.reward_data == "preference"
-    pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not differences)
+    compares = config.reward_loss == "bradley_terry" or config.reward_data == "preference"
+    pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not compares)
     if dist.is_main() and not (folder / "pairs.json").exists():
         write_json(folder / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
     return pairs
 
 
 def loss_of(config: Config) -> functools.partial:
+    """Bind the reward loss to the keys of the run."""
     return functools.partial(
         reward_loss,
         kind=config.reward_loss,
@@ -93,6 +97,7 @@ def loss_of(config: Config) -> functools.partial:
 
 
 def reward_plan(config: Config, stage: int, count: int) -> Plan:
+    """Plan the steps of a stage's reward model over ``count`` pairs."""
     return plan_phase(
         config,
         count,
@@ -107,13 +112,13 @@ def reward_plan(config: Config, stage: int, count: int) -> Plan:
 
 
 def reward_phases(config: Config, rows: int) -> Iterator[Phase]:
-    """The phases of method ``reward`` on ``rows`` demonstrations: SFT if asked for, then the reward model."""
+    """List the phases of method ``reward`` on ``rows`` demonstrations: SFT if asked for, then the reward model."""
     yield from sft_phases(config, rows)
     yield reward_phase(config, 0, stage_size(config, rows, 0))
 
 
 def reward_phase(config: Config, stage: int, size: int) -> Phase:
-    """The phase that trains a stage's reward model on ``size`` pairs."""
+    """Describe the phase that trains a stage's reward model on ``size`` pairs."""
     plan, files = functools.partial(reward_plan, config, stage, size), (f"{stage_name(stage)}/pairs.json",)
     return Phase(f"{stage_name(stage)}/reward", plan, answers=2, sampled=size, files=files)
 

@@ -47,7 +47,7 @@ def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -
 
 
 def round_name(config: Config, stage: int, number: int) -> str:
-    """The phase of a round. The last round of a stage has the name of the stage."""
+    """Return the name of a round's phase. The last round of a stage has the name of the stage."""
     last = number == config.align_rounds - 1
     return stage_name(stage) if last else f"{stage_name(stage)}/round-{number:02d}"
 
@@ -100,25 +100,25 @@ def align(
 
 
 def kl_place(config: Config) -> str:
-    """Where the KL to the reference is: ``loss``, ``reward`` or ``none``."""
+    """Return where the KL to the reference is subtracted: ``loss``, ``reward`` or ``none``."""
     return "reward" if POLICY_LOSSES[config.align].has_own_kl else config.kl_in
 
 
 def best_answers(groups: Sequence[PromptGroup], reward: Tensor) -> list[PromptGroup]:
-    """Each prompt with the answer of the highest reward ``[P, n]``."""
+    """Return each prompt with the answer that has the highest reward ``[P, n]``."""
     best = reward.argmax(1).tolist()
     return [PromptGroup(x.prompt, (x.answers[i],)) for x, i in zip(groups, best, strict=True)]
 
 
 def penalties(groups: Sequence[PromptGroup], config: Config, ends: Sequence[int]) -> Tensor:
-    """The penalty ``[P, n]`` of each answer: for its length, and for an end that was cut off."""
+    """Return the penalty ``[P, n]`` of each answer: for its length, and for an end that was cut off."""
     lengths = torch.tensor([[len(answer) for answer in group.answers] for group in groups], dtype=torch.float64)
     unended = torch.tensor([[answer[-1] not in ends for answer in group.answers] for group in groups]).double()
     return config.length_penalty * lengths + config.missing_eos_penalty * unended
 
 
 def advantages_of(values: Tensor, config: Config) -> Tensor:
-    """Values ``[P, n]`` less a baseline: the mean of the prompt's other answers (arXiv 2402.14740, eq. 8).
+    """Subtract a baseline from values ``[P, n]``: the mean of the prompt's other answers (arXiv 2402.14740, eq. 8).
 
     For a loss without ``leave_one_out`` the baseline is the mean of all answers to the prompt. ``whiten_rewards``
     divides the others by their standard deviation over all prompts.
@@ -131,7 +131,7 @@ def advantages_of(values: Tensor, config: Config) -> Tensor:
 
 
 def rft_phases(config: Config, rows: int) -> Iterator[Phase]:
-    """The phases of a run on ``rows`` demonstrations: SFT if asked for, then per stage a reward and its rounds."""
+    """List the phases of a run on ``rows`` demonstrations: SFT if asked for, then per stage a reward and its rounds."""
     yield from sft_phases(config, rows)
     n = config.num_generations
     trained = 1 if POLICY_LOSSES[config.align].loss is None else n

@@ -23,7 +23,7 @@ def sft(run: Run, policy: Path | str) -> Path:
 
 
 def group_of(example: Example) -> PromptGroup:
-    """The prompt with its answer. Where earlier answers are learned, the group's answer begins at the first of them."""
+    """Make the prompt group of an example. If earlier answers are learned, too, its answer begins at the first one."""
     if not len(example.earlier):
         return PromptGroup(example.prompt_ids, (example.answer_ids,))
     first, prompt = max(1, example.earlier[0]), len(example.prompt_ids)
@@ -33,7 +33,7 @@ def group_of(example: Example) -> PromptGroup:
 
 
 def sft_plan(config: Config, count: int) -> Plan:
-    """The steps of SFT over ``count`` prompt groups."""
+    """Plan the steps of SFT over ``count`` prompt groups."""
     return plan_phase(
         config,
         count,
@@ -52,6 +52,6 @@ def wants_sft(config: Config) -> bool:
 
 
 def sft_phases(config: Config, rows: int) -> Iterator[Phase]:
-    """The phase of SFT on ``rows`` demonstrations, where the configuration asks for SFT."""
+    """List the phase of SFT on ``rows`` demonstrations, if the configuration asks for SFT."""
     if wants_sft(config):
         yield Phase("sft", functools.partial(sft_plan, config, rows), answers=1, sampled=0, files=("sft/eval.json",))

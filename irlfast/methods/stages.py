@@ -1,4 +1,4 @@
-"""What the stages of several methods share: a stage's name, its rows, its pairs and its plan."""
+"""Helpers that several methods share: a stage's name, rows, sampling, pairs and plan."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -30,12 +30,12 @@ def stage_name(stage: int) -> str:
 
 
 def stage_size(config: Config, rows: int, stage: int) -> int:
-    """The number of examples that :func:`stage_examples` returns for a stage."""
+    """Return the number of examples that :func:`stage_examples` returns for a stage."""
     return rows if config.prompts_per_stage == "all" else len(range(stage, rows, config.stages))
 
 
 def stage_examples(examples: list[Example], config: Config, stage: int) -> list[Example]:
-    """All examples, or the stage's share of them in the order of a seeded shuffle."""
+    """Return all examples, or the stage's share of them in the order of a seeded shuffle."""
     if config.prompts_per_stage == "all":
         return examples
     order = np.random.default_rng([config.seed, 1]).permutation(len(examples))
@@ -43,7 +43,7 @@ def stage_examples(examples: list[Example], config: Config, stage: int) -> list[
 
 
 def with_rejected(examples: list[Example]) -> tuple[list[Example], list[TokenIds]]:
-    """The examples that have a rejected answer, and these answers.
+    """Return the examples that have a rejected answer, and these answers.
 
     Raises:
         InputError: no example has one.
@@ -58,7 +58,7 @@ def with_rejected(examples: list[Example]) -> tuple[list[Example], list[TokenIds
 
 
 def sampling(config: Config, stage: int) -> Sampling:
-    """How a stage's answers are sampled."""
+    """Return how a stage's answers are sampled."""
     seed = (config.seed * 1000 + stage) * 100_000  # a shard adds its number
     return Sampling(config.at("temperature", stage), config.top_p, config.top_k, seed)
 
@@ -66,7 +66,7 @@ def sampling(config: Config, stage: int) -> Sampling:
 def make_pairs(
     run: Run, stage: int, examples: list[Example], answers: Sequence[TokenIds], keep_identical: bool = False
 ) -> tuple[list[PromptGroup], dict[str, int]]:
-    """Prompt groups (prompt, (expert, synthetic)) of this stage and of ``history`` earlier ones, and their counts.
+    """Make the prompt groups (prompt, (expert, synthetic)) of a stage and of ``history`` earlier ones; count them.
 
     Pairs whose synthetic answer is empty are left out. So are pairs of two identical answers, whose gradient is zero
     in a loss of differences. A discriminator must see identical answers (``keep_identical``): without them it would
@@ -97,7 +97,7 @@ def make_pairs(
 
 
 def policy_plan(config: Config, stage: int, count: int) -> Plan:
-    """The K inner steps of a stage over ``count`` prompt groups."""
+    """Plan the K inner steps of a stage over ``count`` prompt groups."""
     return plan_phase(
         config,
         count,

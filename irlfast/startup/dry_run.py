@@ -33,9 +33,9 @@ from irlfast.startup.limits import check_sizes
 from irlfast.startup.prepare import check_model, check_rows, describe, quiet, read_encoder
 
 EXAMPLES = 3
-EFFICIENCY = 0.4  # of a matrix product's rate that a whole training step reaches
+EFFICIENCY = 0.4  # share of a matrix product's rate that a whole training step reaches
 BY_MATRICES = f"{EFFICIENCY:.0%} of a matrix product's"
-SAFE = 0.8  # of the memory that is free, which a model may take for a step
+SAFE = 0.8  # share of the free memory that a model may take for a measured step
 
 
 class Size(NamedTuple):
@@ -45,7 +45,7 @@ class Size(NamedTuple):
 
 
 def show(config: Config) -> None:
-    """Print what a run would do, and stop. What needs a download that cannot be had is named and left out."""
+    """Print what a run would do. Parts that need a download which is out of reach are named and left out."""
     quiet()
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"[bold]configuration[/]\n{escape(dump(config))}")
@@ -63,7 +63,9 @@ def show(config: Config) -> None:
         show_examples(out, train[:EXAMPLES], encoder)
         size = model_size(config, len(encoder.tokenizer))
     except InputError as error:
-        if all(locate(source.name) for source in sources_of(config)) and size:  # all is at hand, so the data is wrong
+        if (
+            all(locate(source.name) for source in sources_of(config)) and size
+        ):  # nothing is missing here, so the data is wrong
             raise
         out.print(f"[bold]data[/]\nnot checked: {escape(str(error))}\n")
     out.print(f"[bold]model[/]\n{size.parameters:,} parameters\n" if size else "[bold]model[/]\ncannot be had here\n")
@@ -91,7 +93,7 @@ def show_estimates(
         out.print("steps: unknown without the data; max_train_samples gives a bound")
         return
     length = mean_length(train) if train else float(config.max_length)
-    length_note = f"{length:.0f} tokens a sequence" + ("" if train else " (max_length)")
+    length_note = f"{length:.0f} tokens per sequence" + ("" if train else " (max_length)")
     out.print(
         f"[bold]phases[/] (at most; {dist.world_size()} process, {length_note}; {rate / 1e12:.3f} TFLOP/s, {how})"
     )
@@ -105,7 +107,7 @@ def show_estimates(
             line += f", about {duration(operations / rate / dist.world_size())}"
         out.print(line)
     if size:
-        out.print(f"\n[bold]memory[/]\nabout {memory(config, size, length) / 2**30:.2f} GiB a device in training")
+        out.print(f"\n[bold]memory[/]\nabout {memory(config, size, length) / 2**30:.2f} GiB per device in training")
 
 
 def mean_length(examples: list[Example]) -> float:
@@ -113,7 +115,10 @@ def mean_length(examples: list[Example]) -> float:
 
 
 def model_size(config: Config, vocabulary: int | None = None) -> Size | None:
-    """From the model's config alone, a new model's with its tokenizer's ``vocabulary``; None where it cannot be had."""
+    """Return the model's size from its config alone; None where the config is out of reach.
+
+    A new model has the ``vocabulary`` of its tokenizer.
+    """
     import transformers
 
     try:
@@ -132,10 +137,10 @@ def model_size(config: Config, vocabulary: int | None = None) -> Size | None:
 
 
 def memory(config: Config, model: Size, length: float) -> float:
-    """Bytes a device: weights, gradients, optimiser, and activations at 34 bytes (bf16) a token, layer and unit.
+    """Estimate the bytes per device: weights, gradients, optimiser and activations.
 
-    The activations are Korthikanti et al. 2022 (arXiv 2205.05198), table 2, without attention scores, which SDPA
-    does not keep; gradient checkpointing keeps 2 bytes a token, layer and unit, selective 20.
+    Activations take 34 bytes (bf16) per token, layer and hidden unit: Korthikanti et al. 2022 (arXiv 2205.05198),
+    table 2, without attention scores, which SDPA does not keep. Gradient checkpointing keeps 2 of them, selective 20.
     """
     size = 2 if config.dtype == "bfloat16" else 4
     world, zero = dist.world_size(), config.zero_stage
@@ -146,13 +151,16 @@ def memory(config: Config, model: Size, length: float) -> float:
     optimiser = trained * (moments + (4 if size == 2 else 0)) / (world if zero >= 1 else 1)
     tokens = 2 * config.per_device_train_batch_size * length
     kept = {False: 17, "selective": 10, True: 1}[config.gradient_checkpointing]
-    kept *= not config.activation_offloading  # it is host memory that takes them then
+    kept *= not config.activation_offloading  # which moves them to host memory
     activations = tokens * model.layers * model.hidden * kept * size
     return weights + gradients + optimiser + activations
 
 
 def rate_of(config: Config, encoder: Encoder, train: list[Example], size: Size) -> tuple[float, str]:
-    """Operations a second of training, and how they were found: by a step of the model, where it is here and fits."""
+    """Return the operations per second of training, and how they were measured.
+
+    A step of SFT is measured where the model is here and fits, else a matrix product.
+    """
     policy = weights_at_hand(config)
     if dist.world_size() > 1:
         return matrix_rate(config), f"{BY_MATRICES}: one process alone measures a step"
@@ -167,7 +175,7 @@ def rate_of(config: Config, encoder: Encoder, train: list[Example], size: Size) 
 
 
 def weights_at_hand(config: Config) -> str | None:
-    """The folder of the given model, of the hub's too where it has been downloaded."""
+    """Return the folder of the given model, or of its download from the hub; None where there is none."""
     import huggingface_hub
 
     name = config.model_name_or_path
@@ -181,7 +189,7 @@ def weights_at_hand(config: Config) -> str | None:
 
 
 def measured_rate(config: Config, policy: str | None, encoder: Encoder, train: list[Example]) -> float:
-    """Operations a second of the second step of SFT on the first rows, one micro-batch a step."""
+    """Return the operations per second of the second step of SFT, with one micro-batch per step."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         if policy is None:
@@ -203,7 +211,7 @@ def measured_rate(config: Config, policy: str | None, encoder: Encoder, train: l
 
 
 def matrix_rate(config: Config, size: int = 2048) -> float:
-    """Operations a second that training may reach: a part of a square matrix product's in the run's dtype."""
+    """Return the operations per second that training may reach: a share of those of a square matrix product."""
     matrix = torch.randn(size, size, dtype=getattr(torch, config.dtype), device=dist.device())
     best = float("inf")
     for _ in range(3):

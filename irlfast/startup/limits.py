@@ -1,4 +1,4 @@
-"""What would end a run hours after its start, and can be told before it: too few rows, too few tokens, no sampler."""
+"""Checks at the start of errors that would otherwise end a run hours later: too few rows or tokens, no sampler."""
 
 import subprocess
 import sys
@@ -21,10 +21,10 @@ from irlfast.sampling.vllm_sampler import GET_VLLM, environment
 
 
 def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -> None:
-    """Whether every stage has rows to learn from, and their segments fit into a batch.
+    """Check that every stage has rows to learn from, and that their prompt groups fit into a batch.
 
     Raises:
-        InputError: naming the key, what was found, and what would do.
+        InputError: one does not; the message names the key, what was found and what was expected.
     """
     facts = config.facts
     rejected = facts.needs_rejected or (facts.learns_reward and config.reward_data == "preference")
@@ -33,7 +33,7 @@ def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -
         if not rows:
             raise InputError(
                 f"stages: found {config.stages} with prompts_per_stage: split, but {len(train)} rows to learn from; "
-                "expected at least a row a stage"
+                "expected at least one row per stage"
             )
         if rejected and not any(row.rejected_ids for row in rows):
             raise InputError(
@@ -43,7 +43,7 @@ def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -
         if facts.aligns and len(rows) < config.align_rounds:
             raise InputError(
                 f"align_rounds: found {config.align_rounds}, but {stage_name(stage)} has {len(rows)} rows; "
-                "expected at least a row a round"
+                "expected at least one row per round"
             )
     if config.max_tokens_per_batch != "auto":
         longest = max(count_tokens(group) for row in [*train, *held_out] for group in groups_of(config, row))
@@ -55,7 +55,7 @@ def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -
 
 
 def groups_of(config: Config, row: Example) -> list[PromptGroup]:
-    """What this row can become, with sampled answers of the greatest length."""
+    """Return the prompt groups that a row can become, with sampled answers of the greatest length."""
     sampled: Any = range(config.max_new_tokens)
     answers: list[tuple[Sequence[int], ...]] = [(row.answer_ids, sampled)]
     if row.rejected_ids:
@@ -68,10 +68,10 @@ def groups_of(config: Config, row: Example) -> list[PromptGroup]:
 
 
 def check_rewards(config: Config) -> None:
-    """Whether every reward that is added can be one, and ``reward_combine`` has several heads to combine.
+    """Check that every added reward can be loaded, and that ``reward_combine`` has several heads to combine.
 
     Raises:
-        InputError: naming the reward, or the key.
+        InputError: one cannot; the message names the reward, or the key.
     """
     heads = config.reward_heads if config.reward_data != "none" else 0
     for name in config.reward_model_name_or_path:
@@ -91,16 +91,16 @@ def check_rewards(config: Config) -> None:
 
 
 def check_vllm(config: Config) -> None:
-    """Whether the interpreter that samples has vLLM, and every process its GPUs.
+    """Check that the interpreter that samples has vLLM, and that every process has its GPUs.
 
     Raises:
-        InputError: with how to get it.
+        InputError: there is no vLLM; the message says how to get it.
     """
     interpreter = config.vllm_python or sys.executable
     variables = environment(config.vllm_tensor_parallel_size)
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    program = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
-        done = subprocess.run([interpreter, "-c", look], env=variables, capture_output=True, check=False)
+        done = subprocess.run([interpreter, "-c", program], env=variables, capture_output=True, check=False)
     except OSError as error:
         raise InputError(f"vllm_python {interpreter}: {error.strerror}; expected an interpreter with vLLM") from error
     if done.returncode:
@@ -108,10 +108,10 @@ def check_vllm(config: Config) -> None:
 
 
 def check_lora(config: Config, model_config: object) -> None:
-    """Whether the model has the modules that ``lora_target_modules`` names.
+    """Check that the model has the modules that ``lora_target_modules`` names.
 
     Raises:
-        InputError: as PEFT says.
+        InputError: it does not; the message is PEFT's.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""The start of a run: check everything that can be wrong before the first file is written."""
+"""The start of a run: check the input, read and tokenise the demonstrations, and make the run's folder."""
 
 import datetime
 import logging
@@ -31,10 +31,11 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.js
 
 
 def prepare(config: Config, prompts_only: bool = False) -> Run:
-    """The run's data, tokenizer, folder, and the policy that it starts from.
+    """Prepare a run: its folder, data and tokenizer, and the policy to start from.
 
-    The main process alone reads and tokenises, while the others wait in ``init_process_group``; all map what it wrote.
-    ``prompts_only``: rows need no answer, and none is held out.
+    Everything that can be wrong is checked before the first file is written. The main process reads and tokenises the
+    demonstrations, while the others wait in ``init_process_group``. With ``prompts_only``, rows need no answer, and no
+    row is held out.
 
     Raises:
         InputError: bad data, no tokenizer or weights, or an ``output_dir`` of another configuration or other data.
@@ -51,28 +52,19 @@ def prepare(config: Config, prompts_only: bool = False) -> Run:
         check_rewards(config)
     if config.push_to_hub and dist.is_main():
         create_repository(config)
-    found = write_data(config, output, prompts_only) if dist.is_main() else None
+    written = write_data(config, output, prompts_only) if dist.is_main() else None
     init_process_group()
-    encoder, lines = dist.broadcast_object(found)
+    encoder, lines = dist.broadcast_object(written)
     train, held_out = (load_examples(output / "data" / f"{name}.safetensors") for name in ("train", "eval"))
     log(lines)
-    rows = Rows(output / "data" / "rows.jsonl")
-    return Run(
-        config,
-        output,
-        starting_policy(config, output, encoder),
-        encoder,
-        train,
-        held_out,
-        MetricsLog(output, config),
-        rows,
-    )
+    initial, rows = starting_policy(config, output, encoder), Rows(output / "data" / "rows.jsonl")
+    return Run(config, output, initial, encoder, train, held_out, MetricsLog(output, config), rows)
 
 
 def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Encoder, str]:
-    """Tokenise the demonstrations into ``data/``; returns their format and what is to be said of them."""
-    known = read_json(output / "data.json") if (output / "data.json").exists() else {}
-    begun = datetime.datetime.fromisoformat(known.get("begun") or datetime.datetime.now().isoformat())
+    """Tokenise the demonstrations into ``data/``. Return the encoder, and lines that describe the data."""
+    earlier = read_json(output / "data.json") if (output / "data.json").exists() else {}
+    begun = datetime.datetime.fromisoformat(earlier.get("begun") or datetime.datetime.now().isoformat())
     encoder = read_encoder(config, begun)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as rows:
         sets = read_sets(config, encoder, rows, prompts_only)
@@ -82,20 +74,20 @@ def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Encode
         lock(output)
         rows.seek(0)
         write(output / "data" / "rows.jsonl", lambda temporary: copy_lines(rows, temporary))
-    found = {
-        "begun": begun.isoformat(),  # the time that the chat template is told
+    facts = {
+        "begun": begun.isoformat(),  # the time that the chat template writes
         "fingerprint": fingerprint(sets.train, sets.held_out),
         "remarks": describe(sets).splitlines(),
         **{name: dict(tally.counts) for name, tally in sets.set_counts.items()},
     }
-    if known and known["fingerprint"] != found["fingerprint"]:
+    if earlier and earlier["fingerprint"] != facts["fingerprint"]:
         raise InputError(f"output_dir {output}: its run began with other demonstrations; expected a new output_dir")
     write_text(output / "config.yaml", dump(config))
     for name, examples in (("train", sets.train), ("eval", sets.held_out)):
         save_examples(output / "data" / f"{name}.safetensors", examples)
     dropped = [*dropped_rows(sets.source_counts), *(row for tally in sets.set_counts.values() for row in tally.dropped)]
     write_jsonl(output / "data" / "dropped.jsonl", dropped)
-    write_json(output / "data.json", found)
+    write_json(output / "data.json", facts)
     return encoder, describe(sets)
 
 
@@ -105,15 +97,19 @@ def copy_lines(lines: IO[str], path: Path) -> None:
 
 
 def check_model(config: Config) -> None:
-    """Whether there will be a model to train, long before it is loaded."""
+    """Check that the model can be trained as configured, long before its weights are loaded.
+
+    Raises:
+        InputError: it cannot; the message names the key.
+    """
     model_config = load_model_config(config)
     text = model_config.get_text_config()
     frozen, layers = config.reward_frozen_layers, text.num_hidden_layers
     if frozen > layers:
         raise InputError(f"reward_frozen_layers: found {frozen}, but the model has {layers} layers")
-    balance = config.router_aux_loss_coef
-    if balance and not hasattr(text, "output_router_logits"):
-        raise InputError(f"router_aux_loss_coef: found {balance}, but a {text.model_type} has no router; expected 0")
+    balancing = config.router_aux_loss_coef
+    if balancing and not hasattr(text, "output_router_logits"):
+        raise InputError(f"router_aux_loss_coef: found {balancing}, but a {text.model_type} has no router; expected 0")
     positions = getattr(text, "max_position_embeddings", None)
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
     if positions and longest > positions:
@@ -128,7 +124,7 @@ def check_model(config: Config) -> None:
 
 
 def check_weights(config: Config) -> None:
-    """Whether the given model has weights, and training can go on with an adapter."""
+    """Check that the given model has weights, and that training can continue its adapter if it is one."""
     base, adapter = base_and_adapter(str(config.model_name_or_path))
     for folder in (find_path(base), adapter):
         if folder and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
@@ -137,45 +133,45 @@ def check_weights(config: Config) -> None:
             )
     if adapter and not config.use_peft:
         raise InputError(
-            f"model_name_or_path: found the adapter {adapter} without use_peft; expected use_peft: true, to go on with "
-            "it, or a whole model, as is its run's final/"
+            f"model_name_or_path: found the adapter {adapter} without use_peft; expected use_peft: true, to continue "
+            "it, or a whole model, such as final/ of its run"
         )
     if adapter:
         check_adapter(adapter, config)
 
 
 def read_encoder(config: Config, begun: datetime.datetime) -> Encoder:
-    """The run's tokenizer, a new one where ``train_tokenizer`` asks for it, and how it writes conversations."""
+    """Load the run's tokenizer, or train it, and make the encoder of conversations."""
     tokenizer = load_tokenizer(config, tokenizer_texts(config) if config.train_tokenizer else [])
     return make_encoder(tokenizer, config, begun, stop_tokens(config))
 
 
 def check_rows(config: Config, encoder: Encoder, examples: list[Example]) -> None:
-    """Whether the model has an embedding for every token in use, or is to get it.
+    """Check that the model has an embedding for every token in use, or will get one.
 
     Raises:
-        InputError: a token of an example, or one of the tokenizer's own that was not added to it, has none.
+        InputError: a token of an example has none, or one of the tokenizer's own, apart from added tokens.
     """
     tokens, rows = vocabulary_size(encoder.tokenizer), embedding_rows(config)
     if tokens <= rows:
         return
-    found = f"tokenizer: found {tokens:,} tokens, but the model's embedding has {rows:,} rows"
+    found_tokens = f"tokenizer: found {tokens:,} tokens, but the model's embedding has {rows:,} rows"
     if config.resize_embeddings and config.use_peft:
         raise InputError(
-            f"{found}; expected resize_embeddings without use_peft, whose adapter leaves new rows untrained"
+            f"{found_tokens}; expected resize_embeddings without use_peft, whose adapter leaves new rows untrained"
         )
     ids = (part for x in examples for part in (x.prompt_ids, x.answer_ids, x.rejected_ids) if part is not None)
     used = max(int(max(part)) for part in ids if len(part))
     if config.resize_embeddings:
-        log(f"{found}: {tokens - rows:,} new ones, the mean of the others")
+        log(f"{found_tokens}: {tokens - rows:,} new ones, the mean of the others")
     elif encoder.tokenizer.vocab_size > rows or max(used, encoder.end_id) >= rows:
-        raise InputError(f"{found}; expected the model's own tokenizer, or resize_embeddings: true")
+        raise InputError(f"{found_tokens}; expected the model's own tokenizer, or resize_embeddings: true")
     else:
-        log(f"{found}; no example has one of the {tokens - rows:,} tokens without a row")
+        log(f"{found_tokens}; no example has one of the {tokens - rows:,} tokens without a row")
 
 
 def starting_policy(config: Config, output: Path, encoder: Encoder) -> Path | str:
-    """The given model, or in ``initial/policy`` with its tokenizer a new one, or the given one with more embeddings."""
+    """Return the given model, or ``initial/policy``: a new model, or the given one with more embeddings."""
     given = config.model_name_or_path
     if given and not (config.resize_embeddings and vocabulary_size(encoder.tokenizer) > embedding_rows(config)):
         return find_path(given) or given
@@ -188,7 +184,7 @@ def starting_policy(config: Config, output: Path, encoder: Encoder) -> Path | st
 
 
 def describe(sets: Sets) -> str:
-    """What was read, kept, cut and left out, a line each."""
+    """Describe what was read, kept, cut and left out, one line each."""
     lines = [describe_source(source) for source in sets.source_counts]
     labels = {"train": "demonstrations", "eval": "held out"}
     for name, tally in sets.set_counts.items():
@@ -209,7 +205,7 @@ KEPT = ("rows", "kept", "prompt_tokens", "answer_tokens", "tokenised_apart")
 
 
 def quiet() -> None:
-    """Libraries' own progress bars and notices would tear ours."""
+    """Silence the libraries' progress bars and notices, which would break ours."""
     import torch
 
     if not torch.cuda.is_available():

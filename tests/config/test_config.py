@@ -82,7 +82,7 @@ WRONG = {
     "learning_rate: found 'fast', expected a valid number": {"learning_rate": "fast"},
     "stages: found 0": {"stages": 0},
     "inner_epochs and inner_steps": {"inner_epochs": 1, "inner_steps": 2},
-    r"beta: found 2 values, expected one or one a stage \(3\)": {"beta": [1, 2]},
+    r"beta: found 2 values, expected one or one per stage \(3\)": {"beta": [1, 2]},
     "dataset_name: found nothing": {"dataset_name": None},
     "dataset_name: no such file or folder": {"dataset_name": "/no/such.jsonl"},
     "model_name_or_path: no such file or folder": {
@@ -114,7 +114,7 @@ WRONG = {
     "load_in_4bit: found true without use_peft": {"load_in_4bit": True},
     "load_in_4bit: found true with zero_stage 3": {"load_in_4bit": True, "use_peft": True, "zero_stage": 3},
     "bnb_4bit_quant_type: found 'int4', expected 'nf4' or 'fp4'": {"bnb_4bit_quant_type": "int4"},
-    "needs tokenizer_name_or_path or train_tokenizer": {"train_tokenizer": None},
+    "a new model needs a tokenizer; expected tokenizer_name_or_path": {"train_tokenizer": None},
 }
 
 

@@ -9,6 +9,7 @@ from irlfast.config.methods import METHOD_FACTS, OWN_KL
 from irlfast.config.schema import Config
 from irlfast.losses.policy import POLICY_LOSSES
 from irlfast.methods import METHODS
+from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.ops.rewards.losses import KINDS
 
 
@@ -25,6 +26,10 @@ def test_each_method_that_the_schema_takes_has_facts_and_functions():
 def test_each_alignment_that_the_schema_takes_has_a_policy_loss():
     assert set(values_of("align")) == POLICY_LOSSES.keys()
     assert set(OWN_KL) == {name for name, loss in POLICY_LOSSES.items() if loss.has_own_kl or loss.loss is None}
+
+
+def test_pair_losses_have_the_names_that_ops_has():
+    assert set(values_of("loss_type")) == PAIR_LOSSES.keys()
 
 
 def test_reward_losses_and_divergences_have_the_names_that_ops_has():

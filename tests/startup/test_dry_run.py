@@ -25,7 +25,7 @@ def test_the_default_shows_examples_with_the_mask_steps_memory_and_time(tmp_path
     for phase in ("sft", "stage-00", "stage-01", "stage-02"):
         assert f"{phase}: " in out
     assert "optimiser steps" in out
-    assert "GiB a device" in out
+    assert "GiB per device" in out
     assert "measured on a step of SFT of this model" in out
     assert not (tmp_path / "run").exists()
 

@@ -9,8 +9,7 @@ from irlfast.config.methods import METHOD_FACTS, OWN_KL
 from irlfast.config.schema import Config
 from irlfast.losses.policy import POLICY_LOSSES
 from irlfast.methods import METHODS
-from irlfast.ops.pair_loss.losses import PAIR_LOSSES
-from irlfast.ops.rewards.losses import KINDS
+from irlfast.ops.rewards.losses import REWARD_LOSSES
 
 
 def values_of(key: str) -> tuple[str, ...]:
@@ -28,13 +27,9 @@ def test_each_alignment_that_the_schema_takes_has_a_policy_loss():
     assert set(OWN_KL) == {name for name, loss in POLICY_LOSSES.items() if loss.has_own_kl or loss.loss is None}
 
 
-def test_pair_losses_have_the_names_that_ops_has():
-    assert set(values_of("loss_type")) == PAIR_LOSSES.keys()
-
-
 def test_reward_losses_and_divergences_have_the_names_that_ops_has():
-    assert set(values_of("reward_loss")) == {*KINDS, "linear"}
-    divergences = set(KINDS) - {"bce", "bradley_terry"}
+    assert set(values_of("reward_loss")) == REWARD_LOSSES.keys()
+    divergences = REWARD_LOSSES.keys() - {"bradley_terry", "linear", "bce"}
     assert {name for value in values_of("divergence") for name in get_args(value)} == divergences
 
 

@@ -62,9 +62,9 @@ def check_logits(model: Any, head: Head, separate_states: Tensor) -> None:
 
 
 def can_share_prompts(model: Any, separate_states: Tensor) -> bool:
-    """Whether answers that share a prompt's tokens have the hidden states that they have in rows of their own.
+    """Return whether answers that share a prompt have the hidden states of answers in rows of their own.
 
-    ``separate_states`` are those that :func:`check_forward` returned for rows of their own.
+    ``separate_states`` are the latter, which :func:`check_forward` returned.
     """
     try:
         return is_close(probe_states(model, SHARED), separate_states, separate_states.dtype)
@@ -85,6 +85,6 @@ def check_layout(model: Any, layout: Layout, separate_states: Tensor) -> None:
 
 
 def is_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two tensors agree up to rounding in ``dtype``, relative to the largest value."""
+    """Return whether two tensors agree up to rounding in ``dtype``, relative to the largest value."""
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())

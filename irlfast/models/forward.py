@@ -40,5 +40,5 @@ def attention_of(model: Any) -> str:
 
 
 def takes_cu_seqlens(model: Any) -> bool:
-    """Whether a model's attention takes the start of each sequence in a row. Answers cannot share a prompt then."""
+    """Return whether a model's attention takes the start of each sequence. Answers cannot share a prompt then."""
     return "flash" in attention_of(model) or attention_of(model) == varlen.NAME

@@ -91,19 +91,21 @@ def attended_blocks(group: Tensor, answer: Tensor, position: Tensor, window: int
     first and last token of a block suffice, because groups ascend in a row and answers ascend in a group.
     """
     groups, answers, positions = (x.unflatten(1, (-1, BLOCK)) for x in (group, answer, position))
-    # Below, unsqueeze(2) makes a value of each block of queries, unsqueeze(1) a value of each block of keys.
+    # unsqueeze(2) makes a value of each block of queries, unsqueeze(1) a value of each block of keys.
     diagonal = torch.eye(groups.shape[1], dtype=torch.bool, device=group.device)
     earlier = torch.ones_like(diagonal).tril(-1)
-    with_prompt = answers.amin(2) <= 0
+    # Some pair attends: the keys end in the group that the queries begin with, and have its prompt or its first answer.
     some = earlier & (groups[..., 0].unsqueeze(2) == groups[..., -1].unsqueeze(1))
-    some &= with_prompt.unsqueeze(1) | (answers[..., 0].unsqueeze(2) == answers[..., -1].unsqueeze(1))
-    in_one = earlier & (groups[..., -1].unsqueeze(2) == groups[..., 0].unsqueeze(1))
-    first_answer = answers.masked_fill(answers <= 0, torch.iinfo(answers.dtype).max).amin(2)
+    has_prompt = answers.amin(2) <= 0
+    some &= has_prompt.unsqueeze(1) | (answers[..., 0].unsqueeze(2) == answers[..., -1].unsqueeze(1))
+    # All pairs attend: all tokens are of one group, and the keys are its prompt, or belong to the queries' one answer.
+    one_group = earlier & (groups[..., -1].unsqueeze(2) == groups[..., 0].unsqueeze(1))
     only_prompt = answers[..., -1] <= 0
-    whole = in_one & (only_prompt.unsqueeze(1) | (answers[..., -1].unsqueeze(2) == first_answer.unsqueeze(1)))
+    first_answer = answers.masked_fill(answers <= 0, torch.iinfo(answers.dtype).max).amin(2)
+    whole = one_group & (only_prompt.unsqueeze(1) | (answers[..., -1].unsqueeze(2) == first_answer.unsqueeze(1)))
     if window:
         least, most = positions.amin(2), positions.amax(2)
-        some &= ~in_one | (least.unsqueeze(2) - most.unsqueeze(1) < window)
+        some &= ~one_group | (least.unsqueeze(2) - most.unsqueeze(1) < window)
         whole &= most.unsqueeze(2) - least.unsqueeze(1) < window
     return some | diagonal, whole
 

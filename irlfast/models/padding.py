@@ -58,7 +58,7 @@ def unused_token(tokenizer: Any, encoder: Encoder) -> str | None:
 
 
 def occurs_in_texts(token: int, tokenizer: Any) -> bool:
-    """Whether a text can be split into this token: the text that the token stands for, or a text of many characters."""
+    """Return whether texts without special tokens can have this token; its own text and many characters are tried."""
     own = tokenizer.decode([token])
     texts = tokenizer([own, f"a{own}", CHARACTERS], add_special_tokens=False, split_special_tokens=True)
     return any(token in ids for ids in texts.input_ids)

@@ -30,7 +30,7 @@ SHARD_SIZE = 1024  # prompts at most: no sampler has larger batches, and a kill 
 
 
 class Sampling(NamedTuple):
-    """How answers are drawn."""
+    """The settings that answers are sampled with."""
 
     temperature: float  # 0 is greedy
     top_p: float  # 1 keeps every token

@@ -29,7 +29,7 @@ QUESTION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
 
 
 class Reader(NamedTuple):
-    """How a reward model reads conversations."""
+    """All that turns a conversation into a reward model's token ids."""
 
     name: str  # the reward model's name, for messages
     template: Template
@@ -155,7 +155,7 @@ def log_changes(reader: Reader, texts: Sequence[Tokenized], config: Config) -> N
         )
 
 
-# ---------------------------------------------------------------- how it reads a conversation
+# ---------------------------------------------------------------- from a conversation to token ids
 
 
 def tokenize(reader: Reader, row: Demonstration) -> Tokenized:

@@ -110,7 +110,7 @@ def call(function: Callable, name: str, run: Run, groups: Sequence[PromptGroup])
 
 
 def is_conversation(row: dict[str, Any]) -> bool:
-    """Whether a row has messages, or a prompt of several turns besides system text."""
+    """Return whether a row has messages, or a prompt of several turns besides system text."""
     lists = (value for value in row["row"].values() if isinstance(value, list) and value)
     turns = [message for message in row["messages"] if message["role"] != "system"]
     return len(turns) != 1 or any(isinstance(value[0], dict) and {"role", "from"} & {*value[0]} for value in lists)

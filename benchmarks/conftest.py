@@ -1,4 +1,4 @@
-"""Collects the figures of a run, prints them at its end, and writes them to ``benchmarks/results/``."""
+"""Collect the results of a benchmark run, print them at its end, and write them to ``benchmarks/results/``."""
 
 import datetime
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # ``benchmarks`` is no installed package
+sys.path.insert(0, str(ROOT))  # ``benchmarks`` is not installed
 
 RESULTS_FOLDER = ROOT / "benchmarks" / "results"
 SOURCES = ("irlfast", "kernels", "csrc", "benchmarks", ":!benchmarks/results")
@@ -23,18 +23,18 @@ RESULTS = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="benchmarks: small shapes, to see that all of it runs")
-    parser.addoption("--resume", action="store_true", help="benchmarks: go on with the pair loss where it was stopped")
+    parser.addoption("--quick", action="store_true", help="benchmarks: small shapes, to check that everything runs")
+    parser.addoption("--resume", action="store_true", help="benchmarks: resume a stopped run of the pair loss")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # of pytest-xdist: results tell the command that was given
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist: results name the command that the user gave
         sys.argv = config.workerinput["mainargv"]
 
 
 @pytest.fixture(scope="session")
 def data(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the data: ``IRLFAST_DATA``, or a small one of our own."""
+    """Return the folder of the data: ``IRLFAST_DATA``, or small data written here with ``--quick``."""
     if pytestconfig.getoption("quick"):
         from benchmarks.small import write_data
 
@@ -42,29 +42,29 @@ def data(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
         write_data(folder)
         return folder
     if "IRLFAST_DATA" not in os.environ:
-        pytest.skip("needs IRLFAST_DATA, a folder with hh_harmless_test.jsonl and gsm8k_test.jsonl, and minutes")
+        pytest.skip("needs minutes, and IRLFAST_DATA: a folder with hh_harmless_test.jsonl and gsm8k_test.jsonl")
     return Path(os.environ["IRLFAST_DATA"]).expanduser()
 
 
 @pytest.fixture(scope="session")
 def results(pytestconfig: pytest.Config) -> dict[str, Any]:
-    """What a run leaves behind; tests add to ``cases`` and ``goals``."""
+    """Return the result of the run, to whose ``cases`` and ``goals`` the tests add."""
     fresh = {**circumstances(), "complete": False, "cases": {}, "goals": []}
     return pytestconfig.stash.setdefault(RESULTS, unfinished(fresh) if pytestconfig.getoption("resume") else fresh)
 
 
 def unfinished(fresh: dict[str, Any]) -> dict[str, Any]:
-    """The last partial result of the same code on the same device, or ``fresh``."""
+    """Return the last partial result of the same code on the same device, or ``fresh``."""
     same = ("commit", "uncommitted_changes", "device", "threads", "versions", "quick")
     for path in sorted(RESULTS_FOLDER.glob("*-pair-loss-*-partial.json"), reverse=True):
-        found = json.loads(path.read_text())
-        if fresh["commit"] and all(found[key] == fresh[key] for key in same):
-            return found
+        partial = json.loads(path.read_text())
+        if fresh["commit"] and all(partial[key] == fresh[key] for key in same):
+            return partial
     return fresh
 
 
 def circumstances() -> dict[str, Any]:
-    """When, by what command, on what commit and machine: the head of every result."""
+    """Return the head of every result: the time, the command, the commit and the machine."""
     import torch
 
     from benchmarks.peers import version
@@ -74,7 +74,7 @@ def circumstances() -> dict[str, Any]:
     changes = git("status", "--porcelain", *SOURCES)
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join([program(), *sys.argv[1:]]),
+        "command": " ".join([program_name(), *sys.argv[1:]]),
         "quick": "--quick" in sys.argv,
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
@@ -87,26 +87,26 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def program() -> str:
+def program_name() -> str:
     script = Path(sys.argv[0])
     return f"python -m benchmarks.{script.stem}" if script.parent.name == "benchmarks" else "pytest"
 
 
 def interleaved(steps: dict[str, Callable[[], object]], runs: int = 9) -> dict[str, float]:
-    """Median seconds of each step; the first run of each does not count."""
+    """Time the steps in turn, and return the median seconds of each. The first run of each step does not count."""
     from benchmarks.measure import seconds_of
 
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(runs + 1):
         for name, step in steps.items():
-            found[name].append(seconds_of(step))
-    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
+            times[name].append(seconds_of(step))
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
-def write_result(what: str, result: dict[str, Any]) -> Path:
-    """``benchmarks/results/DATE-WHAT.json``: ``result`` under what there is to say of every one."""
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Write ``benchmarks/results/DATE-NAME.json``: the circumstances, then ``result``."""
     head = circumstances()
-    path = RESULTS_FOLDER / f"{head['date'][:10]}-{what}{'-quick' if head['quick'] else ''}.json"
+    path = RESULTS_FOLDER / f"{head['date'][:10]}-{name}{'-quick' if head['quick'] else ''}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(head | result, indent=1) + "\n")
     return path
@@ -115,14 +115,14 @@ def write_result(what: str, result: dict[str, Any]) -> Path:
 def git(*arguments: str) -> str | None:
     try:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy without its history
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without the history
         return None
 
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return named.group(1) if named else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return match.group(1) if match else platform.processor() or platform.machine()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -135,7 +135,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """Every case's table, then the goals."""
+    """Return the lines of every case's table, then of the goals."""
     parts = [[title(case), *table(case)] for case in results["cases"].values()]
     parts += [goal_lines(results["goals"])] if results["goals"] else []
     return [line for part in parts for line in ["", *part]] + [""]
@@ -160,24 +160,24 @@ def title(case: dict[str, Any]) -> str:
 
 
 def table(case: dict[str, Any]) -> list[str]:
-    """The rows of a case, fastest first; then those that gave no time, and why."""
+    """Return the rows of a case, fastest first, then the rows without a time and the reason."""
     header = ("", "ms", "min–max", "× products", "extra MiB", "nats", "d hidden", "d weight")
-    timed = {row: found for row, found in case["rows"].items() if "seconds" in found}
+    timed = {row: result for row, result in case["rows"].items() if "seconds" in result}
     lines = [header]
-    for row, found in sorted(timed.items(), key=lambda item: item[1]["seconds"]):
-        low, middle, high = (f"{1000 * found[key]:.4g}" for key in ("min", "seconds", "max"))
+    for row, result in sorted(timed.items(), key=lambda item: item[1]["seconds"]):
+        low, middle, high = (f"{1000 * result[key]:.4g}" for key in ("min", "seconds", "max"))
         products = timed.get("".join(["bare products", *row.partition(";")[1:]]))
-        ratio = f"{found['seconds'] / products['seconds']:.2f}" if products else ""
-        memory = "" if found.get("extra_mib") is None else f"{found['extra_mib']:.0f}"
-        errors = (f"{found[key]:.1e}" if key in found else "" for key in ("nats", "hidden_error", "weight_error"))
+        ratio = f"{result['seconds'] / products['seconds']:.2f}" if products else ""
+        memory = "" if result.get("extra_mib") is None else f"{result['extra_mib']:.0f}"
+        errors = (f"{result[key]:.1e}" if key in result else "" for key in ("nats", "hidden_error", "weight_error"))
         lines.append((row, middle, f"{low}–{high}", ratio, memory, *errors))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = ["  " + first.ljust(widths[0]) + columns(rest, widths[1:]) for first, *rest in lines]
-    others = [(row, found) for row, found in case["rows"].items() if row not in timed]
-    return aligned + [f"  {row.ljust(widths[0])}  {found['status']}: {found['reason']}" for row, found in others]
+    aligned = ["  " + first.ljust(widths[0]) + align_right(rest, widths[1:]) for first, *rest in lines]
+    untimed = [(row, result) for row, result in case["rows"].items() if row not in timed]
+    return aligned + [f"  {row.ljust(widths[0])}  {result['status']}: {result['reason']}" for row, result in untimed]
 
 
-def columns(cells: list[str], widths: list[int]) -> str:
+def align_right(cells: list[str], widths: list[int]) -> str:
     return "".join("  " + cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 

@@ -1,10 +1,11 @@
-"""Does it learn? IRFT on real demonstrations against SFT, and against SFT continued for as many optimiser steps.
+"""Compare IRFT on real demonstrations with SFT, and with SFT continued for as many optimiser steps.
 
-    python -m benchmarks.learning cmudict --data ../shared/data --seeds 0 1 2
+    python -m benchmarks.learning cmudict --data DATA --seeds 0 1 2
 
-runs, for every seed, ``configs/irft.yaml`` on the data, then two controls that continue its SFT policy by plain SFT for
-the optimiser steps that IRFT took, on as many demonstrations a step: at IRFT's learning rate, and at SFT's own. Prints
-mean ± standard deviation over seeds and writes ``benchmarks/results/DATE-learning-NAME.json``. Runs resume.
+For every seed, the script runs ``configs/irft.yaml`` on the data. Two controls then continue its SFT policy by plain
+SFT, for as many optimiser steps as IRFT took and with as many demonstrations per step: one at IRFT's learning rate, one
+at SFT's. The script prints mean ± standard deviation over seeds and writes
+``benchmarks/results/DATE-learning-NAME.json``. A stopped run resumes.
 """
 
 import json
@@ -51,8 +52,8 @@ METRICS = ("exact_match", "nll", "reward_accuracy", "margin")
 COLUMNS = {"exact_match": "exact match", "nll": "held-out NLL (nats)", "reward_accuracy": "reward accuracy"}
 
 
-def steps_of(output: Path) -> int:
-    """Optimiser steps that all stages took together."""
+def count_steps(output: Path) -> int:
+    """Return the optimiser steps of all stages together."""
     last = {}
     for line in (output / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -61,7 +62,7 @@ def steps_of(output: Path) -> int:
 
 
 def run_seed(folder: Path, seed: int, keys: dict[str, Any]) -> dict[str, dict]:
-    """Figures of SFT, of every stage, and of both controls."""
+    """Return the metrics of SFT, of every stage, and of both controls."""
     irft = folder / f"seed-{seed}"
     figures = train(irft, RECIPE, **keys, seed=seed)
     config = yaml.safe_load((irft / "config.yaml").read_text())
@@ -72,7 +73,7 @@ def run_seed(folder: Path, seed: int, keys: dict[str, Any]) -> dict[str, dict]:
         "train_tokenizer": "null",
         "model_name_or_path": irft / "sft" / "policy",
         "sft_per_device_train_batch_size": config["per_device_train_batch_size"],
-        "sft_steps": steps_of(irft),
+        "sft_steps": count_steps(irft),
         "seed": seed,
     }
     for label, rate, optim in (
@@ -85,11 +86,11 @@ def run_seed(folder: Path, seed: int, keys: dict[str, Any]) -> dict[str, dict]:
 
 
 def main() -> None:
-    known = parser(__doc__, "learning")
-    known.add_argument("task", choices=TASKS)
-    known.add_argument("--data", type=Path, required=True, help="folder of NAME_train.jsonl and NAME_test.jsonl")
-    known.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = known.parse_args()
+    arguments = parser(__doc__, "learning")
+    arguments.add_argument("task", choices=TASKS)
+    arguments.add_argument("--data", type=Path, required=True, help="folder of NAME_train.jsonl and NAME_test.jsonl")
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = arguments.parse_args()
     parts = {"dataset_name": "train", "eval_dataset_name": "test"}
     keys: dict[str, Any] = {key: options.data.resolve() / f"{options.task}_{part}.jsonl" for key, part in parts.items()}
     keys |= TASKS[options.task]

@@ -1,4 +1,4 @@
-"""How the pair loss is measured: inputs, the fp64 truth, interleaved timing, and peak extra memory."""
+"""Measure the pair loss: inputs, exact values in fp64, interleaved timing, and peak extra memory."""
 
 import ctypes
 import gc
@@ -17,49 +17,49 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.peers import BETA, IGNORE, PEERS, Inputs, Result, why_not
+from benchmarks.peers import BETA, IGNORE, PEERS, Inputs, Result, reason_not_to_run
 from irlfast.ops import log_ratio, pair_loss
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt
 
-# Rounds of timing, and the seconds after which a row with two runs or more takes no further part in them.
+# Rounds of timing, and the seconds after which a row with at least two runs stops.
 ROUNDS, BUDGET = (30, 1.0) if DEVICE.type == "cuda" else (5, 4.0)
 
-# Largest error of the loss, and of a gradient ‖found − true‖ / ‖true‖. Peers sum log-probabilities in fp32 before they
-# subtract the reference's. Those that round logits to bf16 lose up to a nat or two a sequence, β of which is in the
-# loss and moves the coefficients of all its tokens; where a pair's answers share most words, what is left of their
-# gradients is off by a seventh (seen). The table has every error. In bf16 our gradients are held to PyTorch's.
+# The largest allowed error of the loss, and of a gradient: ‖measured − exact‖ / ‖exact‖. Peers sum log-probabilities in
+# fp32 before they subtract the reference's. Peers that round logits to bf16 lose one or two nats per sequence. β times
+# this loss is in the loss, and changes the coefficients of all tokens: for pairs whose answers share most words, the
+# gradients were off by a seventh. In bf16 our gradients are compared with PyTorch's own errors.
 OURS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-4, None)}
 THEIRS = {"float32": (1e-4, 1e-3), "bfloat16": (0.2, 0.5)}
 
 
 class Case(NamedTuple):
-    """Inputs, and the rows to be measured on them: ``peer`` or ``peer; variant`` (see :func:`vary`)."""
+    """Inputs, and the rows to measure on them: ``peer`` or ``peer; variant`` (see :func:`vary`)."""
 
     name: str
     rows: tuple[str, ...]
     pairs: int
-    tokens: int  # T, of each sequence
+    tokens: int  # T, the length of each sequence
     hidden: int
     vocabulary: int
     dtype: str = "float32"
     half: bool = False  # the first half of every sequence is not scored
     trained: bool = False
-    memory: tuple[str, ...] = ()  # rows whose memory is taken on a CPU, seconds each; on a GPU it is taken of all
+    memory: tuple[str, ...] = ()  # rows whose memory is measured on a CPU, which takes seconds per row; a GPU has all
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Every row of a case: checked against fp64 first, then timed with those that passed, then its memory."""
-    torch.compiler.reset()  # or a peer's third shape would be compiled for any, and run slower than the first
+    """Measure every row of a case: its errors against fp64, then the time and memory of the rows that are right."""
+    torch.compiler.reset()  # otherwise a peer's third shape is compiled for any shape, and runs slower than the first
     inputs = make_inputs(case)
-    true = truth(inputs)
-    rows = {row: check(row, inputs, true, case) for row in case.rows}
-    runnable = {row: step_of(row, inputs, true.ref_logps) for row, found in rows.items() if found["status"] == "ok"}
-    true = None  # its fp64 tensors would only be in the way
+    exact = exact_values(inputs)
+    rows = {row: check(row, inputs, exact, case) for row in case.rows}
+    runnable = {row: step_of(row, inputs, exact.ref_logps) for row, result in rows.items() if result["status"] == "ok"}
+    exact = None  # frees the fp64 tensors
     for row, seconds in interleave(runnable, inputs).items():
         spread = {"seconds": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": seconds}
         rows[row].update(spread)
@@ -70,20 +70,20 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def gradient_mib(inputs: Inputs, row: str = "", itemsize: int | None = None) -> float:
-    """Of the gradients, or with ``itemsize`` of the wider sums that become them."""
+    """Return the MiB of the gradients, or of sums with ``itemsize`` bytes per element that become the gradients."""
     tensors = [inputs.hidden] if "frozen" in row else [inputs.hidden, inputs.weight]
     return sum(tensor.numel() * (itemsize or tensor.element_size()) for tensor in tensors) / MIB
 
 
 def vary(inputs: Inputs, variant: str, ref_logps: Tensor) -> Inputs:
-    """``cached``: the reference's log-probabilities are given. ``frozen``: the head wants no gradient."""
+    """Apply a variant. ``cached``: the reference's log-probabilities are given. ``frozen``: no gradient of the head."""
     if "cached" in variant:
         inputs = inputs._replace(ref_hidden=None, ref_weight=None, ref_logps=ref_logps)
     return inputs._replace(weight=inputs.weight.detach()) if "frozen" in variant else inputs
 
 
 def step_of(row: str, inputs: Inputs, ref_logps: Tensor) -> Callable[[], Result]:
-    """One forward and backward pass of a row."""
+    """Return a function that does one forward and backward pass of a row."""
     name, _, variant = row.partition("; ")
     varied = vary(inputs, variant, ref_logps)
 
@@ -114,7 +114,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def random(case: Case) -> tuple[Tensor, ...]:
-    """Logits of standard deviation 1; the reference's differ by about a seventh of that."""
+    """Draw inputs whose logits have standard deviation 1; the reference's logits differ by about a seventh."""
     sequences, width = 2 * case.pairs, case.hidden
     hidden = torch.randn(sequences, case.tokens, width, device=DEVICE)
     weight = torch.randn(case.vocabulary, width, device=DEVICE) / width**0.5
@@ -125,10 +125,11 @@ def random(case: Case) -> tuple[Tensor, ...]:
 
 
 def trained(case: Case, steps: int = 80, last: int = 2) -> tuple[Tensor, ...]:
-    """Of a one-layer Llama that is briefly trained on the embedded demonstrations; the reference is it, ``last`` steps
-    earlier. Experts are demonstrations it has not seen, synthetic answers their completions exchanged.
+    """Return inputs from a one-layer Llama that is briefly trained on the shipped demonstrations.
 
-    Its tokens are words, at random places of the vocabulary, as frequent ones are in a large model's.
+    The reference is the same model, ``last`` steps earlier. Experts are demonstrations that the model has not seen. The
+    synthetic answers are the same demonstrations with their completions exchanged. The tokens are words at random
+    places of the vocabulary, as the frequent tokens of a large model are.
     """
     import transformers
 
@@ -155,7 +156,7 @@ def trained(case: Case, steps: int = 80, last: int = 2) -> tuple[Tensor, ...]:
     )
     with DEVICE:
         model = transformers.LlamaForCausalLM(config)
-    seen = encode(rows[:2000], rows[:2000])
+    training_tokens = encode(rows[:2000], rows[:2000])
     unseen, others = rows[2000:], rows[2001:] + rows[2000:2001]
     shape = case.pairs, case.tokens + 1
     halves = [encode(unseen, completions)[: shape[0] * shape[1]].view(shape) for completions in (unseen, others)]
@@ -166,8 +167,8 @@ def trained(case: Case, steps: int = 80, last: int = 2) -> tuple[Tensor, ...]:
         if step == steps - last:
             with torch.no_grad():
                 ref_hidden, ref_weight = backbone(tokens[:, :-1]).last_hidden_state, head.clone()
-        start = torch.randint(len(seen) - 64, (8, 1), device=DEVICE)
-        batch = seen[start + torch.arange(64, device=DEVICE)]
+        start = torch.randint(len(training_tokens) - 64, (8, 1), device=DEVICE)
+        batch = training_tokens[start + torch.arange(64, device=DEVICE)]
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -176,10 +177,10 @@ def trained(case: Case, steps: int = 80, last: int = 2) -> tuple[Tensor, ...]:
     return hidden, head.detach(), tokens[:, 1:].clone(), ref_hidden, ref_weight
 
 
-# ---------------------------------------------------------------- is it right?
+# ---------------------------------------------------------------- checks against fp64
 
 
-class Truth(NamedTuple):
+class ExactValues(NamedTuple):
     """Loss, log-ratios and gradients in fp64."""
 
     loss: float
@@ -189,8 +190,8 @@ class Truth(NamedTuple):
     d_weight: Tensor  # [V, H]
 
 
-def truth(inputs: Inputs) -> Truth:
-    """By the plain backend, a pair at a time: a whole batch of logits in fp64 would not fit everywhere."""
+def exact_values(inputs: Inputs) -> ExactValues:
+    """Compute the exact values by the plain backend, one pair at a time, because fp64 logits of a batch may not fit."""
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (inputs.hidden, inputs.weight))
     ref_weight, targets = inputs.ref_weight.double(), inputs.targets
     count, length = len(targets) // 2, targets.shape[1]
@@ -207,66 +208,66 @@ def truth(inputs: Inputs) -> Truth:
         result.loss.backward()
         loss += result.loss.item()
         ratios[both], ref_logps[both] = result.log_ratio, reference.view(2, length).float()
-    return Truth(loss, ratios, ref_logps, hidden.grad, weight.grad)
+    return ExactValues(loss, ratios, ref_logps, hidden.grad, weight.grad)
 
 
-def check(row: str, inputs: Inputs, true: Truth, case: Case) -> dict[str, Any]:
-    """Errors of a row, and its ``status``: ``ok``, ``wrong``, ``failed`` or ``cannot run``, with the ``reason``."""
+def check(row: str, inputs: Inputs, exact: ExactValues, case: Case) -> dict[str, Any]:
+    """Return a row's errors, its ``status`` (``ok``, ``wrong``, ``failed`` or ``cannot run``) and the reason for it."""
     name, _, variant = row.partition("; ")
-    reason = why_not(name, vary(inputs, variant, true.ref_logps))
+    reason = reason_not_to_run(name, vary(inputs, variant, exact.ref_logps))
     if reason:
         return {"status": "cannot run", "reason": reason}
     try:
-        found = errors(row, inputs, true)
-    except Exception as error:  # whatever a peer raises is what the table says about it
+        measured = errors(row, inputs, exact)
+    except Exception as error:  # the table shows whatever a peer raises
         return {"status": "failed", "reason": f"{type(error).__name__}: {error}".partition("\n")[0][:160]}
-    limit = limits(row, inputs, true, case)
-    above = [key for key in limit if key in found and not found[key] <= limit[key]]  # an error of NaN too
+    limit = limits(row, inputs, exact, case)
+    above = [key for key in limit if key in measured and not measured[key] <= limit[key]]  # NaN counts as above
     if not above:
-        return {"status": "ok", **found}
-    reason = ", ".join(f"{key} is {found[key]:.2g}, at most {limit[key]:.2g} is right" for key in above)
-    return {"status": "wrong", "reason": reason, **found}
+        return {"status": "ok", **measured}
+    reason = ", ".join(f"{key} is {measured[key]:.2g}, at most {limit[key]:.2g} is right" for key in above)
+    return {"status": "wrong", "reason": reason, **measured}
 
 
-def errors(row: str, inputs: Inputs, true: Truth) -> dict[str, float]:
-    """Of a row's log-ratios, loss and gradients; none of the floor, which computes no loss."""
+def errors(row: str, inputs: Inputs, exact: ExactValues) -> dict[str, float]:
+    """Return the errors of a row's log-ratios, loss and gradients. The floor has none, because it computes no loss."""
     try:
-        result = step_of(row, inputs, true.ref_logps)()
+        result = step_of(row, inputs, exact.ref_logps)()
         if result.log_ratio is None:
             return {}
-        found = {
-            "nats": (result.log_ratio.detach().double() - true.log_ratio).abs().max().item(),
-            "loss_error": abs(result.loss.item() - true.loss),
-            "hidden_error": distance(inputs.hidden.grad, true.d_hidden),
+        measured = {
+            "nats": (result.log_ratio.detach().double() - exact.log_ratio).abs().max().item(),
+            "loss_error": abs(result.loss.item() - exact.loss),
+            "hidden_error": relative_error(inputs.hidden.grad, exact.d_hidden),
         }
         if "frozen" not in row:
-            found["weight_error"] = distance(inputs.weight.grad, true.d_weight)
-        return found
+            measured["weight_error"] = relative_error(inputs.weight.grad, exact.d_weight)
+        return measured
     finally:
         drop_gradients(inputs)
 
 
-def limits(row: str, inputs: Inputs, true: Truth, case: Case) -> dict[str, float]:
-    """The largest errors of a row that is right; in bf16 twice PyTorch's own on the same inputs for our gradients."""
+def limits(row: str, inputs: Inputs, exact: ExactValues, case: Case) -> dict[str, float]:
+    """Return the largest allowed errors. Our gradients in bf16 may have twice PyTorch's error on the same inputs."""
     name, _, variant = row.partition("; ")
-    exact = name.startswith("irlfast") and name != "irlfast, skipping"
-    loss, gradient = (OURS if exact else THEIRS)[case.dtype]
+    is_exact = name.startswith("irlfast") and name != "irlfast, skipping"
+    loss, gradient = (OURS if is_exact else THEIRS)[case.dtype]
     limit = {"loss_error": loss, "hidden_error": gradient, "weight_error": gradient}
     if gradient is None:
-        plain = errors(f"torch; {variant}", inputs, true)
+        plain = errors(f"torch; {variant}", inputs, exact)
         limit |= {key: 2 * plain[key] for key in ("hidden_error", "weight_error") if key in plain}
     return limit
 
 
-def distance(found: Tensor, true: Tensor) -> float:
-    return ((found.double() - true).norm() / true.norm()).item()
+def relative_error(measured: Tensor, exact: Tensor) -> float:
+    return ((measured.double() - exact).norm() / exact.norm()).item()
 
 
 # ---------------------------------------------------------------- time
 
 
 def interleave(steps: dict[str, Callable[[], Result]], inputs: Inputs) -> dict[str, list[float]]:
-    """Seconds of every run; rows take turns, so that a slower minute of the machine is everybody's."""
+    """Return the seconds of every run. Rows take turns, so that a slow minute of the machine slows all of them."""
     seconds: dict[str, list[float]] = {row: [] for row in steps}
 
     def timed(step: Callable[[], Result]) -> float:
@@ -285,11 +286,11 @@ def interleave(steps: dict[str, Callable[[], Result]], inputs: Inputs) -> dict[s
 
 def seconds_of(step: Callable[[], object]) -> float:
     if DEVICE.type == "cpu":
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         step()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start_time
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # Nothing of the last run stays in the L2 cache, and the GPU is busy (5 ms) until the host has queued the step.
+    # Flush the last run from the L2 cache, and keep the GPU busy (5 ms) until the host has queued the step.
     other = torch.empty(1024 * MIB, dtype=torch.int8, device=DEVICE)
     for _ in range(16):
         other.zero_()
@@ -307,7 +308,7 @@ def extra_memory(case: Case, steps: dict[str, Callable[[], Result]], inputs: Inp
     if DEVICE.type == "cuda":
         return {row: gpu_memory(step, inputs) for row, step in steps.items()}
     rows = [row for row in case.memory if row in steps]
-    # Each in a process of its own, forked from one that has imported what peers do; two at a time, as nothing is timed.
+    # One process per row, forked from a process with the peers' imports; two at a time, because nothing is timed.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["benchmarks.measure", "liger_kernel.chunked_loss", "trl.trainer.utils"])
     with ProcessPoolExecutor(2, server, max_tasks_per_child=1) as pool:
@@ -316,7 +317,7 @@ def extra_memory(case: Case, steps: dict[str, Callable[[], Result]], inputs: Inp
 
 def gpu_memory(step: Callable[[], Result], inputs: Inputs) -> float:
     drop_gradients(inputs)
-    gc.collect()  # some peers' inputs are in cycles, and would be freed at any time
+    gc.collect()  # some peers leave inputs in reference cycles, which would be freed at any time
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
@@ -326,23 +327,23 @@ def gpu_memory(step: Callable[[], Result], inputs: Inputs) -> float:
 
 
 def cpu_memory(case: Case, threads: int, row: str) -> float | None:
-    """Peak resident size of one forward and backward pass minus that before it; None where the system cannot tell."""
+    """Return the growth of the peak resident size in a forward and backward pass; None if the system cannot tell."""
     if sys.platform != "linux":
         return None
     torch.set_num_threads(threads)
     libc = ctypes.CDLL(None)
-    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):  # freed memory is given back at once
+    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):  # return freed memory to the system at once
         libc.mallopt(option, 65536)
     inputs = make_inputs(case)
     warm = inputs if "compile" in row else make_inputs(case._replace(tokens=8, hidden=64, vocabulary=512))
-    step_of(row, warm, torch.zeros(warm.targets.shape))()  # libraries loaded, and code compiled, are not its memory
+    step_of(row, warm, torch.zeros(warm.targets.shape))()  # loads libraries and compiles code, which do not count
     del warm
     drop_gradients(inputs)
     step = step_of(row, inputs, torch.zeros(inputs.targets.shape))
     libc.malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-    except OSError:  # a sandbox without it
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current resident size
+    except OSError:  # a sandbox without this file
         return None
     base = resident("VmRSS")
     step()

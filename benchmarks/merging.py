@@ -1,12 +1,12 @@
-"""What does merging an adapter into bf16 lose, and what keeps it? Rounding to nearest, by chance, or weights in fp32.
+"""Compare three ways to merge a LoRA adapter into bf16: rounding to nearest, rounding by chance, weights in fp32.
 
     python -m benchmarks.merging
 
-A one-million-parameter policy learns the shipped task by SFT in fp32, then is rounded to bf16 as a base that a LoRA
-adapter continues from, at several learning rates. By learning rate, and for each way to merge: the share of the adapter
-that is kept, ⟨kept, δ⟩ / ⟨δ, δ⟩, the distance of its log-probabilities on held-out answers from the unmerged adapter's
-(nats a token), and the held-out NLL (nats an answer). All are computed in fp32, so that weights alone differ. Prints a
-table and writes ``benchmarks/results/DATE-merging.json``. Runs resume.
+A policy of one million parameters learns the shipped task by SFT in fp32. Rounded to bf16, it is the base that a LoRA
+adapter continues from, at several learning rates. The table has three numbers for each learning rate and way to merge:
+the share of the adapter that is kept, ⟨kept, δ⟩ / ⟨δ, δ⟩; the distance of the log-probabilities on held-out answers
+from the unmerged adapter's (nats per token); and the held-out NLL (nats per answer). All are computed in fp32, so that
+only the weights differ. The script writes ``benchmarks/results/DATE-merging.json``. A stopped run resumes.
 """
 
 from pathlib import Path
@@ -62,42 +62,42 @@ WAYS = {"nearest": nearest, "by chance": by_chance, "fp32": in_fp32}
 
 
 def logps_of(model: Any, examples: list) -> list[Tensor]:
-    """Log-probability of every token of each example's answer."""
-    found = []
+    """Return the log-probability of every token of each example's answer."""
+    answer_logps = []
     for example in examples:
         ids = torch.tensor([[*example.prompt_ids, *example.answer_ids]])
         logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        found.append(logps[-len(example.answer_ids) :])
-    return found
+        answer_logps.append(logps[-len(example.answer_ids) :])
+    return answer_logps
 
 
 @torch.no_grad()
 def compare(output: Path) -> dict[str, dict[str, float]]:
-    """Figures of the policy that a run trained: without its adapter, with it, and merged in every way."""
+    """Measure the policy of a run: without its adapter, with the adapter, and merged in every way."""
     config = make_config(yaml.safe_load((output / "config.yaml").read_text()))
     examples = load_examples(output / "data" / "eval.safetensors")
     model = load_model(output / "sft" / "policy", config).eval().float()
-    truth = logps_of(model, examples)
+    unmerged = logps_of(model, examples)
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
     bases = {name: layer.get_base_layer().weight.clone() for name, layer in layers.items()}
     deltas = {name: layer.get_delta_weight("default") for name, layer in layers.items()}
     merged = model.unload()
-    found = {"base": figures(logps_of(merged, examples), truth), "unmerged": figures(truth, truth)}
+    rows = {"base": metrics_of(logps_of(merged, examples), unmerged), "unmerged": metrics_of(unmerged, unmerged)}
     generator = torch.Generator().manual_seed(0)
-    for way, rounded in WAYS.items():
+    for way, round_weight in WAYS.items():
         kept = learned = 0.0
         for name, delta in deltas.items():
-            weight = rounded(bases[name] + delta, generator)
+            weight = round_weight(bases[name] + delta, generator)
             merged.get_submodule(name.removeprefix("base_model.model.")).weight.copy_(weight)
             kept += ((weight - bases[name]) * delta).sum().item()
             learned += delta.square().sum().item()
-        found[way] = {"kept": kept / learned} | figures(logps_of(merged, examples), truth)
-    return found
+        rows[way] = {"kept": kept / learned} | metrics_of(logps_of(merged, examples), unmerged)
+    return rows
 
 
-def figures(found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
-    away = (torch.cat(found) - torch.cat(truth)).abs().mean().item()
-    return {"nats_a_token": away, "nll": -sum(own.sum().item() for own in found) / len(found)}
+def metrics_of(logps: list[Tensor], unmerged: list[Tensor]) -> dict[str, float]:
+    distance = (torch.cat(logps) - torch.cat(unmerged)).abs().mean().item()
+    return {"nats_per_token": distance, "nll": -sum(own.sum().item() for own in logps) / len(logps)}
 
 
 def main() -> None:

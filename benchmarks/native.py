@@ -1,8 +1,8 @@
-"""The native CPU code against PyTorch's own: ``python -m benchmarks.native``, in a minute; writes benchmarks/results/.
+"""Compare the native CPU code with PyTorch's: ``python -m benchmarks.native``. It takes a minute and writes a result.
 
-RMSprop on 100 tensors of 500,000 fp32 elements; the softmax step of the pair slab on 256 rows of 32,000 logits; on as
-many that exist already, ``token_logps`` and its backward in place, in fp32 and bf16. Runs are interleaved, and the
-median of each counts; bytes are those that must be read and written once.
+Three cases: RMSprop on 100 tensors of 500,000 fp32 elements; the softmax step of the pair slab on 256 rows of 32,000
+logits; ``token_logps`` and its in-place backward on as many given logits, in fp32 and bf16. Runs take turns, and the
+median of each counts. The bytes of a case are those that must be read or written once.
 """
 
 import argparse
@@ -33,10 +33,10 @@ def rmsprop(tensors: int, size: int) -> dict[str, float]:
         "torch, a tensor at a time": optimiser(torch.optim.RMSprop, foreach=False).step,
         "copy": lambda: target.copy_(source),
     }
-    found = interleaved(steps)
+    seconds = interleaved(steps)
     elements = tensors * size
-    gigabytes = {"irlfast GB/s": 20e-9 * elements / found["irlfast"], "copy GB/s": 8e-9 * elements / found["copy"]}
-    return found | gigabytes
+    gigabytes = {"irlfast GB/s": 20e-9 * elements / seconds["irlfast"], "copy GB/s": 8e-9 * elements / seconds["copy"]}
+    return seconds | gigabytes
 
 
 def softmax(softcap: float | None, n: int, vocabulary: int) -> dict[str, float]:
@@ -56,16 +56,16 @@ def softmax(softcap: float | None, n: int, vocabulary: int) -> dict[str, float]:
         "refill again": lambda: z.copy_(logits),
         "copy": lambda: copy.copy_(logits),
     }
-    found = interleaved(steps)
+    seconds = interleaved(steps)
     moved = 8e-9 * n * vocabulary
-    return {name: found[name] for name in ("irlfast", "torch", "copy")} | {
-        "irlfast GB/s": moved / found["irlfast"],
-        "copy GB/s": moved / found["copy"],
+    return {name: seconds[name] for name in ("irlfast", "torch", "copy")} | {
+        "irlfast GB/s": moved / seconds["irlfast"],
+        "copy GB/s": moved / seconds["copy"],
     }
 
 
 def token_logps(dtype: torch.dtype, n: int, vocabulary: int) -> dict[str, float]:
-    """Forward, and backward in place where it is ours: the logits are read twice and written once."""
+    """Time forward and backward. Ours is in place: it reads the logits twice and writes them once."""
     plain, targets = (torch.randn(n, vocabulary) * 4).to(dtype), torch.randint(vocabulary, (n,))
     z, copy = plain.clone(), torch.empty_like(plain)
 
@@ -87,27 +87,27 @@ def token_logps(dtype: torch.dtype, n: int, vocabulary: int) -> dict[str, float]
         "torch": by_torch,
         "copy": lambda: copy.copy_(plain),
     }
-    found = interleaved(steps)
+    seconds = interleaved(steps)
     moved = z.element_size() * 1e-9 * n * vocabulary
-    found |= {name: found[name] - found["copy"] for name in steps if name != "copy"}  # each began with one
-    return found | {"irlfast GB/s": 3 * moved / found["irlfast"], "copy GB/s": 2 * moved / found["copy"]}
+    seconds |= {name: seconds[name] - seconds["copy"] for name in steps if name != "copy"}  # each begins with a copy
+    return seconds | {"irlfast GB/s": 3 * moved / seconds["irlfast"], "copy GB/s": 2 * moved / seconds["copy"]}
 
 
 def main() -> None:
     if native.cpu is None:
         raise SystemExit("irlfast._cpu is not built here: install a C++17 compiler, then irlfast again")
-    known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known.add_argument("--quick", action="store_true", help="small tensors, to see that all of it runs")
-    quick = known.parse_args().quick
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's figures under the CPU's name
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--quick", action="store_true", help="small tensors, to check that everything runs")
+    quick = arguments.parse_args().quick
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the result names the CPU as its device
     rows = (8, 1000) if quick else (256, 32000)
     cases = {"rmsprop": rmsprop(*(3, 1000) if quick else (100, 500_000))}
     cases |= {"softmax": softmax(None, *rows), "softmax, soft-cap 30": softmax(30.0, *rows)}
     for dtype in (torch.float32, torch.bfloat16):
         cases[f"token_logps, {native.name(dtype)}"] = token_logps(dtype, *rows)
-    for name, found in cases.items():
+    for name, measured in cases.items():
         print(f"{name}:")
-        for key, value in found.items():
+        for key, value in measured.items():
             print(f"  {key.ljust(26)} {value:8.1f}" if "GB/s" in key else f"  {key.ljust(26)} {1000 * value:8.1f} ms")
     print(f"written to {write_result('native-cpu', {'cases': cases})}")
 

@@ -1,4 +1,4 @@
-"""The fused pair loss and its peers, each through its own public function: ``peer(inputs) -> Result``.
+"""The fused pair loss and its peers, each called through its public function: ``peer(inputs) -> Result``.
 
 Every peer computes −log σ(β · (ρ(expert) − ρ(synthetic))), averaged over pairs, from hidden states and the LM head. All
 take the same tensors: sequences padded to one length, experts first, then the synthetic answers in the same order.
@@ -21,7 +21,7 @@ IGNORE = -100
 
 
 class Inputs(NamedTuple):
-    """S = 2P sequences of T tokens; the reference either as hidden states and head, or as cached log-probabilities."""
+    """S = 2P sequences of T tokens. The reference is hidden states and a head, or cached log-probabilities."""
 
     hidden: Tensor  # [S, T, H] with gradient
     weight: Tensor  # [V, H] with gradient, unless the head is frozen
@@ -41,7 +41,7 @@ TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def from_token_logps(token_logps: TokenLogps, inputs: Inputs) -> Result:
-    """The loss of a peer that has log-probabilities only: a call for the policy, and one for the reference."""
+    """Compute the loss of a peer that gives only log-probabilities: one call for the policy, one for the reference."""
     policy = token_logps(inputs.hidden, inputs.weight, inputs.targets)
     if inputs.ref_logps is None:
         with torch.no_grad():
@@ -75,12 +75,12 @@ def irlfast(inputs: Inputs, **options: float) -> Result:
 
 
 def irlfast_recompute(inputs: Inputs) -> Result:
-    """A buffer for one answer of a pair, not for both: logits are computed a second time for the gradient."""
+    """Run with a buffer for one answer of a pair instead of two, so that the gradient computes the logits again."""
     return irlfast(inputs, buffer_mb=inputs.targets.shape[1] * len(inputs.weight) * 4 / 2**20)
 
 
 def irlfast_skipping(inputs: Inputs) -> Result:
-    """Without the tiles of the gradient that weigh less than CCE's threshold."""
+    """Skip the tiles of the gradient that weigh less than CCE's threshold."""
     return irlfast(inputs, skip_mass=2**-12)
 
 
@@ -88,7 +88,7 @@ def irlfast_skipping(inputs: Inputs) -> Result:
 
 
 def materialised(inputs: Inputs) -> Result:
-    """What TRL did before it computed log-probabilities in chunks: all logits, of policy and reference."""
+    """Compute all logits of policy and reference, as TRL did before it computed log-probabilities in chunks."""
     return from_token_logps(materialised_token_logps, inputs)
 
 
@@ -99,21 +99,24 @@ def materialised_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) ->
 
 
 def trl(inputs: Inputs) -> Result:
-    """TRL's fused LM head, asked for log-probabilities alone."""
+    """Call TRL's fused LM head for log-probabilities only."""
     return from_token_logps(functools.partial(trl_token_logps, ("log_probs",)), inputs)
 
 
 def trl_dpo_trainer(inputs: Inputs) -> Result:
-    """The same with what ``DPOTrainer`` logs; it asks for no more of the reference, and nor does this."""
-    logged = functools.partial(trl_token_logps, ("log_probs", "entropy", "mean_logits", "is_top1"))
-    alone = functools.partial(trl_token_logps, ("log_probs",))
-    return from_token_logps(lambda hidden, *rest: (logged if hidden.requires_grad else alone)(hidden, *rest), inputs)
+    """Call TRL's fused LM head for all values that ``DPOTrainer`` logs; for the reference, log-probabilities only."""
+
+    def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logged = ("entropy", "mean_logits", "is_top1") if hidden.requires_grad else ()
+        return trl_token_logps(("log_probs", *logged), hidden, weight, targets)
+
+    return from_token_logps(token_logps, inputs)
 
 
 def trl_token_logps(outputs: tuple[str, ...], hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from trl.trainer.utils import add_fused_lm_head
 
-    model = GivenHiddenStates()
+    model = ModelStub()
     model.config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace())
     model.base_model = lambda **_: types.SimpleNamespace(last_hidden_state=hidden)
     model.get_output_embeddings = lambda: types.SimpleNamespace(weight=weight, bias=None)
@@ -121,11 +124,10 @@ def trl_token_logps(outputs: tuple[str, ...], hidden: Tensor, weight: Tensor, ta
     return model.forward(fused_lm_head=True, shift_labels=targets).log_probs
 
 
-class GivenHiddenStates:
-    """As much of a Transformers model as ``add_fused_lm_head`` patches and calls."""
+class ModelStub:
+    """The part of a Transformers model that ``add_fused_lm_head`` uses; it replaces ``forward``."""
 
-    def forward(self) -> None:
-        raise NotImplementedError
+    def forward(self) -> None: ...
 
 
 # ---------------------------------------------------------------- Liger
@@ -148,12 +150,12 @@ def liger_compiled(inputs: Inputs) -> Result:
 
 
 def cce(inputs: Inputs) -> Result:
-    """Exact: no entry of the gradient is left out."""
+    """Call CCE in its exact mode, which leaves out no entry of the gradient."""
     return from_token_logps(functools.partial(cce_token_logps, filter_eps=None), inputs)
 
 
 def cce_default(inputs: Inputs) -> Result:
-    """Its default leaves out tiles of the gradient whose probabilities are all below 2⁻¹²."""
+    """Call CCE in its default mode, which skips tiles of the gradient whose probabilities are all below 2⁻¹²."""
     return from_token_logps(cce_token_logps, inputs)
 
 
@@ -177,7 +179,7 @@ def torch_linear_cross_entropy_token_logps(hidden: Tensor, weight: Tensor, targe
 
 
 def torch_plain(inputs: Inputs) -> Result:
-    """Logits in the inputs' dtype, softmax in fp32."""
+    """Compute the logits in the inputs' dtype and the softmax in fp32."""
     return from_token_logps(plain_token_logps, inputs)
 
 
@@ -196,9 +198,10 @@ def plain_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 
 def floor(inputs: Inputs) -> Result:
-    """The bare matrix products: policy forward, d hidden, d weight where wanted, and reference forward where computed.
+    """Compute the bare matrix products: the policy's forward, d hidden, d weight if needed, the reference's forward.
 
-    Through one buffer a few sequences wide, in the inputs' dtype: no softmax, no loss, and no gradient of anything.
+    The products go through one buffer of a few sequences in the inputs' dtype. There is no softmax, no loss, and no
+    real gradient.
     """
     hidden, weight = inputs.hidden.detach()[inputs.targets != IGNORE], inputs.weight.detach()
     rows = FLOOR_ROWS if hidden.device.type == "cpu" else len(hidden)
@@ -216,7 +219,7 @@ def floor(inputs: Inputs) -> Result:
     return Result(hidden.new_zeros(()), None)
 
 
-FLOOR_ROWS = 256  # on a CPU, so that the buffer stays in the last-level cache
+FLOOR_ROWS = 256  # rows of the buffer on a CPU: it stays in the last-level cache
 
 PEERS: dict[str, Callable[[Inputs], Result]] = {
     "irlfast": irlfast,
@@ -236,8 +239,8 @@ PEERS: dict[str, Callable[[Inputs], Result]] = {
 }
 
 
-def why_not(name: str, inputs: Inputs) -> str | None:
-    """The reason why a peer cannot run on these inputs, if it cannot."""
+def reason_not_to_run(name: str, inputs: Inputs) -> str | None:
+    """Return why a peer cannot run on these inputs, or None."""
     package = {"TRL": "trl", "materialised": "trl", "Liger": "liger-kernel", "CCE": "cut-cross-entropy"}
     for prefix, distribution in package.items():
         if name.startswith(prefix) and version(distribution) is None:

@@ -1,8 +1,8 @@
-"""Draws the figures of a benchmark run: time and memory of every peer, and how both grow with N and V.
+"""Draw a benchmark result: time and memory of every peer, and their growth with N and V.
 
     python -m benchmarks.plot [RESULT.json]
 
-The default is the newest full run of the pair loss in ``benchmarks/results/``. Writes RESULT-bars.svg and
+The default is the newest full run of the pair loss in ``benchmarks/results/``. The script writes RESULT-bars.svg and
 RESULT-curves.svg there, or RESULT-gain.svg for a result of test_sharing.py.
 """
 
@@ -29,7 +29,7 @@ OURS, PEER, FLOOR = "#c2410c", "#94a3b8", "#1e293b"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", nargs="?", type=Path, help="a file that `pytest benchmarks/` wrote")
-    parser.add_argument("--quick", action="store_true", help="say so in the names of the plots")
+    parser.add_argument("--quick", action="store_true", help="mark the names of the plots as quick")
     options = parser.parse_args()
     path = options.result or newest()
     results = json.loads(path.read_text())
@@ -63,7 +63,7 @@ def subtitle(results: dict[str, Any]) -> str:
 
 
 def bars(results: dict[str, Any]) -> Any:
-    """A line of two panels a case: time, and extra memory where it was taken."""
+    """Draw two panels per case: time, and extra memory if it was measured."""
     cases = [case for name, case in results.get("cases", {}).items() if not name.startswith("curve")]
     if not cases:
         return None
@@ -79,18 +79,15 @@ def bars(results: dict[str, Any]) -> Any:
     figure.suptitle(f"Pair loss, forward + backward: {subtitle(results)}")
     for case, (left, right) in zip(cases, axes, strict=True):
         rows = sorted(timed(case).items(), key=lambda item: -item[1]["seconds"])
-        middle = [1000 * found["seconds"] for _, found in rows]
-        reach = [
-            [1000 * (found["seconds"] - found["min"]) for _, found in rows],
-            [1000 * (found["max"] - found["seconds"]) for _, found in rows],
-        ]
-        left.barh(
-            [row for row, _ in rows], middle, xerr=reach, color=[colour(row) for row, _ in rows], ecolor="#475569"
-        )
+        names = [row for row, _ in rows]
+        low, middle, high = ([1000 * result[key] for _, result in rows] for key in ("min", "seconds", "max"))
+        below = [m - least for m, least in zip(middle, low, strict=True)]
+        above = [most - m for m, most in zip(middle, high, strict=True)]
+        left.barh(names, middle, xerr=[below, above], color=[colour(row) for row in names], ecolor="#475569")
         left.set_title(shape(case), loc="left", fontsize=9)
         left.set_xlabel("ms, median; lines: least to most")
-        label(left, range(len(rows)), middle, [1000 * found["max"] for _, found in rows])
-        memory = [(place, found["extra_mib"]) for place, (_, found) in enumerate(rows) if found.get("extra_mib")]
+        label(left, range(len(rows)), middle, high)
+        memory = [(place, result["extra_mib"]) for place, (_, result) in enumerate(rows) if result.get("extra_mib")]
         right.set_visible(bool(memory))
         if memory:
             places, used = zip(*memory, strict=True)
@@ -102,7 +99,7 @@ def bars(results: dict[str, Any]) -> Any:
 
 
 def timed(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row: found for row, found in case["rows"].items() if "seconds" in found}
+    return {row: result for row, result in case["rows"].items() if "seconds" in result}
 
 
 def shape(case: dict[str, Any]) -> str:
@@ -121,7 +118,7 @@ def label(axes: Axes, places: Iterable[int], values: Sequence[float], ends: Sequ
 
 
 def curves(results: dict[str, Any]) -> Any:
-    """Time and extra memory over N and over V, on logarithmic axes."""
+    """Draw time and extra memory over N and over V, on logarithmic axes."""
     base = results.get("cases", {}).get("curve")
     if base is None:
         return None
@@ -133,12 +130,12 @@ def curves(results: dict[str, Any]) -> Any:
         for line, (key, scale, unit) in enumerate((("seconds", 1000, "ms"), ("extra_mib", 1, "peak extra MiB"))):
             panel = axes[line][column]
             for row in base["rows"]:
-                found = [case["rows"].get(row, {}).get(key) for case in cases]
-                if None in found:
+                values = [case["rows"].get(row, {}).get(key) for case in cases]
+                if None in values:
                     continue
                 ours = row.startswith("irlfast")
                 style = {"color": colour(row) if ours or row == "bare products" else None, "linewidth": 1 + ours}
-                panel.plot(sizes, [scale * value for value in found], marker="o", markersize=4, label=row, **style)
+                panel.plot(sizes, [scale * value for value in values], marker="o", markersize=4, label=row, **style)
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             for ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
@@ -160,7 +157,7 @@ def tokens(case: dict[str, Any]) -> int:
 
 
 def gain(results: dict[str, Any]) -> Any:
-    """Answer tokens a second with shared prompts and without, as prompts grow; their ratio, measured and counted."""
+    """Draw answer tokens per second with and without shared prompts, and their ratio, measured and counted."""
     if "sharing" not in results:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -173,12 +170,12 @@ def gain(results: dict[str, Any]) -> Any:
             left.plot(x, rates, dash, color=shade, marker="o", markersize=4, label=f"{layout}, n = {number}")
         right.plot(x, [point["gain"] for point in points], "o", color=shade, label=f"measured, n = {number}")
         right.plot(x, [point["predicted"] for point in points], color=shade, linewidth=1)
-    left.set_ylabel("answer tokens a second")
+    left.set_ylabel("answer tokens per second")
     right.set_ylabel("times as fast; lines: the operation count")
     for panel in (left, right):
         panel.set_xscale("log", base=2)
         panel.set_xticks(x, [f"{ratio:g}" for ratio in x])
-        panel.set_xlabel("prompt's length over an answer's; n synthetic answers")
+        panel.set_xlabel("length of the prompt / length of an answer; n synthetic answers")
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         panel.legend(frameon=False, fontsize=8)

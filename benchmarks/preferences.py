@@ -1,11 +1,12 @@
-"""Do methods that see only chosen answers learn what people prefer? Figure 2 of arXiv 2405.17888, at a CPU's size.
+"""Check whether methods that see only chosen answers learn preferences: figure 2 of arXiv 2405.17888, at a CPU's size.
 
-    python -m benchmarks.preferences --data ../shared/data
+    python -m benchmarks.preferences --data DATA
 
-2,000 rows of HH harmless to learn from, the chosen answers alone, and the rest held out: the gap in log-probability
-between the chosen and the rejected answer, and how often the chosen one has the higher reward, for SFT, IRFT and RFT
-(implicit reward: log-ratio to the SFT policy), RFT's learned reward, and a reward model that was given the preferences.
-Writes ``benchmarks/results/DATE-preferences-hh.json`` and its plot. Runs resume.
+The methods learn from the chosen answers of 2,000 rows of HH harmless; the other rows are held out. Two metrics are
+measured: the gap in log-probability between the chosen and the rejected answer, and the share of rows whose chosen
+answer has the higher reward. Compared are SFT, IRFT and RFT with their implicit rewards (log-ratios to the SFT policy),
+RFT's learned reward, and a reward model trained on the preferences. The script writes
+``benchmarks/results/DATE-preferences-hh.json`` and a plot beside it. A stopped run resumes.
 """
 
 from pathlib import Path
@@ -37,7 +38,7 @@ RUNS = {
 
 
 def split(data: Path, folder: Path, rows: int) -> dict[str, Path]:
-    """The first rows to learn from, the others held out."""
+    """Write the first rows as training data and the others as held-out data."""
     lines = (data / "hh_harmless_test.jsonl").read_text().splitlines(keepends=True)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"dataset_name": lines[:rows], "eval_dataset_name": lines[rows:]}
@@ -47,7 +48,7 @@ def split(data: Path, folder: Path, rows: int) -> dict[str, Path]:
 
 
 def measure(folder: Path, data: Path, learned: int) -> dict[str, dict[str, float]]:
-    """By method: ``gap`` in nats and ``accuracy``, where the method has them."""
+    """Return method -> ``gap`` in nats and ``accuracy``, if the method has them."""
     keys = COMMON | split(data, folder, learned)
     rows: dict[str, dict[str, float]] = {}
     for name, own in RUNS.items():
@@ -68,7 +69,7 @@ def measure(folder: Path, data: Path, learned: int) -> dict[str, dict[str, float
 
 
 def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
-    """Two panels of bars."""
+    """Draw two panels of bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")
@@ -83,9 +84,9 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    known = parser(__doc__, "preferences")
-    known.add_argument("--data", type=Path, required=True, help="folder of hh_harmless_test.jsonl")
-    options = known.parse_args()
+    arguments = parser(__doc__, "preferences")
+    arguments.add_argument("--data", type=Path, required=True, help="folder of hh_harmless_test.jsonl")
+    options = arguments.parse_args()
     rows = measure(options.output.resolve(), options.data.resolve(), 64 if options.quick else ROWS)
     for name, row in rows.items():
         print(f"{name:26}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))

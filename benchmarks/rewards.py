@@ -1,12 +1,18 @@
-"""Do learned rewards help? The papers' methods on the CMU dictionary, from one SFT policy a seed.
+"""Compare the papers' methods and learned rewards on the CMU dictionary, from one SFT policy per seed.
 
-    python -m benchmarks.rewards --data ../shared/data --seeds 0 1 2
+    python -m benchmarks.rewards --data DATA --seeds 0 1 2
 
-For every seed: an early SFT policy (the initial one of AfD), the SFT policy, IRFT, SPIN, RFT by each alignment on one
-learned reward, adversarial AfD, AfD's rewards of each kind of pairs and the policies aligned to them, and best of 16 of
-the SFT policy's answers by every reward and by likelihoods, an ensemble over seeds among them. A reward's true quality
-is its rank correlation with the phoneme error rate among the SFT policy's own answers to a prompt. Prints mean ±
-standard deviation over seeds and writes ``benchmarks/results/DATE-rewards-cmudict.json``. Runs resume.
+For every seed, the script trains:
+
+- an early SFT policy, which is AfD's initial policy, and the SFT policy;
+- IRFT, SPIN, and adversarial AfD;
+- RFT with each alignment on one learned reward;
+- AfD's reward for each kind of pairs, and a policy aligned to it.
+
+Then it chooses the best of 16 of the SFT policy's answers by every reward and by likelihoods, an ensemble over seeds
+among them. The quality of a reward is its rank correlation with few phoneme errors among the SFT policy's answers to a
+prompt. The script prints mean ± standard deviation over seeds and writes
+``benchmarks/results/DATE-rewards-cmudict.json``. A stopped run resumes.
 """
 
 import json
@@ -42,14 +48,14 @@ IRFT = {"method": "irft", "stages": 3, "learning_rate": 5e-5, "beta": 1.0, "nll_
 SPIN = {"method": "spin", "stages": 2, "inner_steps": 60, "learning_rate": 5e-5, "beta": 1.0, "nll_weight": 0.5}
 RFT = REWARD | {"method": "rft", "stages": 1, "num_generations": 4, "learning_rate": 1e-5, "beta": 1.0}
 AFD = RFT | {"method": "afd", "stages": 2, "reward_steps": 100, "prompts_per_stage": "split", "history": 1}
-WORDS = {"max_train_samples": 8000}  # of all but SFT
-PROMPTS = {"max_train_samples": 4000}  # of RFT and adversarial AfD: four answers to each are sampled
+WORDS = {"max_train_samples": 8000}  # for every method except SFT
+PROMPTS = {"max_train_samples": 4000}  # for RFT and adversarial AfD, which sample four answers per prompt
 PAIRS = ("init_sft", "init_demo", "sft_demo")
 N, BON_PROMPTS = 16, 500
 
 
 def best_of_n(output: Path, policy: Path, reward: dict[str, object], rollouts: Path | None, **keys) -> None:
-    """Best of N by a reward, as keys, on answers that the run of an earlier reward has sampled."""
+    """Choose the best of N answers by the reward that the keys name, from the answers of an earlier run, if any."""
     if rollouts and not output.exists():
         shutil.copytree(rollouts, output / "part-00000" / "rollouts")
     own = {"model_name_or_path": policy, "num_generations": N, **reward}
@@ -58,7 +64,7 @@ def best_of_n(output: Path, policy: Path, reward: dict[str, object], rollouts: P
 
 
 def train_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
-    """Figures of every method and of every reward model."""
+    """Train every method and every reward model, and return their metrics."""
     source = {"dataset_name": data / "cmudict_train.jsonl", "eval_dataset_name": data / "cmudict_test.jsonl"}
     keys = COMMON | source | {"seed": seed}
     new = {"config_name": ROOT / "irlfast/demo/config.json", "train_tokenizer": 384}
@@ -69,8 +75,8 @@ def train_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
     figures = {"SFT": errors(folder / "SFT" / "sft")}
     for pairs in PAIRS:
         share(folder / "SFT", folder / pairs, "sft")
-        found = train(folder / pairs, **early | REWARD | WORDS, method="reward", reward_data=pairs)
-        figures[f"reward {pairs}"] = found["stage-00/reward"]
+        phases = train(folder / pairs, **early | REWARD | WORDS, method="reward", reward_data=pairs)
+        figures[f"reward {pairs}"] = phases["stage-00/reward"]
     from_sft = keys | {"model_name_or_path": policy} | WORDS
     for name, own in (("IRFT", IRFT), ("SPIN", SPIN), ("AfD, adversarial", AFD | PROMPTS)):
         if name != "IRFT":
@@ -91,7 +97,7 @@ def train_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
 
 
 def choose_seed(folder: Path, seed: int, data: Path) -> dict[str, dict]:
-    """Figures of best of N of the SFT policy's answers by every reward, and of its greedy answers to the same words."""
+    """Choose the best of N of the SFT policy's answers by every reward; compare with its greedy answers."""
     policy = folder / "SFT" / "sft" / "policy"
     figures: dict[str, dict] = {}
     model, implicit, reference = "reward_model_name_or_path", "implicit_reward_policy", "implicit_reward_reference"
@@ -123,22 +129,22 @@ def sft_policies(output: Path) -> list[Path]:
 
 
 def last(output: Path, figures: dict[str, dict]) -> dict:
-    """Figures of the last policy, and of its reward if it has one."""
+    """Return the metrics of the last policy, and of its reward if it has one."""
     phase = max(name for name in figures if name.startswith("stage") and "/" not in name)
-    found = errors(output / phase)
+    metrics = errors(output / phase)
     if f"{phase}/reward" in figures:
-        found["reward_accuracy"] = figures[f"{phase}/reward"]["reward_accuracy"]
-    return found
+        metrics["reward_accuracy"] = figures[f"{phase}/reward"]["reward_accuracy"]
+    return metrics
 
 
 def errors(folder: Path) -> dict:
-    """Held-out figures of a phase with the phoneme error rate of its greedy answers."""
+    """Return the held-out metrics of a phase, with the phoneme error rate of its greedy answers."""
     rows = [json.loads(line) for line in (folder / "answers.jsonl").open()]
     return json.loads((folder / "eval.json").read_text()) | {"phoneme_error_rate": error_rate(rows)}
 
 
 def first_words(folder: Path, bon: Path) -> dict:
-    """Greedy figures on the words that best of N was drawn for."""
+    """Return the metrics of greedy answers to the words for which best of N was sampled."""
     prompts = {json.loads(line)["prompt"] for line in (bon / "best.jsonl").open()}
     rows = [row for row in map(json.loads, (folder / "answers.jsonl").open()) if row["prompt"] in prompts]
     exact = statistics.mean(row["answer"] == row["expert"] for row in rows)
@@ -146,13 +152,13 @@ def first_words(folder: Path, bon: Path) -> dict:
 
 
 def error_rate(rows: list[dict]) -> float:
-    """Edit distance in phonemes over the experts' phonemes."""
+    """Return the edit distance in phonemes per phoneme of the experts."""
     wrong = sum(distance(row["expert"].split(), row["answer"].split()) for row in rows)
     return wrong / sum(len(row["expert"].split()) for row in rows)
 
 
 def distance(one: list[str], two: list[str]) -> int:
-    """Levenshtein's."""
+    """Return the Levenshtein distance."""
     row = list(range(len(two) + 1))
     for i, a in enumerate(one, 1):
         above, row[0] = row[0], i
@@ -162,7 +168,7 @@ def distance(one: list[str], two: list[str]) -> int:
 
 
 def quality(output: Path) -> dict:
-    """Of a best-of-N run: figures of the best answers, and the reward's rank correlation with fewer errors."""
+    """Return the metrics of a best-of-N run's best answers, and the reward's rank correlation with fewer errors."""
     best = [json.loads(line) for line in (output / "best.jsonl").open()]
     rollouts = [
         json.loads(line) for path in sorted((output / "part-00000" / "rollouts").glob("*")) for line in path.open()
@@ -184,7 +190,7 @@ def quality(output: Path) -> dict:
 
 
 def correlation(rewards: np.ndarray, wrong: np.ndarray) -> float:
-    """Spearman's, of a prompt's answers: 1 where a higher reward always has fewer errors."""
+    """Return Spearman's correlation over a prompt's answers: 1 if a higher reward always has fewer errors."""
     return float(np.corrcoef(rankdata(rewards), rankdata(-wrong))[0, 1])
 
 
@@ -197,10 +203,12 @@ COLUMNS = {
 
 
 def main() -> None:
-    known = parser(__doc__, "rewards")
-    known.add_argument("--data", type=Path, required=True, help="folder of cmudict_train.jsonl and cmudict_test.jsonl")
-    known.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = known.parse_args()
+    arguments = parser(__doc__, "rewards")
+    arguments.add_argument(
+        "--data", type=Path, required=True, help="folder of cmudict_train.jsonl and cmudict_test.jsonl"
+    )
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = arguments.parse_args()
     folder = options.output.resolve()
     folders = {seed: folder / f"seed-{seed}" for seed in seeds_of(options)}
     trained = [train_seed(own, seed, options.data.resolve()) for seed, own in folders.items()]

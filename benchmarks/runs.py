@@ -1,4 +1,4 @@
-"""What benchmarks of whole runs share: a training by the real command, and tables over seeds."""
+"""Helpers of the benchmarks of whole runs: train by the real command, and make tables over seeds."""
 
 import argparse
 import json
@@ -11,18 +11,18 @@ from pathlib import Path
 
 from benchmarks.conftest import ROOT
 
-Figures = dict[str, dict]  # by phase or method
+Figures = dict[str, dict]  # phase or method -> metrics
 
-# With --quick no key is larger; the first two are always given.
+# The largest values of keys with --quick, which always sets the first two.
 SMALL = {"max_train_samples": 24, "max_eval_samples": 8}
 SMALL |= {"max_new_tokens": 8, "sft_steps": 2, "reward_steps": 2, "inner_steps": 2, "stages": 2}
 
 
 def parser(description: str | None, output: str) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--output", type=Path, default=Path("runs") / output)
-    found.add_argument("--quick", action="store_true", help="a few rows and steps, to see that all of it runs")
-    return found
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--output", type=Path, default=Path("runs") / output, help="folder of the runs")
+    arguments.add_argument("--quick", action="store_true", help="a few rows and steps, to check that everything runs")
+    return arguments
 
 
 def seeds_of(options: argparse.Namespace) -> list[int]:
@@ -30,12 +30,12 @@ def seeds_of(options: argparse.Namespace) -> list[int]:
 
 
 def start(arguments: list[str]) -> None:
-    """``python ARGUMENTS``"""
+    """Run ``python ARGUMENTS`` from the repository's root."""
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
 
 
 def settings(keys: dict[str, object]) -> list[str]:
-    """Keys as a command takes them."""
+    """Return the keys as arguments of a command."""
     if "--quick" in sys.argv:
         always = {name: SMALL[name] for name in ("max_train_samples", "max_eval_samples")}
         keys = always | keys
@@ -44,20 +44,20 @@ def settings(keys: dict[str, object]) -> list[str]:
 
 
 def train(output: Path, *arguments: str, **keys: object) -> Figures:
-    """Run (or resume) a training; its held-out figures by phase, those of reward models too."""
+    """Run or resume a training, and return its held-out metrics by phase, reward models included."""
     start(["-m", "irlfast.train", *arguments, *settings(keys | {"output_dir": output})])
     paths = [*output.glob("*/eval.json"), *output.glob("*/reward/eval.json")]
     return {str(path.parent.relative_to(output)): json.loads(path.read_text()) for path in sorted(paths)}
 
 
 def share(source: Path, target: Path, part: str) -> None:
-    """What both runs would compute alike is computed once."""
+    """Copy a part of one run to another run, which would compute the same part again."""
     if not (target / part).exists():
         shutil.copytree(source / part, target / part)
 
 
 def summarise(seeds: list[Figures], metrics: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-    """Mean and standard deviation over seeds, by phase or method and metric, where there are such."""
+    """Return mean and standard deviation over seeds: phase or method -> metric -> both. Missing values are left out."""
     table: dict[str, dict[str, list[float]]] = {}
     for name in seeds[0]:
         table[name] = {}
@@ -70,7 +70,7 @@ def summarise(seeds: list[Figures], metrics: Sequence[str]) -> dict[str, dict[st
 
 
 def markdown(table: dict[str, dict[str, list[float]]], columns: dict[str, str]) -> str:
-    """The table; ``columns`` names its metrics."""
+    """Return a table as Markdown; ``columns`` maps metrics to the heads of the columns."""
     lines = [f"| | {' | '.join(columns.values())} |", "| --- |" + " --- |" * len(columns)]
     for name, metrics in table.items():
         cells = ["{:.3f} ± {:.3f}".format(*metrics[metric]) if metric in metrics else "–" for metric in columns]

@@ -1,4 +1,4 @@
-"""Small data in the files and shapes of the real ones, for ``pytest benchmarks --quick``."""
+"""Write small data in the form of the real files, for ``pytest benchmarks --quick``."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ SOUNDS = ("AE1", "EH1", "IY1", "OW1")
 
 
 def write_data(folder: Path) -> None:
-    """Every file that a benchmark reads: words with their sounds, sums, and dialogues with two answers."""
+    """Write every file that a benchmark reads: words with their sounds, sums, and dialogues with two answers."""
     words = [
         {"prompt": f"{a}{vowel}{b}".lower(), "completion": f"{a} {sound} {b}"}
         for a, b in itertools.product(LETTERS, LETTERS)

@@ -1,10 +1,11 @@
-"""What steadies AfD? Four adversarial stages on the shipped task, with a replay of earlier answers or a KL, or without.
+"""Compare ways to stabilise AfD: a replay of earlier answers, a KL to the reference, both, or neither.
 
     python -m benchmarks.stability --seeds 0 1 2
 
-From one SFT policy a seed, at twice the recipe's learning rate, so that the discriminator's reward can be exploited.
-Prints exact match after the last stage and the least after any, NLL, and the discriminator's held-out accuracy, mean ±
-standard deviation over seeds. Writes ``benchmarks/results/DATE-stability.json``. Runs resume.
+Every run has four adversarial stages on the shipped task, from one SFT policy per seed, at twice the recipe's learning
+rate, so that the policy can exploit the discriminator's reward. The script prints mean ± standard deviation over seeds
+of: exact match after the last stage, the lowest exact match of any stage, NLL, and the discriminator's held-out
+accuracy. It writes ``benchmarks/results/DATE-stability.json``. A stopped run resumes.
 """
 
 from pathlib import Path
@@ -24,29 +25,29 @@ COLUMNS = {
 
 
 def train_seed(folder: Path, seed: int) -> Figures:
-    """Figures by switch."""
-    found: Figures = {}
+    """Train with every switch, and return the metrics by switch."""
+    rows: Figures = {}
     for name, own in SWITCHES.items():
         output = folder / name
         if name != "none":
             share(folder / "none", output, "sft")
         figures = train(output, "configs/afd.yaml", **KEYS | own, seed=seed)
-        *_, last = phases = sorted(name for name in figures if name.startswith("stage") and "/" not in name)
+        phases = sorted(name for name in figures if name.startswith("stage") and "/" not in name)
         stages = [figures[phase] for phase in phases]
-        found.setdefault("SFT", {"last": figures["sft"]["exact_match"], "nll": figures["sft"]["nll"]})
-        found[name] = {
+        rows.setdefault("SFT", {"last": figures["sft"]["exact_match"], "nll": figures["sft"]["nll"]})
+        rows[name] = {
             "last": stages[-1]["exact_match"],
             "least": min(stage["exact_match"] for stage in stages),
             "nll": stages[-1]["nll"],
-            "accuracy": figures[f"{last}/reward"]["reward_accuracy"],
+            "accuracy": figures[f"{phases[-1]}/reward"]["reward_accuracy"],
         }
-    return found
+    return rows
 
 
 def main() -> None:
-    known = parser(__doc__, "stability")
-    known.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = known.parse_args()
+    arguments = parser(__doc__, "stability")
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = arguments.parse_args()
     numbers = seeds_of(options)
     seeds = [train_seed(options.output.resolve() / f"seed-{seed}", seed) for seed in numbers]
     table = summarise(seeds, list(COLUMNS))

@@ -1,9 +1,9 @@
-"""One contender of test_throughput.py in a process of its own: ``python -m benchmarks.throughput FOLDER CONTENDER``.
+"""Run one contender of test_throughput.py in its own process: ``python -m benchmarks.throughput FOLDER CONTENDER``.
 
-FOLDER holds ``policy/``, ``reference/``, ``pairs.json`` (ids of prompt, chosen, rejected) and ``workload.json``. Prints
-JSON: the first step's loss, seconds of scoring and of every step, and the peak of resident memory above what the
-imports took. All contenders train on the same pairs in the same order, by RMSprop, with the gradient clipped to 1.
-Started by torchrun, every process keeps to a core of its own (test_scaling.py).
+FOLDER holds ``policy/``, ``reference/``, ``pairs.json`` (token ids of prompt, chosen, rejected) and ``workload.json``.
+The script prints JSON: the loss of the first step, the seconds of scoring and of every step, and the peak of resident
+memory above the size after the imports. All contenders train on the same pairs in the same order, by RMSprop, with the
+gradient clipped to 1. Under torchrun, each process is pinned to one core (test_scaling.py).
 """
 
 import itertools
@@ -19,18 +19,18 @@ import torch
 
 RATE, BETA = 1e-5, 0.1
 
-Moment = tuple[float, float]  # seconds by the clock, and of all CPU cores by this process
+Moment = tuple[float, float]  # seconds of wall time, and CPU seconds of this process
 
 
-def memory(what: str) -> int:
-    """KiB of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
-    found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found
-    return int(found.part(1))
+def memory(field: str) -> int:
+    """Return KiB of this process: ``VmRSS`` is the current size, ``VmHWM`` the peak."""
+    match = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match
+    return int(match.group(1))
 
 
 def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], best: bool) -> dict[str, Any]:
-    """``DPOTrainer``: its defaults, or with the reference precomputed and padding_free."""
+    """Run TRL's ``DPOTrainer`` with its defaults, or (``best``) with precomputed reference and ``padding_free``."""
     import datasets
     import transformers
     from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
@@ -42,7 +42,7 @@ def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], be
     moments: list[Moment] = []
 
     class Measured(DPOTrainer):
-        """On token ids that exist already, with a clock."""
+        """A ``DPOTrainer`` that takes token ids, and records times and losses."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
@@ -74,7 +74,7 @@ def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], be
         load("reference"),
         args=dpo_config(folder, len(pairs), workload, best),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=no_words(),
+        processing_class=empty_tokenizer(),
         callbacks=[Clock()],
     )
     trainer.train()
@@ -108,7 +108,7 @@ def dpo_config(folder: Path, pairs: int, workload: dict[str, Any], best: bool) -
 
 
 def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]) -> dict[str, Any]:
-    """What ``irlfast.methods.irft`` calls once the answers are sampled, with a log that is a clock."""
+    """Score by the reference and fit, as ``irlfast.methods.irft`` does once the answers are sampled."""
     import functools
 
     import numpy as np
@@ -116,36 +116,50 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
 
-    from irlfast.common import dist
-    from irlfast.common.files import remove
-    from irlfast.config import make_config
-    from irlfast.data.encoding import Encoder
     from irlfast.data.packing import PromptGroup
     from irlfast.engine.fit import fit
     from irlfast.engine.plan import Plan
     from irlfast.engine.process_group import destroy_process_group, init_process_group
     from irlfast.losses.pairs import irft_loss
-    from irlfast.runs.metrics_log import MetricsLog
-    from irlfast.runs.run import Run
     from irlfast.sampling.scoring import score
 
-    losses: list[float] = []
-    moments: list[Moment] = []
-    peaks: list[int] = []
+    init_process_group()
+    run = make_run(folder, workload)
+    base, log = memory("VmRSS"), run.metrics_log
+    groups = [PromptGroup(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
+    start = now()
+    ref_logps = score(run, folder / "reference", groups, run.output / "reference.safetensors")
+    scoring = [start, now()]
+    groups = [group._replace(ref_logps=own) for group, own in zip(groups, ref_logps, strict=True)]
+    loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
+    steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
+    plan = Plan(0, steps, workload["batch"], RATE, "rmsprop")
+    fit(run, run.output / "stage-00", folder / "policy", groups, loss, plan)
+    destroy_process_group()
+    return report(log.losses[0], scoring, log.moments, log.peak - base)
+
+
+def make_run(folder: Path, workload: dict[str, Any]) -> Any:
+    """Make a run without data, whose log records the loss, the time and the memory of every step."""
+    from irlfast.common import dist
+    from irlfast.common.files import remove
+    from irlfast.config import make_config
+    from irlfast.data.encoding import Encoder
+    from irlfast.runs.metrics_log import MetricsLog
+    from irlfast.runs.run import Run
 
     class Clock(MetricsLog):
-        def begin(self, *given: Any) -> None:
-            super().begin(*given)
-            moments.append(now())
+        def start_phase(self, *given: Any) -> None:
+            super().start_phase(*given)
+            self.losses: list[float] = []
+            self.moments = [now()]
 
         def write(self, row: dict[str, Any]) -> None:
             super().write(row)
-            losses.append(row["loss"])
-            moments.append(now())
-            peaks.append(memory("VmHWM"))
+            self.losses.append(row["loss"])
+            self.moments.append(now())
+            self.peak = memory("VmHWM")
 
-    init_process_group()
-    base = memory("VmRSS")
     keys = {"dataset_name": "none", "model_name_or_path": str(folder / "policy"), "learning_rate": RATE, "beta": BETA}
     keys |= {"lr_scheduler_type": "constant", "logging_steps": 1, "save_steps": 0}
     config = make_config(keys | workload.get("keys", {}))
@@ -154,31 +168,12 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
         remove(output)
         output.mkdir()
     dist.barrier()
-    run = Run(
-        config,
-        output,
-        folder / "policy",
-        Encoder(no_words(), None, [], 0, (0,), True),
-        [],
-        [],
-        Clock(output, config),
-        None,
-    )
-    groups = [PromptGroup(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
-    begun = now()
-    ref_logps = score(run, folder / "reference", groups, output / "reference.safetensors")
-    scoring = [begun, now()]
-    groups = [group._replace(ref_logps=own) for group, own in zip(groups, ref_logps, strict=True)]
-    loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
-    steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
-    plan = Plan(0, steps, workload["batch"], RATE, "rmsprop")
-    fit(run, output / "stage-00", folder / "policy", groups, loss, plan)
-    destroy_process_group()
-    return report(losses[0], scoring, moments, peaks[-1] - base)
+    encoder = Encoder(empty_tokenizer(), None, [], 0, (0,), True)
+    return Run(config, output, folder / "policy", encoder, [], [], Clock(output, config), None)
 
 
-def no_words() -> Any:
-    """A tokenizer for trainers that are given token ids."""
+def empty_tokenizer() -> Any:
+    """Return an empty tokenizer, for trainers that are given token ids."""
     import tokenizers
     import transformers
 
@@ -211,9 +206,9 @@ def main() -> None:
     if "LOCAL_RANK" in os.environ:
         os.sched_setaffinity(0, {int(os.environ["LOCAL_RANK"])})
     pairs, workload = (json.loads((folder / name).read_text()) for name in ("pairs.json", "workload.json"))
-    found = CONTENDERS[sys.argv[2]](folder, pairs, workload)
+    measured = CONTENDERS[sys.argv[2]](folder, pairs, workload)
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(found))
+        print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Operations that memory bounds, against a copy: ``pytest benchmarks/test_bandwidth.py [--quick]``.
+"""Compare memory-bound operations with a copy: ``pytest benchmarks/test_bandwidth.py [--quick]``.
 
-Bytes are those that must be read and written once; the goal on a GPU is a share of what a copy of the same size moves.
+The bytes of an operation are those that must be read or written once. The goal on a GPU is a share of the bandwidth of
+a copy of the same size.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from irlfast.optim import FusedRMSprop
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 
-# What to time, the bytes that each moves, and checks before it: found, expected, relative and absolute tolerance.
+# Steps to time, the bytes that each step moves, and checks before them: measured, expected, relative and absolute
+# tolerance.
 Steps = tuple[dict[str, Callable[[], object]], dict[str, int], list[tuple[Any, Any, float, float]]]
 
 
@@ -41,12 +43,12 @@ def logits_steps(n: int, vocabulary: int) -> Steps:
     moved, checks = {"copy": 2 * size}, []
     for backend in ("auto", "cuda") if GPU and native.cuda else ("auto",):
         some = source[:64], targets[:64]
-        found, plain = (ops.token_logps(*some, backend=name) for name in (backend, "plain"))
-        checks.append((found, plain, 1e-5, 1e-4))
-        of = "" if backend == "auto" else f", {backend}"
-        steps |= {f"token_logps{of}": partial(forward, backend)}
-        steps |= {f"token_logps, in-place backward{of}": partial(both, backend)}
-        moved |= {f"token_logps{of}": size, f"token_logps, in-place backward{of}": 3 * size}
+        measured, plain = (ops.token_logps(*some, backend=name) for name in (backend, "plain"))
+        checks.append((measured, plain, 1e-5, 1e-4))
+        suffix = "" if backend == "auto" else f", {backend}"
+        steps |= {f"token_logps{suffix}": partial(forward, backend)}
+        steps |= {f"token_logps, in-place backward{suffix}": partial(both, backend)}
+        moved |= {f"token_logps{suffix}": size, f"token_logps, in-place backward{suffix}": 3 * size}
     return steps, moved, checks
 
 
@@ -63,7 +65,7 @@ def rmsprop_steps(tensors: int, size: int) -> Steps:
     checks = [(lists[0], lists[1], 1e-6, 1e-6)]
     source = torch.randn(tensors * size, device=DEVICE)
     copy, moved = torch.empty_like(source), 4 * source.numel()
-    # Parameter, gradient and square average are read, the first and the last written.
+    # Parameter, gradient and square average are read; parameter and square average are written.
     return steps | {"copy": lambda: copy.copy_(source)}, {"copy": 2 * moved} | dict.fromkeys(steps, 5 * moved), checks
 
 
@@ -75,17 +77,18 @@ def reward_steps(rows: int, hidden: int, heads: int) -> Steps:
     copy = torch.empty_like(states)
     size = states.numel() * states.element_size()
 
-    found, plain = (ops.reward_head(states, head, cu_seqlens, backend=name) for name in ("auto", "plain"))
+    measured, plain = (ops.reward_head(states, head, cu_seqlens, backend=name) for name in ("auto", "plain"))
 
     def forward() -> None:
         with torch.no_grad():
             ops.reward_head(states, head, cu_seqlens, pooling="token")
 
     steps = {"copy": lambda: copy.copy_(states), "reward_head": forward}
-    return steps, {"copy": 2 * size, "reward_head": size}, [(found, plain, 1e-3, 1e-3)]
+    return steps, {"copy": 2 * size, "reward_head": size}, [(measured, plain, 1e-3, 1e-3)]
 
 
-GOALS = {"token_logps": 0.9, "token_logps, in-place backward": 0.9, "reward_head": 0.85}  # of a copy's bandwidth
+# Shares of a copy's bandwidth.
+GOALS = {"token_logps": 0.9, "token_logps, in-place backward": 0.9, "reward_head": 0.85}
 GOALS |= {"token_logps, cuda": 0.92, "token_logps, in-place backward, cuda": 0.92, "FusedRMSprop": 0.9}
 STEPS = {"logits": logits_steps, "rewards": reward_steps, "rmsprop": rmsprop_steps}
 SHAPES = {
@@ -95,13 +98,13 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("what", STEPS)
-def test_bandwidth(what, pytestconfig):
+@pytest.mark.parametrize("case", STEPS)
+def test_bandwidth(case, pytestconfig):
     quick = pytestconfig.getoption("quick")
-    shape = SHAPES[what]["quick" if quick else DEVICE.type]
-    steps, moved, checks = STEPS[what](*shape)
-    for found, expected, rtol, atol in checks:
-        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    shape = SHAPES[case]["quick" if quick else DEVICE.type]
+    steps, moved, checks = STEPS[case](*shape)
+    for measured, expected, rtol, atol in checks:
+        torch.testing.assert_close(measured, expected, rtol=rtol, atol=atol)
     seconds = interleaved(steps)
     gigabytes = {name: 1e-9 * moved[name] / seconds[name] for name in seconds}
     shares = {name: rate / gigabytes["copy"] for name, rate in gigabytes.items()}
@@ -117,4 +120,4 @@ def test_bandwidth(what, pytestconfig):
     if quick:
         return
     result = {"shape": shape, "seconds": seconds, "gigabytes_per_second": gigabytes, "goals": goals}
-    write_result(f"bandwidth-{what}-{DEVICE.type}", result)
+    write_result(f"bandwidth-{case}-{DEVICE.type}", result)

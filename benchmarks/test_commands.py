@@ -1,4 +1,4 @@
-"""Every script runs on small data, by the commands of the pages: ``pytest benchmarks/test_commands.py --quick``."""
+"""Run every script on small data, by the commands of the pages: ``pytest benchmarks/test_commands.py --quick``."""
 
 import importlib
 import json
@@ -41,24 +41,24 @@ def test_the_pages_name_every_script():
     assert {name for name, _ in SCRIPTS} == scripts - started
 
 
-def test_every_benchmark_that_a_page_names_is_one_that_pytest_finds():
-    named = {path for pattern in BENCHMARKS for path in expanded(pattern)}
+def test_every_benchmark_on_a_page_is_a_file_that_pytest_collects():
+    named = {path for pattern in BENCHMARKS for path in expand_braces(pattern)}
     assert len(named) > 5
     for path in named - {"benchmarks/"}:
         assert re.fullmatch(r"benchmarks/test_\w+\.py", path) and (ROOT / path).exists(), path
 
 
-def expanded(pattern: str) -> list[str]:
-    """As a shell expands one pair of braces."""
+def expand_braces(pattern: str) -> list[str]:
+    """Expand one pair of braces, as a shell does."""
     before, brace, rest = pattern.partition("{")
     inside, _, after = rest.partition("}")
     return [f"{before}{choice}{after}" for choice in inside.split(",")] if brace else [pattern]
 
 
-def test_a_result_is_told_as_a_table_with_its_goals():
+def test_the_summary_of_a_result_has_all_its_rows_and_goals():
     newest = max((ROOT / "benchmarks/results").glob("*-pair-loss-cpu.json"))
     results = json.loads(newest.read_text())
-    told = "\n".join(conftest.summary(results))
+    summary = "\n".join(conftest.summary(results))
     for case in results["cases"].values():
-        assert f"{case['name']}: " in told and all(row in told for row in case["rows"])
-    assert all(goal["what"] in told for goal in results["goals"])
+        assert f"{case['name']}: " in summary and all(row in summary for row in case["rows"])
+    assert all(goal["what"] in summary for goal in results["goals"])

@@ -1,7 +1,7 @@
-"""The pair loss against its peers, every row checked against fp64 before it is timed: ``pytest benchmarks/ [--quick]``.
+"""Compare the pair loss with its peers: ``pytest benchmarks/ [--quick]``. Every row is checked against fp64 first.
 
-A row's time over another's is the median of the rounds' ratios, as a machine may be slower in one than in the next. A
-goal that is missed fails no test; a wrong value, or an irlfast row that cannot run, does.
+The ratio of two rows' times is the median of the ratios of all rounds, because the speed of a machine changes from
+round to round. A test fails for a wrong value and for an irlfast row that cannot run, but not for a missed goal.
 """
 
 import math
@@ -67,7 +67,7 @@ SHAPES = (4096, 32000), (2048, 50304), (4096, 128256)
 
 
 def quick(case: Case) -> Case:
-    """The same case in small: whether all rows run and are right, in a minute; its times mean nothing."""
+    """Return the case with small shapes, to check in a minute that all rows run and are right; the times mean nothing."""
     small = case._replace(tokens=case.tokens // 4, hidden=128, vocabulary=case.vocabulary // 8)
     return small._replace(memory=case.memory[:1])
 
@@ -85,30 +85,31 @@ def test_pair_loss(case: Case, results: dict[str, Any]) -> None:
         pytest.skip("measured before")
     rows = measure.measure(case)
     results["cases"][case.name] = rows
-    save(results)  # a run that is stopped leaves what it had
-    bad = {row: found for row, found in rows["rows"].items() if found["status"] == "wrong"}
-    ours = {row: found for row, found in rows["rows"].items() if row.startswith("irlfast") and found["status"] != "ok"}
-    assert not {**bad, **ours}
+    save(results)  # so that a stopped run keeps its results
+    wrong = {row: result for row, result in rows["rows"].items() if result["status"] == "wrong"}
+    ours = {row: result for row, result in rows["rows"].items() if row.startswith("irlfast")}
+    not_ok = {row: result for row, result in ours.items() if result["status"] != "ok"}
+    assert not {**wrong, **not_ok}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def goals(results: dict[str, Any]) -> Iterator[None]:
-    """After the last case of a full run, the goals beside what was measured."""
+    """Add the goals with their measured values, after the last case of a full run."""
     yield
     measured_all = len(results["cases"]) == len(gpu_cases() if GPU else cpu_cases())
     results["complete"] = measured_all and not results["quick"]
     if not results["complete"]:
         return
 
-    def found(case: str, row: str, key: str) -> Any:
+    def result(case: str, row: str, key: str) -> Any:
         return results["cases"].get(case, {}).get("rows", {}).get(row, {}).get(key)
 
     def figure(case: str, row: str, key: str = "seconds") -> float:
-        value = found(case, row, key)
+        value = result(case, row, key)
         return math.nan if value is None else value
 
     def times(case: str, row: str, peer: str) -> float:
-        both = zip(found(case, row, "runs") or [], found(case, peer, "runs") or [], strict=False)
+        both = zip(result(case, row, "runs") or [], result(case, peer, "runs") or [], strict=False)
         ratios = [ours / theirs for ours, theirs in both]
         return statistics.median(ratios) if ratios else math.nan
 
@@ -181,7 +182,7 @@ def gpu_goals(figure: Figure, times: Figure) -> list[Goal]:
 
 def accuracy_goals(figure: Figure) -> list[Goal]:
     rows = ("irlfast", "irlfast; cached", "irlfast, recompute")
-    what = "bf16, 1,024 tokens, {}: nats a sequence against fp64"
+    what = "bf16, 1,024 tokens, {}: nats per sequence against fp64"
     return [(what.format(row), figure("bf16-1024-trained", row, "nats"), 1e-3) for row in rows]
 
 

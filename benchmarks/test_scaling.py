@@ -1,11 +1,10 @@
-"""Pairs a second of two processes (ZeRO-2, gloo), each pinned to a core, against one process pinned to one.
+"""Compare pairs per second of two processes (ZeRO-2, gloo) with one process. Each process is pinned to a core.
 
     IRLFAST_DATA=DATA pytest benchmarks/test_scaling.py    # DATA/hh_harmless_test.jsonl
 
-Both take the same steps on the same pairs, and their first losses must agree. They take turns, and the figure is the
-median of the turns', as what other guests leave of a machine changes from one to the next. By the clock it means
-something on a quiet machine only; pairs per CPU second of the slower process leave out what it waited, for others too.
-A goal that is missed fails no test.
+Both contenders take the same steps on the same pairs, and their first losses must agree. They take turns, and the
+median over the turns counts, because the load of a machine changes. Pairs per second of wall time mean something only
+on a quiet machine. Pairs per CPU second of the slower process leave out all waiting. A missed goal fails no test.
 """
 
 import json
@@ -21,14 +20,14 @@ import pytest
 from benchmarks.conftest import ROOT, write_result
 from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, hh, ids_of, make_models
 
-PAIRS, STEPS, ROUNDS = 64, 4, 5  # pairs a step of both together; the first step warms up
+PAIRS, STEPS, ROUNDS = 64, 4, 5  # pairs per step, over all processes; the first step warms up
 GOAL = 1.7
 CONTENDERS = {"one": 1, "two": 2}  # processes
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 
 
 def train(folder: Path, processes: int, batch: int) -> dict[str, Any]:
-    """Steps of ``processes``, as the first of them reports; see benchmarks/throughput.py."""
+    """Train by a number of processes, and return the report of the first (see benchmarks/throughput.py)."""
     (folder / "workload.json").write_text(json.dumps({"batch": batch, "keys": {"zero_stage": 2}}))
     command = [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "benchmarks.throughput", str(folder), "irlfast"]
     alone = {
@@ -43,7 +42,7 @@ def train(folder: Path, processes: int, batch: int) -> dict[str, Any]:
 
 
 def rates(runs: list[dict[str, Any]], clock: str, pairs: int) -> list[float]:
-    """Pairs a second of every run."""
+    """Return pairs per second of every run."""
     return [pairs * (len(run[clock]["steps"]) - 1) / sum(run[clock]["steps"][1:]) for run in runs]
 
 
@@ -54,16 +53,16 @@ def compare(folder: Path, pairs: list[list[list[int]]], shape: dict[str, int], b
     for _ in range(rounds):
         for name, done in runs.items():
             done.append(train(folder, CONTENDERS[name], batch))
-    found: dict[str, Any] = {"pairs_per_second": {}, "times": {}, "runs": runs}
+    result: dict[str, Any] = {"pairs_per_second": {}, "times": {}, "runs": runs}
     for clock in ("seconds", "cpu_seconds"):
         one, two = (rates(runs[name], clock, batch) for name in CONTENDERS)
-        found["pairs_per_second"][clock] = {"one": statistics.median(one), "two": statistics.median(two)}
-        found["times"][clock] = statistics.median(b / a for a, b in zip(one, two, strict=True))
-    return found
+        result["pairs_per_second"][clock] = {"one": statistics.median(one), "two": statistics.median(two)}
+        result["times"][clock] = statistics.median(b / a for a, b in zip(one, two, strict=True))
+    return result
 
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
-    first, *others = (found[0]["loss"] for found in runs.values())
+    first, *others = (reports[0]["loss"] for reports in runs.values())
     assert others == pytest.approx([first] * len(others), rel=1e-4)
 
 
@@ -74,9 +73,9 @@ def test_two_processes_against_one(pytestconfig, tmp_path, data):
     shape, batch, steps, rounds = (QUICK, BATCH, 2, 1) if quick else (SHAPE, PAIRS, STEPS, ROUNDS)
     pairs = ids_of(hh(data, 2000)[SEEN:], VOCABULARY if shape is SHAPE else 300)[: steps * batch]
     load = os.getloadavg()[0]
-    found = compare(tmp_path, pairs, shape, batch, rounds)
-    check_losses(found["runs"])
-    goal = {"what": "two processes", "measured": found["times"]["seconds"], "limit": GOAL}
+    result = compare(tmp_path, pairs, shape, batch, rounds)
+    check_losses(result["runs"])
+    goal = {"what": "two processes", "measured": result["times"]["seconds"], "limit": GOAL}
     goal["met"] = goal["measured"] >= GOAL
-    write_result("scaling", {"load_before": load, "shape": shape, **found, "goals": [goal]})
-    print(found["pairs_per_second"], found["times"], goal, f"load before {load}", sep="\n")
+    write_result("scaling", {"load_before": load, "shape": shape, **result, "goals": [goal]})
+    print(result["pairs_per_second"], result["times"], goal, f"load before {load}", sep="\n")

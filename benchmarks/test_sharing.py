@@ -1,10 +1,10 @@
-"""Answer tokens a second as prompts grow from 0.25 to 4 × their answers, n synthetic answers each, shared and not.
+"""Measure the gain of shared prompts: answer tokens per second, shared and separate.
 
     pytest benchmarks/test_sharing.py -s && python -m benchmarks.plot benchmarks/results/DATE-sharing-DEVICE.json
 
-Forward and backward passes of the pair loss with a cached reference, both layouts in turn. What sharing gains is held
-against the operation count. On a CPU by CPU seconds, so that others may use the machine too.
-A goal that is missed fails no test.
+Prompts are 0.25 to 4 × as long as an answer, with n synthetic answers each. The passes are forward and backward passes
+of the pair loss with a cached reference; both layouts take turns. The gain is compared with the operation count. On a
+CPU, CPU seconds count, so that other programs may run on the machine. A missed goal fails no test.
 """
 
 import statistics
@@ -23,11 +23,11 @@ from irlfast.models.costs import costs_of, operations
 from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
 
-PROMPTS, SYNTHETIC = (0.25, 0.5, 1, 2, 4), (1, 2, 4)  # of the answers' length, and their number
+PROMPTS, SYNTHETIC = (0.25, 0.5, 1, 2, 4), (1, 2, 4)  # prompt length / answer length, and synthetic answers per prompt
 GPU_SHAPE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16}
 ON_CPU = {"answer": 64, "groups": 4, "limit": 1024, "rounds": 5}
 ON_GPU = {"answer": 256, "groups": 32, "limit": 16384, "rounds": 3}
-GOAL = 0.15  # the count may be this far off
+GOAL = 0.15  # the largest relative error of the predicted gain
 
 
 def make_model(shape: dict[str, int], vocabulary: int, device: torch.device) -> Any:
@@ -43,7 +43,7 @@ def make_model(shape: dict[str, int], vocabulary: int, device: torch.device) -> 
 
 
 def seconds(model: Any, groups: list[PromptGroup], layout: Layout, limit: int) -> float:
-    """Of all passes over ``groups``: CPU seconds, or a GPU's by the clock."""
+    """Time all passes over ``groups``: CPU seconds, or wall time on a GPU."""
     answers = len(groups[0].answers)
     chosen = micro_batches(range(len(groups)), groups, layout, limit)
     batches = [pack([groups[i] for i in part], layout).to(model.device) for part in chosen]

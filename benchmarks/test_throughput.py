@@ -1,10 +1,9 @@
-"""Pairs a second and memory of a training step against TRL's ``DPOTrainer``, scoring by the reference included.
+"""Compare pairs per second and memory of a training step with TRL's ``DPOTrainer``, scoring by the reference included.
 
     IRLFAST_DATA=DATA pytest benchmarks/test_throughput.py    # DATA/hh_harmless_test.jsonl, DATA/gsm8k_test.jsonl
 
-Every contender runs in a process of its own, in turn, several times: the same policy, reference, pairs, optimiser and
-batch; their first losses must agree. CPU seconds are reported too, for a machine that others use as well. A goal that
-is missed fails no test.
+Contenders take turns, each in its own process, with the same policy, reference, pairs, optimiser and batch; their first
+losses must agree. CPU seconds are reported, too, for a machine that is not quiet. A missed goal fails no test.
 """
 
 import itertools
@@ -25,8 +24,8 @@ from benchmarks.throughput import CONTENDERS
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
 QUICK = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VOCABULARY, MAX_LENGTH, MAX_PROMPT = 32000, 512, 384
-BATCH, STEPS, ROUNDS = 8, 5, 2  # pairs a step; the first step warms up
-SEEN = 40  # pairs at the start of a file, on which sizes were chosen
+BATCH, STEPS, ROUNDS = 8, 5, 2  # pairs per step; the first step warms up
+SEEN = 40  # pairs at the start of a file, by which the sizes were chosen, and which are left out
 GOALS = {
     "hh": {"TRL, defaults": 6, "TRL, best": 4, "memory": 0.15},
     "gsm8k": {"TRL, defaults": 3, "TRL, best": 2},
@@ -36,7 +35,7 @@ Text = tuple[str, str, str]  # prompt, chosen, rejected
 
 
 def hh(data: Path, count: int) -> list[Text]:
-    """Dialogues up to the last ``Assistant:``, and two answers; pairs of equal answers or different prompts go."""
+    """Read dialogues up to the last ``Assistant:`` and two answers, without equal answers or different prompts."""
     texts = []
     for line in (data / "hh_harmless_test.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -49,7 +48,7 @@ def hh(data: Path, count: int) -> list[Text]:
 
 
 def gsm8k(data: Path, count: int) -> list[Text]:
-    """Questions with their answer, and another question's as the rejected one."""
+    """Read questions with their answer, and the answer of another question as the rejected answer."""
     rows = [json.loads(line) for line in (data / "gsm8k_test.jsonl").read_text().splitlines()][: count + 1]
     return [
         (f"{row['prompt']}\nAnswer:", f" {row['completion']}", f" {other['completion']}")
@@ -58,7 +57,7 @@ def gsm8k(data: Path, count: int) -> list[Text]:
 
 
 def ids_of(texts: list[Text], vocabulary: int) -> list[list[list[int]]]:
-    """Token ids by a tokenizer trained on these texts, prompts cut at their start, answers at their end."""
+    """Tokenise the texts by a tokenizer trained on them. Prompts are cut at their start, answers at their end."""
     from irlfast.models.tokenizers import train_tokenizer
 
     tokenizer = train_tokenizer([text for row in texts for text in row], vocabulary)
@@ -72,7 +71,7 @@ def ids_of(texts: list[Text], vocabulary: int) -> list[list[list[int]]]:
 
 
 def make_models(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
-    """A policy and a reference that differs from it, or every first loss would be log 2."""
+    """Write a policy and a reference that differ; otherwise every first loss would be log 2."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -86,7 +85,7 @@ def make_models(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
 
 def contend(folder: Path, contender: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.throughput", str(folder), contender]
-    # On the CPU; threads that spin would slow down whoever runs beside.
+    # Run on the CPU. Spinning threads would slow down other programs.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -101,31 +100,31 @@ def measure(folder: Path, texts: list[Text], count: int, shape: dict[str, int], 
     (folder / "workload.json").write_text(json.dumps({"batch": BATCH}))
     runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in CONTENDERS}
     for _ in range(rounds):
-        for contender, found in runs.items():
-            found.append(contend(folder, contender))
+        for contender, reports in runs.items():
+            reports.append(contend(folder, contender))
     answers = sum(len(answer) for _, *both in pairs for answer in both)
     lengths = [statistics.mean(len(pair[part]) for pair in pairs) for part in range(3)]
     return {
         "pairs": len(pairs),
         "mean_tokens": dict(zip(("prompt", "chosen", "rejected"), lengths, strict=True)),
-        "rows": {contender: figures(found, len(pairs), answers) for contender, found in runs.items()},
+        "rows": {contender: medians(reports, len(pairs), answers) for contender, reports in runs.items()},
     }
 
 
-def figures(runs: list[dict[str, Any]], pairs: int, answers: int) -> dict[str, Any]:
-    """Medians over runs; a step is the median of its later ones, as the first warms up."""
+def medians(runs: list[dict[str, Any]], pairs: int, answers: int) -> dict[str, Any]:
+    """Return medians over runs. The first step of a run warms up and does not count."""
 
     def median(clock: str) -> tuple[float, float]:
-        """Of scoring a step's pairs, and of a step."""
+        """Return the seconds to score the pairs of a step, and the seconds of a step."""
         score = statistics.median(run[clock]["score"] for run in runs) / pairs * BATCH
         return score, statistics.median(seconds for run in runs for seconds in run[clock]["steps"][1:])
 
     score, step = median("seconds")
     return {
         "first_loss": runs[0]["loss"],
-        "score_seconds_a_step": score,
-        "train_seconds_a_step": step,
-        "cpu_seconds_a_step": sum(median("cpu_seconds")),
+        "score_seconds_per_step": score,
+        "train_seconds_per_step": step,
+        "cpu_seconds_per_step": sum(median("cpu_seconds")),
         "pairs_per_second": BATCH / (score + step),
         "answer_tokens_per_second": BATCH * answers / pairs / (score + step),
         "peak_mib": statistics.median(run["mib"] for run in runs),
@@ -134,7 +133,7 @@ def figures(runs: list[dict[str, Any]], pairs: int, answers: int) -> dict[str, A
 
 
 def goals(name: str, rows: dict[str, Any]) -> list[dict[str, Any]]:
-    found = []
+    lines = []
     for what, limit in GOALS[name].items():
         if what == "memory":
             measured = rows["irlfast"]["peak_mib"] / rows["TRL, defaults"]["peak_mib"]
@@ -142,8 +141,8 @@ def goals(name: str, rows: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             measured = rows["irlfast"]["pairs_per_second"] / rows[what]["pairs_per_second"]
             met = measured >= limit
-        found.append({"what": what, "measured": measured, "limit": limit, "met": met})
-    return found
+        lines.append({"what": what, "measured": measured, "limit": limit, "met": met})
+    return lines
 
 
 def check_losses(rows: dict[str, Any]) -> None:
@@ -156,10 +155,10 @@ def check_losses(rows: dict[str, Any]) -> None:
 def test_throughput(pytestconfig, tmp_path, data, name):
     texts = {"hh": hh, "gsm8k": gsm8k}[name](data, 2000)[SEEN:]
     count, shape, rounds = (2 * BATCH, QUICK, 1) if pytestconfig.getoption("quick") else (STEPS * BATCH, SHAPE, ROUNDS)
-    found = measure(tmp_path, texts, count, shape, rounds)
-    check_losses(found["rows"])
-    result = {"shape": shape, **found, "goals": goals(name, found["rows"])}
+    measured = measure(tmp_path, texts, count, shape, rounds)
+    check_losses(measured["rows"])
+    result = {"shape": shape, **measured, "goals": goals(name, measured["rows"])}
     write_result(f"throughput-{name}", result)
-    for contender, row in found["rows"].items():
+    for contender, row in measured["rows"].items():
         print(contender, {key: round(value, 3) for key, value in row.items() if isinstance(value, float)})
     print(*result["goals"], sep="\n")

@@ -61,15 +61,16 @@ class PolicyLoss(NamedTuple):
     """A policy loss, and how a round of alignment prepares the answers for it."""
 
     loss: Callable[[SampledAnswers], Tensor] | None  # [S], a loss per answer; None: SFT on the best answer alone
+    paper: str
     has_own_kl: bool = False  # the loss holds the policy to the one that sampled; the KL to π_ref is in the reward
     leave_one_out: bool = True  # the baseline of an answer is the mean of the other answers, not of all
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "rloo": PolicyLoss(rloo),
-    "ppo": PolicyLoss(ppo),
-    "apa": PolicyLoss(apa, has_own_kl=True, leave_one_out=False),
-    "bon": PolicyLoss(None),
+    "rloo": PolicyLoss(rloo, "RLOO, arXiv 2402.14740, eq. 7 and 8"),
+    "ppo": PolicyLoss(ppo, "PPO, arXiv 1707.06347, eq. 7, with RLOO's advantages"),
+    "apa": PolicyLoss(apa, "APA, arXiv 2306.02231, eq. 4", has_own_kl=True, leave_one_out=False),
+    "bon": PolicyLoss(None, "SFT on the best of n, Inverse-RLignment, arXiv 2405.15624"),
 }
 
 

@@ -57,7 +57,7 @@ sys.exit(main())
 LORA = {"use_peft": "true", "learning_rate": 1e-2, "warmup_ratio": 0, "logging_steps": 1}
 
 
-def test_a_stage_goes_on_with_the_adapter_of_the_one_before_and_no_second_model_is_held(tmp_path):
+def test_a_stage_continues_the_adapter_of_the_one_before_and_no_second_model_is_held(tmp_path):
     script, output = tmp_path / "counted.py", tmp_path / "run"
     script.write_text(COUNTED)
     _, err = printed([str(script), *settings(output, **LORA)])
@@ -114,7 +114,7 @@ def test_what_lora_learns_in_bf16_is_not_rounded_away_at_the_end_of_a_stage(tmp_
     assert learned and all(moved > 0.3 * size > 0 for size, moved in learned.values())  # it began at 0
 
 
-def test_training_goes_on_with_another_runs_adapter_but_not_with_other_settings(tmp_path):
+def test_training_continues_another_runs_adapter_but_not_with_other_settings(tmp_path):
     sft = {"method": "sft", "inner_steps": "null"}
     run(tmp_path / "first", **LORA | sft)
     adapter = tmp_path / "first" / "sft" / "policy"
@@ -175,7 +175,7 @@ def test_what_merging_into_16_bits_keeps_of_an_adapter(size, least, most, config
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, MixtralConfig])
-def test_where_the_nearest_loses_much_weights_are_rounded_by_chance_to_a_neighbour_and_always_the_same(config_class):
+def test_weights_are_rounded_up_or_down_by_a_seeded_chance_where_rounding_to_nearest_loses_much(config_class):
     config = config_class(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
@@ -244,7 +244,7 @@ def test_a_pretrained_folder_initial_reference_hinge_and_no_sft(tmp_path, finish
     assert first["values"].shape != second["values"].shape or not torch.equal(first["values"], second["values"])
 
 
-def test_sft_alone_of_a_given_model_is_held_against_that_model(tmp_path, finished):
+def test_sft_alone_of_a_given_model_is_compared_with_that_model(tmp_path, finished):
     start = {"model_name_or_path": finished[0] / "sft" / "policy", "config_name": "null", "train_tokenizer": "null"}
     run(tmp_path / "run", method="sft", inner_steps="null", **start)
     initial, trained = (

@@ -102,7 +102,7 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path, zero_stage):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-3 * moved.item())
 
 
-def test_early_stop_and_warning_when_demonstrations_become_unlikely(tmp_path):
+def test_a_stage_warns_and_stops_early_when_demonstrations_become_unlikely(tmp_path):
     _, err = run(tmp_path / "run", learning_rate=3e-3, beta=0.1, stages=1, inner_steps=20, max_expert_drop=2.0)
     assert "warning: stage-00" in err
     assert "lower learning_rate, raise beta, or set nll_weight" in err
@@ -111,14 +111,14 @@ def test_early_stop_and_warning_when_demonstrations_become_unlikely(tmp_path):
     assert rows[-1]["step"] < 20
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_without_a_policy(tmp_path):
+def test_a_gradient_that_is_not_finite_ends_the_run_without_a_policy(tmp_path):
     _, err = run(tmp_path / "run", code=2, beta=3e38, loss_type="linear")
     assert err.splitlines()[-1] == "irlfast: stage-00, step 1: grad_norm is nan; try a lower learning_rate"
     assert not (tmp_path / "run" / "stage-00" / "policy").exists()
 
 
 @pytest.mark.parametrize("mebibytes", [9, 14])  # full in a policy's weights, and in a checkpoint
-def test_a_full_disk_is_one_sentence_and_the_run_resumes_with_room(finished, tmp_path, mebibytes):
+def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_resumes_with_room(finished, tmp_path, mebibytes):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(disk)]
@@ -190,7 +190,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch, case):
+def test_bad_input_ends_the_run_in_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch, case):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", command(tmp_path / "run", **bad(tmp_path, case))[1:])
     assert main() == 2

@@ -1,3 +1,5 @@
+"""The configuration: spellings, defaults, presets, and the sentence for each wrong value."""
+
 import subprocess
 import sys
 
@@ -124,26 +126,26 @@ def test_wrong_values_are_named(given, message):
         make_config(given | WRONG[message])
 
 
-def test_compiling_takes_a_compiler(given, monkeypatch):
+def test_torch_compile_without_a_compiler_is_refused(given, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     with pytest.raises(InputError, match=r"torch_compile: found no compiler /nowhere/c\+\+, expected one"):
         make_config(given | {"torch_compile": True})
 
 
-def test_four_bits_take_bitsandbytes(given, monkeypatch):
+def test_4_bits_without_bitsandbytes_are_refused(given, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="bitsandbytes is not installed; pip install"):
         make_config(given | {"load_in_4bit": True, "use_peft": True})
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\xff"])
-def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
+def test_a_configuration_file_without_keys_is_refused_by_its_name(tmp_path, text):
     (tmp_path / "bad.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"bad.yaml"):
         load_config([str(tmp_path / "bad.yaml")])
 
 
-def test_unknown_option_on_the_command_line():
+def test_an_unknown_key_on_the_command_line_is_refused_with_the_nearest_name():
     with pytest.raises(InputError, match="unknown key 'learning_rat' on the command line; did you mean learning_rate"):
         load_config(["--learning-rat", "3"])
 

@@ -1,4 +1,4 @@
-"""RFT and AfD against closed forms, on the exact test bed: rewards, unbiased gradients, fixed points, what KL seeks."""
+"""RFT and AfD against closed forms, on the exact test bed: rewards, unbiased gradients, fixed points, modes."""
 
 import functools
 from types import SimpleNamespace

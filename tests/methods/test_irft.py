@@ -1,4 +1,4 @@
-"""Pairs of a stage: which synthetic answers teach nothing, and what is said when none is left."""
+"""The pairs of a stage: answers that teach nothing are dropped, and a stage without pairs ends the run."""
 
 import pytest
 
@@ -28,6 +28,6 @@ def test_empty_and_identical_answers_are_dropped_and_counted(run):
     assert pack(pairs).rows.tolist() == [0, 0, 1]  # a prompt of one token predicts both first tokens
 
 
-def test_no_pair_left_is_one_sentence(run):
+def test_a_stage_without_pairs_ends_in_one_sentence(run):
     with pytest.raises(InputError, match=r"^stage-01: all 2 synthetic answers equal the expert's or are empty"):
         make_pairs(run, 1, examples([1, 2], [3]), [[1, 2], []])

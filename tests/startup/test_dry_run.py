@@ -1,3 +1,5 @@
+"""``--dry_run``: what it shows, what it measures, and what it says where it can do neither."""
+
 import os
 import socket
 import threading
@@ -31,7 +33,7 @@ def test_the_default_shows_examples_with_the_mask_steps_memory_and_time(tmp_path
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "configs").glob("*-*.yaml")))
-def test_recipes_are_valid_and_say_what_could_not_be_had(recipe):
+def test_a_recipe_is_valid_and_names_what_needs_a_download(recipe):
     out, err = dry(f"configs/{recipe}")
     assert "not checked: " in out
     assert "stage-00: " in out
@@ -39,14 +41,14 @@ def test_recipes_are_valid_and_say_what_could_not_be_had(recipe):
     assert "Traceback" not in err
 
 
-def test_bad_data_is_an_error_here_too(tmp_path):
+def test_bad_data_ends_a_dry_run(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"head": 1}\n')
     _, err = dry(*settings(tmp_path / "run", dataset_name=rows), code=2)
     assert "rows.jsonl, line 1: found columns head" in err
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
+def test_a_dry_run_does_not_wait_for_a_hub_that_does_not_answer(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes calls, and says nothing
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -72,7 +74,7 @@ def test_a_hub_that_answers_is_used(monkeypatch):
         ({"model_name_or_path": "."}, 10**15, "the model does not fit into"),
     ],
 )
-def test_without_a_step_it_says_why(keys, parameters, why):
+def test_the_reason_is_shown_where_no_step_can_be_measured(keys, parameters, why):
     config = make_config({"dataset_name": __file__, **keys})
     rows = [Example(memoryview(b"abc"), memoryview(b"de"))]
     rate, how = rate_of(config, None, rows, Size(parameters, 1, 1))

@@ -1,4 +1,4 @@
-"""What would end a run late ends it at the start, in a sentence, with nothing written."""
+"""Errors that would end a run late end it at the start, in one sentence, before anything is written."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def ends_at_once(tmp_path, monkeypatch, capsys, **keys) -> str:
 
 
 @pytest.mark.parametrize("message", LATE)
-def test_it_ends_before_anything_is_written(message, tmp_path, monkeypatch, capsys):
+def test_a_run_that_would_end_late_ends_before_anything_is_written(message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (tmp_path / "settings.json").write_text("{")
     keys = LATE[message]
@@ -53,7 +53,7 @@ def test_it_ends_before_anything_is_written(message, tmp_path, monkeypatch, caps
     assert message in ends_at_once(tmp_path, monkeypatch, capsys, **keys)
 
 
-def test_added_rewards_are_looked_at_before_training(tmp_path, monkeypatch, capsys):
+def test_added_rewards_are_checked_before_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     for labels, folder in ((1, tmp_path / "one"), (3, tmp_path / "three")):
@@ -68,7 +68,7 @@ def test_added_rewards_are_looked_at_before_training(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("method", ["irft", "rft"])
-def test_no_segment_is_longer_than_what_was_reckoned_with(method, finished):
+def test_no_prompt_group_is_longer_than_the_check_assumed(method, finished):
     """Against the answers that a real run sampled, cut at ``max_new_tokens`` = 12."""
     config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "max_new_tokens": 12, "method": method})
     for path in finished[0].glob("stage-*/samples/*.jsonl"):

@@ -1,4 +1,4 @@
-"""The native modules of ``csrc/``: each None where it was not built, and PyTorch does its work."""
+"""The native modules of ``csrc/``. A module that was not built is None, and PyTorch does its work."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ except ImportError:
 
 
 def stream(device: torch.device) -> int:
-    """The stream that work on this device is queued in, as ``cuda`` takes it."""
+    """The current stream of a device, as ``cuda`` takes it; 0 for a CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -28,10 +28,10 @@ def name(dtype: torch.dtype) -> str:
 
 
 def rows(logits: Tensor) -> tuple[int, str, int]:
-    """Logits ``[N, V]`` as the modules take them."""
+    """Logits ``[N, V]`` as the modules take them: address, dtype, and elements between the starts of two rows."""
     return logits.data_ptr(), name(logits.dtype), logits.stride(0)
 
 
 def scoring(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[int, int, int, float, float]:
-    """What scores them; ``targets`` ``[N]`` int64, contiguous."""
+    """How logits ``[N, V]`` are scored, as the modules take it; ``targets`` are ``[N]`` int64 and contiguous."""
     return *logits.shape, targets.data_ptr(), scale, softcap or 0.0

@@ -18,22 +18,22 @@ NATIVE = (torch.float32, torch.bfloat16)
 class FusedRMSprop(torch.optim.Optimizer):
     """``torch.optim.RMSprop`` with its arguments and its results to fp32 rounding, several times faster on a CPU.
 
-    Parameters in bf16 get an fp32 ``master`` copy, which is what is updated; the parameter is written from it in the
+    A parameter in bf16 gets an fp32 ``master`` copy. The step updates the copy, and writes the parameter from it in the
     same pass. Gradients may be fp32 or bf16. ``max_norm`` clips the norm of all gradients together, as
-    ``torch.nn.utils.clip_grad_norm_`` does, but leaves ``.grad`` as it is: the factor is applied in the same pass.
+    ``torch.nn.utils.clip_grad_norm_`` does, but leaves ``.grad`` unchanged: the factor is applied in the same pass.
 
     The native pass takes dense, contiguous tensors on the CPU, or on a GPU where installation built ``irlfast._cuda``
-    (one launch for hundreds of parameters); others take PyTorch's own steps. State has Adam's names where it can:
-    ``exp_avg_sq`` (torch: square_avg) and, with momentum, ``exp_avg`` (momentum_buffer).
+    (one launch for hundreds of parameters). PyTorch's own steps take all other tensors. States have Adam's names where
+    possible: ``exp_avg_sq`` (torch: square_avg) and, with momentum, ``exp_avg`` (momentum_buffer).
 
     DeepSpeed's universal checkpoints, which change the number of processes, work under ZeRO 1 to 3: convert with
-    ``python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state``. They know of Adam's states alone, so
-    ``grad_avg`` (``centered``) is not in them and starts anew; and they insist on both of Adam's, so ``state_dict`` has
-    an ``exp_avg`` of zeros where there is no momentum. It takes 4 bytes in all, and is dropped where it is loaded.
+    ``python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state``. They contain Adam's two states only. So
+    ``grad_avg`` (``centered``) is lost and starts anew. And they need both states, so ``state_dict`` has an ``exp_avg``
+    of zeros where there is no momentum: it takes 4 bytes in all, and loading drops it.
 
     Raises:
-        ValueError: an option below 0, ``alpha`` not below 1, or a state that is not of its parameter's shape.
-        RuntimeError: a sparse gradient.
+        ValueError: an option is below 0, ``alpha`` is not below 1, or a state does not have its parameter's shape.
+        RuntimeError: a gradient is sparse.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class FusedRMSprop(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; returns what ``closure`` does."""
+        """Update all parameters; return the result of ``closure``."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         scale = self.clipping_factor()
@@ -81,18 +81,18 @@ class FusedRMSprop(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As PyTorch's, and with an ``exp_avg`` in any case."""
-        found = super().state_dict()
-        for number, own in found["state"].items():
-            if "exp_avg_sq" in own:
-                zeros = own["exp_avg_sq"].new_zeros(()).expand_as(own["exp_avg_sq"])
-                found["state"][number] = {"exp_avg": zeros} | own
-        return found
+        """PyTorch's, with an ``exp_avg`` of zeros where there is none."""
+        result = super().state_dict()
+        for number, state in result["state"].items():
+            if "exp_avg_sq" in state:
+                zeros = state["exp_avg_sq"].new_zeros(()).expand_as(state["exp_avg_sq"])
+                result["state"][number] = {"exp_avg": zeros} | state
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state of this class, or of ``torch.optim.RMSprop``."""
+        """Load a state of this class, or of ``torch.optim.RMSprop``."""
         super().load_state_dict(state_dict)
-        # PyTorch gives all but the step the parameter's dtype; ours stays fp32 where a parameter is bf16.
+        # PyTorch casts all states but the step to the parameter's dtype; here they stay fp32 for a bf16 parameter.
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         for number, (parameter, group) in zip(numbers, parameters, strict=True):
@@ -111,35 +111,35 @@ class FusedRMSprop(torch.optim.Optimizer):
 
 
 def averages(group: dict[str, Any]) -> list[str]:
-    """The states that a group's options ask for."""
+    """The names of the states that a group's options need."""
     wanted = {"exp_avg_sq": True, "exp_avg": group["momentum"] > 0, "grad_avg": group["centered"]}
     return [name for name, wants in wanted.items() if wants]
 
 
-def fit_state(own: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
-    """Start a parameter's state; where it was loaded, or the parameter cast or moved since, bring it to where it is."""
-    if not own:
-        own["step"] = torch.zeros(())
+def fit_state(state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
+    """Create a parameter's state, or bring it to the parameter's device and dtype after loading, casting or moving."""
+    if not state:
+        state["step"] = torch.zeros(())
     if parameter.dtype != torch.bfloat16:
-        own.pop("master", None)
-    elif "master" not in own:
-        own["master"] = parameter.detach().float()
+        state.pop("master", None)
+    elif "master" not in state:
+        state["master"] = parameter.detach().float()
     else:
-        own["master"] = own["master"].to(parameter.device, torch.float32)
-    like = own.get("master", parameter)
+        state["master"] = state["master"].to(parameter.device, torch.float32)
+    like = state.get("master", parameter)
     if not group["momentum"]:
-        own.pop("exp_avg", None)  # zeros, of a universal checkpoint
+        state.pop("exp_avg", None)  # the zeros of a universal checkpoint
     for name in averages(group):
-        if name not in own:
-            own[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
-        own[name] = own[name].to(like.device, like.dtype)
-        if own[name].shape != parameter.shape:
-            found, expected = list(own[name].shape), list(parameter.shape)
-            raise ValueError(f"FusedRMSprop: found state {name} of shape {found}, expected {expected}")
+        if name not in state:
+            state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        state[name] = state[name].to(like.device, like.dtype)
+        if state[name].shape != parameter.shape:
+            shape, expected = list(state[name].shape), list(parameter.shape)
+            raise ValueError(f"FusedRMSprop: found state {name} of shape {shape}, expected {expected}")
 
 
 def module_for(device: torch.device) -> Any:
-    """The native module that works on this device, or None."""
+    """The native module for this device, or None."""
     if native.cuda is not None and native.cuda.device == device.type and runs(native.cuda, device):
         return native.cuda
     return native.cpu if device.type == "cpu" else None
@@ -147,7 +147,7 @@ def module_for(device: torch.device) -> Any:
 
 @functools.cache
 def runs(module: Any, device: torch.device) -> bool:
-    """Whether the GPU and its driver take what was compiled, as one element shows."""
+    """Whether the GPU and its driver can run the compiled module: one element is updated to see."""
     one = torch.zeros(3, 1, device=device)
     addresses = (part.data_ptr() for part in one)
     try:
@@ -159,8 +159,9 @@ def runs(module: Any, device: torch.device) -> bool:
     return True
 
 
-def is_native(parameter: Tensor, own: dict[str, Any]) -> bool:
-    tensors: Any = parameter, parameter.grad, *(value for name, value in own.items() if name != "step")
+def is_native(parameter: Tensor, state: dict[str, Any]) -> bool:
+    """Whether a native module takes this parameter, its gradient and its state."""
+    tensors: Any = parameter, parameter.grad, *(value for name, value in state.items() if name != "step")
     fits = (t.device == parameter.device and t.dtype in NATIVE and t.is_contiguous() for t in tensors)
     return module_for(parameter.device) is not None and all(fits)
 
@@ -178,24 +179,24 @@ def update_natively(parameters: list[Tensor], state: Any, group: dict[str, Any],
             module.rmsprop(rows, *options, torch.get_num_threads() if module is native.cpu else native.stream(device))
 
 
-def row(parameter: Tensor, own: dict[str, Any]) -> tuple[int | bool, ...]:
-    """Size and addresses as the native modules take them; 0: none."""
+def row(parameter: Tensor, state: dict[str, Any]) -> tuple[int | bool, ...]:
+    """Size and addresses of a parameter, its gradient and state, as the native modules take them; 0 stands for none."""
     grad: Any = parameter.grad
-    master, copy = (own["master"], parameter) if "master" in own else (parameter, None)
-    tensors = (master, grad, own["exp_avg_sq"], own.get("grad_avg"), own.get("exp_avg"), copy)
+    master, copy = (state["master"], parameter) if "master" in state else (parameter, None)
+    tensors = (master, grad, state["exp_avg_sq"], state.get("grad_avg"), state.get("exp_avg"), copy)
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
     return parameter.numel(), *addresses, grad.dtype == torch.bfloat16
 
 
-def update_by_torch(parameters: list[Tensor], state: Any, group: dict[str, Any], scale: float) -> None:
+def update_by_torch(parameters: list[Tensor], all_states: Any, group: dict[str, Any], scale: float) -> None:
     if not parameters:
         return
-    states = [state[parameter] for parameter in parameters]
-    updated = [own.get("master", parameter) for own, parameter in zip(states, parameters, strict=True)]
+    states = [all_states[parameter] for parameter in parameters]
+    updated = [state.get("master", parameter) for state, parameter in zip(states, parameters, strict=True)]
     grads: list[Any] = [parameter.grad for parameter in parameters]
     grads = [grad.to(target.dtype) for grad, target in zip(grads, updated, strict=True)]
     names = ("exp_avg_sq", "grad_avg", "exp_avg", "step")
-    squares, averages, buffers, steps = ([own[name] for own in states if name in own] for name in names)
+    squares, averages, buffers, steps = ([state[name] for state in states if name in state] for name in names)
     rmsprop(
         updated,
         grads if scale == 1 else [grad * scale for grad in grads],
@@ -205,6 +206,6 @@ def update_by_torch(parameters: list[Tensor], state: Any, group: dict[str, Any],
         steps,
         **{name: group[name] for name in ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")},
     )
-    for parameter, own in zip(parameters, states, strict=True):
-        if "master" in own:
-            parameter.copy_(own["master"])
+    for parameter, state in zip(parameters, states, strict=True):
+        if "master" in state:
+            parameter.copy_(state["master"])

@@ -1,8 +1,9 @@
-"""Gradients of the log-probabilities of ``linear.py``, by recomputing only those tiles of the logits that weigh enough.
+"""Gradients of the log-probabilities of ``linear.py``: only the tiles of the logits that weigh enough are recomputed.
 
-A trained model puts nearly all its probability on few tiles of the vocabulary, and the others' share of the gradient is
-lost in the rounding of a bf16 one. The forward keeps the log-sum-exp of every tile, so that a tile without weight costs
-neither its product nor the two of its gradients: 1 + 3s passes in all, where a share s of the tiles survives.
+A trained model puts nearly all its probability on few tiles of the vocabulary. The other tiles' part of the gradient is
+smaller than the rounding of a bf16 gradient. The forward keeps the log-sum-exp of every tile, so a tile without weight
+costs neither its product nor the two products of its gradients. If a share s of the tiles is kept, that makes 1 + 3s
+passes in all.
 """
 
 import torch
@@ -18,7 +19,7 @@ def gradient_kernel(
     hidden, weight, bias, rows, targets, logps, lse, tiles, upstream, limit, d_hidden, d_weight, d_bias, n, V, H,
     scale, CAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of tokens, tile of the vocabulary); a gradient that is None is not wanted."""
+    """Program (block of tokens, tile of the vocabulary). A gradient that is None is not computed."""
     block, tile = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = block * M + tl.arange(0, M)
     inside = at < n
@@ -28,11 +29,11 @@ def gradient_kernel(
     total = tl.load(lse + at, mask=inside, other=0.0)
     column = tile * N + tl.arange(0, N)
 
-    # What the derivatives of a row of the tile add up to, in absolute value: the tile's probability p, or with the
-    # target in it (p − p_y) + (1 − p_y).
+    # The sum of a row's absolute derivatives over the tile: the tile's probability p, or with the target in it
+    # (p − p_y) + (1 − p_y).
     mass = tl.exp(tl.load(tiles + tile * n + at, mask=inside, other=float("-inf")) - total)
     mass = tl.where(target // N == tile, mass + 1 - 2 * tl.exp(logp), mass)
-    light = tl.abs(g) * mass <= tl.load(limit)  # not so where it is NaN, which must not be lost
+    light = tl.abs(g) * mass <= tl.load(limit)  # False for NaN, which must reach the gradient
     if tl.min(light.to(tl.int32), axis=0) == 0:
         row = tl.load(rows + at, mask=inside, other=0).to(tl.int64)
         z = tile_logits(hidden, weight, bias, row, column, V, H, scale, CAP, PRECISION, K)
@@ -75,14 +76,17 @@ def add_gradients(
     softcap: float | None,
     skip_mass: float,
 ) -> None:
-    """Add ``Σ_n upstream[n] · ∂ logp[n]``, without the tiles in which, for every token of a block,
-    ``|upstream| · Σ_v |∂ logp / ∂ logit_v|`` is at most ``skip_mass · max |upstream|``. Not deterministic."""
+    """Add ``Σ_n upstream[n] · ∂ logp[n]``, by atomic additions, so that the sums are not deterministic.
+
+    A tile is skipped if ``|upstream| · Σ_v |∂ logp / ∂ logit_v|`` is at most ``skip_mass · max |upstream|`` for every
+    token of a block.
+    """
     hidden, weight, bias = policy
     n, vocabulary = len(targets), weight.shape[0]
     if n == 0:
         return
     wide = hidden.dtype == torch.float32
-    tile = Tile(64, columns(hidden.dtype), 16 if wide else 32, 3)  # the fewer tokens share one, the more is skipped
+    tile = Tile(64, columns(hidden.dtype), 16 if wide else 32, 3)  # with fewer tokens per tile, more tiles are skipped
     limit = upstream.abs().amax().reshape(1) * skip_mass
     gradient_kernel[(triton.cdiv(n, tile.M), triton.cdiv(vocabulary, tile.N))](
         *(hidden, weight, bias, rows, targets, *statistics, upstream, limit, d_hidden, d_weight, d_bias),

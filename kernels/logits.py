@@ -1,7 +1,7 @@
 """Log-probabilities of targets from logits that exist, their sums per sequence, and the gradient over the logits.
 
-All is bound by memory: the forward reads every row once, the backward reads and writes it once. A program's vectors
-are 16 bytes wide where V and the row strides are multiples of 16 elements, and narrower where not.
+The kernels are bound by memory: the forward reads every row once, the backward reads and writes it once. A program's
+vectors have 16 bytes where V and the row strides are multiples of 16 elements, and fewer elsewhere.
 """
 
 import torch
@@ -18,13 +18,13 @@ BLOCK = 4096  # elements that a program of the backward writes
 
 @triton.jit
 def exp(x):
-    """``tl.exp`` without its care for subnormal results: fewer instructions an element than bytes leave time for."""
+    """``tl.exp`` without exact subnormal results: so few instructions per element that memory stays the bound."""
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def tanh(u):
-    """To 4e-7 relative: 1 − 2/(1 + e) cancels near 0, where an odd polynomial (a least-squares fit) stands in."""
+    """Within 4e-7 relative. 1 − 2/(1 + e) cancels near 0: an odd polynomial (a least-squares fit) replaces it there."""
     w = u * u
     near = u + u * w * (((0.01642126 * w - 0.05266348) * w + 0.13320599) * w - 0.33332941)
     return tl.where(w < 0.3, near, 1 - 2 / (1 + exp(2 * u)))
@@ -32,14 +32,14 @@ def tanh(u):
 
 @triton.jit
 def final_logits(z, at, inside, scale, cap):
-    """``softcap(scale · z)`` in fp32; outside the row anything finite."""
+    """``softcap(scale · z)`` in fp32; any finite number outside the row."""
     value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
     return value * scale if cap is None else cap * tanh(value * (scale / cap))
 
 
 @triton.jit
 def score_row(z, target, logp, lse, V, scale, cap, FOLDED: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr):
-    """The scale is FOLDED, where it can be, into the factor that makes exponentials powers of two."""
+    """Where possible, the scale is FOLDED into the factor that turns exponentials into powers of two."""
     own, unit = (1.0, scale) if FOLDED else (scale, 1.0)
     factor = unit * LOG2_E
     peaks = tl.full([LANES], float("-inf"), tl.float32)
@@ -102,7 +102,7 @@ def token_logps(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities ``[N]`` fp32, 0 where skipped, log-sum-exps ``[N]``, the reference's log-probabilities."""
+    """Log-probabilities ``[N]`` fp32, 0 where skipped; log-sum-exps ``[N]``; the reference's log-probabilities."""
     n, vocabulary = logits.shape
     logps, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     ref_logps = None if ref_logits is None else torch.empty_like(logps)
@@ -121,7 +121,7 @@ def token_logps(
         scale,
         softcap,
         FOLDED=softcap is None and scale > 0,
-        ROUNDS=min(width // lanes, 4),  # vectors that a thread has on their way at once
+        ROUNDS=min(width // lanes, 4),  # vectors that each thread loads at once
         LANES=lanes,
         num_warps=max(1, lanes * logits.itemsize // 512),
     )
@@ -130,7 +130,7 @@ def token_logps(
 
 @triton.jit
 def gradient_kernel(logits, targets, lse, upstream, grad, V, stride, grad_stride, scale, cap, BLOCK: tl.constexpr):
-    """One program a block of a row; ``grad`` may be ``logits``."""
+    """One program per block of a row; ``grad`` may be ``logits``."""
     blocks = tl.cdiv(V, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -175,7 +175,7 @@ def write_gradient(
 
 @triton.jit
 def sequence_sums_kernel(logps, targets, cu_seqlens, ref_logps, sums, S, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a sequence. Sums in fp64 keep every digit of fp32 terms, so that their difference does too."""
+    """One program per sequence. Sums in fp64 lose no digit of their fp32 terms, and neither does their difference."""
     sequence = tl.program_id(0)
     first, last = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
     policy = tl.zeros([BLOCK], tl.float64)

@@ -1,9 +1,9 @@
-"""Linear heads on hidden states: logits, and a discriminator's loss, rewards and slopes, in one launch; and gradients.
+"""Linear heads on hidden states: logits with a discriminator's loss, rewards and slopes in one launch; gradients.
 
-Both directions are bound by memory: the forward reads every hidden row that counts once for all heads, the backward
-reads it once more and writes its gradient once. The M products run on the tensor cores, padded to 16 heads: elsewhere
-eight heads would take about as long as the memory does. (The forward in fp32 runs elsewhere: sums on tensor cores lose
-1e-5.) Vectors are 16 bytes where H is a multiple of 16.
+Both directions are bound by memory: the forward reads every hidden row that counts once for all heads; the backward
+reads it once more and writes its gradient once. The M products run on the tensor cores, padded to 16 heads: without
+them, eight heads would take about as long as the memory does. (The forward in fp32 does without, because sums on tensor
+cores lose 1e-5.) Vectors have 16 bytes where H is a multiple of 16.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ from torch import Tensor
 
 KINDS = ("bradley_terry", "bce", "airl", "gail", "fairl", "alpha")  # the losses that have their formula here
 LOG_2 = tl.constexpr(0.6931471805599453)
-COUNTED = tl.constexpr(256)  # sequences that a program counts at once
-PROGRAMS = 1024  # of the backward: several waves on any GPU, so that the last one costs little
+COUNTED = tl.constexpr(256)  # sequences that a program counts per iteration
+PROGRAMS = 1024  # of the backward: several waves on any GPU; the last one, which is not full, costs little
 
 
 # ---------------------------------------------------------------- formulas
-# A NaN passes through all of them: tl.minimum and tl.maximum would drop it.
+# A NaN passes through all of them. That is why they do without tl.minimum and tl.maximum, which drop it.
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def power(h, K: tl.constexpr, CLAMP: tl.constexpr):
 
 @triton.jit
 def loss_terms(h, expert, LOSS: tl.constexpr):
-    """What each logit adds to its class's mean, and the slope."""
+    """What each logit adds to the mean of its class, and the slope."""
     if LOSS.kind == "bce":
         value, slope = logistic(h, tl.where(expert, 1 - LOSS.label_smoothing, LOSS.label_smoothing))
     elif LOSS.kind == "gail":
@@ -88,10 +88,10 @@ def reward_of(h, LOSS: tl.constexpr):
 
 @triton.jit
 def sequence_of(item, pairs, paired):
-    """With ``pairs``, items are the sequences of the pairs one after the other, and then every sequence."""
+    """The sequence of an item. With ``pairs``, items are the sequences of all pairs, and then all sequences."""
     if pairs is not None:
-        own = tl.load(pairs + item, mask=item < paired, other=0).to(tl.int32)
-        item = tl.where(item < paired, own, item - paired)
+        of_pair = tl.load(pairs + item, mask=item < paired, other=0).to(tl.int32)
+        item = tl.where(item < paired, of_pair, item - paired)
     return item
 
 
@@ -116,10 +116,10 @@ def length_of(sequence, inside, cu_seqlens):
 
 @triton.jit
 def both_present(item, pairs, paired, cu_seqlens):
-    """Whether the item is of a pair without an empty sequence."""
+    """Whether an item belongs to a pair without an empty sequence."""
     inside = item < paired
-    own = length_of(sequence_of(item, pairs, paired), inside, cu_seqlens)
-    return (own > 0) & (length_of(sequence_of(item ^ 1, pairs, paired), inside, cu_seqlens) > 0)
+    length = length_of(sequence_of(item, pairs, paired), inside, cu_seqlens)
+    return (length > 0) & (length_of(sequence_of(item ^ 1, pairs, paired), inside, cu_seqlens) > 0)
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def count_pairs(pairs, paired, cu_seqlens):
 
 @triton.jit
 def count_items(labels, cu_seqlens, S, TOKEN: tl.constexpr):
-    """Tokens, or sequences that are not empty, of the experts and of the others."""
+    """The number of tokens, or of non-empty sequences, of the experts and of the others."""
     experts = tl.zeros([COUNTED], tl.int32)
     others = tl.zeros([COUNTED], tl.int32)
     for start in range(0, S, COUNTED):
@@ -147,7 +147,7 @@ def count_items(labels, cu_seqlens, S, TOKEN: tl.constexpr):
 
 @triton.jit
 def weighted_pairs(h, item, paired, pairs, cu_seqlens, LOSS: tl.constexpr):
-    """Half of the pair's term for each of its two items, and the slope by the item's own logit."""
+    """Half of a pair's term for each of its two items, the slope by the item's logit, and the weight in the mean."""
     sign = tl.where(item % 2 == 0, 1.0, -1.0)[:, None]
     PAIRS: tl.constexpr = h.shape[0] // 2
     margin = tl.sum(tl.reshape(sign * h, (PAIRS, 2, h.shape[1])), axis=1)
@@ -160,6 +160,7 @@ def weighted_pairs(h, item, paired, pairs, cu_seqlens, LOSS: tl.constexpr):
 
 @triton.jit
 def weighted_items(h, sequence, present, labels, cu_seqlens, S, TOKEN: tl.constexpr, LOSS: tl.constexpr):
+    """The term of each item, its slope, and its weight in the mean over its class or over all items."""
     expert = tl.load(labels + sequence, mask=present, other=0) != 0
     value, slope = loss_terms(h, expert[:, None], LOSS)
     experts, others = count_items(labels, cu_seqlens, S, TOKEN)
@@ -173,7 +174,7 @@ def weighted_items(h, sequence, present, labels, cu_seqlens, S, TOKEN: tl.conste
 
 @triton.jit
 def project(hidden, head, bias, row, present, head_index, H, M, BLOCK_H: tl.constexpr):
-    """Logits [rows, heads] in fp32; 0 where the row is not present."""
+    """Logits [rows, heads] in fp32; 0 where a row is not present."""
     total = tl.zeros([row.shape[0], head_index.shape[0]], tl.float32)
     for start in range(0, H, BLOCK_H):
         k = start + tl.arange(0, BLOCK_H)
@@ -192,7 +193,7 @@ def forward_kernel(
     hidden, head, bias, rows, cu_seqlens, labels, pairs, logits, reward, slopes, item_rows, losses, items, S, H, M,
     LOSS: tl.constexpr, TOKEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of items; LOSS is None for logits alone."""
+    """One program per block of items; LOSS is None for logits alone."""
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = item < items
     paired = items if pairs is None else items - S
@@ -237,11 +238,11 @@ def forward(
     pairs: Tensor | None = None,  # [P, 2] int64
     options: Any = None,  # irlfast.ops.rewards.losses.Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits and rewards ``[S or N, M]``, slopes of the loss by the logits of its items ``[I, M]``, the hidden row of
-    each item ``[I]`` or −1 (nothing for tokens), and parts of the loss, which add up to it; all in fp32.
+    """Logits and rewards ``[S or N, M]``, slopes ``[I, M]``, hidden rows ``[I]``, and the parts of the loss, in fp32.
 
-    Items are tokens or sequences, but for pairs the 2P sequences of ``pairs`` and then all sequences. Without
-    ``options`` there are logits and rows alone.
+    Items are tokens or sequences; for pairs, they are the 2P sequences of ``pairs`` and then all sequences. The slopes
+    are the derivatives of the loss by the logits of the items. The row of an empty sequence is −1; there are no rows
+    for tokens. The parts add up to the loss. Without ``options``, only logits and rows are computed.
     """
     (height, size), heads, sequences = hidden.shape, head.shape[0], cu_seqlens.numel() - 1
     outputs = (height if rows is None else rows.numel()) if token else sequences
@@ -278,8 +279,11 @@ def backward_kernel(
     hidden, head, slopes, upstream, d_hidden, d_head, d_bias, R, H, M, per_part,
     BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of columns, part of the rows); the parts of ``d_head`` [parts, M, H] and ``d_bias`` [parts, M]
-    are summed afterwards. Rows whose slopes are all 0 are not read: they may hold anything."""
+    """Program (block of columns, part of the rows).
+
+    The parts of ``d_head`` [parts, M, H] and ``d_bias`` [parts, M] are summed afterwards. Rows whose slopes are all 0
+    are not read: they may hold any values.
+    """
     column, part = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H), tl.program_id(1)
     m = tl.arange(0, HEADS)
     of_head = (m < M)[:, None] & (column < H)[None, :]
@@ -313,9 +317,9 @@ def backward(
     head: Tensor,  # [M, H]
     slopes: Tensor,  # [R, M] fp32
     upstream: Tensor | None,  # [] fp32: multiplies the slopes
-    wanted: list[bool],  # of hidden, of head, of bias
+    wanted: list[bool],  # by hidden, by head, by bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``Σ upstream · slopes · (hidden @ headᵀ + bias)`` by what is wanted, in the inputs' dtype."""
+    """The wanted gradients of ``Σ upstream · slopes · (hidden @ headᵀ + bias)``, in the inputs' dtype."""
     (height, size), heads = hidden.shape, head.shape[0]
     padded = max(16, triton.next_power_of_2(heads))
     block, columns = 16, (2048 if size % 16 == 0 else 1024) // padded  # narrower where nothing is aligned

@@ -1,7 +1,7 @@
 """The middle step of the pair slab: rows of logits become log-probabilities and their derivatives by the logits.
 
-Bound by memory: a row is read once, and where derivatives are wanted again (from the L2 cache, where the rows in flight
-fit) and they are written over it, in the precision of the products that take them.
+The kernel is bound by memory. It reads a row once. Where derivatives are wanted, it reads the row again (from the L2
+cache, if the rows in flight fit) and overwrites it, in the precision of the products that take the derivatives.
 """
 
 import torch
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from irlfast.kernels.softmax import LOG2_E, softcap, with_block
 
-ROUNDS = 4  # vectors of 16 bytes that a thread has on their way at once
-# Longer rows get the most threads that a program may have, and a multiprocessor has registers for one such program at a
-# time, so that few rows are in flight; but not with a bias, for which so many threads do not have the registers.
+ROUNDS = 4  # vectors of 16 bytes that each thread loads at once
+# A longer row gets the most threads that a program may have. A multiprocessor has registers for one such program at a
+# time, so few rows are in flight. With a bias, so many threads would not have enough registers.
 LONG = 16384
 
 
 @triton.jit
 def logit(z, bias, at, inside, V, scale, CAP: tl.constexpr, FOLDED: tl.constexpr):
-    """Final logits at ``at``, where FOLDED still to be multiplied by the scale; not ``inside`` nothing is read."""
+    """Final logits at ``at``; where FOLDED, the scale is still to be applied. Only ``inside`` is read."""
     value = tl.load(z + at, mask=inside, other=0.0)
     if bias is not None:
         value += tl.load(bias + at, mask=inside & (at < V), other=0.0).to(tl.float32)
@@ -31,9 +31,9 @@ def softmax_kernel(
     z, targets, bias, logps, slope, V, width, stride_z, stride_slope, scale,
     CAP: tl.constexpr, FOLDED: tl.constexpr, SLOPES: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row, whose first ``width`` elements are its own, those beyond V to be ignored.
+    """One program per row. It may touch the first ``width`` elements of the row, and ignores those beyond V.
 
-    The scale is FOLDED, where it can be, into the factor that makes exponentials powers of two.
+    Where possible, the scale is FOLDED into the factor that turns exponentials into powers of two.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * stride_z
@@ -66,12 +66,12 @@ def softmax_kernel(
             derivative = tl.where(at == target, norm - exp, -exp) * over
             if CAP is not None:
                 derivative *= 1 - (value / CAP) * (value / CAP)
-            tl.debug_barrier()  # all of the block is read before any of it is overwritten by narrower numbers
+            tl.debug_barrier()  # the whole block is read before narrower numbers overwrite any of it
             tl.store(slope + at, derivative, mask=at < width)
 
 
 def softmax(
-    z: Tensor,  # [n, V] fp32; with slopes overwritten, as is what lies between its rows up to a multiple of 16 elements
+    z: Tensor,  # [n, V] fp32; with slopes overwritten, and padding between rows up to a multiple of 16 elements too
     targets: Tensor,  # [n] int64
     bias: Tensor | None,  # [V]
     dtype: torch.dtype,  # of the result: fp32, or one of half the size
@@ -79,8 +79,10 @@ def softmax(
     softcap: float | None,
     slopes: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``[n]`` of the targets under ``softcap(scale · (z + bias))``, and in the memory of z, with
-    ``slopes``, their derivatives ``[n, V]`` by ``scale · (z + bias)``."""
+    """Log-probabilities ``[n]`` of the targets under ``softcap(scale · (z + bias))``.
+
+    With ``slopes``, also their derivatives ``[n, V]`` by ``scale · (z + bias)``, in the memory of z.
+    """
     n, vocabulary = z.shape
     logps = torch.empty(n, dtype=torch.float32, device=z.device)
     slope = z.view(dtype)[:, :vocabulary]

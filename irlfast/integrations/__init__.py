@@ -1,1 +1,1 @@
-"""The fused losses as drop-ins for other trainers."""
+"""The fused losses as drop-in replacements in other trainers."""

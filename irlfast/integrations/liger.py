@@ -1,4 +1,4 @@
-"""``LigerFusedLinearDPOLoss`` by the pair slab: the same call and the same results, in fewer products and less memory.
+"""``LigerFusedLinearDPOLoss`` by the pair slab: the same call and results, with fewer products and less memory.
 
 from irlfast.integrations.liger import LigerFusedLinearDPOLoss
 """
@@ -10,12 +10,13 @@ from irlfast import ops
 
 
 class LigerFusedLinearDPOLoss(torch.nn.Module):
-    """DPO (arXiv 2305.18290) from hidden states, as Liger-Kernel's class of this name; ``chunk_size`` and ``compiled``
-    are taken and not needed.
+    """DPO (arXiv 2305.18290) from hidden states, with the interface of Liger-Kernel's class of this name.
+
+    ``chunk_size`` and ``compiled`` are accepted and have no effect.
 
     Raises:
-        ValueError: an option of Liger's that this has not: other losses than ``sigmoid`` and ``hinge``, smoothed
-            labels, averaged log-probabilities.
+        ValueError: an option of Liger's is not supported: losses other than ``sigmoid`` and ``hinge``, smoothed labels,
+            averaged log-probabilities.
     """
 
     def __init__(
@@ -32,13 +33,13 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, found, expected in (
+        for name, value, expected in (
             ("loss_type", loss_type, ("sigmoid", "hinge")),
             ("average_log_prob", average_log_prob, (False,)),
             ("label_smoothing", label_smoothing, (0.0,)),
         ):
-            if found not in expected:
-                raise ValueError(f"{name}: found {found!r}, expected {' or '.join(map(repr, expected))}")
+            if value not in expected:
+                raise ValueError(f"{name}: found {value!r}, expected {' or '.join(map(repr, expected))}")
         self.ignore_index, self.use_ref_model, self.compute_nll_loss = ignore_index, use_ref_model, compute_nll_loss
         self.beta, self.loss_type, self.nll_weight = beta, loss_type, alpha if compute_nll_loss else 0.0
 
@@ -52,8 +53,11 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         ref_weight: Tensor | None = None,  # [V, H']
         ref_bias: Tensor | None = None,  # [V]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss, and Liger's figures: log-probabilities ``[P]`` of the chosen and the rejected sequences, means of
-        their logits, the chosen ones' negative log-likelihood a token, and rewards ``[P]``."""
+        """Return the loss and Liger's statistics.
+
+        These are the log-probabilities ``[P]`` of the chosen and of the rejected sequences, the means of their logits,
+        the negative log-likelihood per token of the chosen sequences, and the rewards ``[P]`` of both.
+        """
         sequences, length, _ = _input.shape
         count = sequences // 2
         hidden = _input.flatten(0, 1)

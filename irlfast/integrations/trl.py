@@ -1,4 +1,4 @@
-"""TRL's ``DPOTrainer`` with its loss from the pair slab: change the import, and nothing else.
+"""TRL's ``DPOTrainer`` with its loss from the pair slab. Change the import, and nothing else.
 
 from irlfast.integrations.trl import DPOTrainer
 """
@@ -17,7 +17,7 @@ from trl.trainer.utils import use_adapter
 from irlfast import ops
 from irlfast.ops.common.heads import body_of, unwrapped
 
-WANTED = {
+SUPPORTED = {
     "f_divergence_type": ("reverse_kl",),
     "ld_alpha": (None,),
     "use_weighting": (False,),
@@ -27,17 +27,17 @@ WANTED = {
 
 
 class DPOTrainer(trl.DPOTrainer):
-    """As TRL's, for ``loss_type`` ``sigmoid`` or ``hinge``; entropy, logits and token accuracy are not logged.
+    """TRL's trainer for ``loss_type`` ``sigmoid`` or ``hinge``; entropy, logits and token accuracy are not logged.
 
     Raises:
-        ValueError: an option of TRL's that the fused loss has not.
+        ValueError: the fused loss does not support an option of TRL's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.loss_types not in (["sigmoid"], ["hinge"]):
             raise ValueError(f"loss_type: found {self.loss_types}, expected 'sigmoid' or 'hinge'")
-        for name, expected in WANTED.items():
+        for name, expected in SUPPORTED.items():
             if getattr(self, name) not in expected:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected[0]!r}")
         add_pair_loss(unwrapped(self.accelerator.unwrap_model(self.model)))
@@ -54,12 +54,12 @@ class DPOTrainer(trl.DPOTrainer):
 
     @torch.no_grad()
     def reference(self, keys: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
-        """The reference's log-probability of every sequence ``[2P]`` where the data has them, else token ``[N]``."""
+        """The reference's log-probabilities: per sequence ``[2P]`` where the data has them, else per token ``[N]``."""
         if self.precompute_ref_logps:
             return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         model: Any = self.ref_model
         adapter: AbstractContextManager = nullcontext()
-        if model is None:  # LoRA: the reference is the model without its adapter, or with the one it began with
+        if model is None:  # LoRA: the reference is the model without its adapter, or with its first adapter, "ref"
             model = self.model
             unwrapped = self.accelerator.unwrap_model(model)
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
@@ -94,10 +94,10 @@ NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"
 def add_pair_loss(model: Any) -> None:
     """Give ``model`` a forward that, with ``pair_loss=options``, returns ``ops.pair_loss`` of its hidden states.
 
-    Inside the forward, because there DeepSpeed, FSDP and DDP have the weights of the LM head at hand. ``input_ids`` and
-    ``labels`` hold the chosen sequences, then the rejected ones.
+    The loss is computed inside the forward, where DeepSpeed, FSDP and DDP have gathered the weights of the LM head.
+    ``input_ids`` and ``labels`` hold the chosen sequences, then the rejected ones.
     """
-    ops.lm_head(model)  # probes the model where no engine has its weights yet
+    ops.lm_head(model)  # probe the model before an engine takes its weights
     usual = model.forward
 
     @functools.wraps(type(model).forward)

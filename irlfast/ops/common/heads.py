@@ -1,4 +1,4 @@
-"""The LM head of a Transformers model as the operations take it, found by the model's own forward."""
+"""The LM head of a Transformers model as the operations take it, measured by a probe of the model's own forward."""
 
 import contextlib
 import math
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SIZES = (2**-10, 1.0, 32.0, 2**14)  # of the probe's numbers: small ones show the scale, large ones any soft-cap
-EXACT = 1e-5  # relative: the probe computes in fp32
+SIZES = (2**-10, 1.0, 32.0, 2**14)  # of the numbers in the probe: small ones show the scale, large ones any soft-cap
+TOLERANCE = 1e-5  # relative: the probe computes in fp32
 
 
 class Head(NamedTuple):
-    """What turns a hidden row into logits: ``softcap(scale * (hidden @ weight.T + bias))``."""
+    """A linear head. Its logits are ``softcap(logit_scale · (hidden @ weightᵀ + bias))``."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -25,7 +25,7 @@ class Head(NamedTuple):
 def lm_head(model: Any) -> Head:
     """The LM head of a causal Transformers model, with the scale and soft-cap that the model's own logits have.
 
-    The first call for a model probes it (:func:`probe`); later calls remember the result.
+    The first call for a model probes it (:func:`probe`); later calls use the remembered result.
 
     Raises:
         ValueError: the logits are another function of the last hidden state.
@@ -35,17 +35,17 @@ def lm_head(model: Any) -> Head:
 
 
 def score_head(model: Any) -> Head:
-    """The heads ``[M, H]`` of a Transformers model for sequence classification that reads one token by a ``score``.
+    """The M heads of a Transformers model for sequence classification, which is a ``score`` layer read at one token.
 
     Raises:
-        ValueError: its logits are something else than ``score``'s products with that token's last hidden state.
+        ValueError: the logits are not ``score``'s products with this token's last hidden state.
     """
     model = unwrapped(model)
     return head_at(model, getattr(model, "score", None))
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside PEFT's wrapper, or itself."""
+    """The model inside PEFT's wrapper; a model without the wrapper as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -53,7 +53,7 @@ PROBED: weakref.WeakKeyDictionary[Any, tuple[float, float | None]] = weakref.Wea
 
 
 def body_of(model: Any) -> Any:
-    """The model under the LM head. Llama 4 does not name it as others do, but has it at the usual place."""
+    """The model under the LM head. Llama 4 gives it no name, but has it at the usual attribute, ``model``."""
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
@@ -95,40 +95,40 @@ def scale_and_softcap(model: Any, output: torch.nn.Linear) -> tuple[float, float
 
 @torch.enable_grad()
 def probe(model: Any, output: torch.nn.Linear) -> tuple[float, float | None]:
-    """The scale and soft-cap of a model's logits, in fp32 whatever the model's dtype, and without its weights.
+    """The scale and soft-cap of a model's logits, in fp32 for any dtype of the model, and without its weights.
 
-    For the time of the probe, the model's body returns drawn hidden states and its head drawn products. What the
-    model's own forward hands to the head shows what it does before, and the logits that it returns show what it does
-    after.
+    During the probe, the model's body returns random hidden states, and its head random products. The input that the
+    forward passes to the head shows what the model does before the head; the logits show what it does after.
 
     Raises:
-        ValueError: it does more than to scale and to soft-cap.
+        ValueError: the model does more than to scale and to soft-cap.
     """
     body = body_of(model)
     decoder = body if model.get_decoder() is model else model.get_decoder()
     if body is model:
         raise ValueError("found no base model, whose last hidden state the head reads")
-    hidden, products = drawn(output.in_features).to(model.device), drawn(output.out_features).to(model.device)
+    hidden = random_rows(output.in_features).to(model.device)
+    products = random_rows(output.out_features).to(model.device)
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = torch.full((1, len(SIZES)), int(padding == 0), dtype=torch.long, device=model.device)
-    read: list[Tensor] = []
+    inputs: list[Tensor] = []  # of the head
 
-    def states(*_: Any, **__: Any) -> Output:
-        return Output([hidden])
+    def states(*_: Any, **__: Any) -> BodyOutput:
+        return BodyOutput([hidden])
 
     def product(given: Tensor) -> Tensor:
-        read.append(given)
+        inputs.append(given)
         return products
 
     with replacing(decoder, states), replacing(body, states), replacing(output, product):
         logits = model(input_ids=ids, return_dict=True).logits
-    if len(read) != 1 or read[0].shape != hidden.shape:
+    if len(inputs) != 1 or inputs[0].shape != hidden.shape:
         raise ValueError("the logits are not one product of the head with the last hidden state")
-    if read[0].requires_grad or logits.requires_grad:
+    if inputs[0].requires_grad or logits.requires_grad:
         raise ValueError("a trained weight beside the head stands between the last hidden state and the logits")
-    if logits.dim() == 2:  # a classifier's, of the last token
+    if logits.dim() == 2:  # a classifier has those of the last token alone
         products, logits = products[:, -1:], logits[None]
-    before, after = fit(hidden, read[0]), fit(products, logits)
+    before, after = fit_scale_and_softcap(hidden, inputs[0]), fit_scale_and_softcap(products, logits)
     if not before or before[1]:
         raise ValueError("the head reads something else than the last hidden state, scaled")
     if not after:
@@ -138,8 +138,8 @@ def probe(model: Any, output: torch.nn.Linear) -> tuple[float, float | None]:
     return before[0] * after[0], after[1]
 
 
-def drawn(width: int) -> Tensor:
-    """``[1, len(SIZES), width]`` fp32, of numbers that bf16 and fp16 hold exactly, as some models cast to these."""
+def random_rows(width: int) -> Tensor:
+    """``[1, len(SIZES), width]`` fp32. The numbers are exact in bf16 and fp16, because some models cast to these."""
     generator = torch.Generator().manual_seed(0)
     eighths = torch.randint(8, 16, (len(SIZES), width), generator=generator) / 16
     signs = torch.randint(0, 2, (len(SIZES), width), generator=generator) * 2 - 1
@@ -147,8 +147,8 @@ def drawn(width: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def replacing(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
-    """Within it, ``module`` computes ``forward`` instead."""
+def replacing(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the forward of ``module`` inside the block."""
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -159,27 +159,27 @@ def replacing(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own
 
 
-class Output(tuple):
-    """What a body returns: hidden states, by their place or name, and nothing else."""
+class BodyOutput(tuple[Tensor, ...]):
+    """The output of a model's body: hidden states by index or name, and None for every other name."""
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None
 
 
-def fit(given: Tensor, found: Tensor) -> tuple[float, float | None] | None:
-    """The scale and soft-cap that make ``found`` of ``given``, rows of :data:`SIZES`; None where there are none."""
-    if given.shape != found.shape:
+def fit_scale_and_softcap(x: Tensor, y: Tensor) -> tuple[float, float | None] | None:
+    """The scale and soft-cap that turn ``x`` into ``y``, both of rows by :data:`SIZES`; None where none do."""
+    if x.shape != y.shape:
         return None
-    given, found = given[0].double(), found[0].double()
-    scale, cap = short((found[0] / given[0]).median().item()), None
-    expected = scale * given
-    if not torch.allclose(found, expected, rtol=EXACT, atol=0):
-        cap = short(found.abs().max().item())
+    x, y = x[0].double(), y[0].double()
+    scale, cap = with_few_digits((y[0] / x[0]).median().item()), None
+    expected = scale * x
+    if not torch.allclose(y, expected, rtol=TOLERANCE, atol=0):
+        cap = with_few_digits(y.abs().max().item())
         expected = cap * torch.tanh(expected / cap)
-    return (scale, cap) if torch.allclose(found, expected, rtol=EXACT, atol=0) else None
+    return (scale, cap) if torch.allclose(y, expected, rtol=TOLERANCE, atol=0) else None
 
 
-def short(value: float) -> float:
-    """The number of few digits that fp32 has rounded to ``value``, or that itself."""
+def with_few_digits(value: float) -> float:
+    """The number of at most six digits that fp32 has rounded to ``value``; ``value`` itself where there is none."""
     rounded = float(f"{value:.6g}")
     return rounded if math.isclose(rounded, value, rel_tol=1e-7) else value

@@ -4,6 +4,8 @@
 other dtypes, a few rows at a time.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -83,8 +85,8 @@ def native_write_gradient(
 # ---------------------------------------------------------------- by PyTorch
 
 
-def chunks(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, CHUNK_BYTES // (4 * logits.shape[1])))
+def chunks(rows: Tensor, logits: Tensor) -> Sequence[Tensor]:
+    return torch.split(rows, max(1, CHUNK_BYTES // (4 * logits.shape[1])))
 
 
 def token_logps_by_chunks(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -91,7 +91,8 @@ forward.register_autograd(differentiate, setup_context=save_forward)
 def sequence_sums(logps: Tensor, targets: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, backend: str) -> Tensor:
     """Log-ratio, policy's and reference's log-probability ``[3, S]`` of every sequence, on a GPU."""
     with torch.cuda.device_of(logps):
-        return functions_of(backend).sequence_sums(logps, targets, cu_seqlens, ref_logps)
+        sums: Tensor = functions_of(backend).sequence_sums(logps, targets, cu_seqlens, ref_logps)
+    return sums
 
 
 @sequence_sums.register_fake

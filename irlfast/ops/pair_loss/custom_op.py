@@ -52,7 +52,8 @@ def pair_loss(
     with torch.no_grad():
         logps, ref_logps, *sums = pair_slabs(weight_grad, *arguments)
         result = objective(logps, scored.ref_logps if reference is None else ref_logps, scored, spec)
-    return result._replace(loss=PrecomputedGradient.apply(result.loss, *policy, *sums))
+    loss = PrecomputedGradient.apply(result.loss, *policy, *sums)  # type: ignore[no-untyped-call]
+    return result._replace(loss=loss)
 
 
 def needs_gradient(policy: HeadInputs) -> list[bool]:
@@ -208,7 +209,7 @@ class PrecomputedGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:4], strict=True)
         return None, *(scaled(sums, upstream, ctx.dtype) if wants else None for sums, wants in pairs), None, None, None
 

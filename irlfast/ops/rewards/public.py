@@ -149,5 +149,6 @@ def head_logits(
     backend: str,
 ) -> Tensor:
     if backend == "triton":
-        return custom_op.head_logits(hidden, head, bias, rows, cu_seqlens, token)[0]
+        logits: Tensor = custom_op.head_logits(hidden, head, bias, rows, cu_seqlens, token)[0]
+        return logits
     return plain.head_logits(hidden, head, bias, rows, cu_seqlens, token)

@@ -1,12 +1,11 @@
 """The kernels of token_logps and logits_log_ratio compile for sm_80 and sm_90, without spills."""
 
-import itertools
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from tests.helpers.aot import check_compiles, launches_of
+from tests.helpers.tiers import full, sweep
 
 TOKENS = 16
 SIZES = [1, 50257, 128256]  # a 1 is compiled in; rows that no vector fits; and that 16 bytes do
@@ -18,10 +17,7 @@ def inputs(vocabulary: int, dtype: torch.dtype, reference: bool) -> tuple[torch.
     return logits, torch.empty(TOKENS, dtype=torch.long, device="meta"), logits if reference else None
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "dtype", "reference", "softcap"),
-    list(itertools.product(SIZES, DTYPES, [False, True], [None, 30.0])),
-)
+@sweep(full, vocabulary=SIZES, dtype=DTYPES, reference=[False, True], softcap=[None, 30.0])
 def test_forward_compiles(vocabulary, dtype, reference, softcap):
     from irlfast.kernels import logits as kernels
 
@@ -30,10 +26,7 @@ def test_forward_compiles(vocabulary, dtype, reference, softcap):
     check_compiles(launch, vocabulary, dtype)
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "dtype", "softcap"),
-    list(itertools.product(SIZES, DTYPES, [None, 30.0])),
-)
+@sweep(full, vocabulary=SIZES, dtype=DTYPES, softcap=[None, 30.0])
 def test_backward_compiles(vocabulary, dtype, softcap):
     from irlfast.kernels import logits as kernels
 
@@ -43,11 +36,11 @@ def test_backward_compiles(vocabulary, dtype, softcap):
     check_compiles(launch, vocabulary, dtype)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize(("sequences", "reference"), [(4, None), (4, TOKENS), (4, 4), (1, 1)])
-def test_sums_compile(sequences, reference, dtype):
+@sweep(full, dtype=[*DTYPES, torch.float64], sizes=[(4, None), (4, TOKENS), (4, 4), (1, 1)])
+def test_sums_compile(sizes, dtype):
     from irlfast.kernels import logits as kernels
 
+    sequences, reference = sizes
     logps, targets = torch.empty(TOKENS, device="meta"), torch.empty(TOKENS, dtype=torch.long, device="meta")
     cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
     ref_logps = None if reference is None else torch.empty(reference, dtype=dtype, device="meta")

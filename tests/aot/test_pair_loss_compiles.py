@@ -10,15 +10,12 @@ from irlfast.kernels import linear, linear_backward
 from irlfast.kernels.slab import softmax
 from irlfast.ops.pair_loss import triton_slab
 from tests.helpers.aot import ARCHITECTURES, check_compiles, launches_of
+from tests.helpers.tiers import full, sweep
 
-SLOW = pytest.mark.slow
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("vocabulary", [7, 50257, 128256])
-@DTYPES
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("softcap", [None, 30.0])
+@sweep(full, vocabulary=[7, 50257, 128256], dtype=DTYPES, bias=[False, True], softcap=[None, 30.0])
 def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
     z = torch.empty(2, -(-vocabulary // 16) * 16)[:, :vocabulary]  # as the slab allocates it
     targets = torch.zeros(2, dtype=torch.long)
@@ -29,14 +26,7 @@ def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
         check_compiles(launch, vocabulary, dtype, registers=min(registers, 255))
 
 
-SHAPES = pytest.mark.parametrize(
-    ("n", "vocabulary", "size", "ref_size"), [(8192, 128256, 4096, 4096), (63, 50257, 96, 1000)]
-)
-FORMS_OF_LOGITS = pytest.mark.parametrize(
-    ("bias", "softcap"),
-    [(False, None), (True, 30.0), pytest.param(False, 30.0, marks=SLOW), pytest.param(True, None, marks=SLOW)],
-)
-ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
+SHAPES = [(8192, 128256, 4096, 4096), (63, 50257, 96, 1000)]  # rows, vocabulary, hidden sizes of policy and reference
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -65,11 +55,9 @@ def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype, versi
         triton_slab.add_times_hidden(empty(vocabulary, size + 1), slope, hidden.float(), new=False)
 
 
-@SHAPES
-@DTYPES
-@FORMS_OF_LOGITS
-@ARCHITECTURE
-def test_fused_projection_compiles(n, vocabulary, size, ref_size, dtype, bias, softcap, architecture, monkeypatch):
+@sweep(full, shape=SHAPES, dtype=DTYPES, bias=[False, True], softcap=[None, 30.0], architecture=ARCHITECTURES)
+def test_fused_projection_compiles(shape, dtype, bias, softcap, architecture, monkeypatch):
+    n, vocabulary, size, ref_size = shape
     monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
     targets, tiles = empty(n, dtype=torch.long), empty(-(-vocabulary // linear.columns(dtype)), n)
     sides = [side(n, vocabulary, columns, dtype, bias) for columns in (size, ref_size)]
@@ -80,8 +68,9 @@ def test_fused_projection_compiles(n, vocabulary, size, ref_size, dtype, bias, s
             check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])
 
 
-@DTYPES
-@ARCHITECTURE
+@full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_tile_that_tuning_may_choose_compiles(dtype, architecture):
     targets, sides = empty(8192, dtype=torch.long), [side(8192, 128256, 4096, dtype, bias=True)] * 2
     launch, _ = launches_of(linear.token_logps, sides, targets, targets, 0.5, None)
@@ -93,12 +82,16 @@ def test_every_tile_that_tuning_may_choose_compiles(dtype, architecture):
         check_compiles(other, tile, dtype, architectures=[architecture])
 
 
-@pytest.mark.parametrize("wanted", ["all", *(pytest.param(name, marks=SLOW) for name in ("hidden", "weight"))])
-@SHAPES
-@DTYPES
-@pytest.mark.parametrize("softcap", [None, 30.0])
-@ARCHITECTURE
-def test_skipping_backward_compiles(n, vocabulary, size, ref_size, dtype, softcap, wanted, architecture, monkeypatch):
+@sweep(
+    full,
+    wanted=["all", "hidden", "weight"],
+    shape=SHAPES,
+    dtype=DTYPES,
+    softcap=[None, 30.0],
+    architecture=ARCHITECTURES,
+)
+def test_skipping_backward_compiles(shape, dtype, softcap, wanted, architecture, monkeypatch):
+    n, vocabulary, size, _ = shape
     monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
     policy = side(n, vocabulary, size, dtype, bias=True)
     sums = [

@@ -5,6 +5,7 @@ import torch
 
 from irlfast.ops.rewards.losses import Options
 from tests.helpers.aot import Launch, check_compiles, launches_of
+from tests.helpers.tiers import full, sweep
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,11 +48,13 @@ def forward(
     return launch
 
 
+@full
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options and options.kind)
 def test_forward_of_every_kind_compiles(options):
     check_compiles(forward(65536, 4096, 8, torch.bfloat16, True, options), options)
 
 
+@full
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=lambda options: options and options.kind)
 def test_forward_of_a_single_sequence_compiles(options):
     check_compiles(forward(64, 4096, 1, torch.bfloat16, True, options, sequences=1), options)
@@ -62,19 +65,17 @@ def test_forward_of_pairs_compiles(dtype, pairs):
     check_compiles(forward(8192, 4096, 1, dtype, False, BRADLEY_TERRY, pairs), dtype, "pairs", pairs)
 
 
-@pytest.mark.parametrize(
-    ("size", "heads", "token"), [(1000, 3, False), (4096, 1, True), (4096, 8, True), (4096, 64, False)]
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_of_other_sizes_compiles(dtype, size, heads, token):
+@sweep(full, sizes=[(1000, 3, False), (4096, 1, True), (4096, 8, True), (4096, 64, False)], dtype=DTYPES)
+def test_forward_of_other_sizes_compiles(dtype, sizes):
+    size, heads, token = sizes
     check_compiles(forward(65536, size, heads, dtype, token, OPTIONS[3]), dtype, size, heads)
 
 
-@pytest.mark.parametrize(("size", "heads"), [(4096, 8), (1000, 3), (4096, 64)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_backward_compiles(dtype, size, heads):
+@sweep(full, sizes=[(4096, 8), (1000, 3), (4096, 64)], dtype=DTYPES)
+def test_backward_compiles(dtype, sizes):
     from irlfast.kernels.rewards import backward
 
+    size, heads = sizes
     hidden, head = meta(65536, size, dtype=dtype), meta(heads, size, dtype=dtype)
     for wanted in ([True, True, True], [False, True, True]) if heads == 8 else ([True, True, False],):
         [launch] = launches_of(backward, hidden, head, meta(65536, heads), meta(), wanted)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.train import main
-from tests.helpers.runs import PYTHON, ROOT, TORCHRUN, command, contents, resumed_bytes, run
+from tests.helpers.runs import PYTHON, ROOT, TORCHRUN, command, contents, run, run_killed_at
+from tests.helpers.tiers import full, one_run_or_each_its_own
 from tests.helpers.tokenizers_like import pythia
 
 
@@ -66,9 +67,12 @@ KILLED_AT = [
 ]
 
 
-@pytest.mark.parametrize("moment", KILLED_AT)
-def test_a_killed_run_resumes_to_the_same_bytes(finished, tmp_path, moment):
-    assert resumed_bytes(tmp_path / "run", moment) == contents(finished[0] / "final")
+@full
+@pytest.mark.parametrize("moments", one_run_or_each_its_own(KILLED_AT))
+def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_bytes(finished, tmp_path, moments):
+    run_killed_at(tmp_path / "run", moments)
+    run(tmp_path / "run")
+    assert contents(tmp_path / "run" / "final") == contents(finished[0] / "final")
     rows = [(row["phase"], row["step"]) for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())]
     assert len(rows) == len(set(rows)) == 7
 
@@ -79,6 +83,7 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference(finished, tm
     assert "Traceback" not in err
 
 
+@full
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_processes_end_with_the_parameters_of_one(tmp_path, zero_stage):
     """The same global batch; samples come from greedy answers' seeds by shard, so both see the same pairs."""
@@ -117,18 +122,19 @@ def test_a_gradient_that_is_not_finite_ends_the_run_without_a_policy(tmp_path):
     assert not (tmp_path / "run" / "stage-00" / "policy").exists()
 
 
-@pytest.mark.parametrize("mebibytes", [9, 14])  # full in a policy's weights, and in a checkpoint
-def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_resumes_with_room(finished, tmp_path, mebibytes):
+@full
+def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_resumes_with_room(finished, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
-        _, err = run(disk / "run", code=2)
-        assert err.splitlines()[-1].endswith("its disk is full or read-only; the same command resumes")
-        assert "Traceback" not in err
-        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        for room in ("14m", "200m"):  # the disk is full in a policy's weights, then in a checkpoint, then it has room
+            _, err = run(disk / "run", code=2)
+            assert err.splitlines()[-1].endswith("its disk is full or read-only; the same command resumes")
+            assert "Traceback" not in err
+            subprocess.run(["mount", "-o", f"remount,size={room}", str(disk)], check=True)
         run(disk / "run")
         assert contents(disk / "run" / "final") == contents(finished[0] / "final")
     finally:

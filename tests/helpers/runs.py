@@ -1,5 +1,6 @@
 """Runs of the real commands, small enough for a test."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -9,16 +10,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing import connection
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
-# A process that has imported what every run does, and is forked for each: half of a small run's time is imports.
+# A server process imports these modules once, and every run is a fork of it: half of a small run's time is imports.
+PRELOADED = (
+    *(f"irlfast.{name}" for name in ("data.leaks", "evaluation.heldout", "methods", "reports.final")),
+    "irlfast.startup.prepare",
+    *("deepspeed", "matplotlib.pyplot", "peft", "sklearn.linear_model", "transformers.models.llama.modeling_llama"),
+)
 SERVER = multiprocessing.get_context("forkserver")
-OURS = ("data.leaks", "engine.fit", "methods", "report", "reports.final", "startup.prepare")
-THEIRS = ("deepspeed", "matplotlib.pyplot", "peft", "sklearn.linear_model", "transformers.models.llama.modeling_llama")
-SERVER.set_forkserver_preload([*(f"irlfast.{name}" for name in OURS), *THEIRS, "bitsandbytes"])  # if it is there
+SERVER.set_forkserver_preload([*PRELOADED, "bitsandbytes"])  # the last only where it is installed
 PORT = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # any that is free
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *PORT)
@@ -90,6 +95,7 @@ def forked(arguments: list[str], environment: dict[str, str], folder: Path) -> N
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     import torch
 
+    gc.freeze()  # or every `gc.collect()` of a run takes half a second to look at the imported modules
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
@@ -101,21 +107,19 @@ def forked(arguments: list[str], environment: dict[str, str], folder: Path) -> N
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def run_killed_at(output: Path, moment: str, **keys) -> None:
-    """Start a run and kill it as soon as the file or folder ``moment`` of its output exists."""
-    run = Forked(command(output, **keys))
-    while not (output / moment).exists():
-        assert run.processes[0].is_alive(), run.wait(0)
-        time.sleep(0.002)
-    run.wait(0)
+def run_killed_at(output: Path, moments: Sequence[str], **keys) -> None:
+    """Start a run and kill it as soon as the first of ``moments`` exists: a file or folder of its output.
+
+    Then start it again and kill it at the next one, until it was killed once at each.
+    """
+    for moment in moments:
+        assert not (output / moment).exists(), f"{moment}: the run has passed it"
+        run = Forked(command(output, **keys))
+        while not (output / moment).exists():
+            assert run.processes[0].is_alive(), run.wait(0)
+            time.sleep(0.002)
+        run.wait(0)
     assert not (output / "final").exists()
-
-
-def resumed_bytes(output: Path, moment: str, **keys) -> dict[str, bytes]:
-    """``final/`` of a run that was killed at ``moment`` and started again."""
-    run_killed_at(output, moment, **keys)
-    run(output, **keys)
-    return contents(output / "final")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from irlfast import native
 from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.logits import cuda_rows
 from irlfast.ops.pair_loss import cpu_slab, cuda_slab
+from tests.helpers.tiers import sweep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARIES = [1, 2, 7, 9, 16, 31, 64, 1000, 5001]
@@ -34,9 +35,7 @@ def untouched(memory: torch.Tensor, inside: torch.Tensor) -> bool:
     return bool(rest.isnan().all())
 
 
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("offset", range(8))
+@sweep(vocabulary=VOCABULARIES, dtype=[torch.float32, torch.bfloat16, torch.float16], offset=range(8))
 def test_rows_that_begin_anywhere(vocabulary, dtype, offset):
     random = torch.Generator().manual_seed(offset)
     plain = (torch.randn(3, vocabulary, generator=random) * 3).to(dtype).to(DEVICE)
@@ -59,10 +58,12 @@ def test_rows_that_begin_anywhere(vocabulary, dtype, offset):
         assert untouched(whole, written)
 
 
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize("offset", [0, 1, 4])
+@sweep(
+    vocabulary=VOCABULARIES,
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    softcap=[None, 4.0],
+    offset=[0, 1, 4],
+)
 def test_slopes_in_the_memory_of_the_logits(vocabulary, dtype, softcap, offset):
     random = torch.Generator().manual_seed(offset)
     plain, bias = torch.randn(3, vocabulary, generator=random) * 3, torch.randn(vocabulary, generator=random)

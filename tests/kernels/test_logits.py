@@ -7,20 +7,18 @@ from irlfast import ops
 from irlfast.ops.common import checks
 from irlfast.ops.logits import custom_op
 from tests.helpers.ops_cases import sequences
+from tests.helpers.tiers import sweep
 from tests.ops.test_logits import LENGTHS, OPTIONS, REFERENCES, check_against_fp64, combined, in_fp64, make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocabulary", [1, 7, 1000, 32000, 50304])
+@sweep(vocabulary=[1, 7, 1000, 32000, 50304], dtype=[torch.float32, torch.bfloat16, torch.float16], options=OPTIONS)
 def test_matches_the_oracle_in_fp64(vocabulary, dtype, options, backend):
     check_against_fp64(make([2, 0, 3], vocabulary, dtype, reference="logits", device=DEVICE), backend, **options)
 
 
-@pytest.mark.parametrize("lengths", [[], [0, 0], [0, 1], [1, 1], LENGTHS, [63]], ids=str)
-@pytest.mark.parametrize("reference", REFERENCES)
+@sweep(lengths=[[], [0, 0], [0, 1], [1, 1], LENGTHS, [63]], reference=REFERENCES)
 def test_sizes_at_the_edge(reference, lengths, backend):
     check_against_fp64(make(lengths, 33, torch.float32, reference=reference, device=DEVICE), backend)
 
@@ -74,8 +72,7 @@ def test_sums_of_thousands_of_tokens_lose_nothing(per_token, backend):
         assert ((found - exact).abs() <= exact.abs() * 2**-24 + 1e-9).all()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@sweep(options=OPTIONS, dtype=[torch.float32, torch.bfloat16])
 def test_the_policy_as_its_own_reference_has_ratio_0(dtype, options, backend):
     case = make(LENGTHS, 1000, dtype, device=DEVICE)
     same = case["logits"].detach().clone()

@@ -7,6 +7,7 @@ import torch
 
 from irlfast import native
 from irlfast.optim import FusedRMSprop, module_for
+from tests.helpers.tiers import sweep
 from tests.ops.test_optim import FORMS, SHAPES, parameters, set_gradients
 
 needs_cpu_module = pytest.mark.skipif(native.cpu is None, reason="irlfast._cpu is not built here")
@@ -66,9 +67,7 @@ def check_bits(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any)
 
 
 @needs_cpu_module
-@pytest.mark.parametrize("offset", [0, 1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", FORMS, ids=str)
+@sweep(offset=[0, 1, 2, 4], dtype=[torch.float32, torch.bfloat16], options=FORMS)
 def test_bits_are_those_of_the_cpu_wherever_a_parameter_lies(options, dtype, offset, monkeypatch):
     check_bits(monkeypatch, [(1,), (3,), (4,), (8192,), (20001,)], dtype, offset, **options)
 

@@ -1,7 +1,5 @@
 """log_ratio and pair_loss on a GPU: each backend against the oracle in fp64, and the properties it promises."""
 
-import random
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from irlfast.ops.common import checks
 from irlfast.ops.common.types import IGNORE
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from tests.helpers.ops_cases import converted, gradients, make, random_pairs
+from tests.helpers.tiers import covering_cases, full, slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [5, 3, 0, 7, 1, 0, 4, 6]
@@ -42,17 +41,11 @@ def on_device(case: dict) -> dict:
     }
 
 
-def drawn(count: int) -> list[dict]:
-    source = random.Random(0)
-    return [{name: source.choice(values) for name, values in FACTORS.items()} for _ in range(count)]
-
-
-@pytest.mark.parametrize("index", range(60))
-def test_pair_loss_matches_the_oracle_in_fp64(index, backend):
-    factors = drawn(90)[index]
-    case = make(LENGTHS, seed=index, **{name: value for name, value in factors.items() if name not in LOSS})
+@pytest.mark.parametrize("factors", covering_cases(FACTORS, drawn=60))
+def test_pair_loss_matches_the_oracle_in_fp64(factors, backend):
+    case = make(LENGTHS, **{name: value for name, value in factors.items() if name not in LOSS})
     case = on_device(case)
-    pairs = None if factors["coupling"] == "default" else random_pairs(len(LENGTHS), index).to(DEVICE)
+    pairs = None if factors["coupling"] == "default" else random_pairs(len(LENGTHS), seed=0).to(DEVICE)
     loss = {"pairs": pairs, "beta": 0.3, "loss_type": factors["loss_type"], "nll_weight": factors["nll_weight"]}
     double = converted(case, torch.float64)
     expected = ops.pair_loss(**double, **loss, backend="plain")
@@ -68,17 +61,22 @@ def test_pair_loss_matches_the_oracle_in_fp64(index, backend):
         assert error <= (1e-4 if factors["dtype"] == torch.float32 else 2**-7) * largest + 1e-9, name
 
 
-def with_few_large(drawn: list[dict]) -> list:
-    """By number; of large vocabularies, which take the interpreter up to a minute, one in fp32 and one in bf16."""
-    large = (factors["vocabulary"] > 1000 and index not in (0, 3) for index, factors in enumerate(drawn))
-    return [pytest.param(index, marks=pytest.mark.slow if slow else ()) for index, slow in enumerate(large)]
+SMALL, LARGE = (FACTORS | {"vocabulary": sizes} for sizes in ([1, 7, 1000], [32000, 50304]))
 
 
-@pytest.mark.parametrize("index", with_few_large(drawn(90)[60:]))
-def test_log_ratio_matches_the_oracle_in_fp64(index, backend):
-    factors = drawn(90)[60 + index]
-    lengths = [70, 0, 1, 129] if factors["vocabulary"] <= 1000 else LENGTHS
-    case = on_device(make(lengths, seed=index, **{name: value for name, value in factors.items() if name not in LOSS}))
+@pytest.mark.parametrize("factors", covering_cases(SMALL, drawn=15))
+def test_log_ratio_matches_the_oracle_in_fp64(factors, backend):
+    check_log_ratio([70, 0, 1, 129], factors, backend)
+
+
+@full  # the interpreter takes up to a minute for each
+@pytest.mark.parametrize("factors", covering_cases(LARGE)[:2])
+def test_log_ratio_of_a_large_vocabulary_matches_the_oracle_in_fp64(factors, backend):
+    check_log_ratio(LENGTHS, factors, backend)
+
+
+def check_log_ratio(lengths: list[int], factors: dict, backend: str) -> None:
+    case = on_device(make(lengths, **{name: value for name, value in factors.items() if name not in LOSS}))
     expected = ops.log_ratio(**converted(case, torch.float64), backend="plain")
     result = ops.log_ratio(**case, backend=backend)
     for name in (*STATISTICS, "token_logps"):
@@ -277,13 +275,9 @@ def test_compiled_and_deterministic_it_gives_the_same(frozen, backend, determini
 # ---------------------------------------------------------------- gradients without the tiles that weigh little
 
 
-@pytest.mark.parametrize("index", range(15))
-def test_with_next_to_nothing_skipped_the_gradient_is_the_oracles(index):
-    factors = drawn(105)[90 + index]
-    factors["vocabulary"] = min(factors["vocabulary"], 1000)
-    case = on_device(
-        make([70, 0, 1, 129], seed=index, **{name: value for name, value in factors.items() if name not in LOSS})
-    )
+@pytest.mark.parametrize("factors", covering_cases(SMALL, drawn=15))
+def test_with_next_to_nothing_skipped_the_gradient_is_the_oracles(factors):
+    case = on_device(make([70, 0, 1, 129], **{name: value for name, value in factors.items() if name not in LOSS}))
     loss = {"beta": 0.3, "loss_type": factors["loss_type"], "nll_weight": factors["nll_weight"]}
     double = converted(case, torch.float64)
     exact = gradients(ops.pair_loss(**double, **loss, backend="plain").loss, double)
@@ -303,9 +297,10 @@ def confident(spread: float, dtype: torch.dtype) -> dict:
 
 
 # fp32 has four times as many tiles, each of which the interpreter goes through.
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=slow)])
 
 
+@full
 @DTYPES
 @pytest.mark.parametrize("skip_mass", [1e-6, 1e-3, 0.1])
 def test_what_is_skipped_is_within_its_bound(skip_mass, dtype):
@@ -338,6 +333,7 @@ def test_skipping_ends_where_sums_must_be_deterministic(deterministic):
     assert all(torch.equal(found[name], gradient) for name, gradient in exact.items())
 
 
+@full
 @DTYPES
 def test_skipping_loses_no_nan(dtype):
     case = confident(2.0, dtype)

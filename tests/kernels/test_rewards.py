@@ -11,6 +11,7 @@ from irlfast.ops.rewards import custom_op
 from irlfast.ops.rewards.losses import Options
 from tests.helpers.ops_cases import random_pairs, sequences
 from tests.helpers.reward_cases import FORMS, LENGTHS, PAIRED, POOLINGS, gradients, in_fp64, labels_of, make, options_of
+from tests.helpers.tiers import full, sweep
 from tests.ops.test_rewards import check_autocast_and_checkpointing, check_bf16, check_compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,18 +57,15 @@ def check_loss(case: dict[str, Any], **inputs: Any) -> ops.DiscriminatorLoss:
 # ---------------------------------------------------------------- right
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("heads", [1, 3, 8, 16])
-@pytest.mark.parametrize("size", [8, 64, 96, 512, 1000])
-@pytest.mark.parametrize("dtype", DTYPES)
+@sweep(dtype=DTYPES, size=[8, 64, 96, 512, 1000], heads=[1, 3, 8, 16], pooling=POOLINGS)
 def test_heads_match_the_oracle_in_fp64(dtype, size, heads, pooling):
     both = heads in (3, 8)
     check_head(make(LENGTHS, size=size, heads=heads, dtype=dtype, rows=both, bias=both, device=DEVICE), pooling)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "pooling"), FORMS)
-def test_losses_match_the_oracle_in_fp64(name, pooling, dtype):
+@sweep(full, form=FORMS, dtype=DTYPES)
+def test_losses_match_the_oracle_in_fp64(form, dtype):
+    name, pooling = form
     for rows, heads in ((False, 3), (True, 1)):
         case = make(LENGTHS, size=40, heads=heads, dtype=dtype, rows=rows, bias=rows, device=DEVICE)
         check_loss(case, labels=labels_of(LENGTHS, DEVICE), pooling=pooling, **options_of(name))
@@ -114,9 +112,9 @@ def test_pairs_may_share_sequences_and_leave_some_out(name):
         torch.testing.assert_close(found.logits, ops.reward_head(**case, backend="triton"), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("clamp", [20.0, 80.0])
-@pytest.mark.parametrize(("name", "pooling"), FORMS)
-def test_logits_of_80(name, pooling, clamp):
+@sweep(full, form=FORMS, clamp=[20.0, 80.0])
+def test_logits_of_80(form, clamp):
+    name, pooling = form
     case = make(LENGTHS, rows=False, bias=False, dtype=torch.float32, largest=80.0, device=DEVICE)
     inputs = {"labels": labels_of(LENGTHS, DEVICE), "pooling": pooling} | options_of(name)
     result = check_loss(case, **inputs, clamp=clamp)

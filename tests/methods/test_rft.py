@@ -15,7 +15,8 @@ from irlfast.data.encoding import make_encoder
 from irlfast.data.sets import read_sets
 from irlfast.data.store import load_examples
 from irlfast.reports.files import TIMES, read_metrics, read_phases, split_time
-from tests.helpers.runs import PYTHON, contents, printed, resumed_bytes, run
+from tests.helpers.runs import PYTHON, contents, printed, run, run_killed_at
+from tests.helpers.tiers import full, one_run_or_each_its_own
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
 PREFERENCES = [
@@ -87,9 +88,12 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_resumes_to_the_same_bytes(rft, tmp_path, moment):
-    assert resumed_bytes(tmp_path / "run", moment, **RFT) == contents(rft[0] / "final")
+@full
+@pytest.mark.parametrize("moments", one_run_or_each_its_own(MOMENTS))
+def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_bytes(rft, tmp_path, moments):
+    run_killed_at(tmp_path / "run", moments, **RFT)
+    run(tmp_path / "run", **RFT)
+    assert contents(tmp_path / "run" / "final") == contents(rft[0] / "final")
 
 
 OPTIONS = {

@@ -1,7 +1,6 @@
 """pair_loss: the cpu backend against the oracle in fp64, the oracle against loops, and the properties it promises."""
 
 import itertools
-import random
 from unittest import mock
 
 import pytest
@@ -14,13 +13,14 @@ from irlfast import ops
 from irlfast.ops.pair_loss import cpu_slab
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from tests.helpers.ops_cases import Recorder, converted, gradients, looped_pair_loss, make, random_pairs
+from tests.helpers.tiers import covering_cases
 
 BACKENDS = ["plain", "cpu"]
 LOSSES = list(PAIR_LOSSES)
 LENGTHS = [5, 3, 0, 7, 1, 0, 4, 6]
 EVERYTHING = {"rows": True, "bias": True, "scale": 0.5, "softcap": 2.0, "ignored": True, "reference": "hidden"}
 
-# Every factor that the backends must agree on; the sweep takes combinations at random.
+# Every factor that the backends must agree on.
 FACTORS = {
     "dtype": [torch.float32, torch.bfloat16],
     "vocabulary": [1, 7, 1000, 32000],
@@ -40,15 +40,10 @@ FACTORS = {
 LOSS_FACTORS = ("loss_type", "nll_weight", "coupling", "rows_in_buffer")
 
 
-def sample_of_factors(count: int, seed: int) -> list[dict]:
-    source = random.Random(seed)
-    return [{name: source.choice(values) for name, values in FACTORS.items()} for _ in range(count)]
-
-
-def check_against_fp64_oracle(factors: dict, seed: int, *, exact_products: bool) -> None:
+def check_against_fp64_oracle(factors: dict, *, exact_products: bool) -> None:
     """``exact_products``: in fp32, also of bf16 tensors; else as the processor has them, whose factors may be bf16."""
-    case = make(LENGTHS, seed=seed, **{name: value for name, value in factors.items() if name not in LOSS_FACTORS})
-    pairs = None if factors["coupling"] == "default" else random_pairs(len(LENGTHS), seed)
+    case = make(LENGTHS, **{name: value for name, value in factors.items() if name not in LOSS_FACTORS})
+    pairs = None if factors["coupling"] == "default" else random_pairs(len(LENGTHS), seed=0)
     loss = {"pairs": pairs, "beta": 0.3, "loss_type": factors["loss_type"], "nll_weight": factors["nll_weight"]}
     double = converted(case, torch.float64)
     expected = ops.pair_loss(**double, **loss, backend="plain")
@@ -68,18 +63,11 @@ def check_against_fp64_oracle(factors: dict, seed: int, *, exact_products: bool)
         assert ((gradient.double() - exact[name]).abs() <= bound).all(), name
 
 
-@pytest.mark.parametrize("first", range(0, 100, 20))
-def test_cpu_matches_the_oracle_in_fp64(first):
-    for seed, factors in itertools.islice(enumerate(sample_of_factors(100, seed=0)), first, first + 20):
-        check_against_fp64_oracle(factors, seed, exact_products=True)
-        if factors["dtype"] == torch.bfloat16:
-            check_against_fp64_oracle(factors, seed, exact_products=False)
-
-
-@pytest.mark.slow
-def test_cpu_matches_the_oracle_in_fp64_in_a_full_sweep():
-    for seed, factors in enumerate(sample_of_factors(500, seed=1)):
-        check_against_fp64_oracle(factors, seed, exact_products=True)
+@pytest.mark.parametrize("factors", covering_cases(FACTORS, beyond=(), drawn=500))
+def test_cpu_matches_the_oracle_in_fp64(factors):
+    check_against_fp64_oracle(factors, exact_products=True)
+    if factors["dtype"] == torch.bfloat16:
+        check_against_fp64_oracle(factors, exact_products=False)
 
 
 @st.composite

@@ -42,16 +42,17 @@ def copy(tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_steps_of_a_page_work_as_they_are_written(page, copy):
-    done = []
+    printed, edited = [], []
     for block in blocks_of(page):
         place = PLACE.search(block.options)
         if place:
             edit(copy, block, **place.groupdict())
+            edited.append(place["file"])
         elif block.language == "bash":
-            done += [run(copy, command) for command in commands_of(block)]
-    assert any("passed" in printed for printed in done), "no test of the page ran"
-    for check in ("ruff check .", "ruff format --check ."):
-        run(copy, Command({}, ["python", "-m", *check.split()]))
+            printed += [run(copy, command) for command in commands_of(block)]
+    assert any("passed" in text for text in printed), "no test of the page ran"
+    for check in (["check"], ["format", "--check"]):
+        run(copy, Command({}, ["python", "-m", "ruff", *check, *edited]))
 
 
 def edit(copy: Path, block: Block, file: str, name: str | None) -> None:

@@ -1,4 +1,4 @@
-"""An exact test bed (DESIGN §3): so few tokens that all answers are enumerated and expectations are sums."""
+"""An exact test bed (docs/design.md §3): so few tokens that all answers are enumerated and expectations are sums."""
 
 import itertools
 from collections.abc import Sequence

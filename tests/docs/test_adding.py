@@ -40,7 +40,12 @@ def copy(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+PARAMETERS = [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.full] * (page.stem != "data-format")) for page in PAGES
+]
+
+
+@pytest.mark.parametrize("page", PARAMETERS)
 def test_the_steps_of_a_page_work_as_they_are_written(page, copy):
     printed, edited = [], []
     for block in blocks_of(page):

@@ -1,4 +1,4 @@
-"""``irlfast chat`` on a tiny real model: its answers are those of the whole conversation in the chat template."""
+"""``irlfast chat`` answers like a tiny real model that gets the whole conversation in the chat template."""
 
 import io
 import shutil
@@ -40,7 +40,7 @@ def chat(monkeypatch, capsys, *given, lines=LINES, code: int = 0) -> tuple[str, 
     return capsys.readouterr()
 
 
-def test_each_line_is_answered_in_sight_of_those_before_it(folder, monkeypatch, capsys):
+def test_each_line_is_answered_with_the_whole_conversation_as_the_prompt(folder, monkeypatch, capsys):
     settings = ["--temperature", "0", "--max_new_tokens", "8", "--system", "Be brief."]
     out, _ = chat(monkeypatch, capsys, folder, *settings, lines=[LINES[0], "", LINES[1]])
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -62,7 +62,7 @@ def test_a_run_means_its_final_policy(folder, monkeypatch, capsys):
     assert chat(monkeypatch, capsys, folder.parent, *settings) == chat(monkeypatch, capsys, folder, *settings)
 
 
-def test_draws_follow_the_seed_and_the_temperature(folder, monkeypatch, capsys):
+def test_the_seed_and_the_temperature_change_the_answers(folder, monkeypatch, capsys):
     outs = [
         chat(monkeypatch, capsys, folder, "--max_new_tokens", "8", "--seed", seed, "--temperature", temperature)[0]
         for seed, temperature in ((1, 1.0), (1, 1.0), (2, 1.0), (1, 0.2))
@@ -71,7 +71,7 @@ def test_draws_follow_the_seed_and_the_temperature(folder, monkeypatch, capsys):
     assert len({*outs}) == 3
 
 
-def test_what_cannot_be_talked_with_is_one_sentence(folder, monkeypatch, capsys, tmp_path):
+def test_a_model_that_cannot_chat_is_refused_in_one_sentence(folder, monkeypatch, capsys, tmp_path):
     def wrong(name, *given, lines=LINES):
         err = chat(monkeypatch, capsys, name, *given, lines=lines, code=2)[1]
         assert err.startswith("irlfast: ") and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The console command: every subcommand by name, recipes from any folder, and what a log that is no terminal gets."""
+"""The console command: every subcommand by name, recipes from any folder, and progress with and without a terminal."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def said(monkeypatch, capsys, *given: str, code: int = 0) -> tuple[str, str]:
     return capsys.readouterr()
 
 
-def test_alone_it_lists_every_command_in_a_line(monkeypatch, capsys):
+def test_without_a_command_irlfast_lists_every_command(monkeypatch, capsys):
     alone, asked = said(monkeypatch, capsys)[0], said(monkeypatch, capsys, "--help")[0]
     assert alone == asked
     assert [line.split()[0] for line in alone.splitlines() if line.startswith("  ")] == [*COMMANDS]
@@ -31,7 +31,7 @@ def test_a_wrong_command_gets_the_nearest_name(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_a_help_of_its_own(name, monkeypatch, capsys):
+def test_every_command_has_its_own_help(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["irlfast", name, "--help"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -52,7 +52,7 @@ def test_every_recipe_is_listed_with_a_sentence_printed_and_trained_by_name(name
     assert f"output_dir: {named.output_dir}\n" in text
 
 
-def test_a_file_goes_before_a_recipe_and_a_name_of_neither_gets_the_nearest(monkeypatch, capsys, tmp_path):
+def test_a_file_wins_over_a_recipe_and_a_wrong_name_gets_the_nearest_recipe(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     wrong = "irlfast: irtf: found neither a file nor a recipe of this name; did you mean irft?\n"
     for command in ("train", "recipes"):
@@ -73,20 +73,20 @@ def test_the_listing_and_the_version_import_nothing_heavy():
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\S+): (\w+) (\d+)/(\d+)(?:, (.+))?")
 
 
-def test_a_log_that_is_no_terminal_has_a_line_a_logging_step_and_no_bar(finished):
+def test_without_a_terminal_there_is_a_line_per_logging_step_and_no_bar(finished):
     err = finished[2]
     assert "\r" not in err and "%|" not in err
-    found = [match.groups() for match in map(LINE.fullmatch, err.splitlines()) if match]
-    steps = [(phase, int(done), int(total)) for phase, unit, done, total, _ in found if unit == "step"]
+    lines = [match.groups() for match in map(LINE.fullmatch, err.splitlines()) if match]
+    steps = [(phase, int(done), int(total)) for phase, unit, done, total, _ in lines if unit == "step"]
     trained = [("stage-00", 2, 4), ("stage-00", 4, 4), ("stage-01", 2, 4), ("stage-01", 4, 4)]
     assert steps == [("sft", 2, 6), ("sft", 4, 6), ("sft", 6, 6), *trained]
-    assert all("loss" in metrics for _, unit, _, _, metrics in found if unit == "step")
+    assert all("loss" in metrics for _, unit, _, _, metrics in lines if unit == "step")
     assert {("stage-00/samples", "48", "48"), ("stage-01/reference", "48", "48")} <= {
-        (phase, done, total) for phase, _, done, total, _ in found
+        (phase, done, total) for phase, _, done, total, _ in lines
     }
 
 
-def test_lines_that_come_often_are_told_seldom_but_the_last_one_always(capsys):
+def test_lines_of_progress_are_far_apart_except_the_last_one(capsys):
     with Progress("scoring", 5, "row", seconds=1000.0) as progress:
         for _ in range(5):
             progress.advance()
@@ -95,7 +95,7 @@ def test_lines_that_come_often_are_told_seldom_but_the_last_one_always(capsys):
     assert LINE.fullmatch(line).groups() == ("scoring", "row", "5", "5", None)
 
 
-def test_a_terminal_has_a_bar_and_no_lines(monkeypatch, capsys):
+def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Progress("sft", 2, "step") as progress:
         progress.advance(2)

@@ -1,4 +1,4 @@
-"""The demonstration set: reproducible, right by an independent rule check, and honestly held out."""
+"""The demonstrations are reproducible, right by an independent rule check, and without overlap."""
 
 import collections
 import json
@@ -11,7 +11,7 @@ import pytest
 from irlfast.demo import generate
 
 FOLDER = Path(generate.__file__).parent
-# Found by hand, so that writers and expert cannot be wrong in the same way.
+# Written by hand, so that an error that writers and expert share would show.
 KNOWN = {
     "twenty to nine in the evening": "20:40",
     "half past noon": "12:30",
@@ -55,8 +55,8 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def kind(answer: str) -> str:
-    [found] = [name for name, shape in SHAPES.items() if re.fullmatch(shape, answer)]
-    return found
+    [name] = [name for name, shape in SHAPES.items() if re.fullmatch(shape, answer)]
+    return name
 
 
 def test_regenerating_gives_the_same_bytes(tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_regenerating_gives_the_same_bytes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("prompt", KNOWN)
-def test_the_expert_reads_known_prompts(prompt):
+def test_the_expert_answers_known_prompts(prompt):
     assert generate.expert(prompt) == KNOWN[prompt]
 
 
@@ -78,24 +78,24 @@ def test_every_answer_is_right(name):
 
 
 @pytest.mark.parametrize("write", generate.WRITERS, ids=lambda write: write.__name__)
-def test_the_expert_reads_whatever_the_writers_write(write):
+def test_the_expert_answers_every_prompt_of_the_writers(write):
     rng = random.Random(1)
     for _ in range(5000):
         prompt, completion = write(rng)
         assert generate.expert(prompt) == completion, prompt
 
 
-def test_held_out_prompts_are_new():
+def test_no_held_out_prompt_is_a_training_prompt():
     prompts = [row["prompt"] for name in ("train", "test") for row in read(name)]
     assert len({*prompts}) == len(prompts) == generate.TRAIN_ROWS + generate.TEST_ROWS
 
 
 @pytest.mark.parametrize(("name", "rows"), [("train", 8000), ("test", 500)])
-def test_sizes_and_kinds(name, rows):
-    found = read(name)
-    assert len(found) == rows
-    assert all({*row} == {"prompt", "completion"} for row in found)
-    kinds = collections.Counter(kind(row["completion"]) for row in found)
+def test_the_files_have_their_sizes_and_about_as_many_rows_of_each_kind(name, rows):
+    demonstrations = read(name)
+    assert len(demonstrations) == rows
+    assert all({*row} == {"prompt", "completion"} for row in demonstrations)
+    kinds = collections.Counter(kind(row["completion"]) for row in demonstrations)
     assert {*kinds} == {*SHAPES}
     assert min(kinds.values()) > 0.8 * rows / len(SHAPES)
 

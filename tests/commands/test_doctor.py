@@ -1,4 +1,4 @@
-"""The doctor's findings, here and where something is missing."""
+"""The doctor's findings on this machine, and on a machine without some parts."""
 
 import importlib.metadata
 import subprocess
@@ -7,14 +7,14 @@ import sys
 from irlfast import doctor, native
 
 
-def test_here_nothing_that_is_required_is_missing():
+def test_the_doctor_finds_every_required_part_here():
     done = subprocess.run([sys.executable, "-m", "irlfast.doctor"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for part in ("Python", "torch", "deepspeed", "backend cpu", "native CPU code", "cmake", "nvcc", "native CUDA code"):
         assert part in done.stdout
 
 
-def test_what_is_missing_is_named_with_the_command_that_gets_it(monkeypatch, capsys):
+def test_the_doctor_names_a_missing_part_and_the_command_that_installs_it(monkeypatch, capsys):
     def version(name: str) -> str:
         if name in ("peft", "triton"):
             raise importlib.metadata.PackageNotFoundError(name)

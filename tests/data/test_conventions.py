@@ -1,4 +1,4 @@
-"""Rows of every convention: drawn conversations come back as they were, and no row ends in a traceback."""
+"""Rows of every convention give back drawn conversations unchanged, and no row ends in a traceback."""
 
 import json
 
@@ -35,7 +35,7 @@ def said(role, text):
 
 @st.composite
 def conversations(draw):
-    """(the messages before the answer, the answer, another answer), the user and the assistant in turn."""
+    """Draw the messages before an answer, the answer, and another answer; user and assistant take turns."""
     earlier = draw(st.lists(st.tuples(texts, texts), max_size=2))
     turns = [said(role, text) for pair in earlier for role, text in zip(("user", "assistant"), pair, strict=True)]
     answer, other = draw(texts), draw(texts)
@@ -64,7 +64,7 @@ def alpaca(prompt, answer):
     return {"instruction": turns[-1], "input": "", "output": answer["content"], "system": system, "history": history}
 
 
-# name: (the row of a prompt, its answer and another answer; whether the other one is a rejected answer)
+# name: (a function from prompt, answer and other answer to a row; whether the other answer is a rejected answer)
 WHOLE = {
     "TRL's messages in prompt and completion": (lambda p, a, b: {"prompt": p, "completion": [a]}, False),
     "messages": (lambda p, a, b: {"messages": [*p, a]}, False),
@@ -112,13 +112,13 @@ def test_a_conversation_comes_back_from_every_convention(name, drawn):
     prompt, answer, other = drawn
     make, has_rejected = WHOLE[name]
     columns = {"prompt": "q", "answer": "a"} if "key columns" in name else None
-    found = to_demonstration(make(prompt, answer, other), "here", "last", columns).demonstration
-    assert without_weights(found.prompt) == prompt
-    assert without_weights([found.answer]) == [answer]
+    parsed = to_demonstration(make(prompt, answer, other), "here", "last", columns).demonstration
+    assert without_weights(parsed.prompt) == prompt
+    assert without_weights([parsed.answer]) == [answer]
     if has_rejected and other != answer:
-        assert found.rejected == other
+        assert parsed.rejected == other
     else:
-        assert found.rejected is None
+        assert parsed.rejected is None
 
 
 ONE_TURN = {
@@ -143,9 +143,9 @@ ONE_TURN = {
 @settings(max_examples=25, deadline=None)
 @given(question=texts, answer=texts)
 def test_a_question_and_an_answer_come_back_from_every_convention(name, question, answer):
-    found = to_demonstration(ONE_TURN[name](question, answer), "here").demonstration
-    assert found.prompt == [said("user", question)]
-    assert found.answer == said("assistant", answer)
+    parsed = to_demonstration(ONE_TURN[name](question, answer), "here").demonstration
+    assert parsed.prompt == [said("user", question)]
+    assert parsed.answer == said("assistant", answer)
 
 
 @settings(max_examples=100, deadline=None)
@@ -157,13 +157,13 @@ def test_dialogues_of_hh_come_back_with_and_without_a_prompt(drawn, prompt_besid
         row = {"prompt": before, "chosen": " " + answer["content"], "rejected": " " + other["content"]}
     else:
         row = {"chosen": dialogue([*prompt, answer]), "rejected": dialogue([*prompt, other])}
-    found = to_demonstration(row, "here").demonstration
-    assert without_weights(found.prompt) == prompt
-    assert without_weights([found.answer]) == [answer]
-    assert found.rejected == (None if other == answer else other)
+    parsed = to_demonstration(row, "here").demonstration
+    assert without_weights(parsed.prompt) == prompt
+    assert without_weights([parsed.answer]) == [answer]
+    assert parsed.rejected == (None if other == answer else other)
 
 
-def test_the_answer_of_a_conversation_is_its_last_weighty_turn_or_its_first():
+def test_the_answer_is_the_first_or_the_last_assistant_turn_whose_weight_is_not_0():
     turns = [said("system", "s"), said("assistant", "welcome"), said("user", "q"), said("assistant", "a")]
     turns += [said("user", "r"), said("assistant", "b"), said("assistant", "c") | {"weight": 0}, said("user", "thanks")]
     last = to_demonstration({"messages": turns}, "here", "last")
@@ -177,33 +177,33 @@ def test_the_answer_of_a_conversation_is_its_last_weighty_turn_or_its_first():
         to_demonstration({"messages": [turns[2], turns[3] | {"weight": 0}]}, "here")
 
 
-def test_assistant_turns_of_trls_prompt_weigh_nothing_and_those_of_its_completion_are_learned():
+def test_assistant_turns_in_prompt_get_weight_0_and_assistant_turns_in_completion_are_learned():
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     prompt = [said("user", "q"), said("assistant", "a"), said("user", "r")]
     completion = [{"role": "assistant", "tool_calls": [call]}, said("tool", "3"), said("assistant", "it is 3")]
-    found = to_demonstration({"prompt": prompt, "completion": completion, "tools": "[]"}, "here", "all").demonstration
-    assert [m.get("weight") for m in found.prompt] == [None, 0, None, None, None]
-    assert found.prompt[3] == {"role": "assistant", "content": "", "tool_calls": [call]}
-    assert found.answer == said("assistant", "it is 3")
-    assert found.tools is None
+    parsed = to_demonstration({"prompt": prompt, "completion": completion, "tools": "[]"}, "here", "all").demonstration
+    assert [m.get("weight") for m in parsed.prompt] == [None, 0, None, None, None]
+    assert parsed.prompt[3] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert parsed.answer == said("assistant", "it is 3")
+    assert parsed.tools is None
 
 
-def test_pairs_that_part_early_are_compared_there_and_equal_ones_are_no_pairs():
+def test_pairs_are_compared_at_the_first_turn_that_differs_and_equal_answers_are_no_pair():
     q, r, end = said("user", "q"), said("user", "r"), said("assistant", "end")
     one, other = said("assistant", "one"), said("assistant", "other")
-    found = to_demonstration({"chosen": [q, one, r, end], "rejected": [q, other, r, end]}, "here", "last")
-    assert (found.demonstration.prompt, found.demonstration.answer, found.demonstration.rejected) == ([q], one, other)
-    assert found.notes == [CUT]
+    parsed = to_demonstration({"chosen": [q, one, r, end], "rejected": [q, other, r, end]}, "here", "last")
+    assert parsed.demonstration[:3] == ([q], one, other)
+    assert parsed.notes == [CUT]
     for learn in ("all", "last"):
         same = to_demonstration({"chosen": [q, one], "rejected": [q, one]}, "here", learn)
         assert (same.demonstration.rejected, same.notes) == (None, [EQUAL])
     longer = [q, one, r, end]
     for learn in ("first", "last", "all"):
         for pair in ((longer, [q, one]), ([q, one], longer)):
-            found = to_demonstration({"chosen": pair[0], "rejected": pair[1]}, "here", learn)
-            assert found.demonstration.answer == (one if learn == "first" else pair[0][-1])
-            assert found.demonstration.rejected is None
-            assert {EQUAL if learn == "first" else ELSEWHERE} == {*found.notes} - {CUT}
+            parsed = to_demonstration({"chosen": pair[0], "rejected": pair[1]}, "here", learn)
+            assert parsed.demonstration.answer == (one if learn == "first" else pair[0][-1])
+            assert parsed.demonstration.rejected is None
+            assert {EQUAL if learn == "first" else ELSEWHERE} == {*parsed.notes} - {CUT}
     elsewhere = to_demonstration({"chosen": [q, one], "rejected": [r, other]}, "here")
     assert (elsewhere.demonstration.answer, elsewhere.demonstration.rejected) == (one, None)
     assert elsewhere.notes == [ELSEWHERE]
@@ -211,7 +211,7 @@ def test_pairs_that_part_early_are_compared_there_and_equal_ones_are_no_pairs():
 
 @pytest.mark.parametrize("label", [False, 0, 0.0, "false", "False", "0", " FALSE "])
 @pytest.mark.parametrize("make", [*ONE_TURN.values()][:8])
-def test_rows_with_a_false_label_are_never_experts(make, label):
+def test_a_row_with_a_false_label_is_never_an_expert_answer(make, label):
     with pytest.raises(LeftOut, match="with label false"):
         to_demonstration(make("q", "a") | {"label": label}, "here")
     assert to_demonstration(make("q", "a") | {"label": label}, "here", prompts_only=True).demonstration.answer is None
@@ -219,7 +219,7 @@ def test_rows_with_a_false_label_are_never_experts(make, label):
         assert to_demonstration(make("q", "a") | {"label": true}, "here").demonstration.answer == said("assistant", "a")
 
 
-def test_every_key_of_a_message_stays_but_for_null_ones():
+def test_every_key_of_a_message_is_kept_unless_it_is_null():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     messages = [
         {"role": "developer", "content": "be good", "name": "boss", "audio": None},
@@ -230,19 +230,19 @@ def test_every_key_of_a_message_stays_but_for_null_ones():
     ]
     tools = [{"type": "function", "function": {"name": "f"}}]
     for given_tools in (tools, json.dumps(tools), [json.dumps(tools[0])]):
-        found = to_demonstration({"messages": messages, "tools": given_tools}, "here")
-        assert found.demonstration.tools == tools
-        assert found.columns == {"messages", "tools"}
-    developer, user, called, tool = found.demonstration.prompt
+        parsed = to_demonstration({"messages": messages, "tools": given_tools}, "here")
+        assert parsed.demonstration.tools == tools
+        assert parsed.columns == {"messages", "tools"}
+    developer, user, called, tool = parsed.demonstration.prompt
     assert developer == {"role": "developer", "content": "be good", "name": "boss"}
     assert user == said("user", "ab")
     assert called["content"] == ""
     assert called["tool_calls"][0]["function"]["arguments"] == {"x": 1}
     assert tool == {"role": "tool", "content": "4", "tool_call_id": "1"}
-    assert found.demonstration.answer == {"role": "assistant", "content": "4", "reasoning_content": "hm"}
+    assert parsed.demonstration.answer == {"role": "assistant", "content": "4", "reasoning_content": "hm"}
 
 
-def test_sharegpts_words_for_roles():
+def test_the_roles_of_sharegpt_become_user_assistant_system_and_tool():
     call = json.dumps({"name": "f", "arguments": {"x": 1}})
     turns = [
         ("human", "q"),
@@ -252,15 +252,15 @@ def test_sharegpts_words_for_roles():
         ("user", "?"),
         ("bing", "b"),
     ]
-    found = to_demonstration({"conversations": [{"from": a, "value": b} for a, b in turns], "system": "s"}, "here")
-    prompt = found.demonstration.prompt
+    parsed = to_demonstration({"conversations": [{"from": a, "value": b} for a, b in turns], "system": "s"}, "here")
+    prompt = parsed.demonstration.prompt
     assert [m["role"] for m in prompt] == ["system", "user", "assistant", "tool", "assistant", "user"]
     assert prompt[2]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
-    assert found.demonstration.answer == said("assistant", "b")
-    assert found.columns == {"conversations", "system"}
+    assert parsed.demonstration.answer == said("assistant", "b")
+    assert parsed.columns == {"conversations", "system"}
 
 
-def test_prompts_alone_are_refused_unless_asked_for():
+def test_a_prompt_without_an_answer_is_refused_unless_only_prompts_are_wanted():
     talk = [said("user", "q"), said("assistant", "a"), said("user", "r")]
     rows = [
         {"prompt": "q"},
@@ -272,8 +272,8 @@ def test_prompts_alone_are_refused_unless_asked_for():
         with pytest.raises(BadRow, match="without an answer"):
             to_demonstration(row, "here")
         assert to_demonstration(row, "here", prompts_only=True).demonstration.answer is None
-    found = to_demonstration({"messages": talk}, "here", prompts_only=True).demonstration
-    assert (found.prompt, found.answer) == (talk, None)
+    parsed = to_demonstration({"messages": talk}, "here", prompts_only=True).demonstration
+    assert (parsed.prompt, parsed.answer) == (talk, None)
     assert to_demonstration({"prompt": "q", "completion": "a"}, "here", prompts_only=True).demonstration.answer
     assert to_demonstration({"prompt": "q", "completion": ""}, "here", prompts_only=True).demonstration.answer is None
 
@@ -298,7 +298,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_rows_say_what_was_found(message):
+def test_messages_for_bad_rows_name_what_was_found(message):
     with pytest.raises(BadRow, match=message):
         to_demonstration(BAD[message], "here")
 
@@ -328,17 +328,17 @@ COLUMNS = (
     learn=st.sampled_from(["first", "last", "all"]),
     prompts_only=st.booleans(),
 )
-def test_whatever_a_row_holds_it_is_a_demonstration_or_one_sentence(row, learn, prompts_only):
+def test_any_row_becomes_a_demonstration_or_an_error_of_one_sentence(row, learn, prompts_only):
     try:
-        found = to_demonstration(replace_surrogates(row)[0], "here", learn, None, prompts_only).demonstration
+        parsed = to_demonstration(replace_surrogates(row)[0], "here", learn, None, prompts_only).demonstration
     except (BadRow, LeftOut) as error:
         assert str(error)
         assert "\n" not in str(error)
         return
-    for message in [*found.prompt, found.answer, found.rejected]:
+    for message in [*parsed.prompt, parsed.answer, parsed.rejected]:
         assert message is None or (isinstance(message["content"], str) and isinstance(message["role"], str))
-    assert replace_surrogates([found.prompt, found.answer, found.rejected, found.tools])[1] == 0
-    assert prompts_only or found.answer["role"] == "assistant"
+    assert replace_surrogates([parsed.prompt, parsed.answer, parsed.rejected, parsed.tools])[1] == 0
+    assert prompts_only or parsed.answer["role"] == "assistant"
 
 
 def test_half_an_emoji_is_replaced_and_counted():

@@ -1,3 +1,5 @@
+"""Encoding, storing and splitting of examples: end tokens, cuts, duplicates, and files that are mapped."""
+
 import re
 import sys
 from pathlib import Path
@@ -56,7 +58,7 @@ def test_exactly_one_bos_and_one_end_token(family, config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_decode_to_the_rendered_text(family, config):
+def test_the_token_ids_decode_to_the_rendered_text(family, config):
     encoder, [example], _ = encode_one(family, config())
     ids = example.prompt_ids + example.answer_ids
     text = encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -67,8 +69,8 @@ def test_tokens_decode_to_the_rendered_text(family, config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_prompt_is_the_same_without_its_answer(family, config):
-    """Sampling sees the prompt alone; training must condition on the same ids."""
+def test_the_prompts_token_ids_do_not_depend_on_the_answer(family, config):
+    """Sampling sees only the prompt; training must condition on the same ids."""
     encoder, [one], _ = encode_one(family, config())
     _, [other], _ = encode_one(family, config(), answer=" a quite different\n\nanswer")
     assert one.prompt_ids == other.prompt_ids
@@ -77,7 +79,7 @@ def test_the_prompt_is_the_same_without_its_answer(family, config):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_end_token_in_the_answer_is_not_doubled(family, config):
-    """SPIN's published data holds answers that end in the end token's text already."""
+    """SPIN's published data has answers that already end with the text of the end token."""
     tokens = config(split_special_tokens=False)
     encoder, [example], counts = encode_one(family, tokens, answer=ANSWER + ENDS[family])
     assert example.answer_ids.count(encoder.end_id) == 1
@@ -88,13 +90,13 @@ def test_an_end_token_in_the_answer_is_not_doubled(family, config):
     assert counts["cut_at_end_token"] == 1
 
 
-def test_zephyr_answer_starts_as_in_running_text(config):
-    """SentencePiece would write ▁The for a text that starts with The; after a newline it is The."""
+def test_an_answer_is_tokenised_as_in_running_text(config):
+    """SentencePiece writes ▁The at the start of a text, and The after a newline."""
     encoder, [example], _ = encode_one("zephyr", config())
     assert not encoder.tokenizer.convert_ids_to_tokens(example.answer_ids[0]).startswith("▁")
 
 
-def test_long_answers_are_cut_and_counted_and_do_not_end(config):
+def test_a_long_answer_is_cut_and_counted_and_has_no_end_token(config):
     encoder, [whole], _ = encode_one("pythia", config())
     length = len(whole.prompt_ids)
     encoder, [example], counts = encode_one("pythia", config(max_prompt_length=length, max_length=length + 4))
@@ -111,7 +113,7 @@ def test_empty_answers_and_duplicates_are_dropped_and_counted(config):
     assert (counts["rows"], counts["kept"], counts["duplicates"], counts["empty_answers"]) == (4, 2, 1, 1)
 
 
-def test_examples_come_back_from_their_file_as_they_were_and_so_does_their_fingerprint(tmp_path, config):
+def test_saved_examples_load_unchanged_with_the_same_fingerprint(tmp_path, config):
     encoder = make_encoder(FAMILIES["pythia"](), config())
     rows = [pair("a", "b"), pair("c", "d and e", "f"), pair("g", "h", "")]
     examples, _ = examples_of(rows, encoder, config())
@@ -123,12 +125,12 @@ def test_examples_come_back_from_their_file_as_they_were_and_so_does_their_finge
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that are no file's."""
+    """Return the bytes of this process that are not mapped from a file."""
     return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_token_ids_stay_in_their_file(tmp_path):
+def test_loading_examples_maps_their_file_and_copies_no_token_ids(tmp_path):
     ids = memoryview(np.arange(2**23, dtype=np.int32))  # 32 MiB
     save_examples(tmp_path / "train.safetensors", [Example(ids[:n], ids[n:]) for n in (2**22,)])
     before = anonymous_memory()
@@ -145,7 +147,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(config):
         make_encoder(tokenizer, config())
 
 
-def test_a_share_is_held_out_and_never_trained_on(tmp_path, config):
+def test_held_out_examples_are_never_training_examples(tmp_path, config):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f'{{"prompt": "p{i}", "completion": "c"}}\n' for i in range(40)))
     run = config(dataset_name=str(file), eval_fraction=0.1)
@@ -161,7 +163,7 @@ def test_a_share_is_held_out_and_never_trained_on(tmp_path, config):
 
 
 @pytest.mark.parametrize("overlap", ["refuse", "drop", "allow"])
-def test_held_out_rows_that_are_training_rows_are_refused_left_out_or_allowed(tmp_path, config, overlap):
+def test_held_out_rows_that_are_also_training_rows_are_refused_dropped_or_allowed(tmp_path, config, overlap):
     for name, numbers in (("train", range(6)), ("test", range(4, 8))):
         rows = [f'{{"prompt": "p{i}", "completion": "c"}}\n' for i in numbers]
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
@@ -177,6 +179,6 @@ def test_held_out_rows_that_are_training_rows_are_refused_left_out_or_allowed(tm
         assert sets.set_counts["eval"].counts["also_in_train"] == (2 if overlap == "drop" else 0)
 
 
-def test_a_prompt_without_any_token_is_one_sentence(config):
+def test_a_prompt_without_any_token_is_refused_in_one_sentence(config):
     with pytest.raises(InputError, match="the prompt has no token, and the tokenizer no BOS"):
         encode_one("pythia", config(prompt_template="{}"), prompt="")

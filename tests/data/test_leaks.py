@@ -1,4 +1,4 @@
-"""Each leak is found by its own check, and pairs without one show none."""
+"""Each leak is found by its own check, and pairs without a leak show none."""
 
 import random
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def test_answers_of_one_kind_show_no_leak(capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_too_few_pairs_say_nothing(capsys):
+def test_too_few_pairs_give_no_accuracies(capsys):
     leaks = find_leaks(pairs_of("length", 4), FORM, max_new_tokens=12)
     assert leaks == {}
     log_leaks(leaks, "stage-00")

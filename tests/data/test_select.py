@@ -1,4 +1,4 @@
-"""Selection of demonstrations by an external reward model: a small real one, with a tokenizer trained on the rows."""
+"""Demonstrations are selected by a small external reward model, with a tokenizer trained on the rows."""
 
 import json
 
@@ -14,7 +14,7 @@ ROWS = [{"prompt": f"question {i}", "completion": f"answer {i * 7 % 31}", "id": 
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
-    """A random reward model with one label, in Transformers' format, whose padding is not its end token."""
+    """Save a random reward model with one label, in Transformers' format, whose padding is not its end token."""
     folder = tmp_path_factory.mktemp("reward")
     tokenizer = train_tokenizer([row["prompt"] + row["completion"] for row in ROWS], 300)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
@@ -39,7 +39,7 @@ def select(*given, how=1, code: int = 0) -> tuple[str, str]:
     return printed(["-m", "irlfast.data.select", *map(str, given)], how, code)
 
 
-def test_the_best_rows_are_kept_as_they_are_and_the_scores_of_a_killed_run_too(dataset, reward, tmp_path):
+def test_the_best_rows_are_kept_unchanged_and_a_killed_run_keeps_its_scores(dataset, reward, tmp_path):
     folder, tokenizer, model = reward
     output = tmp_path / "best.jsonl"
     assert "100 of 2,500 rows" in select(dataset, folder, output, "--keep", 100, how=PYTHON)[0]

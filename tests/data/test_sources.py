@@ -1,4 +1,4 @@
-"""Rows from files of every kind, folders and saved datasets: the same texts, whatever the file."""
+"""Rows are read from files of every format, folders and saved datasets, with the same texts from each."""
 
 import csv
 import gzip
@@ -35,10 +35,10 @@ def config_of(name, **keys):
 
 
 def read(name, held_out=False, limit=None, prompts_only=False, **keys):
-    """(demonstrations, readings) of a dataset."""
-    config, readings = config_of(name, **keys), []
+    """Read the demonstrations of a dataset, and the counts of its sources."""
+    config, counts = config_of(name, **keys), []
     sources = sources_of(config, held_out)
-    return [*read_demonstrations(config, sources, readings, limit=limit, prompts_only=prompts_only)], readings
+    return [*read_demonstrations(config, sources, counts, limit=limit, prompts_only=prompts_only)], counts
 
 
 def texts_of(name, **keys):
@@ -106,21 +106,21 @@ cells = cells.filter(lambda text: text.strip() and "\0" not in text)  # Python 3
 @pytest.mark.parametrize("packed", ["", *COMPRESSIONS])
 @pytest.mark.parametrize("ending", ENDINGS)
 @settings(max_examples=12, deadline=None)
-@given(found=st.lists(st.tuples(cells, cells), min_size=1, max_size=4))
-def test_every_file_gives_the_texts_that_were_written(ending, packed, found):
-    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in found]
+@given(pairs=st.lists(st.tuples(cells, cells), min_size=1, max_size=4))
+def test_every_file_format_gives_back_the_texts_that_were_written(ending, packed, pairs):
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     with tempfile.TemporaryDirectory() as folder:
         for number, writer in enumerate(WRITERS[ending]):
             path = Path(folder) / f"my.data-{number}{ending.upper() if number else ending}{packed}"
             pack(path, writer(rows), packed)
-            assert texts_of(path) == found
+            assert texts_of(path) == pairs
 
 
 def test_there_is_a_reader_for_every_ending():
     assert {*READERS} == {*ENDINGS} == {*WRITERS}
 
 
-def test_rows_of_a_json_list_longer_than_what_is_read_at_a_time(tmp_path):
+def test_a_json_list_longer_than_one_chunk_is_read_whole(tmp_path):
     rows = [{"prompt": f"{i}", "completion": "[{]},\\ " * (i % 40_000)} for i in range(1, 120_000, 17_001)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
@@ -134,7 +134,7 @@ def test_rows_of_a_json_list_longer_than_what_is_read_at_a_time(tmp_path):
         texts_of(path)
 
 
-def test_numbers_are_learned_as_they_are_written(tmp_path):
+def test_numbers_become_the_text_in_the_file(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(
         '[{"prompt": 1e5, "completion": 2.50}, {"prompt": 7, "completion": NaN}, {"prompt": true, "completion": 0.1}]'
@@ -142,7 +142,7 @@ def test_numbers_are_learned_as_they_are_written(tmp_path):
     assert texts_of(path) == [("1e5", "2.50"), ("7", "NaN"), ("true", "0.1")]
 
 
-def test_control_characters_are_text(tmp_path):
+def test_control_characters_in_json_stay_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "a\tb\x07", "completion": "\\u0000\x1b"}\n')
     assert texts_of(path) == [("a\tb\x07", "\0\x1b")]
@@ -174,7 +174,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_cannot_be_read_is_one_sentence_with_its_place(tmp_path, name):
+def test_a_file_that_cannot_be_read_is_refused_in_one_sentence_that_names_the_place(tmp_path, name):
     content, message = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
@@ -188,15 +188,15 @@ def test_a_file_that_cannot_be_read_is_one_sentence_with_its_place(tmp_path, nam
         st.dictionaries(st.sampled_from(["prompt", "completion", "messages", "chosen"]), anything), max_size=4
     )
 )
-def test_whatever_json_holds_rows_are_read_or_counted_or_refused_by_name(rows):
+def test_any_json_row_is_read_or_counted_or_refused_with_its_file_and_line(rows):
     with tempfile.TemporaryDirectory() as folder:
         path = lines(Path(folder) / "rows.jsonl", rows)
         try:
-            found, [reading] = read(path, bad_rows="skip")
+            demonstrations, [counts] = read(path, bad_rows="skip")
         except InputError as error:
             assert str(path) in str(error)
         else:
-            assert len(found) + reading.left_out.total() == reading.rows == len(rows)
+            assert len(demonstrations) + counts.left_out.total() == counts.rows == len(rows)
         try:
             read(path)
         except InputError as error:
@@ -206,7 +206,7 @@ def test_whatever_json_holds_rows_are_read_or_counted_or_refused_by_name(rows):
 # ---------------------------------------------------------------- folders, patterns, saved datasets, splits
 
 
-def test_a_folder_has_the_splits_that_its_files_names_tell(tmp_path):
+def test_the_names_of_files_give_the_splits_of_a_folder(tmp_path):
     lines(tmp_path / "train-00000-of-00002.jsonl", ROWS[:1])
     lines(tmp_path / "train-00001-of-00002.jsonl", ROWS[1:2])
     lines(tmp_path / "train_sft-00000-of-00001.jsonl", ROWS[2:3])
@@ -214,9 +214,9 @@ def test_a_folder_has_the_splits_that_its_files_names_tell(tmp_path):
     lines(tmp_path / "dev" / "rows.json", ROWS[3:4])
     lines(tmp_path / "latest.jsonl", ROWS)
     (tmp_path / "README.md").write_text("about")
-    found, [reading] = read(tmp_path)
-    assert [d.answer["content"] for d in found] == ["c0", "c1"]
-    assert "files ignored, whose names tell no split: 1" in describe_source(reading)
+    demonstrations, [counts] = read(tmp_path)
+    assert [d.answer["content"] for d in demonstrations] == ["c0", "c1"]
+    assert "files ignored, whose names tell no split: 1" in describe_source(counts)
     assert texts_of(tmp_path, dataset_train_split="train_sft") == [("p2", "c2")]
     assert texts_of(tmp_path, dataset_train_split="validation") == texts_of(tmp_path, dataset_train_split="dev")
     assert texts_of(tmp_path, eval_dataset_name=str(tmp_path), held_out=True) == [("p3", "c3")]
@@ -224,7 +224,7 @@ def test_a_folder_has_the_splits_that_its_files_names_tell(tmp_path):
         texts_of(tmp_path, dataset_test_split="test", held_out=True)
 
 
-def test_a_folder_without_names_of_splits_and_a_pattern_are_the_split_train(tmp_path):
+def test_a_folder_without_split_names_and_a_pattern_are_the_split_train(tmp_path):
     for number in range(3):
         lines(tmp_path / f"part{number}.jsonl", ROWS[number : number + 1])
     (tmp_path / "dataset_infos.json").write_text("{}")
@@ -236,7 +236,7 @@ def test_a_folder_without_names_of_splits_and_a_pattern_are_the_split_train(tmp_
         texts_of(tmp_path / "*.csv")
 
 
-def test_a_configuration_of_a_folder_is_a_folder_in_it(tmp_path):
+def test_dataset_config_names_a_subfolder(tmp_path):
     (tmp_path / "main").mkdir()
     lines(tmp_path / "main" / "train.jsonl", ROWS[:1])
     assert texts_of(tmp_path, dataset_config="main") == [("p0", "c0")]
@@ -245,7 +245,7 @@ def test_a_configuration_of_a_folder_is_a_folder_in_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "test.csv", "rows.parquet", "saved"])
-def test_a_single_file_has_no_split_but_train(tmp_path, name):
+def test_a_single_file_has_only_the_split_train(tmp_path, name):
     dataset = datasets.Dataset.from_list(ROWS)
     if name == "saved":
         dataset.save_to_disk(tmp_path / name)
@@ -259,7 +259,7 @@ def test_a_single_file_has_no_split_but_train(tmp_path, name):
             texts_of(path, **keys)
 
 
-def test_saved_datasets_and_sequences_of_structs(tmp_path):
+def test_a_saved_dataset_is_read_by_split_and_a_sequence_of_structs_as_messages(tmp_path):
     talk = [said("user", "q"), said("assistant", "a")]
     features = datasets.Features(
         {"messages": datasets.Sequence({"role": datasets.Value("string"), "content": datasets.Value("string")})}
@@ -273,7 +273,7 @@ def test_saved_datasets_and_sequences_of_structs(tmp_path):
         texts_of(tmp_path / "saved", dataset_train_split="validation")
 
 
-def test_null_keys_that_arrow_adds_are_no_keys(tmp_path):
+def test_null_keys_that_arrow_adds_are_dropped(tmp_path):
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     other = {"type": "function", "function": {"name": "g", "arguments": {"y": "2"}}}
     rows = [{"messages": [said("user", "q"), {"role": "assistant", "tool_calls": [one]}]} for one in (call, other)]
@@ -291,24 +291,24 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch
             config_of(**keys)
 
 
-# ---------------------------------------------------------------- several sources, and the account of them
+# ---------------------------------------------------------------- several sources, and their counts
 
 
-def test_sources_with_weights_keep_their_shares_and_those_without_are_all_read(tmp_path):
+def test_sources_with_weights_keep_their_shares_and_sources_without_are_read_whole(tmp_path):
     first = lines(tmp_path / "first.jsonl", [{"prompt": "a", "completion": f"{i}"} for i in range(90)])
     second = lines(tmp_path / "second.jsonl", [{"question": "b", "answer": f"{i}"} for i in range(40)])
     weighted = [{"name": str(first), "weight": 3}, {"name": str(second), "weight": 1.0}]
-    found, readings = read(weighted)
-    names = [d.prompt[0]["content"] for d in found]
+    demonstrations, counts = read(weighted)
+    names = [d.prompt[0]["content"] for d in demonstrations]
     for count in range(1, len(names)):
         assert abs(names[:count].count("a") - 0.75 * count) <= 1
     assert names.count("a") == 90
-    assert [reading.rows for reading in readings] == [90, len(found) - 90]
-    assert len({*((d.where) for d in found)}) == len(found)
-    assert read(weighted)[0] == found
-    found, readings = read([first, second])
-    assert [reading.rows for reading in readings] == [90, 40]
-    assert {*(d.prompt[0]["content"] for d in found[:2])} == {"a", "b"}
+    assert [source.rows for source in counts] == [90, len(demonstrations) - 90]
+    assert len({*(d.where for d in demonstrations)}) == len(demonstrations)
+    assert read(weighted)[0] == demonstrations
+    demonstrations, counts = read([first, second])
+    assert [source.rows for source in counts] == [90, 40]
+    assert {*(d.prompt[0]["content"] for d in demonstrations[:2])} == {"a", "b"}
     assert "second.jsonl: 10 rows read as question and answer" in describe_source(read([first, second], limit=20)[1][1])
 
 
@@ -321,14 +321,14 @@ def test_no_item_is_mixed_in_twice(sizes, weights):
         return [iter([(number, item) for item in range(size)]) for number, size in enumerate(sizes)]
 
     assert sorted(mix(streams(), [None] * len(sizes))) == [*itertools.chain(*streams())]
-    found = [*mix(streams(), weights[: len(sizes)])]
+    items = [*mix(streams(), weights[: len(sizes)])]
     for number in range(len(sizes)):
-        taken = [item for stream, item in found if stream == number]
+        taken = [item for stream, item in items if stream == number]
         assert taken == [*range(len(taken))]
-        assert abs(len(taken) - len(found) * weights[number] / sum(weights[: len(sizes)])) <= len(sizes)
+        assert abs(len(taken) - len(items) * weights[number] / sum(weights[: len(sizes)])) <= len(sizes)
 
 
-def test_sources_have_keys_of_their_own(tmp_path):
+def test_each_source_may_have_its_own_split_and_columns(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     lines(folder / "test.jsonl", ROWS[1:2])
@@ -348,7 +348,7 @@ def test_sources_have_keys_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     "wrong", ["[3]", "[{nam: x}]", "[{name: owner/x, weight: 0}]", "[{name: x, split: []}]", "{name: x}"]
 )
-def test_a_source_that_is_none_is_told_what_is_expected(wrong):
+def test_the_message_for_a_wrong_source_says_what_is_expected(wrong):
     with pytest.raises(
         InputError, match=r"dataset_name: found .*, expected a name, or a list of names or of {name, weight"
     ):
@@ -359,46 +359,46 @@ def test_a_source_that_is_none_is_told_what_is_expected(wrong):
         config_of([])
 
 
-def test_rows_are_not_held_in_memory(tmp_path):
-    """One row is read, of a file whose second is broken."""
+def test_rows_are_read_one_at_a_time(tmp_path):
+    """Reading one row of a file does not meet its second row, which is broken."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\nno JSON\n')
     assert len(read(path, limit=1)[0]) == 1
 
 
-def test_the_account_names_conventions_ignored_columns_and_rows_left_out(tmp_path):
+def test_the_summary_of_a_source_names_conventions_ignored_columns_and_rows_left_out(tmp_path):
     rows = [row | {"id": 1, "source": None, "label": i > 1} for i, row in enumerate(ROWS)]
     rows += [{"prompt": "q", "completion": " "}, {"nothing": 1}, {"prompt": "half \ud83d", "completion": "a"}]
     path = lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(InputError, match=r"rows.jsonl, line 7: found columns nothing; expected prompt and completion"):
         read(path)
-    found, [reading] = read(path, bad_rows="skip")
-    assert describe_source(reading) == (
+    demonstrations, [counts] = read(path, bad_rows="skip")
+    assert describe_source(counts) == (
         f"{path}: 8 rows read as prompt and completion; columns ignored: id; left out: 2 with label false, "
         "1 without an answer, 1 that cannot be read; lone surrogates replaced by U+FFFD: 1"
     )
-    dropped = [*dropped_rows([reading])]
+    dropped = [*dropped_rows([counts])]
     assert [row["where"].split(", ")[1] for row in dropped] == ["line 1", "line 2", "line 6", "line 7"]
     assert dropped[0]["row"] == rows[0]
-    assert found[-1].row == {"prompt": "half \ufffd", "completion": "a"}
+    assert demonstrations[-1].row == {"prompt": "half \ufffd", "completion": "a"}
 
 
-def test_few_examples_of_each_reason_are_kept(tmp_path):
+def test_few_examples_are_kept_for_each_reason(tmp_path):
     path = lines(tmp_path / "rows.jsonl", [*ROWS, *[{"prompt": "q", "completion": ""}] * 20])
-    [reading] = read(path)[1]
-    assert reading.left_out == {"without an answer": 20}
-    assert len(reading.dropped) == EXAMPLES
+    [counts] = read(path)[1]
+    assert counts.left_out == {"without an answer": 20}
+    assert len(counts.dropped) == EXAMPLES
 
 
-def test_texts_alone_are_for_sft(tmp_path):
+def test_only_sft_takes_texts_without_a_prompt(tmp_path):
     path = lines(tmp_path / "rows.jsonl", [{"text": "a story"}])
-    [found] = read(path, method="sft")[0]
-    assert (found.prompt, found.answer) == ([], said("assistant", "a story"))
+    [row] = read(path, method="sft")[0]
+    assert (row.prompt, row.answer) == ([], said("assistant", "a story"))
     with pytest.raises(InputError, match=r"line 1: found a text without a prompt, which only method sft learns"):
         read(path)
 
 
-def test_sft_learns_all_turns_and_pairs_the_last(tmp_path):
+def test_sft_learns_all_turns_and_other_methods_the_last_turn(tmp_path):
     talk = [said("user", "q"), said("assistant", "a"), said("user", "r"), said("assistant", "b")]
     path = lines(tmp_path / "rows.jsonl", [{"messages": talk}])
     assert (config_of(path).learn_turns, config_of(path, method="sft").learn_turns) == ("last", "all")
@@ -406,18 +406,18 @@ def test_sft_learns_all_turns_and_pairs_the_last(tmp_path):
     assert read(path)[0][0].answer == talk[3]
 
 
-def test_a_file_of_prompts_is_read_where_prompts_are_wanted(tmp_path):
+def test_a_file_of_prompts_is_read_if_only_prompts_are_wanted(tmp_path):
     path = lines(tmp_path / "prompts.jsonl", [{"prompt": "q"}, {"messages": [said("user", "r")]}, {"text": "no"}])
     with pytest.raises(InputError, match=r"line 1: found a prompt without an answer"):
         read(path)
-    found, [reading] = read(path, prompts_only=True, bad_rows="skip")
-    assert [(d.prompt[0]["content"], d.answer) for d in found] == [("q", None), ("r", None)]
-    assert reading.left_out.total() == 1
+    demonstrations, [counts] = read(path, prompts_only=True, bad_rows="skip")
+    assert [(d.prompt[0]["content"], d.answer) for d in demonstrations] == [("q", None), ("r", None)]
+    assert counts.left_out.total() == 1
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_datasets_of_the_hub_are_read_by_split_downloaded_or_streamed(tmp_path, monkeypatch, streaming):
-    """A folder laid out as the hub has datasets, read by Hugging Face's library as if it were there."""
+def test_a_dataset_on_the_hub_is_read_by_split_downloaded_or_streamed(tmp_path, monkeypatch, streaming):
+    """Hugging Face's library reads a folder laid out as a dataset of the hub."""
     (tmp_path / "data").mkdir()
     for split, rows in (("train", ROWS[:3]), ("test", ROWS[3:])):
         (tmp_path / "data" / f"{split}-00000-of-00001.parquet").write_bytes(parquet(rows))
@@ -431,6 +431,6 @@ def test_datasets_of_the_hub_are_read_by_split_downloaded_or_streamed(tmp_path, 
         texts_of(tmp_path, dataset_train_split="validation", **keys)
 
 
-def test_the_split_to_learn_from_is_not_held_out(tmp_path):
+def test_the_training_split_is_refused_as_the_held_out_split(tmp_path):
     with pytest.raises(InputError, match="dataset_test_split: found 'train', from which the run learns"):
         config_of(lines(tmp_path / "rows.jsonl", ROWS), dataset_test_split="train")

@@ -1,4 +1,4 @@
-"""What is trained is what the chat template writes: token ids of drawn conversations against the template's own."""
+"""The token ids of drawn conversations are those of the text that the chat template writes."""
 
 import datetime
 import random
@@ -74,13 +74,13 @@ def conversation(draw: random.Random, more: list[str] | None = None) -> Demonstr
 
 
 def encoded(name: str, rows: list[Demonstration], stops: tuple[str, ...] = (), **keys):
-    tokenizer, config, tally = tokenizer_of(KINDS[name]), config_of(**keys), SetCounts()
+    tokenizer, config, counts = tokenizer_of(KINDS[name]), config_of(**keys), SetCounts()
     encoder = make_encoder(tokenizer, config, BEGUN, tokenizer.convert_tokens_to_ids(stops))
-    return encoder, list(encode(rows, encoder, config, tally)), tally
+    return encoder, list(encode(rows, encoder, config, counts)), counts
 
 
 def template_ids(encoder, row: Demonstration) -> list[int]:
-    """The ids of the template for a whole conversation, up to the end token of its answer, after the one BOS."""
+    """Return the ids that the template gives for a whole conversation: from the BOS to the end token of its answer."""
     from irlfast.data.templates import prepare_template, remove_marks
 
     tokenizer = encoder.tokenizer
@@ -103,8 +103,8 @@ def check_conversations(name: str, count: int, seed: int) -> tuple[int, int]:
     draw = random.Random(seed)
     rows = [conversation(draw) for _ in range(count)]
     same = 0
-    encoder, found, tally = encoded(name, rows)
-    for row, ids in found:
+    encoder, kept, counts = encoded(name, rows)
+    for row, ids in kept:
         whole = [*ids.prompt, *ids.answer]
         same += whole == template_ids(encoder, row)
         bos = encoder.tokenizer.bos_token_id
@@ -112,10 +112,10 @@ def check_conversations(name: str, count: int, seed: int) -> tuple[int, int]:
         assert bos is None or whole[0] == bos
         assert ids.answer[-1] == encoder.end_id
         assert ids.answer.count(encoder.end_id) == 1
-    told = tally.counts["tokenised_apart"] + sum(n for remark, n in tally.remarks.items() if "close it" in remark)
-    assert len(found) == tally.counts["kept"] == count - tally.counts["duplicates"]
-    assert same + told >= len(found)
-    return same, told
+    remarked = counts.counts["tokenised_apart"] + sum(n for remark, n in counts.remarks.items() if "close it" in remark)
+    assert len(kept) == counts.counts["kept"] == count - counts.counts["duplicates"]
+    assert same + remarked >= len(kept)
+    return same, remarked
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -131,13 +131,13 @@ def test_prompt_and_answer_of_ten_thousand_conversations_are_the_ids_of_the_temp
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_text_that_spells_special_tokens_adds_none(name):
+def test_a_text_that_spells_special_tokens_adds_no_special_token(name):
     kind, draw = KINDS[name], random.Random(3)
     spelled = [*kind.special, *(token for token in kind.plain if "think" not in token)]
     rows = [conversation(draw, [f"x{token}y" for token in spelled]) for _ in range(200)]
     texts = [[{**m, "content": plain(m["content"], spelled)} for m in [*row.prompt, row.answer]] for row in rows]
     others = [row._replace(prompt=text[:-1], answer=text[-1]) for row, text in zip(rows, texts, strict=True)]
-    encoder, found, tally = encoded(name, rows)
+    encoder, kept, counts = encoded(name, rows)
     neutral = {row.where: ids for row, ids in encoded(name, numbered(others))[1]}
     control = {encoder.tokenizer.convert_tokens_to_ids(token) for token in spelled}
     checked = 0
@@ -147,12 +147,12 @@ def test_a_text_that_spells_special_tokens_adds_none(name):
             assert [token for token in some if token in control] == [token for token in reference if token in control]
         checked += 1
     assert checked > 150
-    assert tally.remarks["rows spell special tokens, which stay text (split_special_tokens)"] > 50
-    assert found
+    assert counts.remarks["rows spell special tokens, which stay text (split_special_tokens)"] > 50
+    assert kept
 
 
 def numbered(rows: list[Demonstration]) -> list[Demonstration]:
-    """The same rows, each with a question of its own, so that none is a duplicate."""
+    """Give each row its own question, so that none is a duplicate."""
     return [
         row._replace(
             where=str(i), prompt=[*row.prompt[:-1], row.prompt[-1] | {"content": row.prompt[-1]["content"] + f" {i}"}]
@@ -168,7 +168,7 @@ def plain(text: str, spelled: list[str]) -> str:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_texts_special_tokens_are_decoded_as_they_were_spelled(name):
+def test_special_tokens_in_a_text_decode_to_the_same_spelling(name):
     token = KINDS[name].special[-1]
     row = Demonstration([user(f"what is {token}?")], reply(f"it ends {token}"))
     encoder, [(_, ids)], _ = encoded(name, [row])
@@ -195,11 +195,11 @@ def test_sft_on_conversations_learns_exactly_the_answers_and_their_end_tokens(na
         ("user", "more?"),
     ]
     row = Demonstration([{"role": role, "content": text} for role, text in turns], reply("third"))
-    encoder, [(_, ids)], tally = encoded(name, [row], method="sft")
+    encoder, [(_, ids)], counts = encoded(name, [row], method="sft")
     learned = encoder.tokenizer.decode([ids.prompt[at] for at in ids.earlier])
     for text, kind in words.items():
         assert (text in learned) == (kind == "answer"), learned
-    assert not any("not learned" in remark for remark, n in tally.remarks.items() if n)
+    assert not any("not learned" in remark for remark, n in counts.remarks.items() if n)
     if encoder.ends_itself and KINDS[name].template:
         special = {*encoder.tokenizer.all_special_ids}
         assert sum(ids.prompt[at] in special and ids.prompt[at + 1 : at + 2] != [] for at in ids.earlier) >= 2
@@ -218,10 +218,10 @@ def test_a_long_prompt_loses_whole_turns_from_the_front_and_then_the_start_of_it
         turns += [user(f"question {i}? " + "so " * draw.randrange(8)), reply(f"reply {i}")]
     long = Demonstration([*turns, user("last?")], reply("yes"))
     endless = Demonstration([user("word " * 400 + "the end")], reply("yes"))
-    encoder, found, tally = encoded(name, [long, endless], max_prompt_length=120, max_length=200)
-    (_, several), (_, one) = found
+    encoder, kept, counts = encoded(name, [long, endless], max_prompt_length=120, max_length=200)
+    (_, several), (_, one) = kept
     text = encoder.tokenizer.decode(several.prompt)
-    assert tally.counts["cut_prompts"] == 2
+    assert counts.counts["cut_prompts"] == 2
     assert len(several.prompt) <= 120
     assert "last?" in text
     first = min(int(part.split("?")[0]) for part in text.split("question ")[1:])
@@ -232,12 +232,12 @@ def test_a_long_prompt_loses_whole_turns_from_the_front_and_then_the_start_of_it
     assert "the end" in encoder.tokenizer.decode(one.prompt)
     assert 100 < len(one.prompt) <= 120
     assert one.prompt[:1] == start.prompt[:1]
-    _, found, tally = encoded(name, [long, endless], max_prompt_length=120, max_length=200, overlong="drop")
-    assert not found
-    assert tally.counts["too_long"] == 2
+    _, kept, counts = encoded(name, [long, endless], max_prompt_length=120, max_length=200, overlong="drop")
+    assert not kept
+    assert counts.counts["too_long"] == 2
 
 
-def test_the_system_text_stays_where_turns_are_lost():
+def test_a_prompt_that_loses_turns_keeps_its_system_text():
     turns = [{"role": role, "content": f"{role} " * 10} for _ in range(10) for role in ("user", "assistant")]
     row = Demonstration([system("be brief"), *turns, user("last?")], reply("a"))
     encoder, [(_, ids)], _ = encoded("ChatML", [row], max_prompt_length=100, max_length=120)
@@ -247,53 +247,53 @@ def test_the_system_text_stays_where_turns_are_lost():
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].template])
-def test_an_answer_ends_in_the_token_that_ends_it_in_the_template(name):
+def test_an_answer_ends_with_the_end_token_of_the_template(name):
     encoder, [(_, ids)], _ = encoded(name, [Demonstration([user("q")], reply("a"))])
     assert encoder.tokenizer.convert_ids_to_tokens(ids.answer[-1]) == KINDS[name].end
     assert {encoder.end_id, encoder.tokenizer.eos_token_id} <= {*encoder.ends}
 
 
-def test_an_answer_ends_at_whichever_end_token_the_template_writes_behind_it():
-    """As a call of a tool does in Llama 3.1 (``<|eom_id|>``) and gpt-oss (``<|call|>``)."""
+def test_an_answer_keeps_the_end_token_that_the_template_writes_behind_it():
+    """Tool calls end so in Llama 3.1 (``<|eom_id|>``) and gpt-oss (``<|call|>``)."""
     template = KINDS["gpt-oss, channels"].template.replace(
         "'<|return|>' if", "'<|endoftext|>' if m.tool_calls else '<|return|>' if"
     )
     question = [user("q")]
     call = {"role": "assistant", "content": "f()", "tool_calls": [{"function": {"name": "f"}}]}
     rows = [Demonstration(question, call), Demonstration(question, reply("plain"))]
-    encoder, found, _ = encoded("gpt-oss, channels", rows, ("<|endoftext|>",), chat_template=template)
-    assert [encoder.tokenizer.decode(ids.answer[-1:]) for _, ids in found] == ["<|endoftext|>", "<|return|>"]
+    encoder, kept, _ = encoded("gpt-oss, channels", rows, ("<|endoftext|>",), chat_template=template)
+    assert [encoder.tokenizer.decode(ids.answer[-1:]) for _, ids in kept] == ["<|endoftext|>", "<|return|>"]
 
 
-def test_an_answer_that_the_template_does_not_write_at_all_is_left_out_and_told():
+def test_an_answer_that_the_template_does_not_write_is_left_out_with_a_remark():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    _, found, tally = encoded("ChatML", [Demonstration([user("q")], call)])
-    assert not found
-    assert tally.counts["empty_answers"] == 1
-    assert any("tool_calls" in remark for remark in tally.remarks)
+    _, kept, counts = encoded("ChatML", [Demonstration([user("q")], call)])
+    assert not kept
+    assert counts.counts["empty_answers"] == 1
+    assert any("tool_calls" in remark for remark in counts.remarks)
 
 
-def test_an_opened_thinking_block_is_told_and_an_answer_that_closes_it_goes_on_from_it():
+def test_an_answer_that_closes_an_opened_thinking_block_continues_it_with_a_remark():
     question = [user("q")]
     rows = [Demonstration(question, reply(text)) for text in ("plain", "hm</think>so", "<think>\noh</think>so")]
-    encoder, found, tally = encoded("QwQ, which opens a thinking block", rows)
-    prompts = [encoder.tokenizer.decode(ids.prompt) for _, ids in found]
-    answers = [encoder.tokenizer.decode(ids.answer) for _, ids in found]
+    encoder, kept, counts = encoded("QwQ, which opens a thinking block", rows)
+    prompts = [encoder.tokenizer.decode(ids.prompt) for _, ids in kept]
+    answers = [encoder.tokenizer.decode(ids.answer) for _, ids in kept]
     assert [prompt.endswith("<think>\n") for prompt in prompts] == [False, True, True]
     assert answers == ["plain<|im_end|>", "hm</think>so<|im_end|>", "oh</think>so<|im_end|>"]
-    assert any("<think>" in remark and "template" in remark for remark in tally.remarks)
+    assert any("<think>" in remark and "template" in remark for remark in counts.remarks)
 
 
-def test_a_template_that_leaves_something_out_is_told_by_the_messages_key():
+def test_a_remark_names_the_key_of_a_message_that_the_template_leaves_out():
     answer = {"role": "assistant", "content": "so", "reasoning_content": "a long thought"}
     rows = [Demonstration([user("q")], answer)]
     assert any("reasoning_content" in remark for remark in encoded("ChatML", rows)[2].remarks)
-    encoder, [(_, ids)], tally = encoded("Qwen 3", rows)
+    encoder, [(_, ids)], counts = encoded("Qwen 3", rows)
     assert "a long thought" in encoder.tokenizer.decode(ids.answer)
-    assert not any("reasoning" in remark for remark in tally.remarks)
+    assert not any("reasoning" in remark for remark in counts.remarks)
 
 
-def test_a_row_that_the_template_refuses_is_named_left_out_or_mended():
+def test_a_row_that_the_template_refuses_is_an_error_or_left_out_or_mended():
     rows = [
         Demonstration([system("be brief"), user("q")], reply("a"), where="x.jsonl, line 5"),
         Demonstration([user("one"), user("two")], reply("b")),
@@ -301,18 +301,18 @@ def test_a_row_that_the_template_refuses_is_named_left_out_or_mended():
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"x.jsonl, line 5: .*System role not supported"):
         encoded("Gemma", rows, bad_rows="refuse")
-    _, found, tally = encoded("Gemma", rows, bad_rows="skip")
-    assert (len(found), tally.counts["rows_that_the_chat_template_refuses"], len(tally.dropped)) == (0, 3, 3)
-    encoder, found, tally = encoded("Gemma", rows)
-    assert [encoder.tokenizer.decode(ids.prompt, skip_special_tokens=True).strip() for _, ids in found] == [
+    _, kept, counts = encoded("Gemma", rows, bad_rows="skip")
+    assert (len(kept), counts.counts["rows_that_the_chat_template_refuses"], len(counts.dropped)) == (0, 3, 3)
+    encoder, kept, counts = encoded("Gemma", rows)
+    assert [encoder.tokenizer.decode(ids.prompt, skip_special_tokens=True).strip() for _, ids in kept] == [
         "user\nbe brief\n\nq\nmodel",
         "user\none\n\ntwo\nmodel",
     ]
-    assert tally.counts["rows_that_the_chat_template_refuses"] == 1
+    assert counts.counts["rows_that_the_chat_template_refuses"] == 1
 
 
-def test_where_no_reading_is_safe_both_texts_are_shown():
-    """As in Mistral 0.3's template, where a system text stands in the last turn only if this is the user's."""
+def test_the_message_shows_both_texts_if_the_answers_place_is_unknown():
+    """Mistral 0.3's template writes a system text in the last turn only if this is the user's."""
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]"
         "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
@@ -326,14 +326,14 @@ def test_where_no_reading_is_safe_both_texts_are_shown():
     assert encoder.tokenizer.decode(ids.prompt) == "<s>[INST]be brief\n\nq[/INST]"
 
 
-def test_the_clock_of_a_template_stands_still():
+def test_the_clock_of_a_template_shows_the_start_of_the_run():
     row = [Demonstration([user("q")], reply("a"))]
     encoder, [(_, ids)], _ = encoded("with a date", row)
     assert "Today is 04 Mar 2026, 05:06:07." in encoder.tokenizer.decode(ids.prompt)
 
 
 @pytest.mark.parametrize("name", ["none", "none, no BOS"])
-def test_a_prompt_template_is_the_chat_template_of_the_tokenizer_that_is_saved(name, tmp_path):
+def test_a_prompt_template_is_saved_as_the_tokenizers_chat_template(name, tmp_path):
     from transformers import AutoTokenizer
 
     row = Demonstration([user('what is it\'s \\ "this"?\n')], reply("a"))
@@ -352,7 +352,7 @@ def test_a_text_without_turns_is_learned_from_its_first_token_to_the_eos():
     assert ids.prompt == encoder.bos
 
 
-def test_keys_of_the_run_reach_the_template():
+def test_the_template_gets_system_prompt_chat_template_and_chat_template_kwargs():
     row = [Demonstration([user("q")], reply("a"))]
     encoder, [(_, ids)], _ = encoded("ChatML", row, system_prompt="be kind")
     assert encoder.tokenizer.decode(ids.prompt).startswith("<|im_start|>system\nbe kind<|im_end|>\n")

@@ -1,4 +1,4 @@
-"""The tables of docs/data.md, made by what they describe: ``python -m tests.helpers.data_page`` writes them anew."""
+"""Write the tables of docs/data.md by the code that they describe: ``python -m tests.helpers.data_page``."""
 
 import datetime
 import json
@@ -53,10 +53,10 @@ def literal(value: Any) -> str:
 def convention_table() -> str:
     lines = ["| read as | a row | prompt | answer | rejected |", "| --- | --- | --- | --- | --- |"]
     for row in [*ROWS, *QUESTIONS]:
-        found = to_demonstration(row, "row", prompts_only=row in QUESTIONS)
-        one = found.demonstration
-        answers = [literal(turn) if turn else "" for turn in (one.answer, one.rejected)]
-        lines.append(f"| {found.convention} | {literal(row)} | {literal(one.prompt)} | {' | '.join(answers)} |")
+        parsed = to_demonstration(row, "row", prompts_only=row in QUESTIONS)
+        prompt, answer, rejected = parsed.demonstration[:3]
+        answers = [literal(turn) if turn else "" for turn in (answer, rejected)]
+        lines.append(f"| {parsed.convention} | {literal(row)} | {literal(prompt)} | {' | '.join(answers)} |")
     return "\n".join(lines)
 
 
@@ -71,9 +71,9 @@ def template_table() -> str:
         "| --- | --- | --- | --- |",
     ]
     for name, kind in KINDS.items():
-        tokenizer, tally = tokenizer_of(kind), SetCounts()
+        tokenizer, counts = tokenizer_of(kind), SetCounts()
         encoder = make_encoder(tokenizer, config, BEGUN)
-        [(_, ids)] = encode([TALK], encoder, config, tally)
+        [(_, ids)] = encode([TALK], encoder, config, counts)
         still = (
             prepare_template(kind.template, BEGUN) if "strftime" in str(kind.template) else None
         )  # with the run's clock
@@ -86,7 +86,7 @@ def template_table() -> str:
 
 
 def relation(ours: list[int], own: list[int], tokenizer: Any) -> str:
-    """How our ids of a conversation stand to the template's."""
+    """Compare our ids of a conversation with the ids that ``apply_chat_template`` gives."""
     bos = tokenizer.bos_token_id
     before = "" if bos is None or own[:1] == [bos] else "a BOS more, "
     ours = ours[1:] if before else ours
@@ -105,10 +105,10 @@ TABLES = {"conventions": convention_table, "templates": template_table}
 
 
 def page_with_tables(text: str) -> str:
-    """The page with every table made anew between its marks."""
+    """Return the page with every table made anew between its marks."""
     for name, table in TABLES.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        text = mark.sub(lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", text)
+        text = mark.sub(lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text)
     return text
 
 

@@ -1,4 +1,4 @@
-"""Demonstrations of one question, and their token ids."""
+"""Helpers that make demonstrations of one question, and their examples."""
 
 from collections import Counter
 from typing import Any
@@ -12,11 +12,11 @@ from irlfast.data.store import Example
 
 
 def pair(prompt: str, answer: str, rejected: str | None = None) -> Demonstration:
-    """A question with its answer, or answers."""
+    """Return a question with its answer, and perhaps a rejected answer."""
     answers: Any = (None if text is None else {"role": "assistant", "content": text} for text in (answer, rejected))
     return Demonstration([{"role": "user", "content": prompt}], *answers)
 
 
 def examples_of(rows: list[Demonstration], encoder: Encoder, config: Config) -> tuple[list[Example], Counter[str]]:
-    tally = SetCounts()
-    return collect_examples(encode(rows, encoder, config, tally), None, 0), tally.counts
+    counts = SetCounts()
+    return collect_examples(encode(rows, encoder, config, counts), None, 0), counts.counts

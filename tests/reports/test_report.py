@@ -1,4 +1,4 @@
-"""The report: offline, escaped, small, and true, whatever state the run's files are in."""
+"""The report opens offline, escapes all texts, stays small, and copes with missing or broken files."""
 
 import json
 import re
@@ -19,7 +19,7 @@ VOID = {"meta", "br", "use", "path", "input", "img", "hr", "link"}
 
 
 class Page(HTMLParser):
-    """Balanced tags, and whatever a browser would fetch or run."""
+    """Parse a page, check that its tags are balanced, and collect everything that a browser would fetch or run."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def page_of(folder: Path) -> tuple[str, Page]:
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A finished run to spoil, without its weights."""
+    """Copy a finished run without its weights, for a test to damage."""
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("*.safetensors", "samples", "report.html"))
     return folder
@@ -76,7 +76,7 @@ def edit(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_a_finished_run_shows_its_own_figures_and_answers(copied):
+def test_the_page_of_a_finished_run_shows_its_metrics_and_answers(copied):
     text, page = page_of(copied)
     words = " ".join(" ".join(page.words).split())
     for phase in ("sft", "stage-00", "stage-01"):
@@ -107,7 +107,7 @@ def test_the_time_of_a_phase_is_the_sum_of_its_logged_parts(copied):
     assert f"{split['stage-00'][2]:,.1f}" in words
 
 
-def test_what_a_model_or_a_user_wrote_is_never_markup(copied):
+def test_the_texts_of_models_and_users_are_never_markup(copied):
     evil = '</div><script>alert(1)</script><img src=x onerror="f()">&amp;\ud83d \u202e]]>'
     config = copied / "config.yaml"
     config.write_text(config.read_text().replace("method: irft", f"method: irft\nx: {json.dumps(evil)}"))
@@ -152,14 +152,14 @@ def test_a_missing_or_broken_file_is_named(copied, name, harm):
     assert name in words
 
 
-def test_a_stopped_run_says_so(copied):
+def test_the_page_of_a_stopped_run_counts_the_stages_that_are_done(copied):
     shutil.rmtree(copied / "final")
     shutil.rmtree(copied / "stage-01")
     _, page = page_of(copied)
     assert "1 of 2 stages have been evaluated." in " ".join(page.words)
 
 
-def test_values_that_are_not_finite_are_shown_as_such(copied):
+def test_values_that_are_not_finite_get_a_warning(copied):
     rows = (copied / "metrics.jsonl").read_text().splitlines()
     rows[-1] = json.dumps(json.loads(rows[-1]) | {"loss": float("nan"), "rewards/margins": float("inf")})
     (copied / "metrics.jsonl").write_text("\n".join(rows))
@@ -190,7 +190,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     ("before", "after", "rows", "sign"),
     [(0.5, 0.6, 1000, 1), (0.5, 0.6, 20, 0), (0.6, 0.5, 1000, -1), (0.5, 0.5, 1000, 0), (0.5, None, 1000, None)],
 )
-def test_shares_differ_only_beyond_two_standard_errors(before, after, rows, sign):
+def test_a_change_of_a_share_is_clear_beyond_two_standard_errors(before, after, rows, sign):
     assert compare_shares("exact match", before, after, rows)["sign"] == sign
 
 
@@ -198,7 +198,7 @@ def test_shares_differ_only_beyond_two_standard_errors(before, after, rows, sign
     ("before", "after", "sign"),
     [(2.0, 1.9, 1), (2.0, 2.03, 0), (2.0, 2.1, -1), (2.0, float("nan"), -1), (None, 2.0, None)],
 )
-def test_likelihood_changes_beyond_two_percent(before, after, sign):
+def test_a_change_of_the_likelihood_is_clear_beyond_two_percent(before, after, sign):
     assert compare_nll(before, after)["sign"] == sign
 
 
@@ -212,14 +212,14 @@ def test_the_headline_follows_the_signs(signs, word):
     assert headline(changes, "sft", "sft")[0] == "No change"
 
 
-def test_marks_rebuild_the_answer():
+def test_the_marked_answer_without_its_marks_is_the_answer():
     marked = str(mark("the cat sat", "the <dog> sat"))
     kept = re.sub(r"<del>.*?</del>", "", marked)
     assert re.sub(r"</?mark>", "", kept) == "the &lt;dog&gt; sat"
     assert "<mark>" in marked
 
 
-def test_clipping_and_numbers():
+def test_a_long_text_is_clipped_and_only_numbers_are_numbers():
     assert clip("x" * 1200) == "x" * 1200
     assert clip("x" * 1201).endswith("… (1 more characters)")
     assert number(True) != number(True)  # a NaN

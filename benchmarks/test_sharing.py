@@ -74,7 +74,7 @@ def curve(model: Any, sizes: dict[str, int]) -> list[dict[str, Any]]:
             for _ in range(sizes["rounds"] + 1):
                 for name, layout in layouts.items():
                     times[name].append(seconds(model, groups, layout, sizes["limit"]))
-            middle = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first warms up
+            middle = {name: statistics.median(taken[1:]) for name, taken in times.items()}  # the first warms up
             tokens = sizes["answer"] * (n + 1) * sizes["groups"]
             costs = costs_of(model, model.lm_head.weight)
             counted = {name: operations(costs, token_counts(groups, layout)) for name, layout in layouts.items()}

@@ -1,4 +1,4 @@
-"""Counts of rows: those read from one source, and those encoded for one set.
+"""Counts of the rows of a source, which grow while rows are read, and of a set, which grow while rows are encoded.
 
 A run prints them, and writes the first rows that were left out to ``data/dropped.jsonl``.
 """

@@ -37,8 +37,8 @@ from irlfast.data.templates import (
 
 BATCH = 1000  # demonstrations that are encoded together
 APART = (
-    "answers are tokenised apart from their prompts, as a token would straddle both, or a special token of the "
-    "template take the answer's white space"
+    "answers are tokenised apart from their prompts, because a token would straddle both, or because a special token "
+    "of the template would take the answer's white space"
 )
 
 

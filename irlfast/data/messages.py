@@ -160,8 +160,8 @@ def part_to_text(part: Any, place: str) -> str:
     if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS:
         text = part.get("text")
         return "" if text is None else to_text(text, place)
-    what = f"a part of type {part.get('type')!r}" if isinstance(part, dict) else f"{describe_type(part)} as a part"
-    raise BadRow(f"{place}: found {what}, expected texts; images and sound cannot be learned from")
+    part_type = f"a part of type {part.get('type')!r}" if isinstance(part, dict) else f"{describe_type(part)} as a part"
+    raise BadRow(f"{place}: found {part_type}, expected texts; images and sound cannot be learned from")
 
 
 def fill_content(message: Message) -> Message:

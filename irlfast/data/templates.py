@@ -215,7 +215,7 @@ def render_row(template: Template, row: Demonstration, remarks: Counter[str], le
     if row.rejected is not None:
         same, rejected = locate_answer(template, prompt, row.rejected, row.tools, Counter())
         if same != before:
-            remarks["rejected answers are left out, as the template writes another prompt before them"] += 1
+            remarks["rejected answers are left out, because the template writes another prompt before them"] += 1
             rejected = None
     earlier = find_earlier_answers(template, prompt, row.tools, remarks) if learn_all else []
     return RenderedRow(before, answer, rejected, [(start, end) for start, end in earlier if end <= len(before)])
@@ -255,16 +255,16 @@ def locate_answer(
     extra = opening[len(header) :]
     closing = close_block(extra, str(answer.get("content") or ""))
     if closing is not None:
-        remarks[f"answers go on from the {extra!r} that ends the template's generation prompt, as they close it"] += 1
+        remarks[f"answers continue the {extra!r} at the end of the template's generation prompt, and close it"] += 1
         return opening, closing + template.after
     last = str(prompt[-1].get("content") or "").strip() if prompt else ""
     if not header or last not in header or not whole.startswith(header):
         raise TemplateRefusal(
-            "the answer's place is not known, for the conversation does not begin with its prompt: found "
+            "the answer's place is unknown, because the conversation does not begin with its prompt: found "
             f"{quote(whole)} for the conversation and {quote(opening)} for the prompt"
         )
     remarks[
-        f"answers begin before the {extra!r} that ends the template's generation prompt, as conversations lack it"
+        f"answers begin before the {extra!r} at the end of the template's generation prompt, which conversations lack"
     ] += 1
     return header, whole[len(header) :]
 
@@ -293,7 +293,7 @@ def note_omissions(answer: Message, written: str, remarks: Counter[str]) -> None
     for key, value in answer.items():
         texts = [text.strip() for text in texts_of(value)] if key not in ("role", "weight") else []
         if not all(text in written or json.dumps(text)[1:-1] in written for text in texts):
-            remarks[f"answers have a {key} that the template does not write whole"] += 1
+            remarks[f"answers have a {key} that the template leaves out, in part or whole"] += 1
 
 
 def texts_of(value: Any) -> list[str]:
@@ -315,7 +315,7 @@ def find_earlier_answers(
             try:
                 ranges.append(find_earlier_answer(template, prompt, i, tools))
             except TemplateRefusal:
-                remarks["earlier answers are not learned, as their place in what the template writes is not known"] += 1
+                remarks["earlier answers are not learned, because their place in the rendered text is unknown"] += 1
     return ranges
 
 
@@ -330,7 +330,7 @@ def find_earlier_answer(template: Template, prompt: list[Message], i: int, tools
     before, stand_in, behind = render(template, changed, tools, generation=True).partition(STAND_IN)
     is_between = text.startswith(before) and text.endswith(behind) and len(before) + len(behind) < len(text)
     if not stand_in or not is_between:
-        raise TemplateRefusal("the template writes the turn not once, or not at all")
+        raise TemplateRefusal("the template does not write the turn exactly once")
     header = locate_answer(template, prompt[:i], prompt[i], tools, Counter())[0]
     start = len(header) if before.startswith(header) else len(before)
     return start, len(text) - len(behind)

@@ -89,7 +89,7 @@ def choose(config: Config, metrics: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def policy_json(kept: str, why: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the content of ``policy.json``. It changes when a run trains more stages; then ``final/`` is made again."""
+    """Return the content of ``policy.json``. After more stages the content differs, and ``final/`` is made again."""
     return {"kept": kept, "why": why, "phases": [row["phase"] for row in metrics]}
 
 

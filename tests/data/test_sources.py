@@ -309,5 +309,5 @@ def test_a_dataset_on_the_hub_is_read_by_split_downloaded_or_streamed(tmp_path, 
 
 
 def test_the_training_split_is_refused_as_the_held_out_split(tmp_path):
-    with pytest.raises(InputError, match="dataset_test_split: found 'train', from which the run learns"):
+    with pytest.raises(InputError, match="dataset_test_split: found 'train', which the run learns from"):
         config_of(lines(tmp_path / "rows.jsonl", ROWS), dataset_test_split="train")

@@ -17,10 +17,10 @@ from irlfast.runs.run import Run
 class Method(NamedTuple):
     """A method's functions. :mod:`irlfast.config.methods` has its presets, and what it needs and leaves."""
 
+    # Train one stage: (run, stage, policy, reference) -> the new policy, or the reward model. None for SFT alone.
     stage: Callable[[Run, int, Path | str, Path | str], Path | str] | None
-    """Train one stage: (run, stage, policy, reference) -> the new policy. None for SFT alone."""
+    # List the phases of a whole run in order: (config, number of rows) -> phases.
     phases: Callable[[Config, int], Iterator[Phase]]
-    """The phases of a whole run on a number of rows, in order."""
 
 
 METHODS: dict[str, Method] = {

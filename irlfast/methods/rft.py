@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from irlfast.methods.reward import learn_reward, learns_in, reward_phase
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import Phase, policy_plan, sampling, stage_examples, stage_name, stage_size
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import sample_groups
+from irlfast.sampling.generation import Sampling, sample_groups
 from irlfast.sampling.rewards import complete, rewards_of
 from irlfast.sampling.scoring import log_ratios, score
 
@@ -52,6 +53,16 @@ def round_name(config: Config, stage: int, number: int) -> str:
     return stage_name(stage) if last else f"{stage_name(stage)}/round-{number:02d}"
 
 
+class Rollouts(NamedTuple):
+    """The answers that the policy samples in one round: n to each of P prompts."""
+
+    groups: list[PromptGroup]
+    reward: Tensor  # [P, n]
+    old_logps: list[tuple[Tensor, ...]]  # per prompt and answer, each token's under the policy that sampled
+    ref_logps: list[tuple[Tensor, ...]]  # the same under the reference
+    kl: Tensor  # [P, n] the log-ratio of the two, whose mean is the KL of the policy that sampled
+
+
 def align(
     run: Run,
     stage: int,
@@ -61,42 +72,63 @@ def align(
     learned: Sequence[Path],
     examples: list[Example],
 ) -> None:
-    """One round: sample n answers to each prompt, score their rewards, and make the better answers likelier."""
-    config, n, folder = run.config, run.config.num_generations, run.output / round_name(run.config, stage, number)
-    drawn = sampling(config, stage)
-    drawn = drawn._replace(seed=drawn.seed + 50_000 + 1000 * number)
+    """Do one round: sample n answers to each prompt, score them, and make the better answers likelier."""
+    config, folder = run.config, run.output / round_name(run.config, stage, number)
+    how = sampling(config, stage)
+    how = how._replace(seed=how.seed + 50_000 + 1000 * number)
+    rollouts = roll_out(run, policy, reference, learned, examples, folder, how)
+    reward = rollouts.reward - penalties(rollouts.groups, config, run.encoder.ends)
+    plan = policy_plan(config, stage, len(rollouts.groups))
+    if POLICY_LOSSES[config.align].loss is None:
+        fit(run, folder, policy, best_answers(rollouts.groups, reward), sft_loss, plan)
+        return
+    beta, kl_in = config.at("beta", stage), kl_place(config)
+    advantages = advantages_of(reward - beta * rollouts.kl if kl_in == "reward" else reward, config)
+    each = zip(rollouts.groups, rollouts.old_logps, rollouts.ref_logps, advantages.tolist(), strict=True)
+    groups = [
+        x._replace(old_logps=old, ref_logps=ref if kl_in == "loss" else (), advantages=tuple(a))
+        for x, old, ref, a in each
+    ]
+    loss = functools.partial(
+        align_loss,
+        align=config.align,
+        answers=config.num_generations,
+        beta=beta,
+        kl_in_loss=kl_in == "loss",
+        clip_range=config.cliprange,
+    )
+    fit(run, folder, policy, groups, loss, plan)
+
+
+def roll_out(
+    run: Run,
+    policy: Path | str,
+    reference: Path | str,
+    learned: Sequence[Path],
+    examples: list[Example],
+    folder: Path,
+    how: Sampling,
+) -> Rollouts:
+    """Sample n answers to each prompt, and score them under the rewards, the policy and the reference."""
+    config, n = run.config, run.config.num_generations
     begun = time.perf_counter()
-    groups = sample_groups(run, policy, examples, n, folder / "rollouts", drawn)
+    groups = sample_groups(run, policy, examples, n, folder / "rollouts", how)
     sampled = time.perf_counter()
-    reward = rewards_of(run, learned, groups, folder).view(-1, n)  # [P, n]
+    reward = rewards_of(run, learned, groups, folder).view(-1, n)
     kept = complete(reward)
     groups, reward = [groups[i] for i in kept], reward[kept]
     old = score(run, policy, groups, folder / "old.safetensors", in_4bit=config.load_in_4bit)
     ref = old
     if reference != policy:
         ref = score(run, reference, groups, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
-    kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])  # [P, n]
+    kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])
     if dist.is_main() and not (folder / "round.json").exists():
         ended = [answer[-1] in run.encoder.ends for group in groups for answer in group.answers]
         metrics = {"reward": reward.mean().item(), "reward_std": reward.std(1).mean().item(), "kl": kl.mean().item()}
         metrics |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
         write_json(folder / "round.json", metrics | seconds)
-    reward = reward - penalties(groups, config, run.encoder.ends)
-    plan = policy_plan(config, stage, len(groups))
-    if POLICY_LOSSES[config.align].loss is None:
-        fit(run, folder, policy, best_answers(groups, reward), sft_loss, plan)
-        return
-    beta, kl_in = config.at("beta", stage), kl_place(config)
-    advantages = advantages_of(reward - beta * kl if kl_in == "reward" else reward, config)
-    groups = [
-        x._replace(old_logps=o, ref_logps=r if kl_in == "loss" else (), advantages=tuple(a))
-        for x, o, r, a in zip(groups, old, ref, advantages.tolist(), strict=True)
-    ]
-    loss = functools.partial(
-        align_loss, align=config.align, answers=n, beta=beta, kl_in_loss=kl_in == "loss", clip_range=config.cliprange
-    )
-    fit(run, folder, policy, groups, loss, plan)
+    return Rollouts(groups, reward, old, ref, kl)
 
 
 def kl_place(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""What the configuration must know of each method, without importing torch.
+"""Facts of each method that the configuration needs, without importing torch.
 
 :data:`irlfast.methods.METHODS` has the functions of the same methods.
 """

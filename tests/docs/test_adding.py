@@ -78,7 +78,7 @@ def edit(copy: Path, block: Block, file: str, name: str | None) -> None:
 
 
 def run(copy: Path, command: Command) -> str:
-    """What a command of the page printed, run in the copy by this interpreter."""
+    """Run a command of the page in the copy, by this interpreter, and return what it printed."""
     assert command.words[0] == "python", shlex.join(command.words)
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"} | command.variables
     arguments = [sys.executable, *command.words[1:]]

@@ -1,4 +1,4 @@
-"""What a step does and costs: its meters, and that it does not wait for the device."""
+"""A step and its meters: the operations that are counted, and the places where it waits for the device."""
 
 import json
 from collections import Counter

@@ -127,14 +127,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(output: Path, how: int | tuple[str, ...] = 1, code: int = 0, **keys) -> tuple[str, str]:
-    """What training printed; see :func:`printed`."""
+    """Train, and return what it printed; see :func:`printed`."""
     return printed(command(output, **keys), how, code)
 
 
 def printed(arguments: list[str], how: int | tuple[str, ...] = 1, code: int = 0) -> tuple[str, str]:
-    """What ``python ARGUMENTS`` printed before it ended with ``code``; see :func:`ended`."""
-    found, out, err = ended(arguments, how)
-    assert found == code, out + err
+    """Run ``python ARGUMENTS`` to its end with ``code``, and return what it printed; see :func:`ended`."""
+    exit_code, out, err = ended(arguments, how)
+    assert exit_code == code, out + err
     return out, err
 
 

@@ -1,4 +1,4 @@
-// What both bindings check: numbers and addresses, before anything is read through them.
+// Checks that both bindings share: numbers and addresses are checked before any access.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -30,7 +30,7 @@ T *pointer(Address address, const char *name, bool needed) {
   return reinterpret_cast<T *>(address);
 }
 
-// Each parameter as (n, param, grad, square, average, buffer, copy, whether the gradient is bf16); 0: none.
+// A parameter is (n, param, grad, square, average, buffer, copy, whether the gradient is bf16); 0 stands for none.
 using Row = std::tuple<std::int64_t, Address, Address, Address, Address, Address, Address, bool>;
 
 inline std::vector<Parameter> parameters_of(const std::vector<Row> &rows) {
@@ -51,7 +51,7 @@ inline std::vector<Parameter> parameters_of(const std::vector<Row> &rows) {
 using RowsOf = std::tuple<Address, std::string, std::int64_t>;  // address, dtype, elements from row to row
 using ScoringOf = std::tuple<std::int64_t, std::int64_t, Address, float, float>;  // n, V, targets, scale, soft-cap or 0
 
-// What a function takes: as many of float32, bfloat16, float16, float64, in this order.
+// The dtypes that a function takes: the first so many of float32, bfloat16, float16, float64.
 enum Kinds { kFp32 = 1, kUpToBf16 = 2, kUpToFp16 = 3, kUpToFp64 = 4 };
 
 inline Dtype dtype_of(const std::string &name, const char *of, Kinds kinds) {
@@ -86,7 +86,7 @@ inline void require_apart(const Rows &rows, const Scoring &scoring, const char *
           std::string(name) + ": found rows " + std::to_string(rows.stride) + " apart, expected at least V");
 }
 
-// Rows of a gradient to write, and of the logits that it is read from.
+// Rows of a gradient to write, and of the logits that it is computed from.
 inline std::pair<Rows, Rows> gradient_of(const RowsOf &grad, const RowsOf &logits, const Scoring &scoring, Kinds kinds) {
   const bool some = scoring.n > 0;
   const auto written = rows_of(grad, "grad", some, kinds), read = rows_of(logits, "logits", some, kinds);

@@ -1,4 +1,4 @@
-// Logits that exist already, as the CPU's and the GPU's functions take them.
+// Existing logits, as the functions of the CPU and the GPU take them.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,12 @@ struct Rows {
   std::int64_t stride;
 };
 
-// Rows n score targets [n] by softcap(scale * z).
+// How rows of logits score targets [n]: by softcap(scale * z).
 struct Scoring {
   std::int64_t n;
   int vocabulary;
   const std::int64_t *targets;
-  float scale, softcap;  // no soft-cap: 0
+  float scale, softcap;  // softcap 0 stands for none
 };
 
 }  // namespace irlfast

@@ -1,4 +1,4 @@
-// Narrow numbers, on the host and on the device.
+// 16-bit numbers, on the host and on the device.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// RMSprop, one formula for the CPU and the GPU. Neither contracts products and sums, so that both find the same bits.
+// RMSprop, one formula for the CPU and the GPU. Neither fuses products and sums, so both compute the same bits.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ struct Parameter {
   bf16 *copy;
 };
 
-// One element's step: returns the parameter. `average` is null unless centred, `buffer` unless there is momentum.
+// The step of one element. Returns the parameter. `average` is null unless centred, `buffer` unless there is momentum.
 IRLFAST_INLINE float updated(float grad, float param, float *square, float *average, float *buffer, const RMSprop &o) {
   const float g = grad * o.grad_scale + o.weight_decay * param;
   const float s = o.alpha * *square + (1 - o.alpha) * g * g;

@@ -1,4 +1,4 @@
-// exp and tanh as straight lines of arithmetic, which the compiler makes vectors of; and loops in such lanes.
+// exp and tanh without branches, which compile to vector instructions; and loops over such lanes.
 #pragma once
 
 #include <cmath>
@@ -29,10 +29,10 @@ IRLFAST_INLINE float exp_negative(float x) {
   p = p * r + 1.0f;
   std::uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;  // 2^k, of whose sum with the shift only the low bits stay
+  bits = (bits + 127) << 23;  // 2^k: only the low bits of the sum with the shift stay
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  return x < -87.0f ? 0.0f : p * power;  // below, all the above is meaningless
+  return x < -87.0f ? 0.0f : p * power;  // below -87 the computation above is invalid
 }
 
 // tanh(x) within 4e-7 relative, NaN stays NaN: a rational function fitted to [0, 8], beyond which tanh is 1 - 2e-7.
@@ -59,15 +59,15 @@ struct SoftCap {
 
   IRLFAST_INLINE explicit SoftCap(float c) : cap(c), inverse(capped ? 1 / c : 0) {}
   IRLFAST_INLINE float operator()(float x) const { return capped ? cap * tanh_any(x * inverse) : x; }
-  IRLFAST_INLINE float derivative(float y) const {  // where operator() found y
+  IRLFAST_INLINE float derivative(float y) const {  // y: the result of operator()
     return capped ? 1 - (y * inverse) * (y * inverse) : 1;
   }
 };
 
-// Enough elements side by side that what one step of a reduction waits for does not hold up the next.
+// So many lanes that the latency of one step of a reduction does not delay the next.
 constexpr int kLanes = 32;
 
-// work(i, lane) for i of 0 .. count - 1, while `next` [count], which is read after this, comes nearer.
+// Calls work(i, lane) for i of 0 .. count - 1, and prefetches `next` [count], which is read afterwards.
 template <class T, class Work>
 IRLFAST_INLINE void in_lanes(std::int64_t count, const T *next, const Work &work) {
   std::int64_t first = 0;
@@ -80,7 +80,7 @@ IRLFAST_INLINE void in_lanes(std::int64_t count, const T *next, const Work &work
 }
 
 template <class Value>
-IRLFAST_INLINE float highest(std::int64_t count, const Value &value) {  // of value(0 .. count - 1); NaNs do not count
+IRLFAST_INLINE float highest(std::int64_t count, const Value &value) {  // of value(0 .. count - 1), without NaNs
   float peaks[kLanes];
   for (float &peak : peaks) peak = -kInfinity;
   const auto raise = [&](float x, int lane) { peaks[lane] = x > peaks[lane] ? x : peaks[lane]; };
@@ -89,7 +89,7 @@ IRLFAST_INLINE float highest(std::int64_t count, const Value &value) {  // of va
   return peaks[0];
 }
 
-// Of value(0 .. count - 1), in blocks: a lane that had summed a whole row would lose what many small values add to it.
+// The sum of value(0 .. count - 1), in blocks: a lane that sums a whole row would lose many small values.
 template <class T, class Value>
 IRLFAST_INLINE float sum(std::int64_t count, const T *next, const Value &value) {
   constexpr std::int64_t block = 64 * kLanes;

@@ -1,4 +1,4 @@
-// irlfast._cpu: addresses, sizes and strides in; the callers in Python hold the tensors.
+// The module irlfast._cpu takes addresses, sizes and strides. Its callers in Python own the tensors.
 #include "../binding.h"
 #include "cpu.h"
 

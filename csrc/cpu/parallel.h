@@ -1,5 +1,5 @@
-// The threads of the OpenMP that PyTorch brings, as it is loaded before us: after each of its operations they spin for a
-// while, and threads beside them would get half of a core. Where there is none, threads of our own.
+// Work runs on the OpenMP threads that PyTorch has loaded. After each of its operations they spin for a while, so that
+// further threads would get half of a core. Without OpenMP, this file starts its own threads.
 #pragma once
 
 #include <dlfcn.h>
@@ -10,8 +10,8 @@
 #include <thread>
 #include <vector>
 
-// The best of these that the processor has is chosen when the module is loaded. What they call must become part of them
-// (flatten), or it would be compiled for the least of processors.
+// The best target that the processor has is chosen when the module is loaded. Functions that they call are inlined
+// (flatten): otherwise these would be compiled for the oldest processors.
 #if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__) || defined(__SANITIZE_ADDRESS__)
 #define IRLFAST_CLONES __attribute__((flatten))
 #elif __GNUC__ >= 12
@@ -22,7 +22,7 @@
 
 namespace irlfast {
 
-// Calls the function, with the pointer, on so many threads at once, or fewer; GNU's name, which LLVM's and Intel's have too.
+// Calls the function with the pointer on at most so many threads. The name is GNU's; LLVM and Intel have it too.
 using Team = void (*)(void (*)(void *), void *, unsigned, unsigned flags);
 
 inline Team team() {
@@ -30,7 +30,7 @@ inline Team team() {
   return found;
 }
 
-// Calls work(begin, end) for contiguous shares of [0, count), none smaller than `least` but the only one.
+// Calls work(begin, end) for contiguous shares of [0, count). Each has at least `least` elements, or is the only one.
 template <class Work>
 void parallel(std::int64_t count, std::int64_t least, int threads, const Work &work) {
   const std::int64_t shares = std::clamp<std::int64_t>(count / std::max<std::int64_t>(least, 1), 1, std::max(threads, 1));
@@ -51,7 +51,7 @@ void parallel(std::int64_t count, std::int64_t least, int threads, const Work &w
   }
 }
 
-// Rows of so many logits.
+// The least number of rows per thread, for rows of so many logits.
 inline std::int64_t worth_a_thread(std::int64_t vocabulary) { return (1 << 14) / vocabulary + 1; }
 
 }  // namespace irlfast

@@ -36,7 +36,7 @@ IRLFAST_CLONES void update_any(const Parameter &p, std::int64_t first, std::int6
   if (!p.average && !p.buffer) choose<false, false>(p, first, last, o);
 }
 
-constexpr std::int64_t kLeast = 1 << 16;  // elements that are worth a thread
+constexpr std::int64_t kLeast = 1 << 16;  // the least elements per thread
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// Rows of logits become exponentials in place. A row is read from memory once, the second time from the cache; and
-// while it is, the next row comes from memory.
+// Rows of logits become exponentials in place. The first pass over a row reads memory, the second reads the cache and
+// prefetches the next row.
 #include "cpu.h"
 #include "functions.h"
 #include "parallel.h"

@@ -1,5 +1,5 @@
-// Log-probabilities of targets from logits that exist, and their gradient over the logits: bound by memory. The forward
-// reads a row from memory once, the second time from the cache; meanwhile the next row comes from memory.
+// Log-probabilities of targets from existing logits, and their gradient written over the logits: bound by memory. The
+// first pass over a row reads memory, the second reads the cache and prefetches the next row.
 #include "cpu.h"
 #include "functions.h"
 #include "parallel.h"

@@ -1,4 +1,4 @@
-// Launches, whose errors carry the kernel's name.
+// Launches whose errors name the kernel.
 #pragma once
 
 #include <cuda_runtime.h>

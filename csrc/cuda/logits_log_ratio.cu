@@ -1,5 +1,5 @@
-// Log-probabilities of targets from logits that exist, their gradient over the logits, and their sums per sequence. All
-// is bound by memory: the forward reads every row once, the backward reads and writes it once.
+// Log-probabilities of targets from existing logits, their gradient written over the logits, and their sums per
+// sequence. The kernels are bound by memory: the forward reads every row once, the backward reads and writes it once.
 #include <climits>
 
 #include "gpu.h"
@@ -9,7 +9,7 @@
 namespace irlfast {
 namespace {
 
-constexpr int kRounds = 2;  // vectors that a thread of the backward has at once
+constexpr int kRounds = 2;  // vectors that a thread of the backward takes at once
 
 template <class T, class Logit>
 __device__ void score_row(const void *z, std::int64_t offset, std::int64_t target, int vocabulary, const Logit &logit,
@@ -50,10 +50,10 @@ struct Gradient {
   std::int64_t grad_stride, stride;
   const std::int64_t *targets;
   const float *lse, *upstream;
-  int vocabulary, blocks;  // blocks a row
+  int vocabulary, blocks;  // blocks: per row
 };
 
-// d logp / d logits at one element, times `factor`.
+// The derivative d logp / d logits at one element, times `factor`.
 template <bool capped>
 __device__ __forceinline__ float slope(float z, int at, std::int64_t target, float lse, float factor,
                                        const Final<capped, false> &logit) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ float slope(float z, int at, std::int64_t target, flo
   return factor * ((at == target ? 1.0f : 0.0f) - exp_fast(value - lse)) * derivative;
 }
 
-// One block a part of a row. Each element is read by the thread that writes it: `grad` may be `logits`.
+// One block per part of a row. The thread that writes an element has read it, so `grad` may be `logits`.
 template <class T, int width, bool capped>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(Gradient<T, width> g, Final<capped, false> logit) {
@@ -117,7 +117,7 @@ void launch_gradient(const Rows &grad, const Rows &logits, const Scoring &scorin
            Final<false, false>{scoring.scale, 0, nullptr});
 }
 
-// Whole vectors where every row of both starts at the same distance from a multiple of 16 bytes, else elements.
+// Vectors, if every row of both tensors starts at the same distance from a multiple of 16 bytes; else elements.
 template <class T>
 void write_gradient_of(const Rows &grad, const Rows &logits, const Scoring &scoring, const float *lse,
                        const float *upstream, void *stream) {
@@ -136,7 +136,7 @@ __device__ __forceinline__ Sums from_lane(Sums x, int mask) {
   return {__shfl_xor_sync(0xffffffffu, x.policy, mask), __shfl_xor_sync(0xffffffffu, x.reference, mask)};
 }
 
-// One block a sequence. Sums in fp64 keep every digit of fp32 terms, so that their difference does too.
+// One block per sequence. Sums in fp64 lose no digit of their fp32 terms, and neither does their difference.
 template <class Reference>
 __global__ void __launch_bounds__(kThreads) sequence_sums_kernel(Sequences s, float *sums) {
   const int sequence = blockIdx.x, last = s.cu_seqlens[sequence + 1];

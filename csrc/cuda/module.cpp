@@ -1,11 +1,11 @@
-// irlfast._cuda: device addresses, sizes, strides and a stream in; the callers in Python hold the tensors.
+// The module irlfast._cuda takes device addresses, sizes, strides and a stream. Its callers in Python own the tensors.
 #include <climits>
 
 #include "../binding.h"
 #include "gpu.h"
 
 #ifndef IRLFAST_DEVICE
-#define IRLFAST_DEVICE "cuda"  // the tests also compile the kernels for the CPU, and run them there
+#define IRLFAST_DEVICE "cuda"  // tests compile the kernels for the CPU too
 #endif
 
 namespace {
@@ -74,7 +74,7 @@ void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "irlfast's kernels in CUDA C++; takes addresses, so use irlfast.optim and irlfast.ops instead.";
-  module.attr("device") = IRLFAST_DEVICE;  // where the addresses are
+  module.attr("device") = IRLFAST_DEVICE;  // the device of the addresses
   module.def("token_logps", &token_logps);
   module.def("write_gradient", &write_gradient);
   module.def("softmax_slopes", &softmax_slopes);

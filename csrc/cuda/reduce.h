@@ -1,9 +1,9 @@
-// Sums and the like over the threads of a block, in an order that does not vary.
+// Reductions over the threads of a block, such as sums, always in the same order.
 #pragma once
 
 namespace irlfast {
 
-// A Part has merged(a, b), and from_lane(mine, mask), which is that of the thread whose lane differs by `mask`.
+// A Part has merged(a, b), and from_lane(mine, mask): the part of the thread whose lane differs by `mask`.
 template <class Part>
 __device__ __forceinline__ Part over_warp(Part mine) {
 #pragma unroll
@@ -11,7 +11,7 @@ __device__ __forceinline__ Part over_warp(Part mine) {
   return mine;
 }
 
-// Every thread gets it. To be called once in a kernel, or its threads would overwrite what others have yet to read.
+// Every thread gets the result. A kernel calls this once: a second call could overwrite parts that are still unread.
 template <class Part>
 __device__ __forceinline__ Part over_block(Part mine, Part nothing) {
   __shared__ Part of_warp[32];

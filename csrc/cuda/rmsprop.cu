@@ -1,4 +1,4 @@
-// One launch for hundreds of parameters: their table is an argument of the kernel, so no memory holds it.
+// One launch for hundreds of parameters. Their table is an argument of the kernel, so it needs no device memory.
 #include <algorithm>
 
 #include "gpu.h"
@@ -10,11 +10,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kShare = 8192;  // elements of a parameter that a block updates
-constexpr int kMost = 400;    // parameters a launch: arguments may have 32,764 bytes
+constexpr int kMost = 400;    // parameters per launch: arguments may have 32,764 bytes
 
 struct Table {
   Parameter parameters[kMost];
-  std::int64_t first[kMost + 1];  // block of each parameter, and of the end
+  std::int64_t first[kMost + 1];  // the first block of each parameter, and the end
   int count;
 };
 static_assert(sizeof(Parameter) == 64 && sizeof(Table) < 32000);
@@ -43,7 +43,7 @@ __device__ __forceinline__ void update(const Parameter &p, const Grad *grads, st
   }
 }
 
-// Vectors of 4 elements where every tensor starts at a multiple of their size, and single elements after the last.
+// Vectors of 4 elements if every tensor is aligned to their size; single elements after the last vector.
 template <bool centred, bool momentum, class Grad>
 __device__ void update_share(const Parameter &p, const Grad *grads, std::int64_t first, std::int64_t last,
                              const RMSprop &options) {
@@ -65,7 +65,7 @@ __device__ void update_any(const Parameter &p, const Grad *grads, std::int64_t f
 
 __global__ void __launch_bounds__(kThreads)
     rmsprop_kernel(const __grid_constant__ Table table, const __grid_constant__ RMSprop options) {
-  int low = 0, high = table.count;  // the parameter of this block is the last that begins at or before it
+  int low = 0, high = table.count;  // this block belongs to the last parameter that begins at or before it
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (table.first[middle] <= blockIdx.x ? low : high) = middle;

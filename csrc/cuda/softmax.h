@@ -1,4 +1,4 @@
-// A row of logits, as the threads of a block share it.
+// The softmax of a row of logits, by the threads of a block.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,7 @@
 
 namespace irlfast {
 
-constexpr int kThreads = 256;  // of a block, at most
+constexpr int kThreads = 256;  // the most per block
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -27,7 +27,7 @@ __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162floa
 __device__ __forceinline__ void narrow_into(__half &to, float x) { to = __float2half_rn(x); }
 __device__ __forceinline__ void narrow_into(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
 
-// exp(x) without care for subnormal results: fewer instructions an element than bytes leave time for.
+// exp(x) without exact subnormal results: so few instructions per element that memory stays the bound.
 __device__ __forceinline__ float exp_fast(float x) {
   const float y = x * 1.44269504f;
 #ifdef __CUDA_ARCH__
@@ -39,14 +39,14 @@ __device__ __forceinline__ float exp_fast(float x) {
 #endif
 }
 
-// To 4e-7 relative: 1 - 2/(1 + e) cancels near 0, where an odd polynomial (a least-squares fit) stands in.
+// Within 4e-7 relative. 1 - 2/(1 + e) cancels near 0: an odd polynomial (a least-squares fit) replaces it there.
 __device__ __forceinline__ float tanh_fast(float u) {
   const float w = u * u;
   const float near = u + u * w * (((0.01642126f * w - 0.05266348f) * w + 0.13320599f) * w - 0.33332941f);
   return w < 0.3f ? near : 1 - __fdividef(2, 1 + exp_fast(2 * u));
 }
 
-// Final logits softcap(scale * (z + bias)), and the soft-cap's derivative there.
+// Final logits softcap(scale * (z + bias)), and the derivative of the soft-cap at each.
 template <bool capped, bool biased>
 struct Final {
   float scale, cap;
@@ -64,7 +64,7 @@ struct Final {
   }
 };
 
-// Log-sum-exp of what has been seen: peak + log(sum).
+// The log-sum-exp of the elements so far: peak + log(sum).
 struct Softmax {
   float peak, sum;
 };
@@ -91,13 +91,13 @@ __device__ __forceinline__ Softmax from_lane(Softmax x, int mask) {
   return {__shfl_xor_sync(0xffffffffu, x.peak, mask), __shfl_xor_sync(0xffffffffu, x.sum, mask)};
 }
 
-// Whole warps, no more than have something to do where each thread has a vector of 16 bytes.
+// Whole warps, and only so many that each thread has a vector of 16 bytes.
 inline unsigned threads_for(std::int64_t elements) {
   return static_cast<unsigned>(std::clamp<std::int64_t>((elements / 8 + 31) / 32 * 32, 32, kThreads));
 }
 
-// A row as the elements before the first vector, whole vectors, and the elements after the last: `edges`, fewer than
-// two vectors, are the first and the last together.
+// A row is cut into the elements before the first aligned vector, whole vectors, and the elements after the last one.
+// The first and the last together are its `edges`, fewer elements than two vectors have.
 struct Split {
   int head, vectors, edges, width;
 
@@ -126,7 +126,7 @@ __device__ __forceinline__ void add_vectors(Softmax &seen, const Vector<T, width
   add(seen, values);
 }
 
-// This thread's share of a row: vectors of 16 bytes, several at once so that enough of memory is on its way.
+// This thread's part of a row: vectors of 16 bytes, several at once, so that enough loads are in flight.
 template <class T, class Logit>
 __device__ __forceinline__ Softmax scan(const T *row, int vocabulary, const Logit &logit) {
   constexpr int width = 16 / sizeof(T), rounds = 4;
@@ -145,7 +145,7 @@ __device__ __forceinline__ Softmax scan(const T *row, int vocabulary, const Logi
   return seen;
 }
 
-// The target's final logit. A target outside the row is never read: it is NaN.
+// The target's final logit; NaN for a target outside the row, which is never read.
 template <class T, class Logit>
 __device__ __forceinline__ float picked(const T *row, std::int64_t target, int vocabulary, const Logit &logit) {
   const bool inside = target >= 0 && target < vocabulary;

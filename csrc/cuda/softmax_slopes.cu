@@ -1,5 +1,5 @@
-// The middle step of the pair slab: log-probabilities and, if asked, their derivatives. A row is read once, and for them
-// again, from the L2 cache where the rows in flight fit; they are written over it.
+// The middle step of the pair slab: log-probabilities and, if asked, their derivatives. A row is read once. For the
+// derivatives it is read again (from the L2 cache, if the rows in flight fit) and overwritten.
 #include "gpu.h"
 #include "launch.h"
 #include "softmax.h"
@@ -7,8 +7,8 @@
 namespace irlfast {
 namespace {
 
-// `to` are narrower numbers in the memory of `from`. All threads go round together, and all that they read in a round
-// is read before anything is written.
+// `to` has narrower numbers in the memory of `from`. All threads loop together: in each round, all reads come before
+// all writes.
 template <int width, class T, class Logit>
 __device__ void write_slopes(const float *from, T *to, int first, int last, std::int64_t target, Softmax total,
                              const Logit &logit) {
@@ -28,7 +28,7 @@ __device__ void write_slopes(const float *from, T *to, int first, int last, std:
   }
 }
 
-// One block a row.
+// One block per row.
 template <class T, class Logit>
 __global__ void __launch_bounds__(kThreads)
     softmax_slopes_kernel(float *z, std::int64_t stride, const std::int64_t *targets, int vocabulary, Logit logit,

@@ -1,4 +1,4 @@
-// Adjacent elements, read and written at once.
+// Adjacent elements that are read and written at once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,7 +26,7 @@ __device__ __forceinline__ Word bits_of(const V &value) {
   return bits;
 }
 
-// The intrinsics, because the compiler at times takes a vector's store apart.
+// Intrinsics, because the compiler at times splits the store of a vector.
 template <int width, class T>
 __device__ __forceinline__ void write(T *to, const Vector<T, width> &value) {
   if constexpr (sizeof value == 16)

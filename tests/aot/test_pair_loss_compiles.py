@@ -33,7 +33,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def side(n: int, vocabulary: int, size: int, dtype: torch.dtype, bias: bool) -> tuple:
+def head_inputs(n: int, vocabulary: int, size: int, dtype: torch.dtype, bias: bool) -> tuple:
     head = empty(vocabulary, size, dtype=dtype)
     return empty(n, size, dtype=dtype), head, empty(vocabulary, dtype=dtype) if bias else None
 
@@ -41,10 +41,10 @@ def side(n: int, vocabulary: int, size: int, dtype: torch.dtype, bias: bool) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("version", ["2.9.1", torch.__version__])
 def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype, version, monkeypatch):
-    """No CPU kernel does; torch's own shape functions take the same arguments."""
+    """No CPU kernel multiplies so, but torch's shape functions take the same arguments."""
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     n, vocabulary, size = 63, 50257, 96
-    hidden, weight, _ = side(n, vocabulary, size, dtype, bias=False)
+    hidden, weight, _ = head_inputs(n, vocabulary, size, dtype, bias=False)
     z = empty(n, 50272)[:, :vocabulary]
     slope = z.view(dtype)[:, :vocabulary]
     triton_slab.logits(hidden, weight, z)
@@ -60,9 +60,9 @@ def test_fused_projection_compiles(shape, dtype, bias, softcap, architecture, mo
     n, vocabulary, size, ref_size = shape
     monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
     targets, tiles = empty(n, dtype=torch.long), empty(-(-vocabulary // linear.columns(dtype)), n)
-    sides = [side(n, vocabulary, columns, dtype, bias) for columns in (size, ref_size)]
+    models = [head_inputs(n, vocabulary, columns, dtype, bias) for columns in (size, ref_size)]
     for kept in (None, tiles):
-        launches = launches_of(linear.token_logps, sides, targets, targets, 0.5, softcap, kept)
+        launches = launches_of(linear.token_logps, models, targets, targets, 0.5, softcap, kept)
         assert [launch.kernel.__name__ for launch in launches] == ["parts_kernel", "fold_kernel"]
         for launch in launches:
             check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])
@@ -72,8 +72,8 @@ def test_fused_projection_compiles(shape, dtype, bias, softcap, architecture, mo
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_tile_that_tuning_may_choose_compiles(dtype, architecture):
-    targets, sides = empty(8192, dtype=torch.long), [side(8192, 128256, 4096, dtype, bias=True)] * 2
-    launch, _ = launches_of(linear.token_logps, sides, targets, targets, 0.5, None)
+    targets, models = empty(8192, dtype=torch.long), [head_inputs(8192, 128256, 4096, dtype, bias=True)] * 2
+    launch, _ = launches_of(linear.token_logps, models, targets, targets, 0.5, None)
     for tile in linear.WIDE if dtype == torch.float32 else linear.NARROW:
         if architecture == 80 and tile == linear.NARROW[0]:
             continue  # Triton 3.6 spills 8 bytes
@@ -93,7 +93,7 @@ def test_every_tile_that_tuning_may_choose_compiles(dtype, architecture):
 def test_skipping_backward_compiles(shape, dtype, softcap, wanted, architecture, monkeypatch):
     n, vocabulary, size, _ = shape
     monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
-    policy = side(n, vocabulary, size, dtype, bias=True)
+    policy = head_inputs(n, vocabulary, size, dtype, bias=True)
     sums = [
         empty(*tensor.shape) if wanted in ("all", name) else None
         for name, tensor in zip(("hidden", "weight", "bias"), policy, strict=True)

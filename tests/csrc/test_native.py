@@ -1,4 +1,4 @@
-"""The native CPU module: its softmax against fp64, what it refuses; its code and the kernels' under the sanitizers."""
+"""The native CPU module: its softmax against fp64, its errors; its code and the kernels' under the sanitizers."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def scored(targets: torch.Tensor, dtype: torch.dtype, scale: float = 1.0, softca
 
 
 def both(z: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, **options: float | None) -> tuple:
-    """Log-probabilities, v, slab: natively in fp32, and by PyTorch in fp64."""
+    """Log-probabilities, v and slab, by the module in fp32 and by PyTorch in fp64."""
     head = torch.empty(z.shape[1], 1)
     ours = cpu_slab.native_softmax(
         z.clone(), targets, HeadInputs(head, head, bias), scored(targets, torch.float32, **options)
@@ -42,7 +42,7 @@ def both(z: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, **op
 @pytest.mark.parametrize("scale", [1.0, -0.3])
 @pytest.mark.parametrize("biased", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [1, 7, 1000, 32000])
-def test_softmax_is_that_of_fp64(vocabulary, biased, scale, softcap, largest):
+def test_softmax_matches_fp64(vocabulary, biased, scale, softcap, largest):
     random = torch.Generator().manual_seed(0)
     z = torch.randn(9, vocabulary + 5, generator=random)[:, :vocabulary] * largest / 4
     targets = torch.randint(vocabulary, (9,), generator=random)
@@ -51,24 +51,24 @@ def test_softmax_is_that_of_fp64(vocabulary, biased, scale, softcap, largest):
     torch.testing.assert_close(logps.double(), exact, rtol=1e-6, atol=2e-5)
     torch.testing.assert_close(v.double(), exact_v, rtol=1e-5, atol=0)
     # The slab times v is what products take: probabilities, so its errors count against 1.
-    found, expected = slab.double() * v.double()[:, None], exact_slab * exact_v[:, None]
-    assert (found - expected).abs().max() < 2e-6
+    actual, expected = slab.double() * v.double()[:, None], exact_slab * exact_v[:, None]
+    assert (actual - expected).abs().max() < 2e-6
 
 
 @needs_module
-def test_what_many_small_values_add_is_not_lost():
-    """Each is less than a float's last digit of the sum of a whole row; errors of one sign would add up over tokens."""
+def test_the_sum_of_many_small_values_is_not_lost():
+    """Each value is below the last digit of a row's sum in fp32. Errors of one sign would add up over tokens."""
     random = torch.Generator().manual_seed(0)
     z = torch.randn(512, 32000, generator=random) * 4
     targets = torch.randint(32000, (512,), generator=random)
     (logps, *_), (exact, *_) = both(z, targets, None)
     assert (logps.double() - exact).mean().abs() < 2e-7
-    found = ops.token_logps(z, targets, backend="cpu")
-    assert (found.double() - exact).mean().abs() < 2e-7
+    actual = ops.token_logps(z, targets, backend="cpu")
+    assert (actual.double() - exact).mean().abs() < 2e-7
 
 
 @needs_module
-def test_a_row_that_is_no_number_leaves_others_alone():
+def test_a_nan_row_leaves_other_rows_unchanged():
     z = torch.randn(4, 100)
     targets = torch.tensor([1, 2, 3, 4])
     (clean, _, clean_slab), _ = both(z, targets, None)
@@ -127,7 +127,7 @@ def test_threads_change_no_bit_of_logits(dtype, softcap):
 @needs_module
 @pytest.mark.skipif(sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="no OpenMP to be found")
 def test_the_threads_are_those_of_pytorchs_openmp():
-    """Threads beside them would get half of a core; a team's threads, unlike those, stay."""
+    """Further threads would share the cores with PyTorch's. OpenMP keeps its threads alive, so they can be counted."""
     code = """
 import os, torch
 from irlfast.ops.logits import cpu_rows
@@ -160,9 +160,9 @@ def test_without_the_module_pytorch_does_its_work(dtype, monkeypatch):
     expected = ops.pair_loss(**case, beta=0.3)
     exact = gradients(expected.loss, case)
     monkeypatch.setattr(native, "cpu", None)
-    found = ops.pair_loss(**case, beta=0.3)
-    torch.testing.assert_close(found.log_ratio, expected.log_ratio, rtol=1e-5, atol=3e-5)
-    for name, gradient in gradients(found.loss, case).items():
+    actual = ops.pair_loss(**case, beta=0.3)
+    torch.testing.assert_close(actual.log_ratio, expected.log_ratio, rtol=1e-5, atol=3e-5)
+    for name, gradient in gradients(actual.loss, case).items():
         assert (gradient - exact[name]).abs().max() <= exact[name].abs().max() * (1e-4 if dtype.itemsize == 4 else 1e-2)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA sources by nvcc, without a GPU: what each kernel needs on each architecture, and a module that says so."""
+"""The CUDA sources compiled by nvcc without a GPU: each kernel's resources per architecture; the module's errors."""
 
 import re
 import shutil
@@ -17,13 +17,13 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
 # Vectors that the code of the best kernel reads and writes: all that it has, by the kinds of parameter in RMSprop.
 WIDE = {"logits_log_ratio.cu": (4, 2), "rmsprop.cu": (28, 32), "softmax_slopes.cu": (4, 1)}
-REGISTERS = 64  # a thread: then four blocks of 256 threads fit a multiprocessor, and enough loads are on their way
+REGISTERS = 64  # per thread: then four blocks of 256 threads fit a multiprocessor, and enough loads are on their way
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 needs_module = pytest.mark.skipif(native.cuda is None, reason="irlfast._cuda is not built here")
 
 
 class Usage(NamedTuple):
-    """What ptxas says of a kernel."""
+    """The resources of a kernel, as ptxas reports them."""
 
     kernel: str
     architecture: str
@@ -39,14 +39,16 @@ def demangled(log: str) -> str:
 
 
 def usages(log: str) -> list[Usage]:
-    found = []
+    actual = []
     for part in log.split("Compiling entry function '")[1:]:
         name, architecture = re.match(r"(?:void )?(\w+(?:<.*?>(?=\())?)\(.*' for '(\w+)'", part).groups()
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.* (\d+) .* stores, (\d+)", part).groups())
         registers = int(re.search(r"Used (\d+) registers", part).group(1))
         shared = re.search(r"(\d+) bytes smem", part)
-        found.append(Usage(name, architecture, registers, stores + loads, stack, int(shared.group(1)) if shared else 0))
-    return found
+        actual.append(
+            Usage(name, architecture, registers, stores + loads, stack, int(shared.group(1)) if shared else 0)
+        )
+    return actual
 
 
 @needs_nvcc
@@ -57,19 +59,19 @@ def test_kernels_compile_without_spills_and_leave_room_for_others(source, tmp_pa
     command = ["nvcc", *flags, *targets, "-c", str(source), "-o", str(tmp_path / "out.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = usages(demangled(done.stdout + done.stderr))
+    actual = usages(demangled(done.stdout + done.stderr))
     print(f"{'registers':>9} {'spills':>6} {'shared':>6}  kernel")
-    for usage in found:
+    for usage in actual:
         print(f"{usage.registers:9} {usage.spills:6} {usage.shared:6}  {usage.kernel} on {usage.architecture}")
         assert usage.spills == usage.stack == 0, usage
         assert usage.registers <= REGISTERS, usage
-    assert {usage.architecture for usage in found} == set(ARCHITECTURES)
+    assert {usage.architecture for usage in actual} == set(ARCHITECTURES)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_memory_is_read_and_written_by_16_bytes(source, tmp_path):
-    """The compiler is free to take vectors apart, and has done so."""
+    """The compiler may split vectors, and has done so once."""
     ptx = tmp_path / "out.ptx"
     subprocess.run(["nvcc", "-std=c++17", "-O3", "-arch=compute_90a", "-ptx", str(source), "-o", str(ptx)], check=True)
     kernels = ptx.read_text().split(".entry")[1:]
@@ -81,7 +83,7 @@ def test_memory_is_read_and_written_by_16_bytes(source, tmp_path):
 
 
 def launches(n: int, address: int) -> dict[str, Callable[[], None]]:
-    """Every kernel's launch, on n rows, sequences or elements at one address."""
+    """A launch of every kernel on n rows, sequences or elements at one address."""
     logits, scoring, wide = (address, "bfloat16", 4), (n, 4, address, 1.0, 0.0), (address, "float32", 4)
     module, row = native.cuda, (n, *[address] * 3, 0, 0, 0, False)
     return {
@@ -126,8 +128,8 @@ def test_the_binding_checks_what_it_is_given():
 
 
 @needs_module
-def test_nothing_to_do_is_no_launch():
-    """A launch would be an error: any without a GPU, and on one a launch of no blocks."""
+def test_empty_inputs_launch_no_kernel():
+    """A launch would fail: any launch without a GPU, and a launch of no blocks on one."""
     memory = torch.full((64,), 7)
     for address in (0, memory.data_ptr()):
         for kernel, call in launches(0, address).items():

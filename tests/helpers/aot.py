@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation, without a GPU, of exactly the launches that a call makes; and what ptxas says of them."""
+"""Compile the launches that a call makes, without a GPU, and read the registers and spills that ptxas reports."""
 
 import io
 import re
@@ -33,18 +33,18 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel needs of a GPU."""
+    """The resources that a compiled kernel needs."""
 
     name: str
     architecture: int
-    registers: int  # a thread
-    spills: int  # bytes a thread, stores and loads
-    shared: int  # bytes a program
+    registers: int  # per thread
+    spills: int  # bytes per thread, stores and loads
+    shared: int  # bytes per program
 
 
 @contextmanager
 def captured() -> Iterator[list[Launch]]:
-    """Record the launches of kernels instead of running them; whatever they would have written stays as it was."""
+    """Record the launches of kernels instead of running them: their results stay unwritten."""
     launches: list[Launch] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -69,7 +69,7 @@ def launches_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Lau
 
 
 def compile_launch(launch: Launch, architecture: int) -> Usage:
-    """Compile as a launch with these arguments would: pointers aligned, 1s and None folded in."""
+    """Compile for these arguments as the launch would: pointers are aligned, 1 and None are constants."""
     signature, constants, attributes = {}, {}, {}
     for parameter in launch.kernel.params:
         name, value = parameter.name, launch.values[parameter.name]
@@ -86,7 +86,7 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     log = io.StringIO()
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(log):
-        triton.knobs.compilation.always_compile = True  # else ptxas would say nothing of a kernel that is cached
+        triton.knobs.compilation.always_compile = True  # ptxas does not report on a cached kernel
         triton.knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
     [registers] = re.findall(r"Used (\d+) registers", log.getvalue())
@@ -97,7 +97,7 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
 def check_compiles(
     launch: Launch, *what: object, registers: int = 255, architectures: Sequence[int] = ARCHITECTURES
 ) -> None:
-    """Compile a launch for the architectures, print what it needs, and refuse spills for want of registers."""
+    """Compile a launch for the architectures, print its resources, and refuse spills."""
     for architecture in architectures:
         usage = compile_launch(launch, architecture)
         print(*what, usage)

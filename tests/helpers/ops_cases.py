@@ -1,4 +1,4 @@
-"""For the tests of ``irlfast.ops``: inputs, an independent oracle in loops, a recorder of what a backend computes."""
+"""Helpers of the tests of ``irlfast.ops``: inputs, an independent oracle in loops, a recorder of what is computed."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def make(
     reference: str = "none",
     frozen: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of ``log_ratio``; logits are spread over a few nats, as a trained model's are."""
+    """Arguments of ``log_ratio``. Logits spread over a few nats, as those of a trained model do."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, spread: float = 1.0) -> torch.Tensor:
@@ -70,7 +70,7 @@ def converted(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def gradients(output: torch.Tensor, case: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Gradient by every argument that wants one."""
+    """The gradient by every argument that requires one."""
     leaves = {name: case[name] for name in ("hidden", "weight", "bias") if getattr(case[name], "requires_grad", False)}
     return dict(zip(leaves, torch.autograd.grad(output, list(leaves.values())), strict=True))
 
@@ -81,11 +81,11 @@ def random_pairs(count: int, seed: int, pairs: int = 4) -> torch.Tensor:
     return torch.randint(count, (pairs if count else 0, 2), generator=random)
 
 
-# ---------------------------------------------------------------- the oracle's oracle: loops, a sequence at a time
+# ---------------------------------------------------------------- an oracle of the plain backend: loops over sequences
 
 
 def token_by_token(case: dict[str, Any], prefix: str = "") -> list[list[torch.Tensor]]:
-    """Log-probability of each scored token, sequence by sequence."""
+    """The log-probability of each token, by sequence; None where the target is skipped."""
     hidden, weight, bias = (case.get(prefix + name) for name in ("hidden", "weight", "bias"))
     rows, cap, ends = case["rows"], case["logit_softcap"], case["cu_seqlens"].tolist()
     result = []
@@ -109,7 +109,7 @@ PAIR_LOSS_ORACLES = {
 
 
 def looped_pair_loss(case: dict[str, Any], pairs: torch.Tensor, beta: float, loss_type: str, nll_weight: float) -> Any:
-    """Loss and log-ratios as the definition reads."""
+    """The loss and the log-ratios, as their definition reads."""
     policy = [[x for x in sequence if x is not None] for sequence in token_by_token(case)]
     ratio = [sum(sequence, torch.zeros(()).double()) for sequence in policy]
     if case.get("ref_hidden") is not None:
@@ -137,9 +137,9 @@ def looped_pair_loss(case: dict[str, Any], pairs: torch.Tensor, beta: float, los
 
 
 class Recorder(TorchDispatchMode):
-    """Largest tensor made, and floating-point operations of matrix products, in the block.
+    """Record the largest tensor that the block makes, and the floating-point operations of its matrix products.
 
-    What lies in the memory of tensors that are ``there`` is not made.
+    Tensors in the memory of those ``there`` do not count.
     """
 
     largest = 0
@@ -150,7 +150,7 @@ class Recorder(TorchDispatchMode):
         self.there = {tensor.data_ptr() for tensor in there}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "irlfast":  # what it does inside counts as well
+        if function.namespace == "irlfast":  # tensors and products inside the operation count too
             with self:
                 return OPDEFS[function.name().removesuffix(".default")]._init_fn(*args, **(kwargs or {}))
         out = function(*args, **(kwargs or {}))

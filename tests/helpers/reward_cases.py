@@ -1,4 +1,4 @@
-"""For the tests of reward heads and divergences: inputs, every kind of loss, an independent oracle in loops."""
+"""Helpers of the tests of reward heads: inputs, every kind of loss, an independent oracle in loops."""
 
 import itertools
 import math
@@ -27,7 +27,8 @@ PAIRED: dict[str, dict[str, Any]] = {
     "bradley_terry smoothed": {"kind": "bradley_terry", "label_smoothing": 0.2},
     "linear": {"kind": "linear", "regularization": 0.1},
 }
-FORMS = [*itertools.product(KINDS, POOLINGS), *itertools.product(PAIRED, ["last"])]  # every kind as it may be pooled
+# Every kind with every pooling that it allows.
+FORMS = [*itertools.product(KINDS, POOLINGS), *itertools.product(PAIRED, ["last"])]
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -81,11 +82,11 @@ def gradients(output: torch.Tensor, case: dict[str, Any]) -> dict[str, torch.Ten
     return dict(zip(leaves, torch.autograd.grad(output, list(leaves.values())), strict=True))
 
 
-# ---------------------------------------------------------------- the oracle's oracle: loops
+# ---------------------------------------------------------------- an oracle of the plain backend: loops
 
 
 def looped_logits(case: dict[str, Any], pooling: str) -> list[list[list[float]]]:
-    """Of every sequence, of every item that it has, of every head."""
+    """The logits by sequence, item and head."""
     result: list[list[list[float]]] = []
     for start, end in itertools.pairwise(case["cu_seqlens"].tolist()):
         result.append([])
@@ -97,7 +98,7 @@ def looped_logits(case: dict[str, Any], pooling: str) -> list[list[list[float]]]
 
 
 def critic(kind: str, alpha: float = 0.5, **_: Any) -> tuple[Callable[[float], float], Callable[[float], float]]:
-    """f-GAN's T = f′(eʰ) and conjugate f*, from the generator f of the divergence."""
+    """The functions T = f′(eʰ) and f* of f-GAN, from the generator f of the divergence."""
     if kind == "airl":  # f(u) = −log u
         return lambda h: -math.exp(-h), lambda t: -1 - math.log(-t)
     if kind == "fairl":  # f(u) = u log u

@@ -1,5 +1,7 @@
-"""Kernels run here on a GPU where there is one, else on the CPU (``TRITON_INTERPRET=1``): Triton's by its interpreter,
-those in CUDA C++ by :mod:`tests.kernels.emulated`."""
+"""Kernels run on a GPU where there is one.
+
+With ``TRITON_INTERPRET=1`` they run on the CPU: Triton's by its interpreter, CUDA C++ by :mod:`tests.kernels.emulated`.
+"""
 
 import os
 import shutil
@@ -13,7 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch 2.11's p
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all that follows is of the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests below are for the CPU
     from tests.kernels.interpreter import repair_bf16
 
     repair_bf16()

@@ -13,14 +13,14 @@ import pybind11
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests/csrc/emulated"
 SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/module.cpp"]
-# -ffp-contract=off, as nvcc's --fmad=false for the code that must find the CPU's bits. A GPU has no mercy on a vector
-# that is not aligned, a CPU does: hence the sanitizer, which ends the process.
+# -ffp-contract=off, like nvcc's --fmad=false, for the code that must give the CPU's bits. A GPU fails on a
+# vector that is not aligned, a CPU does not: hence the sanitizer, which ends the process.
 FLAGS = "-std=c++17 -O2 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -fvisibility=hidden -fPIC".split()
 SANITIZER = ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 
 
 def module() -> ModuleType:
-    """Built once for each state of the sources."""
+    """The module, built once for each state of the sources."""
     files = [*(ROOT / "csrc").rglob("*.*"), *SHIM.glob("*.h"), Path(__file__)]
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
     folder = ROOT / "build/emulated"
@@ -31,9 +31,9 @@ def module() -> ModuleType:
         if not path.exists():
             build(path)
     spec = importlib.util.spec_from_file_location("_cuda", path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    actual = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(actual)
+    return actual
 
 
 def build(path: Path) -> None:

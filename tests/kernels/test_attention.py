@@ -1,4 +1,4 @@
-"""On a GPU: rows of several segments, by each attention for them, against separate sequences in fp32."""
+"""On a GPU: rows of several prompt groups, by each attention that takes them, against separate sequences in fp32."""
 
 import copy
 
@@ -42,15 +42,15 @@ def groups() -> list[PromptGroup]:
     ]
 
 
-def errors(found: tuple, exact: tuple) -> list[float]:
-    """Of the log-probabilities (largest), and of each gradient (relative)."""
-    apart = [(ours.float() - theirs).norm() / theirs.norm() for ours, theirs in zip(found[1], exact[1], strict=True)]
-    return [(found[0].float() - exact[0]).abs().max().item(), *map(float, apart)]
+def errors(actual: tuple, exact: tuple) -> list[float]:
+    """The largest error of the log-probabilities, and the relative error of each gradient."""
+    apart = [(ours.float() - theirs).norm() / theirs.norm() for ours, theirs in zip(actual[1], exact[1], strict=True)]
+    return [(actual[0].float() - exact[0]).abs().max().item(), *map(float, apart)]
 
 
 @pytest.mark.parametrize("config", [LLAMA, MISTRAL], ids=["Llama", "Mistral, window 100"])
 @pytest.mark.parametrize("kind", ["flex_attention", "flash-attn", varlen.NAME])
-def test_packed_segments_are_no_worse_than_separate_ones(config, kind):
+def test_packed_groups_are_no_worse_than_separate_ones(config, kind):
     model = model_of(config).to(torch.bfloat16).float()
     apart = [batch.to(model.device) for batch in separate(groups())]
     exact = with_gradients(model, apart)
@@ -63,11 +63,11 @@ def test_packed_segments_are_no_worse_than_separate_ones(config, kind):
         pytest.skip("this torch has no varlen attention with windows and shared heads")
     model.set_attn_implementation(kind)
     layout = Layout(shared=kind == "flex_attention", one_row=True)
-    found = errors(with_gradients(model, [pack(groups(), layout).to(model.device)]), exact)
-    assert all(ours <= 2 * theirs + 1e-3 for ours, theirs in zip(found, plain, strict=True)), (found, plain)
+    actual = errors(with_gradients(model, [pack(groups(), layout).to(model.device)]), exact)
+    assert all(ours <= 2 * theirs + 1e-3 for ours, theirs in zip(actual, plain, strict=True)), (actual, plain)
 
 
-def test_a_phase_takes_what_the_lengths_ask_for_and_tries_it():
+def test_a_phase_chooses_attention_by_the_lengths_and_tries_it():
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     model = model_of(LLAMA).to(torch.bfloat16)
     shared = prepare_model(model, config, groups()).layout

@@ -1,4 +1,4 @@
-"""What only the kernels in CUDA C++ have to show: rows that begin anywhere in memory, and are all that is touched."""
+"""The kernels in CUDA C++ take rows that begin anywhere in memory, and touch no other memory."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def needs_module():
 
 
 def framed(rows: torch.Tensor, offset: int, distance: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of ``rows`` in NaN, ``offset`` from where 16 bytes are aligned; and all of that memory."""
+    """A copy of ``rows`` surrounded by NaN, ``offset`` elements from a 16-byte boundary; and the whole memory."""
     n, vocabulary = rows.shape
     memory = torch.full((offset + n * distance + 32,), float("nan"), dtype=rows.dtype, device=DEVICE)
     inside = memory[offset:].as_strided((n, vocabulary), (distance, 1))
@@ -29,14 +29,14 @@ def framed(rows: torch.Tensor, offset: int, distance: int) -> tuple[torch.Tensor
 
 
 def untouched(memory: torch.Tensor, inside: torch.Tensor) -> bool:
-    """Whether all but the rows is NaN still."""
+    """Whether all elements outside the rows are still NaN."""
     rest = memory.clone()
     rest.as_strided(inside.shape, inside.stride(), inside.storage_offset()).fill_(float("nan"))
     return bool(rest.isnan().all())
 
 
 @sweep(vocabulary=VOCABULARIES, dtype=[torch.float32, torch.bfloat16, torch.float16], offset=range(8))
-def test_rows_that_begin_anywhere(vocabulary, dtype, offset):
+def test_rows_may_begin_at_any_address(vocabulary, dtype, offset):
     random = torch.Generator().manual_seed(offset)
     plain = (torch.randn(3, vocabulary, generator=random) * 3).to(dtype).to(DEVICE)
     targets = torch.tensor([0, -100, vocabulary - 1], device=DEVICE)
@@ -45,8 +45,8 @@ def test_rows_that_begin_anywhere(vocabulary, dtype, offset):
     logps, lse, ref_logps = cuda_rows.token_logps(logits, targets, reference, 0.5, None)
     exact = torch.log_softmax(plain.double() * 0.5, 1)
     expected = torch.stack([exact[0, 0], exact.new_zeros(()), exact[2, -1]])
-    for found in (logps, ref_logps):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=2e-6)
+    for actual in (logps, ref_logps):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=2e-6)
     upstream = torch.tensor([1.0, 1.0, -2.0], device=DEVICE)
     gradient = 0.5 * upstream[:, None] * (torch.nn.functional.one_hot(targets.clamp(min=0), vocabulary) - exact.exp())
     gradient[1] = 0
@@ -64,7 +64,7 @@ def test_rows_that_begin_anywhere(vocabulary, dtype, offset):
     softcap=[None, 4.0],
     offset=[0, 1, 4],
 )
-def test_slopes_in_the_memory_of_the_logits(vocabulary, dtype, softcap, offset):
+def test_slopes_are_written_over_the_logits_and_nowhere_else(vocabulary, dtype, softcap, offset):
     random = torch.Generator().manual_seed(offset)
     plain, bias = torch.randn(3, vocabulary, generator=random) * 3, torch.randn(vocabulary, generator=random)
     targets = torch.tensor([0, vocabulary // 2, vocabulary - 1])

@@ -1,4 +1,4 @@
-"""The ground the other kernel tests stand on: bf16 loads, arithmetic, dots and stores round as on a GPU."""
+"""The interpreter, on which other tests rely: bf16 loads, arithmetic, dots and stores round as on a GPU."""
 
 import torch
 import triton
@@ -16,7 +16,7 @@ def bf16_kernel(a, b, dot, total, SIZE: tl.constexpr):
     tl.store(total + at, x.to(tl.float32) * 3 + y)
 
 
-def test_bf16_is_right():
+def test_bf16_rounds_as_on_a_gpu():
     a, b = (torch.randn(16, 16, device=DEVICE).bfloat16() for _ in range(2))
     dot, total = torch.empty(16, 16, device=DEVICE), torch.empty_like(a)
     bf16_kernel[(1,)](a, b, dot, total, SIZE=16)

@@ -1,4 +1,4 @@
-"""token_logps and logits_log_ratio on a GPU: each backend against the oracle in fp64, and what it promises."""
+"""token_logps and logits_log_ratio on a GPU: each backend against the oracle in fp64, and documented properties."""
 
 import pytest
 import torch
@@ -19,16 +19,16 @@ def test_matches_the_oracle_in_fp64(vocabulary, dtype, options, backend):
 
 
 @sweep(lengths=[[], [0, 0], [0, 1], [1, 1], LENGTHS, [63]], reference=REFERENCES)
-def test_sizes_at_the_edge(reference, lengths, backend):
+def test_empty_and_tiny_inputs_match_the_oracle(reference, lengths, backend):
     check_against_fp64(make(lengths, 33, torch.float32, reference=reference, device=DEVICE), backend)
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
-def test_a_scale_that_is_not_positive(scale, backend):
+def test_a_scale_of_zero_or_below_matches_the_oracle(scale, backend):
     check_against_fp64(make(LENGTHS, 33, torch.float32, reference="logits", device=DEVICE), backend, logit_scale=scale)
 
 
-def test_logits_of_80_and_a_sharp_row(backend):
+def test_large_logits_and_a_sharp_row_match_the_oracle(backend):
     case = make(LENGTHS, 1000, torch.float32, reference="logits", spread=25, device=DEVICE)
     case["logits"].data.clamp_(-80, 80)[0, 3] = 200
     check_against_fp64(case, backend)
@@ -36,13 +36,13 @@ def test_logits_of_80_and_a_sharp_row(backend):
 
 
 def test_a_small_logit_under_the_softcap_keeps_its_digits(backend):
-    """tanh near 0 must not cancel: the tokens of certain answers would add up its error."""
+    """tanh near 0 must not cancel: its error would add up over the tokens of an answer."""
     logits = torch.linspace(-20, 20, 201, device=DEVICE)[:, None] * torch.tensor([1.0, 0], device=DEVICE)
     targets = torch.zeros(201, dtype=torch.long, device=DEVICE)
     exact = ops.token_logps(logits.double(), targets, logit_softcap=30.0, backend="plain")
-    found = ops.token_logps(logits, targets, logit_softcap=30.0, backend=backend)
-    assert ((found.double() - exact).abs() <= 4e-7 * exact.abs().clamp(min=1)).all()
-    assert abs((found.double() - exact).sum()) < 1e-4
+    actual = ops.token_logps(logits, targets, logit_softcap=30.0, backend=backend)
+    assert ((actual.double() - exact).abs() <= 4e-7 * exact.abs().clamp(min=1)).all()
+    assert abs((actual.double() - exact).sum()) < 1e-4
 
 
 def test_a_sequence_of_1024_bf16_tokens_is_within_1e_4_nats(backend):
@@ -68,8 +68,8 @@ def test_sums_of_thousands_of_tokens_lose_nothing(per_token, backend):
     reference = ref_logps.double()
     if per_token:
         reference = torch.stack([part.double().sum() for part in ref_logps.where(targets >= 0, 0).split(lengths)])
-    for found, exact in zip(sums, (policy - reference, policy, reference), strict=True):
-        assert ((found - exact).abs() <= exact.abs() * 2**-24 + 1e-9).all()
+    for actual, exact in zip(sums, (policy - reference, policy, reference), strict=True):
+        assert ((actual - exact).abs() <= exact.abs() * 2**-24 + 1e-9).all()
 
 
 @sweep(options=OPTIONS, dtype=[torch.float32, torch.bfloat16])
@@ -81,7 +81,7 @@ def test_the_policy_as_its_own_reference_has_ratio_0(dtype, options, backend):
     assert torch.equal(result.policy_logps, result.ref_logps) and not result.ref_logps.requires_grad
 
 
-def test_a_reference_of_another_dtype(backend):
+def test_the_reference_may_have_another_dtype(backend):
     case = make(LENGTHS, 100, torch.bfloat16, reference="logits", device=DEVICE)
     case["ref_logits"] = case["ref_logits"].float() + 0.001
     check_against_fp64(case, backend)
@@ -144,16 +144,16 @@ def test_nan_and_infinity_stay_in_their_rows(backend):
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_logits_of_minus_infinity(softcap, backend):
-    """Whole blocks of them too: a lane that sees nothing else must not turn −∞ − −∞ into NaN."""
+def test_logits_of_minus_infinity_have_no_probability(softcap, backend):
+    """Whole blocks are −∞ too: a lane that has no other logit must not compute −∞ − −∞, which is NaN."""
     case = make([4], 20000, torch.float32, ignored=False, device=DEVICE)
     case["logits"].data[:, 3:] = float("-inf")
     case["targets"][:] = torch.tensor([0, 1, 2, 5])
     case["logits"].data[3] = float("-inf")
     exact = ops.token_logps(case["logits"].double(), case["targets"], logit_softcap=softcap, backend="plain")
-    found = ops.token_logps(case["logits"], case["targets"], logit_softcap=softcap, backend=backend)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
-    [gradient] = torch.autograd.grad(found[:3].sum(), case["logits"])
+    actual = ops.token_logps(case["logits"], case["targets"], logit_softcap=softcap, backend=backend)
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+    [gradient] = torch.autograd.grad(actual[:3].sum(), case["logits"])
     assert gradient.isfinite().all() and not gradient[:, 3:].any() and gradient[:3, :3].all()
 
 
@@ -164,7 +164,7 @@ def test_a_target_outside_the_vocabulary_is_nan_where_values_are_not_checked(mon
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_opcheck(reference, backend):
+def test_torch_accepts_the_registered_operations(reference, backend):
     case = make(LENGTHS, 7, torch.float32, reference="logits", device=DEVICE)
     logits, targets, ref_logits = case["logits"], case["targets"], case["ref_logits"] if reference else None
     torch.library.opcheck(custom_op.forward, (logits, targets, ref_logits, 0.5, 30.0, False, backend))
@@ -183,11 +183,11 @@ def test_compiles_as_one_graph(reference, backend):
 
     torch.compiler.reset()
     case = make(LENGTHS, 7, torch.float32, reference=reference, device=DEVICE)
-    found = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)(case)
-    [gradient] = torch.autograd.grad(found, case["logits"])
+    actual = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)(case)
+    [gradient] = torch.autograd.grad(actual, case["logits"])
     expected = loss(case)
     [exact] = torch.autograd.grad(expected, case["logits"])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradient, exact)
 
 

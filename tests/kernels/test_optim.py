@@ -1,4 +1,4 @@
-"""FusedRMSprop by the CUDA module: PyTorch's RMSprop to fp32 rounding, and bit by bit that of the CPU module."""
+"""FusedRMSprop by the CUDA module: PyTorch's RMSprop to fp32 rounding, and the CPU module's bits."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def taken():
 
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
-def test_a_hundred_steps_are_pytorchs(options):
+def test_a_hundred_steps_match_pytorchs(options):
     ours = [p.detach().to(DEVICE).requires_grad_() for p in parameters(SHAPES)]
     theirs, exact = parameters(SHAPES), [p.detach().double().requires_grad_() for p in parameters(SHAPES)]
     optimisers = [
@@ -43,7 +43,7 @@ def test_a_hundred_steps_are_pytorchs(options):
 
 
 def trained(shapes: list[tuple], dtype: torch.dtype, offset: int, device: str, **options: Any) -> list[torch.Tensor]:
-    """Parameters and their state after 3 steps, ``offset`` elements from where 16 bytes are aligned."""
+    """Parameters and their states after 3 steps, ``offset`` elements from a 16-byte boundary."""
     ours = []
     for parameter in parameters(shapes):
         storage = torch.empty(parameter.numel() + offset, dtype=dtype, device=device)
@@ -60,10 +60,10 @@ def trained(shapes: list[tuple], dtype: torch.dtype, offset: int, device: str, *
 def check_bits(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> None:
     # The norm of the gradients would be summed in another order on a GPU.
     monkeypatch.setattr(FusedRMSprop, "clipping_factor", lambda self: 0.3)
-    found = trained(*arguments, DEVICE, **options)
+    actual = trained(*arguments, DEVICE, **options)
     monkeypatch.setattr(native, "cuda", None)
     expected = trained(*arguments, "cpu", **options)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @needs_cpu_module
@@ -74,5 +74,5 @@ def test_bits_are_those_of_the_cpu_wherever_a_parameter_lies(options, dtype, off
 
 @needs_cpu_module
 @pytest.mark.parametrize("count", [400, 401, 850])
-def test_more_parameters_than_a_launch_takes(count, monkeypatch):
+def test_more_parameters_than_one_launch_takes_are_updated(count, monkeypatch):
     check_bits(monkeypatch, [(k % 7,) for k in range(1, count + count // 6)], torch.float32, 0)

@@ -1,4 +1,4 @@
-"""log_ratio and pair_loss on a GPU: each backend against the oracle in fp64, and the properties it promises."""
+"""log_ratio and pair_loss on a GPU: each backend against the oracle in fp64, and documented properties."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def check_log_ratio(lengths: list[int], factors: dict, backend: str) -> None:
 
 
 def bf16_logps(case: dict) -> torch.Tensor:
-    """What PyTorch gives in bf16 with an fp32 softmax: logits and their derivatives are rounded."""
+    """PyTorch's log-probabilities in bf16 with an fp32 softmax: logits and their derivatives are rounded."""
     logits = torch.nn.functional.linear(case["hidden"], case["weight"])
     return logits.float().log_softmax(-1).gather(1, case["targets"][:, None]).squeeze(1)
 
@@ -98,9 +98,9 @@ def test_bf16_errs_less_than_pytorch_does(vocabulary, backend):
     ours, theirs = ops.log_ratio(**case, backend=backend).token_logps, bf16_logps(case)
     assert (ours - exact).abs().max() < 1e-4 < (theirs - exact).abs().max()
     wanted = gradients(exact @ upstream.double(), double)
-    found, peer = gradients(ours @ upstream, case), gradients(theirs @ upstream, case)
+    actual, peer = gradients(ours @ upstream, case), gradients(theirs @ upstream, case)
     for name, gradient in wanted.items():
-        errors = [(other[name].double() - gradient).norm() for other in (found, peer)]
+        errors = [(other[name].double() - gradient).norm() for other in (actual, peer)]
         assert errors[0] < 1.1 * errors[1], name
 
 
@@ -120,7 +120,7 @@ def test_log_ratio_and_its_gradient(dtype, frozen, backend):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("buffer_mb", [1024, 0.02])  # or five rows: fewer than a pair has
+@pytest.mark.parametrize("buffer_mb", [1024, 0.02])  # 0.02: five rows, fewer than a pair has
 def test_a_policy_equal_to_its_reference_has_ratio_zero(buffer_mb, frozen, backend):
     case = on_device(make(LENGTHS, vocabulary=1000, size=64, rows=True, dtype=torch.bfloat16, frozen=frozen))
     same = {"ref_hidden": case["hidden"].detach(), "ref_weight": case["weight"].detach()}
@@ -135,11 +135,11 @@ def test_fp32_is_multiplied_as_such_whatever_the_users_setting(backend):
     expected = ops.pair_loss(**converted(case, torch.float64), beta=0.1, backend="plain").log_ratio
     torch.set_float32_matmul_precision("high")
     try:
-        found = ops.pair_loss(**case, beta=0.1, backend=backend).log_ratio
+        actual = ops.pair_loss(**case, beta=0.1, backend=backend).log_ratio
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=3e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=3e-5)
 
 
 def test_a_nan_in_one_sequence_stays_there(backend):
@@ -149,9 +149,9 @@ def test_a_nan_in_one_sequence_stays_there(backend):
         with torch.no_grad():
             hidden = case["hidden"].clone()
             hidden[3:7, 0] = value
-        found = ops.log_ratio(**case | {"hidden": hidden}, backend=backend).policy_logps
-        assert torch.equal(found[[0, 2]], clean[[0, 2]])
-        assert not found[1].isfinite()
+        actual = ops.log_ratio(**case | {"hidden": hidden}, backend=backend).policy_logps
+        assert torch.equal(actual[[0, 2]], clean[[0, 2]])
+        assert not actual[1].isfinite()
 
 
 def test_large_logits_and_a_constant_added_to_all_of_them(backend):
@@ -160,8 +160,8 @@ def test_large_logits_and_a_constant_added_to_all_of_them(backend):
         case["hidden"] *= 80 / (case["hidden"] @ case["weight"].T).abs().max()
     plain = ops.log_ratio(**converted(case, torch.float64), backend="plain").token_logps
     for bias in (None, torch.full((1000,), 40.0, device=DEVICE)):
-        found = ops.log_ratio(**case | {"bias": bias}, backend=backend).token_logps
-        torch.testing.assert_close(found.double(), plain, rtol=1e-5, atol=3e-5)
+        actual = ops.log_ratio(**case | {"bias": bias}, backend=backend).token_logps
+        torch.testing.assert_close(actual.double(), plain, rtol=1e-5, atol=3e-5)
 
 
 def test_a_target_outside_the_vocabulary_is_nan_where_values_are_not_checked(monkeypatch, backend):
@@ -174,7 +174,7 @@ def test_a_target_outside_the_vocabulary_is_nan_where_values_are_not_checked(mon
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [1, 0]])
-def test_nothing_and_next_to_nothing(lengths, backend):
+def test_empty_and_tiny_inputs_work(lengths, backend):
     case = on_device(make(lengths, size=8, reference="token"))
     case = converted(case, torch.float32)
     result = ops.log_ratio(**case, backend=backend)
@@ -194,7 +194,7 @@ def test_targets_that_are_skipped_never_matter(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tuned_it_gives_the_same(dtype, monkeypatch):
+def test_tuned_tiles_give_the_same_results(dtype, monkeypatch):
     from irlfast.kernels import linear
 
     case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=dtype, rows=True, reference="hidden"))
@@ -204,15 +204,15 @@ def test_tuned_it_gives_the_same(dtype, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(linear.tuned(dtype), "_do_bench", lambda call, quantiles: (call(), [next(times)] * 3)[1])
         monkeypatch.setattr(linear.tuned(dtype), "early_config_prune", None)
-    found = ops.log_ratio(**case, backend="triton")
+    actual = ops.log_ratio(**case, backend="triton")
     assert linear.tuned(dtype).best_config in linear.tuned(dtype).configs
     for name in ("log_ratio", "token_logps"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=3e-5)
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-5, atol=3e-5)
 
 
 @pytest.fixture
 def deterministic():
-    """A GPU else adds the gradients of shared rows in any order."""
+    """Without deterministic algorithms, a GPU adds the gradients of shared rows in any order."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -221,42 +221,42 @@ def deterministic():
 @pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_no_memory_is_read_before_it_is_written(scored, frozen, backend, deterministic):
-    """torch fills new memory with NaN where it is to be deterministic."""
+    """Under deterministic algorithms, torch fills new memory with NaN."""
     case = on_device(make(LENGTHS, vocabulary=40, size=8, dtype=torch.float32, rows=True, bias=True, frozen=frozen))
     if not scored:
         case["targets"].fill_(IGNORE)
     pair = ops.pair_loss(**case, beta=0.3, backend=backend, buffer_mb=0.002)
     for loss in (pair.loss, ops.log_ratio(**case, backend=backend).log_ratio.sum()):
-        found = gradients(loss, case)
-        assert all(gradient.isfinite().all() for gradient in found.values())
-        assert any(gradient.any() for gradient in found.values()) == scored
+        actual = gradients(loss, case)
+        assert all(gradient.isfinite().all() for gradient in actual.values())
+        assert any(gradient.any() for gradient in actual.values()) == scored
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
-def test_a_scale_that_is_not_positive(scale, backend):
+def test_a_scale_of_zero_or_below_matches_the_oracle(scale, backend):
     case = on_device(make(LENGTHS, vocabulary=40, size=8, dtype=torch.float32, reference="hidden", scale=scale))
     double = converted(case, torch.float64)
-    found, exact = (ops.pair_loss(**each, beta=0.3, backend=of) for each, of in ((case, backend), (double, "plain")))
-    torch.testing.assert_close(found.log_ratio.double(), exact.log_ratio, rtol=1e-5, atol=3e-5)
+    actual, exact = (ops.pair_loss(**each, beta=0.3, backend=of) for each, of in ((case, backend), (double, "plain")))
+    torch.testing.assert_close(actual.log_ratio.double(), exact.log_ratio, rtol=1e-5, atol=3e-5)
     expected = gradients(exact.loss, double)
-    for name, gradient in gradients(found.loss, case).items():
+    for name, gradient in gradients(actual.loss, case).items():
         torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weights_gradient_is_added_where_it_is_to_go(dtype, backend, deterministic):
+def test_the_weights_gradient_is_added_to_weight_grad(dtype, backend, deterministic):
     case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=dtype, rows=True, bias=True))
     exact = gradients(ops.pair_loss(**case, beta=0.3, backend=backend).loss, case)
-    found = torch.ones(1000, 64, device=DEVICE)
-    loss = ops.pair_loss(**case, beta=0.3, backend=backend, weight_grad=found).loss
+    actual = torch.ones(1000, 64, device=DEVICE)
+    loss = ops.pair_loss(**case, beta=0.3, backend=backend, weight_grad=actual).loss
     hidden, bias = torch.autograd.grad(loss, (case["hidden"], case["bias"]))
     assert torch.equal(hidden, exact["hidden"])
     assert torch.equal(bias, exact["bias"])
-    torch.testing.assert_close(found - 1, exact["weight"].float(), rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(actual - 1, exact["weight"].float(), rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_compiled_and_deterministic_it_gives_the_same(frozen, backend, deterministic):
+def test_compiled_and_deterministic_code_gives_the_same_bits(frozen, backend, deterministic):
     case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=torch.bfloat16, rows=True, frozen=frozen))
 
     def loss(case: dict) -> torch.Tensor:
@@ -267,28 +267,28 @@ def test_compiled_and_deterministic_it_gives_the_same(frozen, backend, determini
     expected = loss(case)
     exact = gradients(expected, case)
     for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        found = run(case)
-        assert torch.equal(found, expected)
-        assert all(torch.equal(gradient, exact[name]) for name, gradient in gradients(found, case).items())
+        actual = run(case)
+        assert torch.equal(actual, expected)
+        assert all(torch.equal(gradient, exact[name]) for name, gradient in gradients(actual, case).items())
 
 
 # ---------------------------------------------------------------- gradients without the tiles that weigh little
 
 
 @pytest.mark.parametrize("factors", covering_cases(SMALL, drawn=15))
-def test_with_next_to_nothing_skipped_the_gradient_is_the_oracles(factors):
+def test_a_tiny_skip_mass_gives_the_oracles_gradient(factors):
     case = on_device(make([70, 0, 1, 129], **{name: value for name, value in factors.items() if name not in LOSS}))
     loss = {"beta": 0.3, "loss_type": factors["loss_type"], "nll_weight": factors["nll_weight"]}
     double = converted(case, torch.float64)
     exact = gradients(ops.pair_loss(**double, **loss, backend="plain").loss, double)
-    found = gradients(ops.pair_loss(**case, **loss, backend="triton", skip_mass=1e-12).loss, case)
-    for name, gradient in found.items():
+    actual = gradients(ops.pair_loss(**case, **loss, backend="triton", skip_mass=1e-12).loss, case)
+    for name, gradient in actual.items():
         error, largest = (gradient.double() - exact[name]).abs().max(), exact[name].abs().max()
         assert error <= (1e-4 if factors["dtype"] == torch.float32 else 2**-7) * largest + 1e-9, name
 
 
 def confident(spread: float, dtype: torch.dtype) -> dict:
-    """A case whose probability is on few tiles of the vocabulary, as a trained model's is: rare tokens come late."""
+    """A case whose probability is on few tiles of the vocabulary, as in a trained model: rare tokens have high ids."""
     case = make([60, 40, 30, 70], vocabulary=4000, size=64, dtype=torch.float64, rows=True)
     case["hidden"] = (case["hidden"].detach() * spread).requires_grad_()
     case["bias"] = torch.linspace(0, -80, 4000).double()
@@ -303,25 +303,25 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.fl
 @full
 @DTYPES
 @pytest.mark.parametrize("skip_mass", [1e-6, 1e-3, 0.1])
-def test_what_is_skipped_is_within_its_bound(skip_mass, dtype):
+def test_the_error_of_skipping_is_within_its_bound(skip_mass, dtype):
     case = confident(2.0, dtype)
     upstream = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     runs = [ops.log_ratio(**case, backend="triton", skip_mass=value).token_logps for value in (1e-30, skip_mass)]
     assert torch.equal(*runs)
-    exact, found = (gradients(logps @ upstream, case) for logps in runs)
+    exact, actual = (gradients(logps @ upstream, case) for logps in runs)
     columns = 32 if dtype == torch.float32 else 128
     limit = skip_mass * upstream.abs().max()
     # A hidden row is used by as many tokens as rows says; each leaves out at most every tile.
     uses = case["rows"].bincount(minlength=len(case["hidden"]))
-    lost = (found["hidden"] - exact["hidden"]).double().norm(dim=1)
+    lost = (actual["hidden"] - exact["hidden"]).double().norm(dim=1)
     bound = uses * limit * -(-4000 // columns) * case["weight"].norm(dim=1).max()
     rounding = 2**-7 * exact["hidden"].norm(dim=1) if dtype == torch.bfloat16 else 1e-4
     assert (lost <= bound + rounding).all()
-    lost = (found["weight"] - exact["weight"]).double().norm(dim=1)
+    lost = (actual["weight"] - exact["weight"]).double().norm(dim=1)
     bound = limit * case["hidden"][case["rows"]].norm(dim=1).sum()
     rounding = 2**-7 * exact["weight"].norm(dim=1) if dtype == torch.bfloat16 else 1e-4
     assert (lost <= bound + rounding).all()
-    left_out, underflown = (weight.eq(0).all(1).sum() for weight in (found["weight"], exact["weight"]))
+    left_out, underflown = (weight.eq(0).all(1).sum() for weight in (actual["weight"], exact["weight"]))
     assert left_out > underflown + 1000
 
 
@@ -329,8 +329,8 @@ def test_skipping_ends_where_sums_must_be_deterministic(deterministic):
     case = confident(2.0, torch.float32)
     loss = {"beta": 0.3, "backend": "triton"}
     exact = gradients(ops.pair_loss(**case, **loss).loss, case)
-    found = gradients(ops.pair_loss(**case, **loss, skip_mass=0.1).loss, case)
-    assert all(torch.equal(found[name], gradient) for name, gradient in exact.items())
+    actual = gradients(ops.pair_loss(**case, **loss, skip_mass=0.1).loss, case)
+    assert all(torch.equal(actual[name], gradient) for name, gradient in exact.items())
 
 
 @full

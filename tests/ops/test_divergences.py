@@ -1,4 +1,4 @@
-"""discriminator_loss and discriminator_reward: by enumeration, what minimises each loss; rewards and their limits."""
+"""discriminator_loss and discriminator_reward: the minimum of each loss, by enumeration; rewards and their limits."""
 
 import itertools
 import math
@@ -12,13 +12,13 @@ from irlfast import ops
 from tests.helpers.ops_cases import sequences
 from tests.helpers.reward_cases import FORMS, LENGTHS, POOLINGS, critic, gradients, labels_of, make, options_of
 
-# ---------------------------------------------------------------- what the losses are for, by enumeration
+# ---------------------------------------------------------------- the minimum of each loss, by enumeration
 
-EXPERT, POLICY = [1, 2, 5, 4], [6, 3, 2, 1]  # of how many answers, of four that there are, each is which
+EXPERT, POLICY = [1, 2, 5, 4], [6, 3, 2, 1]  # how often each gives the four possible answers
 
 
 def population(expert: list[int], policy: list[int], pooling: str) -> dict[str, Any]:
-    """All answers as often as they are given; the hidden state of each of four is its own, so that the head is h."""
+    """All answers, as often as they are given. The four have one-hot hidden states, so that the head is h itself."""
     answers = [x for counts in (expert, policy) for x, count in enumerate(counts) for _ in range(count)]
     single = pooling == "last"
     return {
@@ -31,7 +31,7 @@ def population(expert: list[int], policy: list[int], pooling: str) -> dict[str, 
 
 
 def minimiser(loss: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """From h = 0."""
+    """The h with the least loss, by a search from h = 0."""
     h = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
         [h], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
@@ -88,16 +88,16 @@ def test_bounds_are_least_at_the_log_ratio_where_they_are_the_divergence(options
 def test_bce_is_least_at_the_log_ratio_of_frequencies(pooling, times):
     policy = [times * x for x in POLICY]
     inputs = population(EXPERT, policy, pooling)
-    found = minimiser(lambda h: ops.discriminator_loss(**inputs, head=h[None], kind="bce").loss)
+    actual = minimiser(lambda h: ops.discriminator_loss(**inputs, head=h[None], kind="bce").loss)
     p, q = distributions(EXPERT, policy)
-    torch.testing.assert_close(found, (p / q).log() - math.log(times), rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual, (p / q).log() - math.log(times), rtol=0, atol=1e-6)
 
 
 def test_smoothed_bce_is_least_where_labels_are_wrong_that_often():
     inputs = population(EXPERT, POLICY, "last")
-    found = minimiser(lambda h: ops.discriminator_loss(**inputs, head=h[None], label_smoothing=0.1).loss)
+    actual = minimiser(lambda h: ops.discriminator_loss(**inputs, head=h[None], label_smoothing=0.1).loss)
     p, q = distributions(EXPERT, POLICY)
-    torch.testing.assert_close(found.sigmoid(), 0.1 + 0.8 * p / (p + q), rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual.sigmoid(), 0.1 + 0.8 * p / (p + q), rtol=0, atol=1e-6)
 
 
 def test_bradley_terry_is_least_at_the_log_ratio_up_to_a_constant():
@@ -106,8 +106,8 @@ def test_bradley_terry_is_least_at_the_log_ratio_up_to_a_constant():
     pairs = torch.tensor(list(itertools.product(experts, synthetics)))
     loss = lambda h: ops.discriminator_loss(**inputs, head=h[None], kind="bradley_terry", pairs=pairs).loss  # noqa: E731
     p, q = distributions(EXPERT, POLICY)
-    found, best = minimiser(loss), (p / q).log()
-    torch.testing.assert_close(found - found.mean(), best - best.mean(), rtol=0, atol=1e-6)
+    actual, best = minimiser(loss), (p / q).log()
+    torch.testing.assert_close(actual - actual.mean(), best - best.mean(), rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- rewards and their limits
@@ -128,8 +128,8 @@ def test_rewards_are_what_the_papers_say():
 @pytest.mark.parametrize("distance", [0.0, 1e-9, 1e-5, -1e-5])
 @pytest.mark.parametrize(("alpha", "limit"), [(1, H), (0, H.expm1())], ids=["reverse KL", "forward KL"])
 def test_alpha_tends_to_reverse_and_forward_kl(alpha, limit, distance):
-    found = ops.discriminator_reward(H, kind="alpha", alpha=alpha + distance)
-    torch.testing.assert_close(found, limit, rtol=0, atol=6**2 * math.exp(6) * abs(distance) + 1e-12)
+    actual = ops.discriminator_reward(H, kind="alpha", alpha=alpha + distance)
+    torch.testing.assert_close(actual, limit, rtol=0, atol=6**2 * math.exp(6) * abs(distance) + 1e-12)
     losses = [
         ops.discriminator_loss(**make(LENGTHS), labels=labels_of(LENGTHS), **options).loss
         for options in ({"kind": "alpha", "alpha": alpha + distance}, {"kind": "airl" if alpha else "fairl"})

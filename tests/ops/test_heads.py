@@ -1,4 +1,4 @@
-"""A model's head is what its logits say, for every family whose logits are more than one product."""
+"""lm_head and score_head give what the model's logits show, for each family whose logits are more than one product."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ GEMMA4 = LAYERED | {
     "num_kv_shared_layers": 0,
 }
 LLAMA4 = {"text_config": SHAPE, "vision_config": VISION}
-# Each family's config, and the scale and soft-cap that its logits are to have.
+# The config of each family, and the scale and soft-cap that its logits should have.
 FAMILIES = {
     "Llama": ("LlamaConfig", SHAPE, 1.0, None),
     "Cohere": ("CohereConfig", SHAPE | {"logit_scale": 0.3}, 0.3, None),
@@ -74,7 +74,7 @@ FAMILIES = {
 
 
 def model_of(name: str) -> torch.nn.Module:
-    """Its head's weights are so large that a scale or soft-cap matters, and its biases are no zeros."""
+    """A tiny model. The weights of its head are so large that a scale or soft-cap matters; its biases are not zero."""
     kind, keys, *_ = FAMILIES[name]
     if not hasattr(transformers, kind):
         pytest.skip(f"this Transformers has no {kind}")
@@ -89,7 +89,7 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_log_probabilities_by_the_head_are_those_of_the_models_own_logits(name):
+def test_log_probabilities_by_the_head_match_the_models_own_logits(name):
     model = model_of(name)
     ids = torch.randint(1, 61, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -97,8 +97,8 @@ def test_log_probabilities_by_the_head_are_those_of_the_models_own_logits(name):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     expected = logits.flatten(0, 1).log_softmax(-1).gather(1, ids.view(-1, 1)).squeeze(1)
     head = ops.lm_head(model)
-    found = ops.log_ratio(hidden, targets=ids.flatten(), cu_seqlens=torch.tensor([0, 24]).int(), **head._asdict())
-    torch.testing.assert_close(found.token_logps, expected, rtol=1e-5, atol=1e-4)
+    actual = ops.log_ratio(hidden, targets=ids.flatten(), cu_seqlens=torch.tensor([0, 24]).int(), **head._asdict())
+    torch.testing.assert_close(actual.token_logps, expected, rtol=1e-5, atol=1e-4)
     plain = linear(hidden, head.weight, head.bias)
     assert name in ("Llama", "OPT", "OPT, projected", "Mamba, casts") or plain.std() > 0.5 * (head.logit_softcap or 1)
 
@@ -112,8 +112,8 @@ def test_scale_and_soft_cap_are_exact_in_every_dtype(name, dtype):
     assert head.logit_softcap == (cap and pytest.approx(cap, rel=1e-7))
 
 
-def test_a_probe_takes_no_weights():
-    """So that it works where ZeRO-3 has them in parts, and costs next to nothing."""
+def test_a_probe_reads_no_weights():
+    """The probe then works while ZeRO-3 has the weights in parts, and costs little."""
     model = model_of("Gemma 2")
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)
@@ -175,7 +175,7 @@ CLASSIFIERS = ["Llama", "Gemma 2", "OPT", "GPT-J, bias", "Phi, bias"]
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_reward_models_heads_are_what_its_logits_say(name):
+def test_the_heads_of_a_reward_model_give_its_logits(name):
     kind, keys, *_ = FAMILIES[name]
     config = getattr(transformers, kind)(**keys, num_labels=3)
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
@@ -188,7 +188,7 @@ def test_a_reward_models_heads_are_what_its_logits_say(name):
     torch.testing.assert_close(linear(hidden[-1:], head.weight, head.bias), expected)
 
 
-def test_a_classifier_that_reads_otherwise_is_refused():
+def test_a_classifier_with_another_head_is_refused():
     bart = transformers.BartConfig(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48)
     with pytest.raises(
         ValueError, match=r"BartForSequenceClassification: found head NoneType, expected torch.nn.Linear"

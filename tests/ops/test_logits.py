@@ -1,4 +1,4 @@
-"""token_logps and logits_log_ratio: the oracle against loops, the cpu backend against the oracle, bad input."""
+"""token_logps and logits_log_ratio: the oracle against loops, the cpu backend against the oracle, errors."""
 
 import itertools
 import subprocess
@@ -56,7 +56,7 @@ def in_fp64(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def combined(result: Any) -> torch.Tensor:
-    """A loss with another weight for every statistic that carries a gradient, and none for some sequences."""
+    """A loss with a different weight for every statistic that carries a gradient; some sequences have weight 0."""
     random = torch.Generator().manual_seed(1)
     total = torch.zeros((), dtype=torch.float64, device=result.token_logps.device)
     for statistic in (result.log_ratio, result.policy_logps, result.token_logps):
@@ -70,24 +70,24 @@ def check_against_fp64(case: dict[str, Any], backend: str, **options: Any) -> No
     double, dtype = in_fp64(case), case["logits"].dtype
     exact = ops.logits_log_ratio(**double, **options, backend="plain")
     result = ops.logits_log_ratio(**case, **options, backend=backend)
-    for name, found, expected in zip(result._fields, result, exact, strict=True):
-        assert found.dtype == torch.promote_types(dtype, torch.float32)
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=5e-6, equal_nan=True, msg=name)
+    for name, actual, expected in zip(result._fields, result, exact, strict=True):
+        assert actual.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=5e-6, equal_nan=True, msg=name)
     assert torch.equal(
         result.token_logps,
         ops.token_logps(case["logits"], case["targets"], **options, backend=backend),
     )
     [expected] = torch.autograd.grad(combined(exact), double["logits"])
-    [found] = torch.autograd.grad(combined(result), case["logits"])
-    assert found.dtype == dtype
+    [actual] = torch.autograd.grad(combined(result), case["logits"])
+    assert actual.dtype == dtype
     # Rounded once to the dtype of the logits: half a unit in the last place, and what fp32 errs by.
     half_ulp = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     tiny = torch.finfo(dtype).tiny  # below it, fp16 has fewer digits
     bound = expected.abs() * half_ulp * 1.01 + expected.abs().amax(1, keepdim=True) * 2e-5 + tiny
-    assert ((found.double() - expected).abs() <= bound).all()
+    assert ((actual.double() - expected).abs() <= bound).all()
 
 
-# ---------------------------------------------------------------- right
+# ---------------------------------------------------------------- results and gradients
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,8 +111,8 @@ def test_matches_loops_over_tokens(reference, options, backend):
             ref = sum(case["ref_logps"][n].item() for n, _ in scored)
         else:
             ref = case["ref_logps"][s].item() if reference == "sequence" else 0.0
-        found = [x[s].item() for x in result[:3]]
-        assert found == pytest.approx([policy - ref, policy, ref], rel=1e-12, abs=1e-12)
+        actual = [x[s].item() for x in result[:3]]
+        assert actual == pytest.approx([policy - ref, policy, ref], rel=1e-12, abs=1e-12)
     for n, target in enumerate(case["targets"].tolist()):
         expected = logp(case["logits"][n], target) if target >= 0 else 0
         assert result.token_logps[n].item() == pytest.approx(expected, rel=1e-12)
@@ -133,7 +133,7 @@ def test_cpu_matches_the_oracle_in_fp64_whatever_the_chunk(vocabulary, dtype, op
 @pytest.mark.parametrize("lengths", [[], [0, 0], [0, 1], [63]], ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 50304])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sizes_at_the_edge(backend, vocabulary, lengths):
+def test_empty_and_tiny_inputs_match_the_oracle(backend, vocabulary, lengths):
     for reference in REFERENCES:
         check_against_fp64(make(lengths, vocabulary, torch.float32, reference=reference), backend)
 
@@ -221,7 +221,7 @@ def test_logits_of_minus_infinity_have_no_probability(backend):
     assert gradient.isfinite().all() and not gradient[:3, 5].any()
 
 
-# ---------------------------------------------------------------- in place, in little memory
+# ---------------------------------------------------------------- gradients in place, and little memory
 
 
 def test_inplace_backward_writes_the_same_gradient_over_the_logits():
@@ -246,7 +246,7 @@ def test_inplace_backward_never_falsifies_another_gradient_in_silence():
 
 
 class NewTensors(TorchDispatchMode):
-    """The largest tensor made in the block; operations in place answer with the one that was there."""
+    """Record the largest tensor that the block makes. Operations in place return the tensor that was there."""
 
     def __init__(self, there: torch.Tensor) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ def test_cpu_makes_no_tensor_beyond_a_chunk(softcap, monkeypatch):
     assert made.largest == 8 * 1000
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- errors
 
 ERRORS = {
     "logits are a list": ({"logits": [[0.0]]}, r"logits: found list, expected \[N, V\] float32 or bfloat16"),

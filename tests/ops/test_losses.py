@@ -15,7 +15,7 @@ BETAS = [0.1, 1.0, 5.0]
 
 
 def log_ratios() -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of 200 pairs, whose margins are small, large, and of both signs."""
+    """Log-ratios of 200 pairs whose margins are small, large, and of both signs."""
     random = torch.Generator().manual_seed(0)
     expert, synthetic = torch.randn(2, 200, generator=random, dtype=torch.float64) * torch.logspace(-2, 1.5, 200)
     return expert.requires_grad_(), synthetic.requires_grad_()
@@ -45,5 +45,5 @@ def test_every_loss_has_an_oracle():
 
 
 def test_the_configuration_offers_every_pair_loss():
-    """It does not import the table, and with it torch, so that ``--help`` is quick."""
+    """The configuration does not import the table: importing torch would make ``--help`` slow."""
     assert set(typing.get_args(typing.get_type_hints(Config)["loss_type"])) == PAIR_LOSSES.keys()

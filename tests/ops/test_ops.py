@@ -1,4 +1,4 @@
-"""log_ratio: backends against each other and against loops, the properties it promises, and its errors."""
+"""log_ratio: the backends against each other and against loops, documented properties, errors."""
 
 import os
 import subprocess
@@ -195,7 +195,7 @@ def test_autocast_does_not_round_the_logits(backend):
 @pytest.mark.parametrize(
     ("frozen", "grad", "passes"), [(False, False, 1), (True, True, 2), (False, True, 4)], ids=["none", "frozen", "full"]
 )
-def test_passes_over_the_head(frozen, grad, passes):
+def test_the_head_is_passed_over_as_often_as_documented(frozen, grad, passes):
     case = make([40, 0, 24], vocabulary=300, dtype=torch.float32, frozen=frozen)
     with Recorder() as recorder, torch.set_grad_enabled(grad):
         result = ops.log_ratio(**case, backend="cpu", buffer_mb=0.01)
@@ -205,7 +205,7 @@ def test_passes_over_the_head(frozen, grad, passes):
 
 
 def test_cpu_backend_needs_no_transformers_nor_triton():
-    """Kernels are imported in their branch only: a machine without them imports the operations."""
+    """Kernels are imported in their branch only, so that a machine without Triton imports the operations."""
     code = "import sys, irlfast.ops; assert not {'triton', 'transformers', 'deepspeed'} & set(sys.modules)"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

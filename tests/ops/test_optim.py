@@ -22,7 +22,7 @@ modules = pytest.mark.parametrize("module", ["native", "torch"])
 
 @pytest.fixture(autouse=True)
 def chosen(request, monkeypatch):
-    """The module that a test asks for: our own, or none."""
+    """The native module that a test asks for, or none."""
     kind = request.node.callspec.params.get("module", "native") if hasattr(request.node, "callspec") else "native"
     if kind == "torch":
         monkeypatch.setattr(native, "cpu", None)
@@ -45,7 +45,7 @@ def set_gradients(lists: list[list[torch.Tensor]], seed: int) -> None:
 
 @modules
 @pytest.mark.parametrize("options", FORMS, ids=str)
-def test_a_hundred_steps_are_pytorchs(options, module):
+def test_a_hundred_steps_match_pytorchs(options, module):
     ours, theirs, exact = parameters(SHAPES), parameters(SHAPES), [p.detach().double() for p in parameters(SHAPES)]
     exact = [p.requires_grad_() for p in exact]
     kinds = (FusedRMSprop(ours, lr=1e-2, **options), torch.optim.RMSprop(theirs, lr=1e-2, **options))
@@ -71,7 +71,7 @@ def test_a_hundred_steps_are_pytorchs(options, module):
     lr=st.sampled_from([0.0, 1e-3, 0.1]),
     threads=st.integers(1, 3),
 )
-def test_any_shapes_and_options(shapes, lr, threads, **options):
+def test_any_shapes_and_options_match_pytorch(shapes, lr, threads, **options):
     ours, theirs = parameters(shapes), parameters(shapes)
     optimisers = FusedRMSprop(ours, lr=lr, **options), torch.optim.RMSprop(theirs, lr=lr, **options)
     before = torch.get_num_threads()
@@ -154,7 +154,7 @@ def test_a_saved_state_continues_with_the_same_bits(module):
 
 @modules
 def test_exp_avg_is_in_the_saved_state_alone_where_there_is_no_momentum(module):
-    """DeepSpeed's universal checkpoints insist on it; memory is for what is used."""
+    """DeepSpeed's universal checkpoints need the state; in memory, zeros would be a waste."""
     [ours] = parameters([(300, 17)])
     optimiser = FusedRMSprop([ours])
     set_gradients([[ours]], 0)
@@ -171,7 +171,7 @@ def test_exp_avg_is_in_the_saved_state_alone_where_there_is_no_momentum(module):
 
 
 @modules
-def test_a_state_of_pytorchs_own_continues(module):
+def test_a_state_of_pytorchs_rmsprop_can_be_loaded(module):
     theirs = parameters(SHAPES)
     before = torch.optim.RMSprop(theirs, lr=1e-2, momentum=0.9, centered=True)
     set_gradients([theirs], 0)
@@ -188,7 +188,7 @@ def test_a_state_of_pytorchs_own_continues(module):
 
 @modules
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
-def test_a_module_that_is_cast_between_steps(dtypes, module):
+def test_a_module_may_be_cast_between_steps(dtypes, module):
     first, second = dtypes
     layer = torch.nn.Linear(64, 1, bias=False).to(first)
     optimiser = FusedRMSprop(layer.parameters(), lr=1e-2)
@@ -214,7 +214,7 @@ def test_a_state_of_another_shape_is_refused():
 
 
 @modules
-def test_tensors_that_are_not_contiguous_and_parameters_without_gradient(module):
+def test_tensors_that_are_not_contiguous_and_parameters_without_gradient_match_pytorch(module):
     ours, theirs = (torch.arange(12.0).view(3, 4).T.clone(memory_format=torch.preserve_format) for _ in "ab")
     idle = torch.ones(2, requires_grad=True)
     pair = [ours.requires_grad_(), theirs.requires_grad_()]
@@ -250,7 +250,7 @@ def test_the_binding_checks_what_it_is_given():
             native.cpu.rmsprop([row], 0.1, 0.9, 1e-8, 0.0, 0.0, 1.0, 1)
 
 
-def test_a_gpus_module_that_does_not_run_there_is_not_taken(monkeypatch):
+def test_a_gpu_module_that_cannot_run_is_not_used(monkeypatch):
     class Module:
         device = "cpu"
 

@@ -1,4 +1,4 @@
-"""pair_loss: the cpu backend against the oracle in fp64, the oracle against loops, and the properties it promises."""
+"""pair_loss: the cpu backend against the oracle in fp64, the oracle against loops, documented properties, errors."""
 
 import itertools
 from unittest import mock
@@ -41,7 +41,7 @@ LOSS_FACTORS = ("loss_type", "nll_weight", "coupling", "rows_in_buffer")
 
 
 def check_against_fp64_oracle(factors: dict, *, exact_products: bool) -> None:
-    """``exact_products``: in fp32, also of bf16 tensors; else as the processor has them, whose factors may be bf16."""
+    """With ``exact_products``, bf16 tensors are multiplied in fp32; else their factors may be bf16."""
     case = make(LENGTHS, **{name: value for name, value in factors.items() if name not in LOSS_FACTORS})
     pairs = None if factors["coupling"] == "default" else random_pairs(len(LENGTHS), seed=0)
     loss = {"pairs": pairs, "beta": 0.3, "loss_type": factors["loss_type"], "nll_weight": factors["nll_weight"]}
@@ -148,7 +148,7 @@ def test_permuted_sequences_give_permuted_results(backend, loss_type):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_scales_with_what_comes_from_above_and_can_be_taken_twice(backend, frozen):
+def test_gradient_scales_with_the_upstream_gradient_and_can_be_taken_twice(backend, frozen):
     case = make([2, 3], frozen=frozen, bias=True)
     loss = ops.pair_loss(**case, beta=0.4, backend=backend).loss
     leaves = [case["hidden"]] if frozen else [case["hidden"], case["weight"], case["bias"]]
@@ -159,7 +159,7 @@ def test_gradient_scales_with_what_comes_from_above_and_can_be_taken_twice(backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_becomes_of_a_gradient_changes_none_that_is_taken_after_it(backend):
+def test_overwriting_a_gradient_does_not_change_later_ones(backend):
     case = make([2, 3])
     loss = ops.pair_loss(**case, beta=0.4, backend=backend).loss
     loss.backward(retain_graph=True)
@@ -209,15 +209,15 @@ def test_nan_in_one_pair_stays_there(backend, buffer_mb, frozen):
     assert gradients(result.loss, case)["hidden"][5:].isfinite().all()
 
 
-def test_what_is_in_no_pair_may_be_infinite():
-    """Where it has a slab of its own, the first; that of a GPU is not asked whether anything counts in it."""
+def test_sequences_in_no_pair_may_be_infinite():
+    """They have a slab of their own here, the first. (A GPU is not asked whether a slab counts.)"""
     case = make([5, 5, 5, 5], vocabulary=40, dtype=torch.float32)
     case["hidden"] = case["hidden"].detach().index_fill(0, torch.tensor([2]), float("inf")).requires_grad_()
     options = {"backend": "cpu", "buffer_mb": 5 * 40 * 4 / 2**20}
     pair = ops.pair_loss(**case, **options, beta=0.1, pairs=torch.tensor([[2, 3]])).loss
     for loss in (pair, ops.log_ratio(**case, **options).log_ratio[2:].sum()):
-        found = gradients(loss, case)
-        assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
+        actual = gradients(loss, case)
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in actual.values())
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0], [1, 0], [0, 1]], ids=str)
@@ -238,8 +238,8 @@ def test_degenerate_sizes_work(backend, lengths):
     [("none", 1000, 1), ("hidden", 1000, 2), ("all", 1000, 3), ("hidden", 8, 2), ("all", 8, 3.75)],
     ids=["no gradient", "frozen", "full", "frozen, group beyond the buffer", "full, group beyond the buffer"],
 )
-def test_passes_over_the_head(wants, rows_in_buffer, passes):
-    """Groups of 32 tokens; beyond the buffer all but the last 8 of each, still in the buffer, are computed twice."""
+def test_the_head_is_passed_over_as_often_as_documented(wants, rows_in_buffer, passes):
+    """Groups have 32 tokens. Beyond the buffer, all but the last 8, which are still in it, are computed twice."""
     case = make([20, 12, 12, 20], vocabulary=300, dtype=torch.float32, frozen=wants == "hidden")
     with Recorder() as recorder, torch.set_grad_enabled(wants != "none"):
         loss = ops.pair_loss(**case, beta=0.1, backend="cpu", buffer_mb=rows_in_buffer * 300 * 4 / 2**20).loss

@@ -1,4 +1,4 @@
-"""log_ratio and pair_loss in other programs: compiled, checkpointed, under autocast, and the same every time."""
+"""log_ratio and pair_loss under torch.compile, activation checkpointing, autocast and deterministic algorithms."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 
 
 def both(case: dict) -> torch.Tensor:
-    """A loss of all that the two operations return."""
+    """A loss of all results of the two operations."""
     pairs = ops.pair_loss(**case, beta=0.1, nll_weight=0.2)
     tokens = ops.log_ratio(**case)
     return pairs.loss + pairs.log_ratio.sum() + tokens.log_ratio.square().sum() + tokens.token_logps.sum()
@@ -33,10 +33,10 @@ def test_compiles_as_one_graph_of_any_length(form):
     for lengths in ([5, 3, 2, 7], [2, 4, 5, 3], [3, 1, 8, 3, 4, 6]):
         case = make(lengths, vocabulary=33, dtype=torch.float32, **form)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            expected, found = both(case), compiled(case)
-        assert torch.equal(found, expected)
+            expected, actual = both(case), compiled(case)
+        assert torch.equal(actual, expected)
         exact = gradients(expected, case)
-        for name, gradient in gradients(found, case).items():
+        for name, gradient in gradients(actual, case).items():
             assert torch.equal(gradient, exact[name]), name
 
 
@@ -50,7 +50,7 @@ def arguments(form: dict) -> tuple[HeadInputs, HeadInputs | None, ScoredTokens]:
 
 
 @forms
-def test_opcheck(form):
+def test_torch_accepts_the_registered_operations(form):
     policy, reference, scored = arguments(form)
     both = *policy, *(reference or custom_op.NO_REFERENCE)
     wanted = custom_op.needs_gradient(policy)
@@ -70,15 +70,15 @@ def test_autocast_changes_nothing(form, dtype):
     expected = both(case)
     exact = gradients(expected, case)
     with torch.autocast("cpu", torch.bfloat16):
-        found = both(case)
-        assert torch.equal(found, expected)
-        for name, gradient in gradients(found, case).items():
+        actual = both(case)
+        assert torch.equal(actual, expected)
+        for name, gradient in gradients(actual, case).items():
             assert torch.equal(gradient, exact[name]), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @forms
-def test_activation_checkpointing(form, reentrant):
+def test_activation_checkpointing_changes_no_bit(form, reentrant):
     case = make([5, 3, 2, 7], **form)
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
@@ -86,15 +86,15 @@ def test_activation_checkpointing(form, reentrant):
 
     expected = loss(case["hidden"])
     exact = gradients(expected, case)
-    found = checkpoint(loss, case["hidden"], use_reentrant=reentrant)
-    found.backward()
-    assert torch.equal(found, expected)
+    actual = checkpoint(loss, case["hidden"], use_reentrant=reentrant)
+    actual.backward()
+    assert torch.equal(actual, expected)
     for name, gradient in exact.items():
         assert torch.equal(case[name].grad, gradient), name
 
 
 @forms
-def test_deterministic_on_request(form):
+def test_gradients_are_deterministic_on_request(form):
     case = make([5, 3, 2, 7], vocabulary=300, dtype=torch.bfloat16, **form)
     torch.use_deterministic_algorithms(True)
     try:

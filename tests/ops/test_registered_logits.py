@@ -1,4 +1,4 @@
-"""token_logps and logits_log_ratio as torch asks of an operation: opcheck, compilation, autocast, checkpointing."""
+"""token_logps and logits_log_ratio under torch's opcheck, torch.compile, autocast and activation checkpointing."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.ops.test_logits import BACKENDS, LENGTHS, REFERENCES, make
 
 @pytest.mark.parametrize("options", [(1.0, None), (0.5, 30.0)], ids=str)
 @pytest.mark.parametrize("reference", [False, True])
-def test_opcheck(reference, options):
+def test_torch_accepts_the_registered_operations(reference, options):
     case = make(LENGTHS, 7, torch.float32, reference="logits")
     logits, targets = case["logits"], case["targets"]
     ref_logits = case["ref_logits"] if reference else None
@@ -35,9 +35,9 @@ def test_compiles_as_one_graph_of_any_length(reference, inplace):
     for lengths in (LENGTHS, [2, 4, 5]):
         case = make(lengths, 9, torch.float32, reference=reference)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            expected, found = loss(case, False), compiled(case, inplace)
-        [exact], [gradient] = (torch.autograd.grad(x, case["logits"]) for x in (expected, found))
-        assert torch.equal(found, expected) and torch.equal(gradient, exact)
+            expected, actual = loss(case, False), compiled(case, inplace)
+        [exact], [gradient] = (torch.autograd.grad(x, case["logits"]) for x in (expected, actual))
+        assert torch.equal(actual, expected) and torch.equal(gradient, exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -52,7 +52,7 @@ def test_autocast_changes_nothing(dtype, backend):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_activation_checkpointing(inplace):
+def test_activation_checkpointing_changes_no_bit(inplace):
     hidden, weight = torch.randn(6, 5, requires_grad=True), torch.randn(9, 5, requires_grad=True)
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

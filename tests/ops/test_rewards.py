@@ -1,4 +1,4 @@
-"""reward_head and discriminator_loss: the oracle against loops, what may not leak, precision, errors."""
+"""reward_head and discriminator_loss: the oracle against loops, no leaks between sequences, precision, errors."""
 
 import itertools
 import subprocess
@@ -31,7 +31,7 @@ from tests.helpers.reward_cases import (
 BACKENDS = ["plain", "cpu"]
 
 
-# ---------------------------------------------------------------- right, against loops
+# ---------------------------------------------------------------- results and gradients
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -102,7 +102,7 @@ def test_labels_may_be_of_any_type(dtype):
     assert torch.equal(ops.discriminator_loss(**case, labels=labels.to(dtype)).loss, expected)
 
 
-# ---------------------------------------------------------------- nothing leaks
+# ---------------------------------------------------------------- sequences do not affect one another
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,7 +119,7 @@ def test_empty_sequences_have_no_part(name, pooling, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [[], [0, 0], [1, 0], [0, 1]], ids=str)
-def test_nothing_and_next_to_nothing(lengths, backend):
+def test_empty_and_tiny_inputs_work(lengths, backend):
     for (name, pooling), rows in itertools.product(FORMS, [False, True]):
         case = make(lengths, rows=rows)
         inputs = {"labels": labels_of(lengths), "pooling": pooling, "backend": backend} | options_of(name)
@@ -140,10 +140,10 @@ def test_a_nan_stays_in_its_sequence(pooling, rows, value):
     broken = case["hidden"].detach().clone()
     broken[3] = value  # the last token of the second sequence
     clean = ops.reward_head(**case, pooling=pooling)
-    found = ops.reward_head(**case | {"hidden": broken}, pooling=pooling)
+    actual = ops.reward_head(**case | {"hidden": broken}, pooling=pooling)
     own = [3] if pooling == "token" else [1]
-    others = [n for n in range(len(found)) if n not in own]
-    assert torch.equal(found[others], clean[others]) and not found[own].isfinite().any()
+    others = [n for n in range(len(actual)) if n not in own]
+    assert torch.equal(actual[others], clean[others]) and not actual[own].isfinite().any()
     for name, form in FORMS:
         if form == pooling:
             inputs = {"labels": labels_of([2, 2, 2, 2]), "pooling": pooling} | options_of(name)
@@ -166,11 +166,11 @@ def test_a_nan_in_a_row_that_no_token_reads_never_matters():
         assert all(x.isfinite().all() for x in (loss, *gradients(loss, inputs).values()))
 
 
-# ---------------------------------------------------------------- precision, and what torch asks
+# ---------------------------------------------------------------- precision, compilation, checkpointing
 
 
 def bf16_logits(case: dict[str, Any], pooling: str) -> torch.Tensor:
-    """What PyTorch gives in bf16: logits rounded to it, statistics in fp32."""
+    """PyTorch's logits in bf16, rounded to it, as fp32."""
     hidden = case["hidden"] if pooling == "token" else case["hidden"][case["cu_seqlens"][1:] - 1]
     return torch.nn.functional.linear(hidden, case["head"], case["bias"]).float()
 
@@ -185,10 +185,10 @@ def check_bf16(backend: str, pooling: str, device: str) -> None:
     assert (ours.logits - exact.logits).abs().max() < 1e-5 < (theirs - exact.logits).abs().max()
     targets = labels if pooling == "last" else labels.repeat_interleave(case["cu_seqlens"].diff())
     loss = torch.nn.functional.binary_cross_entropy_with_logits(theirs, targets[:, None].expand(-1, 3).float())
-    wanted, found, peer = (gradients(x, c) for x, c in ((exact.loss, double), (ours.loss, case), (loss, case)))
+    wanted, actual, peer = (gradients(x, c) for x, c in ((exact.loss, double), (ours.loss, case), (loss, case)))
     for name, gradient in wanted.items():
-        assert found[name].dtype == torch.bfloat16
-        errors = [(other[name].double() - gradient).norm() for other in (found, peer)]
+        assert actual[name].dtype == torch.bfloat16
+        errors = [(other[name].double() - gradient).norm() for other in (actual, peer)]
         assert errors[0] < 1.1 * errors[1], name
 
 
@@ -214,9 +214,9 @@ def check_compiled(backend: str, device: str) -> None:
             case = make(lengths, dtype=torch.float32, rows=rows, device=device)
             inputs = case, labels_of(lengths, device), pooling, options_of(name)
             with torch._dynamo.config.patch(error_on_recompile=True):
-                expected, found = loss(*inputs), compiled(*inputs)
-            torch.testing.assert_close(found, expected)
-            exact, gradient = gradients(expected, case), gradients(found, case)
+                expected, actual = loss(*inputs), compiled(*inputs)
+            torch.testing.assert_close(actual, expected)
+            exact, gradient = gradients(expected, case), gradients(actual, case)
             for leaf in exact:
                 torch.testing.assert_close(gradient[leaf], exact[leaf])
 
@@ -247,7 +247,7 @@ def test_autocast_changes_nothing_and_activations_may_be_recomputed():
     check_autocast_and_checkpointing("cpu", "cpu")
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- errors
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "hidden is a list": ({"hidden": [[0.0]]}, r"hidden: found list, expected \[R, H\] float32 or bfloat16"),

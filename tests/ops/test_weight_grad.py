@@ -1,4 +1,4 @@
-"""pair_loss with ``weight_grad``: what is added there is the gradient that autograd would have given ``weight``."""
+"""pair_loss with ``weight_grad``: the gradient added there is the one that autograd gives ``weight`` without it."""
 
 import pytest
 import torch
@@ -22,48 +22,48 @@ def test_micro_batches_add_up_to_autograds_gradients(form, backend, buffer_mb, d
     options = LOSS | {"backend": backend, "buffer_mb": buffer_mb}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     cases = [make(LENGTHS, dtype=dtype, seed=seed, **form | {"frozen": False}) for seed in range(2)]
-    total, found = torch.zeros(2, 7, 8, dtype=wide)
+    total, actual = torch.zeros(2, 7, 8, dtype=wide)
     for case in cases:
         exact = gradients(ops.pair_loss(**case, **options).loss, case)
         frozen = form.get("frozen", False)  # whether the weight wants a gradient does not matter
         given = case | {"weight": case["weight"].detach().requires_grad_(not frozen)}
-        result = ops.pair_loss(**given, **options, weight_grad=found)
+        result = ops.pair_loss(**given, **options, weight_grad=actual)
         result.loss.backward()
         total += exact.pop("weight")
         assert torch.equal(result.loss, ops.pair_loss(**case, **options).loss)
         assert given["weight"].grad is None
         assert all(torch.equal(case[name].grad, gradient) for name, gradient in exact.items())
     rounding = torch.finfo(dtype).eps * 4
-    torch.testing.assert_close(found, total, rtol=rounding, atol=rounding * total.abs().max().item())
+    torch.testing.assert_close(actual, total, rtol=rounding, atol=rounding * total.abs().max().item())
 
 
 @backends
-def test_what_multiplies_the_loss_reaches_hidden_and_bias_alone(backend):
-    case, found = make(LENGTHS, bias=True), torch.zeros(7, 8).double()
+def test_a_factor_on_the_loss_reaches_hidden_and_bias_only(backend):
+    case, actual = make(LENGTHS, bias=True), torch.zeros(7, 8).double()
     exact = gradients(ops.pair_loss(**case, **LOSS, backend=backend).loss, case)
-    loss = ops.pair_loss(**case, **LOSS, backend=backend, weight_grad=found).loss
+    loss = ops.pair_loss(**case, **LOSS, backend=backend, weight_grad=actual).loss
     for _ in range(2):
         hidden, bias = torch.autograd.grad(3 * loss, (case["hidden"], case["bias"]), retain_graph=True)
         torch.testing.assert_close(hidden, 3 * exact["hidden"])
         torch.testing.assert_close(bias, 3 * exact["bias"])
-    torch.testing.assert_close(found, exact["weight"])
+    torch.testing.assert_close(actual, exact["weight"])
 
 
 @backends
-def test_without_gradients_it_stays_as_it_is(backend):
-    found = torch.ones(7, 8).double()
+def test_without_gradients_weight_grad_stays_unchanged(backend):
+    actual = torch.ones(7, 8).double()
     with torch.no_grad():
-        ops.pair_loss(**make(LENGTHS), **LOSS, backend=backend, weight_grad=found)
-    assert torch.equal(found, torch.ones_like(found))
+        ops.pair_loss(**make(LENGTHS), **LOSS, backend=backend, weight_grad=actual)
+    assert torch.equal(actual, torch.ones_like(actual))
 
 
 @backends
 @pytest.mark.parametrize("lengths", [[], [0, 0], [1, 0], [1, 1]])
 def test_degenerate_sizes_work(backend, lengths):
-    case, found = make(lengths), torch.zeros(7, 8).double()
+    case, actual = make(lengths), torch.zeros(7, 8).double()
     exact = gradients(ops.pair_loss(**case, **LOSS, backend=backend).loss, case)["weight"]
-    ops.pair_loss(**case, **LOSS, backend=backend, weight_grad=found)
-    torch.testing.assert_close(found, exact)
+    ops.pair_loss(**case, **LOSS, backend=backend, weight_grad=actual)
+    torch.testing.assert_close(actual, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,11 +80,11 @@ def test_no_other_tensor_of_the_weights_size_is_made(dtype):
     assert largest[1] < vocabulary * size <= largest[0]
 
 
-# ---------------------------------------------------------------- what torch asks
+# ---------------------------------------------------------------- registration and compilation
 
 
 @forms
-def test_opcheck(form):
+def test_torch_accepts_the_registered_operations(form):
     policy, reference, scored = arguments(form)
     detached = [None if x is None else x.detach() for x in (*policy, *(reference or custom_op.NO_REFERENCE))]
     spec = PairLossSpec(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
@@ -102,15 +102,15 @@ def test_compiles_as_one_graph_of_any_length(form):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for lengths in (LENGTHS, [2, 4, 5, 3], [3, 1, 8, 3, 4, 6]):
         case = make(lengths, vocabulary=33, dtype=torch.float32, **form)
-        exact, found = torch.ones(33, 8), torch.ones(33, 8)
+        exact, actual = torch.ones(33, 8), torch.ones(33, 8)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            expected, result = loss(case, exact), compiled(case, found)
+            expected, result = loss(case, exact), compiled(case, actual)
         assert torch.equal(result, expected)
-        assert torch.equal(found, exact)
+        assert torch.equal(actual, exact)
         assert torch.equal(*(torch.autograd.grad(x, case["hidden"])[0] for x in (result, expected)))
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- errors
 
 ERRORS = {
     "a list": ([0.0], r"weight_grad: found list, expected \[V, H\] float32"),
@@ -130,6 +130,6 @@ def test_error_names_what_was_found_and_expected(weight_grad, message):
         ops.pair_loss(**make(LENGTHS, dtype=torch.bfloat16), beta=0.1, weight_grad=weight_grad)
 
 
-def test_it_takes_no_part_in_skipping():
+def test_skip_mass_with_weight_grad_is_refused():
     with pytest.raises(ValueError, match=r"skip_mass: found 0\.1, expected 0 where weight_grad is given"):
         ops.pair_loss(**make(LENGTHS), beta=0.1, skip_mass=0.1, weight_grad=torch.zeros(7, 8).double())

@@ -102,8 +102,10 @@ def check_reward(config: Any) -> None:
         raise InputError(f"reward_data: found 'none', expected pairs to learn from for method {config.method}")
     if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
         raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
-    if config.reward_loss == "bradley_terry" and config.reward_level == "token":
-        raise InputError("reward_level: found 'token' with reward_loss bradley_terry, which compares whole answers")
+    if config.reward_loss in ("bradley_terry", "linear") and config.reward_level == "token":
+        raise InputError(
+            f"reward_level: found 'token' with reward_loss {config.reward_loss}, which compares whole answers"
+        )
     if config.reward_loss in ("bradley_terry", "linear") and config.divergence != "airl":
         raise InputError(
             f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}, which trains no "

@@ -16,14 +16,14 @@ FULL := -m "full and not slow"
 SWEEP := -m slow
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: $(VENV)/installed $(VENV)/wandb-0.31.0 lint
+test: $(VENV)/installed lint
 	$(PYTEST) $(FIRST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) $(FIRST) tests/kernels
 	@echo "make test: linters and types pass; so do the units, a sample of each sweep, and one run of each kind."
 	@echo "make test-all runs the rest of what CI runs; make sweep the products; make gpu, on a GPU, the kernels there."
 
 # The kernels compile for sm_80 and sm_90 by the Triton of torch 2.11 (`make test` has a sample by the one installed).
-test-all: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 $(VENV)/triton-3.6.0
+test-all: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 $(VENV)/triton-3.6.0 $(VENV)/wandb-0.31.0
 	$(PYTEST) $(FULL) --ignore=tests/aot
 	TRITON_INTERPRET=1 $(PYTEST) $(FULL) tests/kernels
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(PYTEST) -m "not slow" tests/aot

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.tiers import full
+
 ROOT = Path(__file__).parent.parent
 # Each room imports only from itself and from those before it (docs/design.md: data goes left to right and never back).
 ORDER = [
@@ -119,6 +121,7 @@ def clone(tmp_path_factory):
     return clone
 
 
+@full
 def test_the_wheel_made_from_the_sdist_imports_from_elsewhere(clone, tmp_path, monkeypatch):
     """Where there is a compiler, but no nvcc, whose sources it has nevertheless."""
     monkeypatch.setenv("IRLFAST_STRICT", str(int(HAS_COMPILER)))
@@ -146,6 +149,7 @@ def works_in_an_empty_folder(folder: Path, *irlfast: str) -> None:
     run(*irlfast, "report", "runs/irft", cwd=folder)
 
 
+@full
 def test_editable_install_imports(clone, tmp_path, monkeypatch):
     """From the root too, where ``import kernels`` must not find our folder as a package with code."""
     monkeypatch.setenv("CXX", "/nowhere/c++")
@@ -160,6 +164,7 @@ def test_this_installation_has_what_could_be_built_here():
     assert run(sys.executable, "-c", NATIVE, cwd=ROOT).strip() == f"{HAS_COMPILER} {HAS_COMPILER and HAS_NVCC}"
 
 
+@full
 @pytest.mark.parametrize("strict", [False, True])
 def test_without_a_compiler_it_installs_with_fewer_backends_or_says_why_not(clone, tmp_path, strict, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")

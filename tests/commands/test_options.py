@@ -16,6 +16,7 @@ from irlfast.config import make_config
 from irlfast.models.load import load_model
 from irlfast.models.lora import add_lora, merge, share_kept
 from tests.helpers.runs import printed, run, settings
+from tests.helpers.tiers import full
 
 
 def weights(folder):
@@ -57,6 +58,7 @@ sys.exit(main())
 LORA = {"use_peft": "true", "learning_rate": 1e-2, "warmup_ratio": 0, "logging_steps": 1}
 
 
+@full
 def test_a_stage_continues_the_adapter_of_the_one_before_and_no_second_model_is_held(tmp_path):
     script, output = tmp_path / "counted.py", tmp_path / "run"
     script.write_text(COUNTED)
@@ -97,6 +99,7 @@ def check_all_is_kept(adapted, final):
     assert kept / learned == pytest.approx(1, abs=0.1)  # to the nearest it is below 0.9, as above
 
 
+@full
 def test_what_lora_learns_in_bf16_is_not_rounded_away_at_the_end_of_a_stage(tmp_path):
     """Steps so small that merging each stage's would leave the weights as they were."""
     output, small = tmp_path / "run", {"learning_rate": 1e-5, "dtype": "bfloat16", "sft_steps": 0, "inner_steps": 8}
@@ -114,6 +117,7 @@ def test_what_lora_learns_in_bf16_is_not_rounded_away_at_the_end_of_a_stage(tmp_
     assert learned and all(moved > 0.3 * size > 0 for size, moved in learned.values())  # it began at 0
 
 
+@full
 def test_training_continues_another_runs_adapter_but_not_with_other_settings(tmp_path):
     sft = {"method": "sft", "inner_steps": "null"}
     run(tmp_path / "first", **LORA | sft)
@@ -154,6 +158,7 @@ def test_an_adapter_without_its_base_or_with_anothers_weights_is_refused(tmp_pat
         load_model(tmp_path / "adapter", whole)
 
 
+@full
 def test_an_engine_of_zero_3_does_not_live_on_beside_the_next(tmp_path):
     script = tmp_path / "counted.py"
     script.write_text(COUNTED)
@@ -223,6 +228,7 @@ def test_spin_with_adamw_zero_0_tensorboard_own_deepspeed_json_and_the_best_poli
     assert f"from {best}" in out + err
 
 
+@full
 def test_a_pretrained_folder_initial_reference_hinge_and_no_sft(tmp_path, finished):
     run(
         tmp_path / "run",
@@ -244,6 +250,7 @@ def test_a_pretrained_folder_initial_reference_hinge_and_no_sft(tmp_path, finish
     assert first["values"].shape != second["values"].shape or not torch.equal(first["values"], second["values"])
 
 
+@full
 def test_sft_alone_of_a_given_model_is_compared_with_that_model(tmp_path, finished):
     start = {"model_name_or_path": finished[0] / "sft" / "policy", "config_name": "null", "train_tokenizer": "null"}
     run(tmp_path / "run", method="sft", inner_steps="null", **start)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.train import main
 from tests.helpers.runs import PYTHON, ROOT, TORCHRUN, command, contents, run, run_killed_at
-from tests.helpers.tiers import full, one_run_or_each_its_own
+from tests.helpers.tiers import first_then_full, full, one_run_or_each_its_own
 from tests.helpers.tokenizers_like import pythia
 
 
@@ -83,8 +83,7 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference(finished, tm
     assert "Traceback" not in err
 
 
-@full
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("zero_stage", first_then_full([3, 2]))
 def test_two_processes_end_with_the_parameters_of_one(tmp_path, zero_stage):
     """The same global batch; samples come from greedy answers' seeds by shard, so both see the same pairs."""
     run(tmp_path / "one", zero_stage=zero_stage, gradient_accumulation_steps=2, per_device_train_batch_size=4)
@@ -107,6 +106,7 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path, zero_stage):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-3 * moved.item())
 
 
+@full
 def test_a_stage_warns_and_stops_early_when_demonstrations_become_unlikely(tmp_path):
     _, err = run(tmp_path / "run", learning_rate=3e-3, beta=0.1, stages=1, inner_steps=20, max_expert_drop=2.0)
     assert "warning: stage-00" in err
@@ -116,6 +116,7 @@ def test_a_stage_warns_and_stops_early_when_demonstrations_become_unlikely(tmp_p
     assert rows[-1]["step"] < 20
 
 
+@full
 def test_a_gradient_that_is_not_finite_ends_the_run_without_a_policy(tmp_path):
     _, err = run(tmp_path / "run", code=2, beta=3e38, loss_type="linear")
     assert err.splitlines()[-1] == "irlfast: stage-00, step 1: grad_norm is nan; try a lower learning_rate"

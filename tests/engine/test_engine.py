@@ -16,6 +16,7 @@ from irlfast.models.forward import hidden_states
 from irlfast.models.steady import recompute_layers
 from tests.data.test_packing import model_of, ragged, with_gradients
 from tests.helpers.runs import run, run_killed_at
+from tests.helpers.tiers import full, slow, sweep
 
 WAYS = {
     "compiled": [compile_layers],
@@ -31,8 +32,7 @@ def needs_a_compiler() -> None:
         pytest.skip("torch.compile takes a C++ compiler")
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["Llama", "GPT-NeoX"])
+@sweep(full, way=WAYS, name=["Llama", "GPT-NeoX"])
 def test_gradients_are_those_of_the_plain_layers(name, way):
     if compile_layers in WAYS[way]:
         needs_a_compiler()
@@ -106,7 +106,8 @@ def test_selective_recomputation_repeats_no_matrix_product():
 SFT = {"method": "sft", "inner_steps": "null"}
 
 
-@pytest.mark.parametrize("keys", [SFT, pytest.param({"stages": 1}, marks=pytest.mark.slow)], ids=["sft", "irft"])
+@full
+@pytest.mark.parametrize("keys", [SFT, pytest.param({"stages": 1}, marks=slow)], ids=["sft", "irft"])
 def test_a_compiled_run_that_is_killed_resumes_to_the_same_policy(tmp_path, keys):
     needs_a_compiler()
     keys = {"torch_compile": "true", **keys}

@@ -16,6 +16,7 @@ from irlfast.engine.step import prepare_steps
 from irlfast.sampling import scoring
 from tests.data.test_packing import model_of, ragged
 from tests.helpers.runs import ended, printed, settings
+from tests.helpers.tiers import full
 
 AUTO = make_config({"dataset_name": __file__, "model_name_or_path": "."})
 
@@ -122,7 +123,7 @@ def short_of_memory(folder, most, **keys):
     return [str(script), *settings(folder / "run", **SFT | keys)]
 
 
-@pytest.mark.parametrize("most, code", [(300, 0), (10, 2)])
+@pytest.mark.parametrize(("most", "code"), [(300, 0), pytest.param(10, 2, marks=full)])
 def test_out_of_memory_halves_the_batches_until_one_prompt_group_is_left(tmp_path, most, code):
     _, err = printed(short_of_memory(tmp_path, most), code=code)
     assert (
@@ -135,6 +136,7 @@ def test_out_of_memory_halves_the_batches_until_one_prompt_group_is_left(tmp_pat
         assert not (tmp_path / "run" / "sft" / "policy").exists()
 
 
+@full
 def test_one_of_several_processes_out_of_memory_says_so_and_all_restart_with_half_the_tokens(tmp_path):
     """The same command runs until the batches fit."""
     said = (

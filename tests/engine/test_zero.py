@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.helpers.runs import printed
+from tests.helpers.tiers import full
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=full)])
 def test_steps_are_pytorchs_at_every_zero_stage_with_the_optimiser_offloaded_or_not(tmp_path, processes):
     out, _ = printed(["-m", "tests.helpers.zero_steps", str(tmp_path)], processes)
     results = json.loads(out.splitlines()[-1])
@@ -19,6 +20,7 @@ def test_steps_are_pytorchs_at_every_zero_stage_with_the_optimiser_offloaded_or_
         assert "offload cpu" not in case or "ZeRO 0" in case or row["state"] == ["torch.float32 on cpu"], case
 
 
+@full
 def test_universal_checkpoints_go_on_with_another_number_of_processes(tmp_path):
     def trained(action: str, processes: int) -> dict:
         out, _ = printed(["-m", "tests.helpers.universal_steps", action, str(tmp_path)], processes)

@@ -51,6 +51,12 @@ def covering_cases(factors: dict[str, list[Any]], beyond: Any = full, drawn: int
     return cases
 
 
+def first_then_full(values: Iterable[Any]) -> list[Any]:
+    """The first value in `make test`, the others in `make test-all`."""
+    first, *others = values
+    return [first, *(pytest.param(value, marks=full) for value in others)]
+
+
 def label(value: Any) -> str:
     return getattr(value, "__name__", str(value))
 

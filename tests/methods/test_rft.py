@@ -16,7 +16,7 @@ from irlfast.data.sets import read_sets
 from irlfast.data.store import load_examples
 from irlfast.reports.files import TIMES, read_metrics, read_phases, split_time
 from tests.helpers.runs import PYTHON, contents, printed, run, run_killed_at
-from tests.helpers.tiers import full, one_run_or_each_its_own
+from tests.helpers.tiers import first_then_full, full, one_run_or_each_its_own
 
 RFT = {"method": "rft", "stages": 1, "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3}
 PREFERENCES = [
@@ -123,7 +123,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", first_then_full(OPTIONS))
 def test_alignment_with_each_option_changes_every_tensor_that_is_trained(tmp_path, name):
     run(tmp_path / "run", **{**RFT, "align_rounds": 1, **OPTIONS[name]})
     last = f"stage-0{OPTIONS[name].get('stages', RFT['stages']) - 1}"
@@ -133,6 +133,7 @@ def test_alignment_with_each_option_changes_every_tensor_that_is_trained(tmp_pat
     assert all(after[key].isfinite().all() for key in after)
 
 
+@full
 def test_beta_changes_the_policy_of_a_stage_of_one_round(tmp_path):
     """The policy that samples is the reference there, so that the KL of its answers is 0."""
     policies = []
@@ -142,6 +143,7 @@ def test_beta_changes_the_policy_of_a_stage_of_one_round(tmp_path):
     assert policies[0] != policies[1]
 
 
+@full
 def test_with_every_layer_frozen_the_reward_is_a_head_on_the_policys_backbone(tmp_path):
     run(tmp_path, **RFT | {"method": "reward", "reward_frozen_layers": 2, "logging_steps": 1})
     policy, reward = (load_file(tmp_path / name / "model.safetensors") for name in ("sft/policy", "final"))
@@ -198,7 +200,7 @@ def bon(output, how=1, **keys) -> str:
     return printed(["-m", "irlfast.bon", *arguments], how)[0]
 
 
-@pytest.mark.parametrize("kind", ["explicit", "implicit", "likelihood"])
+@pytest.mark.parametrize("kind", first_then_full(["explicit", "implicit", "likelihood"]))
 def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
     folder, output = rft[0], tmp_path / "bon"
     policy = folder / "sft" / "policy"
@@ -230,6 +232,7 @@ def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
     assert (output / "best.jsonl").read_bytes() == before
 
 
+@full
 def test_a_folder_with_a_comma_in_its_name_is_a_reward_model_and_not_two_policies(rft, tmp_path):
     folder = tmp_path / "reward, mine"
     shutil.copytree(rft[0] / "stage-00" / "reward" / "model", folder)
@@ -238,6 +241,7 @@ def test_a_folder_with_a_comma_in_its_name_is_a_reward_model_and_not_two_policie
     assert len((tmp_path / "bon" / "best.jsonl").read_text().splitlines()) == 4
 
 
+@full
 def test_two_processes_under_zero_3_end_with_the_parameters_of_one(rft, tmp_path):
     """The same global batches of pairs and of prompts; the reward's heads are gathered as an LM head is."""
     run(tmp_path / "two", 2, **RFT, zero_stage=3, per_device_train_batch_size=4)
@@ -252,6 +256,7 @@ def test_two_processes_under_zero_3_end_with_the_parameters_of_one(rft, tmp_path
             assert (two[name] - one[name]).norm() < 1e-2 * moved.norm()
 
 
+@full
 def test_an_implicit_reward_is_beta_times_the_difference_of_two_likelihoods(rft, tmp_path):
     final, policy = rft[0] / "final", rft[0] / "sft" / "policy"
     found = {}
@@ -270,6 +275,7 @@ def test_an_implicit_reward_is_beta_times_the_difference_of_two_likelihoods(rft,
     torch.testing.assert_close(found["ensemble"], members.mean(0) - 2 * members.std(0), rtol=1e-4, atol=1e-4)
 
 
+@full
 def test_many_answers_to_a_prompt_are_scored_as_each_alone(rft, tmp_path):
     policy, output, n = rft[0] / "final", tmp_path / "bon", 19
     keys = {"model_name_or_path": policy, "implicit_reward_policy": policy, "max_train_samples": 2, "beta": 1}
@@ -287,6 +293,7 @@ def test_many_answers_to_a_prompt_are_scored_as_each_alone(rft, tmp_path):
         assert found[row["index"]].item() == pytest.approx(picked.sum().item(), abs=1e-4)
 
 
+@full
 def test_an_implicit_reward_with_another_tokenizer_is_refused(rft, tmp_path):
     run(tmp_path / "other", method="sft", train_tokenizer=290, sft_steps=1, inner_steps="null")
     keys = {"implicit_reward_policy": tmp_path / "other" / "final", "reward_data": "none"}
@@ -295,6 +302,7 @@ def test_an_implicit_reward_with_another_tokenizer_is_refused(rft, tmp_path):
     assert "Traceback" not in err
 
 
+@full
 def test_a_learned_reward_and_an_added_one_are_summed_by_their_weights(rft, tmp_path):
     added = rft[0] / "stage-00" / "reward" / "model"
     keys = {"reward_model_name_or_path": added, "reward_weights": [1.0, 0.5], "align_rounds": 1}

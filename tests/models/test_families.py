@@ -4,6 +4,7 @@ import pytest
 
 from tests.helpers.families import ALL
 from tests.helpers.runs import printed
+from tests.helpers.tiers import first_then_full, full
 
 # With persistent buffers, shared experts, tied weights, position offsets, ALiBi, no attention, or float32 routers.
 ODD = (
@@ -26,12 +27,13 @@ def outcomes(*arguments: str) -> dict[str, tuple[str, str]]:
     return {line[:28].strip(): (line[28:40].strip(), line[40:]) for line in lines}
 
 
-@pytest.mark.parametrize("keys", RUNS, ids=" ".join)
+@pytest.mark.parametrize("keys", first_then_full(RUNS), ids=" ".join)
 def test_unusual_families_are_kept_to_the_bit(keys):
     names = [name for name in ODD if name not in RUNS[keys]]
     assert outcomes(*names, *keys) == dict.fromkeys(names, ("right", ""))
 
 
+@full
 def test_float32_parameters_that_deepspeed_would_round_are_refused():
     [(outcome, why)] = outcomes("ernie4_5_moe", "dtype=bfloat16", "zero_stage=2").values()
     assert outcome == "refused" and "keeps model.layers.1.mlp.gate.weight in float32 beside bfloat16" in why

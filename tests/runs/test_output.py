@@ -15,6 +15,7 @@ from irlfast.config import dump, make_config
 from irlfast.config.checks import PER_STAGE
 from irlfast.runs.output import LOCKS, MAY_CHANGE, check_output, differences, lock
 from tests.helpers.runs import ROOT, contents, run
+from tests.helpers.tiers import full
 
 OTHER = {"logging_steps": 20, "save_steps": 300, "report_to": ["wandb"], "vllm_python": "python", "run_name": "a"}
 
@@ -79,6 +80,7 @@ def test_every_key_that_may_change_exists_and_is_not_refused():
         assert differences(old, old | {name: "other"})[0] == []
 
 
+@full
 def test_a_finished_run_that_gets_more_stages_ends_as_one_that_had_them_from_the_start(tmp_path):
     keys = {"prompts_per_stage": "all", "max_train_samples": 48}
     run(tmp_path / "whole", **keys, stages=2, learning_rate=[1e-5, 2e-5])

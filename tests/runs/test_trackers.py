@@ -12,8 +12,9 @@ from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.runs.metrics_log import MetricsLog
 from tests.helpers.runs import ROOT
+from tests.helpers.tiers import full
 
-WANDB = next(iter((ROOT / ".venv").glob("wandb-*")), None)  # `make test` installs it apart from the other packages
+WANDB = next(iter((ROOT / ".venv").glob("wandb-*")), None)  # `make test-all` installs it apart from the other packages
 ANSWERS = [{"prompt": "a|b", "expert": "two\nlines", "answer": "c"}]
 
 
@@ -104,6 +105,7 @@ def pieces(log: bytes, block: int = 32768) -> Iterator[bytes]:
             whole = b""
 
 
+@full
 def test_wandb_has_the_same_curves_and_axis_and_the_config_project_and_samples(wandb, tmp_path):
     config = config_of("wandb", run_name="mine")
     for write in (write_all, resume):
@@ -128,12 +130,14 @@ def test_wandb_has_the_same_curves_and_axis_and_the_config_project_and_samples(w
     assert {name: [*curve.items()] for name, curve in curves.items()} == CURVES
 
 
+@full
 def test_the_configurations_project_wins_over_the_environments(wandb, tmp_path):
     MetricsLog(tmp_path, config_of("wandb", project="of-the-run"))
     wandb.teardown()
     assert {record.run.project for record in records(tmp_path) if record.HasField("run")} == {"of-the-run"}
 
 
+@full
 def test_wandb_that_cannot_start_is_one_sentence(wandb, tmp_path, monkeypatch):
     def fails(**_):
         raise wandb.Error("no API key")

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from irlfast.sampling.vllm_sampler import Shard
+from tests.helpers.tiers import full
 from tests.helpers.vllm_cases import PROMPTS, SETTINGS, VOCABULARY, answers, perturbed_lora, tiny
 
 VLLM_PYTHON = os.environ.get("IRLFAST_VLLM_PYTHON", "")
@@ -33,6 +34,7 @@ def greedy(model, prompt: list[int], end_id: int | None) -> list[int]:
     return generated[0, len(prompt) :].tolist()
 
 
+@full
 @needs_vllm
 @pytest.mark.parametrize(("architecture", "lora"), [("llama", False), ("gpt_neox", True)])
 def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
@@ -67,6 +69,7 @@ def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
     assert by_shard[0] + by_shard[1] == expected
 
 
+@full
 @needs_vllm
 def test_sampled_answers_depend_on_prompts_and_seed_and_have_the_policys_distribution(tmp_path):
     model = tiny("llama")

@@ -1,6 +1,9 @@
 import pytest
 
+from tests.helpers.poison import poison_new_memory
 from tests.helpers.runs import run
+
+poison_new_memory()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 
 import pytest
+import torch
 
 from tests.helpers.covering import covered, each_pair, each_value, pairs_of
 from tests.helpers.runs import PRELOADED
@@ -26,3 +27,10 @@ def test_a_covering_array_is_far_smaller_than_the_product():
 @pytest.mark.parametrize("name", [name for name in PRELOADED if name.startswith("irlfast.")])
 def test_a_module_that_runs_preload_exists(name):
     assert importlib.util.find_spec(name), "an unknown name would be passed over, and every run be slower"
+
+
+def test_new_memory_is_nan_until_it_is_written():
+    made = torch.empty(2), torch.empty_like(torch.zeros(2)), torch.zeros(2).new_empty(3)
+    assert all(tensor.isnan().all() for tensor in made)
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta

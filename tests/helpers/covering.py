@@ -14,11 +14,17 @@ def each_value(sizes: Sequence[int]) -> list[Row]:
 def each_pair(sizes: Sequence[int]) -> list[Row]:
     """Combinations in which each pair of values of two factors occurs; the first of them are ``each_value``'s."""
     rows = each_value(sizes)
-    missing = set().union(*(pairs_of(row) for row in itertools.product(*map(range, sizes)))) - covered(rows)
+    missing = all_pairs(sizes) - covered(rows)
     while missing:
         rows.append(next_row(sizes, missing, turn=len(rows)))
         missing -= pairs_of(rows[-1])
     return rows
+
+
+def all_pairs(sizes: Sequence[int]) -> set[tuple[Row, Row]]:
+    """All pairs of (factor, value), of two factors."""
+    values = [[(factor, value) for value in range(size)] for factor, size in enumerate(sizes)]
+    return {pair for two in itertools.combinations(values, 2) for pair in itertools.product(*two)}
 
 
 def pairs_of(row: Sequence[int]) -> set[tuple[Row, Row]]:

@@ -147,7 +147,7 @@ def module_for(device: torch.device) -> Any:
 
 @functools.cache
 def runs(module: Any, device: torch.device) -> bool:
-    """Whether the GPU and its driver can run the compiled module: one element is updated to see."""
+    """Return whether the GPU and its driver can run the compiled module: one element is updated to see."""
     one = torch.zeros(3, 1, device=device)
     addresses = (part.data_ptr() for part in one)
     try:
@@ -160,7 +160,7 @@ def runs(module: Any, device: torch.device) -> bool:
 
 
 def is_native(parameter: Tensor, state: dict[str, Any]) -> bool:
-    """Whether a native module takes this parameter, its gradient and its state."""
+    """Return whether a native module takes this parameter, its gradient and its state."""
     tensors: Any = parameter, parameter.grad, *(value for name, value in state.items() if name != "step")
     fits = (t.device == parameter.device and t.dtype in NATIVE and t.is_contiguous() for t in tensors)
     return module_for(parameter.device) is not None and all(fits)

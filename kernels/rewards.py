@@ -57,7 +57,7 @@ def power(h, K: tl.constexpr, CLAMP: tl.constexpr):
 
 @triton.jit
 def loss_terms(h, expert, LOSS: tl.constexpr):
-    """What each logit adds to the mean of its class, and the slope."""
+    """Return each logit's term in the mean of its class, and the slope of the term."""
     if LOSS.kind == "bce":
         value, slope = logistic(h, tl.where(expert, 1 - LOSS.label_smoothing, LOSS.label_smoothing))
     elif LOSS.kind == "gail":
@@ -116,7 +116,7 @@ def length_of(sequence, inside, cu_seqlens):
 
 @triton.jit
 def both_present(item, pairs, paired, cu_seqlens):
-    """Whether an item belongs to a pair without an empty sequence."""
+    """Return whether an item belongs to a pair without an empty sequence."""
     inside = item < paired
     length = length_of(sequence_of(item, pairs, paired), inside, cu_seqlens)
     return (length > 0) & (length_of(sequence_of(item ^ 1, pairs, paired), inside, cu_seqlens) > 0)

@@ -33,11 +33,8 @@ from irlfast.sampling.reward_function import function_rewards
 from irlfast.sampling.scoring import log_ratios, score
 
 POLICY_ENDINGS = ("ForCausalLM", "LMHeadModel")  # of the names of architectures
-EARLIER = {
-    "reverse_kl": "airl",
-    "js": "gail",
-    "forward_kl": "fairl",
-}  # divergences as saved reward models may spell them
+# How reward models that an earlier version saved spell their divergence.
+EARLIER = {"reverse_kl": "airl", "js": "gail", "forward_kl": "fairl"}
 
 
 def recipe(config: Config) -> dict[str, Any]:

@@ -42,27 +42,13 @@ def test_lora_in_bf16_with_checkpointed_layers_and_zero_2(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").dtype == torch.bfloat16
 
 
-COUNTED = """
-import gc, sys
-import irlfast.engine.fit as engine
-from irlfast.train import main
-whole = engine.train_step
-def train_step(*given):
-    print("models:", sum(type(kept).__name__ == "LlamaForCausalLM" for kept in gc.get_objects()), file=sys.stderr)
-    return whole(*given)
-engine.train_step = train_step
-sys.exit(main())
-"""
-
-
 LORA = {"use_peft": "true", "learning_rate": 1e-2, "warmup_ratio": 0, "logging_steps": 1}
 
 
 @full
 def test_a_stage_continues_the_adapter_of_the_one_before_and_no_second_model_is_held(tmp_path):
-    script, output = tmp_path / "counted.py", tmp_path / "run"
-    script.write_text(COUNTED)
-    _, err = printed([str(script), *settings(output, **LORA)])
+    output = tmp_path / "run"
+    _, err = printed(["-m", "tests.helpers.count_models", *settings(output, **LORA)])
     assert set(re.findall(r"models: \d+", err)) == {"models: 1"}
     ids = torch.arange(3, 40)[None]
     logits = {}
@@ -160,9 +146,8 @@ def test_an_adapter_without_its_base_or_with_anothers_weights_is_refused(tmp_pat
 
 @full
 def test_an_engine_of_zero_3_does_not_live_on_beside_the_next(tmp_path):
-    script = tmp_path / "counted.py"
-    script.write_text(COUNTED)
-    _, err = printed([str(script), *settings(tmp_path / "run", zero_stage=3, dtype="bfloat16")])
+    keys = settings(tmp_path / "run", zero_stage=3, dtype="bfloat16")
+    _, err = printed(["-m", "tests.helpers.count_models", *keys])
     assert set(re.findall(r"models: \d+", err)) == {"models: 1"}
 
 

@@ -101,26 +101,11 @@ def test_a_cpu_measures_nothing():
 
 # ---------------------------------------------------------------- out of memory
 
-SHORT_OF_MEMORY = """
-import sys, torch
-import irlfast.engine.fit as engine
-from irlfast.common import dist
-from irlfast.train import main
-original = engine.train_step
-def train_step(model, prepared, *rest):
-    if dist.rank() == dist.world_size() - 1 and max(batch.input_ids.numel() for batch in prepared.batches) > {most}:
-        raise torch.OutOfMemoryError("too much")
-    return original(model, prepared, *rest)
-engine.train_step = train_step
-sys.exit(main())
-"""
 SFT = {"method": "sft", "inner_steps": "null", "per_device_train_batch_size": 32}
 
 
 def short_of_memory(folder, most, **keys):
-    script = folder / "short.py"
-    script.write_text(SHORT_OF_MEMORY.format(most=most))
-    return [str(script), *settings(folder / "run", **SFT | keys)]
+    return ["-m", "tests.helpers.short_of_memory", str(most), *settings(folder / "run", **SFT | keys)]
 
 
 @pytest.mark.parametrize(("most", "code"), [(300, 0), pytest.param(10, 2, marks=full)])

@@ -29,7 +29,7 @@ def framed(rows: torch.Tensor, offset: int, distance: int) -> tuple[torch.Tensor
 
 
 def untouched(memory: torch.Tensor, inside: torch.Tensor) -> bool:
-    """Whether all elements outside the rows are still NaN."""
+    """Return whether all elements outside the rows are still NaN."""
     rest = memory.clone()
     rest.as_strided(inside.shape, inside.stride(), inside.storage_offset()).fill_(float("nan"))
     return bool(rest.isnan().all())

@@ -94,19 +94,14 @@ def test_a_finished_run_that_gets_more_stages_ends_as_one_that_had_them_from_the
     assert "stage-01" in (tmp_path / "grown" / "report.html").read_text()
 
 
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from irlfast.runs.output import lock
-lock(Path(sys.argv[1]))
-child = os.fork()  # like a sampler or a loader that outlives a killed run
-print(os.getpid(), child, flush=True) if child else None
-time.sleep(600)
-"""
+def started(folder):
+    """Start a process that holds the lock of the folder."""
+    command = [sys.executable, "-m", "tests.helpers.hold_lock", str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_folder_has_one_run_at_a_time_and_a_killed_run_leaves_no_lock(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder = started(tmp_path)
     owner, child = map(int, holder.stdout.readline().split())
     try:
         with pytest.raises(InputError, match=rf"output_dir \S+: process {owner} on \S+, started .* is running in it"):
@@ -124,7 +119,7 @@ def test_a_folder_has_one_run_at_a_time_and_a_killed_run_leaves_no_lock(tmp_path
 
 def test_a_second_run_in_the_folder_names_the_first_before_it_reads_data(finished):
     output = finished[0]
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, output], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder = started(output)
     owner, child = map(int, holder.stdout.readline().split())
     try:
         _, err = run(output, code=2)

@@ -100,7 +100,7 @@ def test_a_special_token_in_a_text_stays_text(tmp_path):
 
 @pytest.mark.parametrize("limit", [50, 70])
 def test_a_long_conversation_keeps_its_end_and_is_counted(limit, tmp_path, capsys):
-    """It loses whole turns if the rest fits, else the beginning of its last turns. The BOS stays."""
+    """A long conversation loses whole turns if the rest fits, else the beginning of its last turns. The BOS stays."""
     tokenizer, rows = gemma(), conversations(40, system=False)
     folder, model = save_reward(tmp_path, tokenizer, limit)
     expected, cut = [], []

@@ -89,7 +89,7 @@ def check_installed(backend: str) -> None:
 
 
 def emulated(backend: str) -> bool:
-    """Whether the backend's kernels run on CPU tensors."""
+    """Return whether the backend's kernels run on CPU tensors."""
     return INTERPRETED if backend == "triton" else native.cuda.device == "cpu"
 
 
@@ -108,7 +108,7 @@ def check_scaling(scale: float, softcap: float | None) -> None:
 
 
 def values_visible(device: torch.device) -> bool:
-    """Whether values of tensors on this device are checked."""
+    """Return whether values of tensors on this device are checked."""
     if torch.compiler.is_compiling():
         return False
     return device.type == "cpu" or os.environ.get("IRLFAST_CHECK") == "1"

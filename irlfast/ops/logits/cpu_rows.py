@@ -45,7 +45,7 @@ def write_gradient(
 
 
 def is_native(logits: Tensor) -> bool:
-    """Whether ``irlfast._cpu`` takes these logits."""
+    """Return whether ``irlfast._cpu`` takes these logits."""
     return native.cpu is not None and logits.dtype in (torch.float32, torch.bfloat16)
 
 

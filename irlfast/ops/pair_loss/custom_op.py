@@ -57,12 +57,12 @@ def pair_loss(
 
 
 def needs_gradient(policy: HeadInputs) -> list[bool]:
-    """Whether hidden, weight and bias need a gradient."""
+    """Return whether hidden, weight and bias need a gradient."""
     return [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in policy]
 
 
 def is_sparse(policy: HeadInputs, scored: ScoredTokens, backend: str) -> bool:
-    """Whether the gradient leaves out tiles that weigh little. Its sums are not deterministic."""
+    """Return whether the gradient leaves out tiles that weigh little. Its sums are not deterministic."""
     exact = scored.skip_mass == 0 or torch.are_deterministic_algorithms_enabled()
     return backend == "triton" and any(needs_gradient(policy)) and not exact
 

@@ -99,5 +99,5 @@ def check_compared(pairs: Tensor | None, labels: Tensor | None, cu_seqlens: Tens
 
 
 def is_paired(kind: str) -> bool:
-    """Whether the loss compares the sequences of pairs."""
+    """Return whether the loss compares the sequences of pairs."""
     return REWARD_LOSSES[kind].mean_over == "pairs"

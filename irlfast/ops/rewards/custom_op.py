@@ -56,7 +56,7 @@ head_logits.register_autograd(differentiate_logits, setup_context=save_rows)
 
 
 def has_formula(kind: str) -> bool:
-    """Whether the Triton kernel computes this loss."""
+    """Return whether the Triton kernel computes this loss."""
     from irlfast.kernels.rewards import KINDS
 
     return kind in KINDS

@@ -134,13 +134,15 @@ def test_alignment_with_each_option_changes_every_tensor_that_is_trained(tmp_pat
 
 
 @full
-def test_beta_changes_the_policy_of_a_stage_of_one_round(tmp_path):
-    """The policy that samples is the reference there, so that the KL of its answers is 0."""
-    policies = []
-    for beta in (0.1, 10.0):
-        run(tmp_path / str(beta), **{**RFT, "align_rounds": 1}, beta=beta)
-        policies.append((tmp_path / str(beta) / "final" / "model.safetensors").read_bytes())
-    assert policies[0] != policies[1]
+def test_a_higher_beta_holds_the_policy_nearer_to_the_reference_in_a_stage_of_one_round(tmp_path):
+    """The policy that samples is the reference there, so that the KL of its answers is 0 before the first step."""
+    distances = []
+    for beta in (0.1, 10.0, 1000.0):
+        output = tmp_path / str(beta)
+        run(output, **{**RFT, "align_rounds": 1}, beta=beta)
+        before, after = (load_file(output / name / "model.safetensors") for name in ("sft/policy", "final"))
+        distances.append(sum((before[name] - after[name]).square().sum() for name in before) ** 0.5)
+    assert distances[0] > distances[1] > distances[2] > 0
 
 
 @full

@@ -137,17 +137,10 @@ def looped_pair_loss(case: dict[str, Any], pairs: torch.Tensor, beta: float, los
 
 
 class Recorder(TorchDispatchMode):
-    """Record the largest tensor that the block makes, and the floating-point operations of its matrix products.
-
-    Tensors in the memory of those ``there`` do not count.
-    """
+    """Record the largest tensor that the block makes, and the floating-point operations of its matrix products."""
 
     largest = 0
     operations = 0
-
-    def __init__(self, *there: torch.Tensor) -> None:
-        super().__init__()
-        self.there = {tensor.data_ptr() for tensor in there}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "irlfast":  # tensors and products inside the operation count too
@@ -155,7 +148,7 @@ class Recorder(TorchDispatchMode):
                 return OPDEFS[function.name().removesuffix(".default")]._init_fn(*args, **(kwargs or {}))
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in self.there:
+            if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
         name = function.overloadpacket.__name__
         if name in ("mm", "addmm", "addmm_"):

@@ -243,18 +243,6 @@ def test_a_scale_of_zero_or_below_matches_the_oracle(scale, backend):
         torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weights_gradient_is_added_to_weight_grad(dtype, backend, deterministic):
-    case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=dtype, rows=True, bias=True))
-    exact = gradients(ops.pair_loss(**case, beta=0.3, backend=backend).loss, case)
-    actual = torch.ones(1000, 64, device=DEVICE)
-    loss = ops.pair_loss(**case, beta=0.3, backend=backend, weight_grad=actual).loss
-    hidden, bias = torch.autograd.grad(loss, (case["hidden"], case["bias"]))
-    assert torch.equal(hidden, exact["hidden"])
-    assert torch.equal(bias, exact["bias"])
-    torch.testing.assert_close(actual - 1, exact["weight"].float(), rtol=2**-7, atol=1e-6)
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_and_deterministic_code_gives_the_same_bits(frozen, backend, deterministic):
     case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=torch.bfloat16, rows=True, frozen=frozen))

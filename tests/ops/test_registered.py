@@ -60,7 +60,7 @@ def test_torch_accepts_the_registered_operations(form):
     upstream = torch.randn(len(scored.targets))
     torch.library.opcheck(custom_op.backward, (upstream, None, *detached, *scored, "cpu", wanted))
     spec = PairLossSpec(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
-    torch.library.opcheck(custom_op.pair_slabs, (None, *detached, *scored, *spec, "cpu", wanted))
+    torch.library.opcheck(custom_op.pair_slabs, (*detached, *scored, *spec, "cpu", wanted))
 
 
 @forms

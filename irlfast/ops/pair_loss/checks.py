@@ -120,11 +120,3 @@ def check_spec(spec: PairLossSpec) -> PairLossSpec:
         if value is not None:
             check_positive(value, name, "None or a number > 0")
     return spec
-
-
-def check_weight_grad(weight_grad: Tensor, policy: HeadInputs, scored: ScoredTokens) -> None:
-    check_tensor(weight_grad, "weight_grad", "[V, H]", (scored.dtype,), policy.hidden.device)
-    fits = weight_grad.shape == policy.weight.shape and weight_grad.is_contiguous() and not weight_grad.requires_grad
-    height, width = policy.weight.shape
-    require(fits, "weight_grad", weight_grad, "[{}, {}], as weight has, contiguous, without a gradient", height, width)
-    require(scored.skip_mass == 0, "skip_mass", scored.skip_mass, "0 where weight_grad is given")

@@ -36,21 +36,14 @@ def token_logps(
 
 
 def pair_loss(
-    policy: HeadInputs,
-    reference: HeadInputs | None,
-    scored: ScoredTokens,
-    spec: PairLossSpec,
-    backend: str,
-    weight_grad: Tensor | None,
+    policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens, spec: PairLossSpec, backend: str
 ) -> PairLoss:
     """See :func:`irlfast.ops.pair_loss.plain.pair_loss`."""
-    if weight_grad is not None:
-        policy = policy._replace(weight=policy.weight.detach())
-    elif not any(needs_gradient(policy)[1:]) or is_sparse(policy, scored, backend):
+    if not any(needs_gradient(policy)[1:]) or is_sparse(policy, scored, backend):
         return objective(*token_logps(policy, reference, scored, backend), scored, spec)
     arguments = *policy, *(reference or NO_REFERENCE), *scored, *spec, backend, needs_gradient(policy)
     with torch.no_grad():
-        logps, ref_logps, *sums = pair_slabs(weight_grad, *arguments)
+        logps, ref_logps, *sums = pair_slabs(*arguments)
         result = objective(logps, scored.ref_logps if reference is None else ref_logps, scored, spec)
     loss = PrecomputedGradient.apply(result.loss, *policy, *sums)  # type: ignore[no-untyped-call]
     return result._replace(loss=loss)
@@ -173,26 +166,22 @@ forward.register_autograd(differentiate, setup_context=save_forward)
 
 @torch.library.custom_op(
     "irlfast::pair_slabs",
-    mutates_args=("weight_grad",),
-    schema=f"(Tensor(a!)? weight_grad, {POLICY}, {REFERENCE}, {SCORED}, {SPEC}, str backend, bool[] wanted) "
+    mutates_args=(),
+    schema=f"({POLICY}, {REFERENCE}, {SCORED}, {SPEC}, str backend, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
-def pair_slabs(weight_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """The results of :func:`irlfast.ops.pair_loss.slab.pair_loss`, and the loss's gradients.
-
-    The weight's gradient is added to ``weight_grad``, if given.
-    """
+def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
+    """The results of :func:`irlfast.ops.pair_loss.slab.pair_loss`, and the loss's gradients."""
     policy, reference, scored, spec, backend, wanted = unpack(arguments, PairLossSpec)
     sums = slab.new_gradients(policy, scored, wanted)
-    into = sums if weight_grad is None else sums._replace(weight=weight_grad)
     with kernels_of(backend, policy) as kernels:
-        logps = slab.pair_loss(kernels, policy, reference, scored, spec, into, weight_grad is None)
+        logps = slab.pair_loss(kernels, policy, reference, scored, spec, sums)
     return filled(policy, *logps, *sums)
 
 
 @pair_slabs.register_fake
-def _(weight_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     policy, reference, scored, _, _, wanted = unpack(arguments, PairLossSpec)
     ref_logps = None if reference is None else scored.zeros()
     return filled(policy, scored.zeros(), ref_logps, *slab.new_gradients(policy, scored, wanted))

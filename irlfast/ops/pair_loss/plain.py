@@ -19,21 +19,10 @@ def token_logps(policy: HeadInputs, reference: HeadInputs | None, scored: Scored
         return logps, score(reference, scored)
 
 
-def pair_loss(
-    policy: HeadInputs,
-    reference: HeadInputs | None,
-    scored: ScoredTokens,
-    spec: PairLossSpec,
-    weight_grad: Tensor | None,
-) -> PairLoss:
-    """The loss, differentiable, and the statistics; the weight's gradient is added to ``weight_grad``, if given."""
-    if weight_grad is not None:
-        policy = policy._replace(weight=policy.weight.detach().to(scored.dtype).requires_grad_())
+def pair_loss(policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens, spec: PairLossSpec) -> PairLoss:
+    """The loss, differentiable, and the statistics."""
     logps, ref_logps = token_logps(policy, reference, scored)
-    result = objective(logps, ref_logps, scored, spec)
-    if weight_grad is not None:
-        weight_grad += torch.autograd.grad(result.loss, policy.weight, retain_graph=True)[0]
-    return result
+    return objective(logps, ref_logps, scored, spec)
 
 
 def score(inputs: HeadInputs, scored: ScoredTokens) -> Tensor:

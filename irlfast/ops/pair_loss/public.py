@@ -108,7 +108,6 @@ def pair_loss(
     backend: str = "auto",
     buffer_mb: float = 1024,
     skip_mass: float = 0.0,
-    weight_grad: Tensor | None = None,  # [V, H]
 ) -> PairLoss:
     """Loss on pairs (expert y, synthetic ỹ) with u = β · (ρ(y) − ρ(ỹ)): ``sigmoid`` −log σ(u), ``hinge`` max(0, 1 − u),
     ``linear`` −u (SPIN, arXiv 2401.01335, eq. 4.7; IRFT, arXiv 2405.17888, whose own gradient is that of ``linear``).
@@ -122,12 +121,6 @@ def pair_loss(
     ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic). A sequence may be in several pairs or in none.
     Default: sequences 2i and 2i + 1. See the module for the other arguments. Passes over ``weight``: three, or two with
     a frozen head. A group of connected sequences that exceeds ``buffer_mb`` is computed twice (four passes).
-
-    ``weight_grad`` fp32 (fp64): the gradient of ``loss`` by ``weight`` is added to it during the call, and autograd
-    leaves ``weight`` alone. Micro-batches then add up in fp32 for any dtype of ``weight``, and no other tensor of its
-    size is made. ``weight.grad`` can be passed where it is fp32. A factor that multiplies ``loss`` later does not reach
-    ``weight_grad`` (``num_pairs`` does), and activation checkpointing would add the gradient twice. Under
-    ``torch.no_grad`` it stays unchanged.
 
     Returns:
         PairLoss: ``loss`` ``[]``, differentiable in ``hidden``, ``weight``, ``bias``; and, without gradient,
@@ -144,13 +137,10 @@ def pair_loss(
     check_pairs(pairs, cu_seqlens)
     pairs = default_pairs(scored.num_sequences, hidden.device) if pairs is None else pairs.long()
     spec = checks.check_spec(PairLossSpec(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens))
-    if weight_grad is not None:
-        checks.check_weight_grad(weight_grad, policy, scored)
-        weight_grad = weight_grad if torch.is_grad_enabled() else None
     backend = choose_backend(backend, hidden, "hidden")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":
-            result = plain.pair_loss(policy, reference, scored, spec, weight_grad)
+            result = plain.pair_loss(policy, reference, scored, spec)
         else:
-            result = custom_op.pair_loss(policy, reference, scored, spec, backend, weight_grad)
+            result = custom_op.pair_loss(policy, reference, scored, spec, backend)
     return PairLoss(result.loss, *(statistic.detach() for statistic in result[1:]))

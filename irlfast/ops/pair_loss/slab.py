@@ -130,11 +130,10 @@ def pair_loss(
     scored: ScoredTokens,
     spec: PairLossSpec,
     sums: Gradients,
-    new: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities ``[N]`` of policy and reference. The pair loss's gradients are added to ``sums``.
+    """Log-probabilities ``[N]`` of policy and reference. The pair loss's gradients are added to ``sums``, which is new.
 
-    The gradients are taken while each slab is in the buffer. Where ``new``, the weight's sum is overwritten first.
+    The gradients are taken while each slab is in the buffer.
     """
     slabs = plan(kernels, policy, scored, spec.pairs)
     chunks = [tokens for slab in slabs for tokens in slab]
@@ -142,19 +141,18 @@ def pair_loss(
     ref_logps = scored.ref_logps if computed is None else computed
     buffer = new_buffer(policy, scored, chunks)
     logps = scored.zeros()
-    if new and not slabs and sums.weight is not None:
+    if not slabs and sums.weight is not None:
         sums.weight.zero_()
-    for *others, last in slabs:
+    for number, (*others, last) in enumerate(slabs):
         for tokens in others:
             logps[tokens] = compute(kernels, policy, scored, tokens, buffer, slopes=False).logps
         chunk = compute(kernels, policy, scored, last, buffer)
         logps[last] = chunk.logps
         upstream = derivatives(logps, ref_logps, scored, spec)
-        add_gradients(kernels, sums, policy, scored, chunk, upstream, new)  # while it is in the buffer
+        add_gradients(kernels, sums, policy, scored, chunk, upstream, new=number == 0)  # while it is in the buffer
         for tokens in others:
             chunk = compute(kernels, policy, scored, tokens, buffer)
             add_gradients(kernels, sums, policy, scored, chunk, upstream, new=False)
-        new = False
     return logps, computed
 
 

@@ -4,9 +4,7 @@ No logit ever reaches memory. One launch computes the tiles of policy and refere
 through ``rows``. A second, small launch combines the parts that the vocabulary was cut into.
 """
 
-import functools
-import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -142,45 +140,25 @@ class Tile(NamedTuple):
     K: int
     num_stages: int
 
-    def bytes(self, itemsize: int) -> int:
-        """The shared memory that the loads in flight take."""
-        return self.num_stages * (self.M + self.N) * self.K * itemsize
 
-
-NARROW = Tile(128, 128, 64, 3), Tile(128, 128, 32, 3), Tile(128, 128, 32, 5), Tile(64, 128, 64, 4)  # of 16 bits
-WIDE = (Tile(64, 32, 32, 1),)  # of 32 bits: products are unrolled; with loads in flight, registers would spill
+NARROW = Tile(128, 128, 64, 3)  # of 16 bits
+BEFORE_HOPPER = Tile(128, 128, 32, 3)  # of 16 bits: before sm_90, operands take registers too
+WIDE = Tile(64, 32, 32, 1)  # of 32 bits: products are unrolled; with loads in flight, registers would spill
 
 
 def columns(dtype: torch.dtype) -> int:
     """N of every tile for operands of this dtype."""
-    return (WIDE if dtype == torch.float32 else NARROW)[0].N
+    return (WIDE if dtype == torch.float32 else NARROW).N
 
 
 def tile_of(dtype: torch.dtype, device: torch.device) -> Tile:
     if dtype == torch.float32:
-        return WIDE[0]
-    return NARROW[0] if capability(device) >= (9, 0) else NARROW[1]  # before sm_90, operands take registers too
+        return WIDE
+    return NARROW if capability(device) >= (9, 0) else BEFORE_HOPPER
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-@functools.cache
-def tuned(dtype: torch.dtype) -> Any:
-    """``parts_kernel`` that times its tiles for each new V and H, and caches the choice on disk."""
-
-    def fitting(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-        hidden = arguments["hidden"]
-        properties: Any = torch.cuda.get_device_properties(hidden.device)
-        limit = properties.shared_memory_per_block_optin
-        tiles = [Tile(config.kwargs["M"], columns(dtype), config.kwargs["K"], config.num_stages) for config in configs]
-        return [config for config, tile in zip(configs, tiles, strict=True) if tile.bytes(dtype.itemsize) <= limit]
-
-    tiles = WIDE if dtype == torch.float32 else NARROW
-    configs = [triton.Config({"M": tile.M, "K": tile.K}, num_warps=8, num_stages=tile.num_stages) for tile in tiles]
-    prune = {"early_config_prune": fitting}
-    return triton.autotune(configs, key=["V", "H", "REF_H"], prune_configs_by=prune, cache_results=True)(parts_kernel)
 
 
 # ---------------------------------------------------------------- launch
@@ -209,17 +187,13 @@ def token_logps(
     logps, lse = torch.empty(2, len(models), n, dtype=torch.float32, device=hidden.device)
     if n == 0:
         return logps, lse
-    if os.environ.get("IRLFAST_AUTOTUNE") == "1":
-        kernel, options = tuned(hidden.dtype), {}
-    else:
-        kernel, options = parts_kernel, {"M": tile.M, "K": tile.K, "num_warps": 8, "num_stages": tile.num_stages}
-    kernel[lambda sizes: (triton.cdiv(n, sizes["M"]), parts, len(models))](
+    parts_kernel[(blocks, parts, len(models))](
         *(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, tiles),
         *(n, vocabulary, hidden.shape[1], ref_hidden.shape[1], scale, per_part),
         CAP=softcap,
         PRECISION="ieee",  # fp32 products in fp32, not in tf32
-        N=tile.N,
-        **options,
+        **tile._asdict(),
+        num_warps=8,
     )
     fold_kernel[(triton.cdiv(n, 128), len(models))](peaks, sums, picked, logps, lse, n, parts, M=128, num_warps=4)
     return logps, lse

@@ -68,20 +68,6 @@ def test_fused_projection_compiles(shape, dtype, bias, softcap, architecture, mo
             check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])
 
 
-@full
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_tile_that_tuning_may_choose_compiles(dtype, architecture):
-    targets, models = empty(8192, dtype=torch.long), [head_inputs(8192, 128256, 4096, dtype, bias=True)] * 2
-    launch, _ = launches_of(linear.token_logps, models, targets, targets, 0.5, None)
-    for tile in linear.WIDE if dtype == torch.float32 else linear.NARROW:
-        if architecture == 80 and tile == linear.NARROW[0]:
-            continue  # Triton 3.6 spills 8 bytes
-        options = launch.options | {"num_stages": tile.num_stages}
-        other = launch._replace(values=launch.values | {"M": tile.M, "K": tile.K}, options=options)
-        check_compiles(other, tile, dtype, architectures=[architecture])
-
-
 @sweep(
     full,
     wanted=["all", "hidden", "weight"],

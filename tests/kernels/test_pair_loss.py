@@ -193,23 +193,6 @@ def test_targets_that_are_skipped_never_matter(backend):
     assert torch.equal(ops.pair_loss(**case | {"hidden": changed}, beta=1.0, backend=backend).loss, result.loss)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tuned_tiles_give_the_same_results(dtype, monkeypatch):
-    from irlfast.kernels import linear
-
-    case = on_device(make(LENGTHS, vocabulary=1000, size=64, dtype=dtype, rows=True, reference="hidden"))
-    expected = ops.log_ratio(**case, backend="triton")
-    monkeypatch.setenv("IRLFAST_AUTOTUNE", "1")
-    times = iter(range(9, 0, -1))  # the last of the tiles is the fastest
-    if DEVICE == "cpu":
-        monkeypatch.setattr(linear.tuned(dtype), "_do_bench", lambda call, quantiles: (call(), [next(times)] * 3)[1])
-        monkeypatch.setattr(linear.tuned(dtype), "early_config_prune", None)
-    actual = ops.log_ratio(**case, backend="triton")
-    assert linear.tuned(dtype).best_config in linear.tuned(dtype).configs
-    for name in ("log_ratio", "token_logps"):
-        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-5, atol=3e-5)
-
-
 @pytest.fixture
 def deterministic():
     """Without deterministic algorithms, a GPU adds the gradients of shared rows in any order."""

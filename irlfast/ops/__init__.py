@@ -5,6 +5,7 @@ backend.
 """
 
 from irlfast.ops.common.heads import Head, lm_head
+from irlfast.ops.common.labels import FlatLabels, flatten_labels
 from irlfast.ops.common.types import LogRatio, PairLoss
 from irlfast.ops.logits.public import logits_log_ratio, token_logps
 from irlfast.ops.pair_loss.public import log_ratio, pair_loss
@@ -12,11 +13,13 @@ from irlfast.ops.rewards.public import DiscriminatorLoss, discriminator_loss, di
 
 __all__ = [
     "DiscriminatorLoss",
+    "FlatLabels",
     "Head",
     "LogRatio",
     "PairLoss",
     "discriminator_loss",
     "discriminator_reward",
+    "flatten_labels",
     "lm_head",
     "log_ratio",
     "logits_log_ratio",

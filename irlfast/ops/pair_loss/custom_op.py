@@ -127,7 +127,7 @@ def backward(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tu
 @backward.register_fake
 def _(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     policy, _, scored, _, wanted = unpack(arguments)
-    sums = slab.new_gradients(policy, scored, wanted)
+    sums = slab.new_gradients(policy, scored.dtype, wanted)
     return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
 
 
@@ -174,7 +174,7 @@ forward.register_autograd(differentiate, setup_context=save_forward)
 def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :func:`irlfast.ops.pair_loss.slab.pair_loss`, and the loss's gradients."""
     policy, reference, scored, spec, backend, wanted = unpack(arguments, PairLossSpec)
-    sums = slab.new_gradients(policy, scored, wanted)
+    sums = slab.new_gradients(policy, scored.dtype, wanted)
     with kernels_of(backend, policy) as kernels:
         logps = slab.pair_loss(kernels, policy, reference, scored, spec, sums)
     return filled(policy, *logps, *sums)
@@ -184,7 +184,7 @@ def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     policy, reference, scored, _, _, wanted = unpack(arguments, PairLossSpec)
     ref_logps = None if reference is None else scored.zeros()
-    return filled(policy, scored.zeros(), ref_logps, *slab.new_gradients(policy, scored, wanted))
+    return filled(policy, scored.zeros(), ref_logps, *slab.new_gradients(policy, scored.dtype, wanted))
 
 
 class PrecomputedGradient(torch.autograd.Function):

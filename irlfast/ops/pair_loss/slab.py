@@ -90,7 +90,7 @@ def token_logps(
     ref_logps = None if reference is None else score(kernels, reference, scored, chunks)
     if not keep_slopes:
         return score(kernels, policy, scored, chunks), ref_logps, None
-    buffer = new_buffer(policy, scored, chunks)
+    buffer = new_buffer(policy, scored.dtype, chunks)
     slopes = logps.new_zeros(len(logps), policy.hidden.shape[1])
     for part in chunks:
         chunk = compute(kernels, policy, scored, part, buffer)
@@ -109,17 +109,17 @@ def gradients(
 ) -> Gradients:
     """Gradients of a loss. The chunks are computed again; with ``statistics``, only the tiles that weigh enough."""
     tokens = scored.indices()
-    sums = new_gradients(policy, scored, wanted)
+    sums = new_gradients(policy, scored.dtype, wanted)
     if sums.weight is not None and (statistics is not None or not len(tokens)):
         sums.weight.zero_()
     if kernels.sparse_gradients and statistics is not None:
         kernels.sparse_gradients(sums, policy, scored, tokens, upstream[tokens], statistics)
         return sums
     chunks = in_chunks(tokens, slab_rows(kernels, policy, scored))
-    buffer = new_buffer(policy, scored, chunks)
+    buffer = new_buffer(policy, scored.dtype, chunks)
     for number, tokens in enumerate(chunks):
         chunk = compute(kernels, policy, scored, tokens, buffer)
-        add_gradients(kernels, sums, policy, scored, chunk, upstream, new=number == 0)
+        add_gradients(kernels, sums, policy, chunk, upstream, new=number == 0)
     return sums
 
 
@@ -139,7 +139,7 @@ def pair_loss(
     chunks = [tokens for slab in slabs for tokens in slab]
     computed = None if reference is None else score(kernels, reference, scored, chunks)
     ref_logps = scored.ref_logps if computed is None else computed
-    buffer = new_buffer(policy, scored, chunks)
+    buffer = new_buffer(policy, scored.dtype, chunks)
     logps = scored.zeros()
     if not slabs and sums.weight is not None:
         sums.weight.zero_()
@@ -149,16 +149,16 @@ def pair_loss(
         chunk = compute(kernels, policy, scored, last, buffer)
         logps[last] = chunk.logps
         upstream = derivatives(logps, ref_logps, scored, spec)
-        add_gradients(kernels, sums, policy, scored, chunk, upstream, new=number == 0)  # while it is in the buffer
+        add_gradients(kernels, sums, policy, chunk, upstream, new=number == 0)  # while it is in the buffer
         for tokens in others:
             chunk = compute(kernels, policy, scored, tokens, buffer)
-            add_gradients(kernels, sums, policy, scored, chunk, upstream, new=False)
+            add_gradients(kernels, sums, policy, chunk, upstream, new=False)
     return logps, computed
 
 
 def score(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, chunks: Sequence[Tensor]) -> Tensor:
     """Log-probabilities ``[N]``, computed in these chunks of tokens."""
-    buffer = new_buffer(inputs, scored, chunks)
+    buffer = new_buffer(inputs, scored.dtype, chunks)
     logps = scored.zeros()
     for tokens in chunks:
         logps[tokens] = compute(kernels, inputs, scored, tokens, buffer, slopes=False).logps
@@ -233,37 +233,39 @@ class Chunk(NamedTuple):
     """Tokens whose logits are in the buffer: their log-probabilities, and what the gradient needs."""
 
     tokens: Tensor  # [n]
+    rows: Tensor  # [n] of the hidden states
     logps: Tensor  # [n]
     hidden: Tensor  # [n, H]
     slab: Tensor  # [n, V] ∂ log-probability / ∂ (hidden @ weightᵀ) = v · slab; valid until the next chunk
     v: Tensor  # [n, 1]
 
 
-def new_buffer(inputs: HeadInputs, scored: ScoredTokens, chunks: Sequence[Tensor]) -> Tensor:
+def new_buffer(inputs: HeadInputs, dtype: torch.dtype, chunks: Sequence[Tensor]) -> Tensor:
     """Memory ``[n, V]`` for the logits of the largest chunk."""
     rows, vocabulary = max((len(tokens) for tokens in chunks), default=0), inputs.weight.shape[0]
     width = -(-vocabulary // 16) * 16  # rows are aligned for wide loads and stores, which may go beyond V
-    return torch.empty(rows, width, dtype=scored.dtype, device=inputs.weight.device)[:, :vocabulary]
+    return torch.empty(rows, width, dtype=dtype, device=inputs.weight.device)[:, :vocabulary]
 
 
 def compute(
     kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, tokens: Tensor, buffer: Tensor, slopes: bool = True
 ) -> Chunk:
-    hidden = inputs.hidden[scored.rows_of(tokens)]
+    rows = scored.rows_of(tokens)
+    hidden = inputs.hidden[rows]
     z = buffer[: len(tokens)]
     kernels.logits(hidden, inputs.weight, z)
     logps, v, slab = kernels.softmax(z, scored.targets[tokens], inputs, scored, slopes)
-    return Chunk(tokens, logps, hidden, slab, v[:, None] * scored.logit_scale)
+    return Chunk(tokens, rows, logps, hidden, slab, v[:, None] * scored.logit_scale)
 
 
 # ---------------------------------------------------------------- gradients
 
 
-def new_gradients(inputs: HeadInputs, scored: ScoredTokens, wanted: Sequence[bool]) -> Gradients:
+def new_gradients(inputs: HeadInputs, dtype: torch.dtype, wanted: Sequence[bool]) -> Gradients:
     """Zeros. The weight's sum, by far the largest, is uninitialised memory: the first product overwrites it."""
 
     def like(make: Callable[..., Tensor], tensor: Tensor | None, wants: bool) -> Tensor | None:
-        return make(tensor, dtype=scored.dtype) if wants and tensor is not None else None
+        return make(tensor, dtype=dtype) if wants and tensor is not None else None
 
     hidden, weight, bias = wanted
     return Gradients(
@@ -277,7 +279,6 @@ def add_gradients(
     kernels: SlabKernels,
     sums: Gradients,
     inputs: HeadInputs,
-    scored: ScoredTokens,
     chunk: Chunk,
     upstream: Tensor,  # [N] the loss's derivatives by the log-probabilities
     new: bool,
@@ -292,7 +293,7 @@ def add_gradients(
     factor = chunk.v * g
     if sums.hidden is not None:
         d_hidden = kernels.times_weight(chunk.slab, inputs.weight).mul_(factor)
-        sums.hidden.index_add_(0, scored.rows_of(chunk.tokens), d_hidden)
+        sums.hidden.index_add_(0, chunk.rows, d_hidden)
     if sums.weight is not None:
         narrow = torch.empty_like(chunk.hidden, dtype=chunk.slab.dtype)
         kernels.add_times_hidden(sums.weight, chunk.slab, torch.mul(chunk.hidden, factor, out=narrow), new)

@@ -18,6 +18,7 @@ SCHEMA_TYPES: dict[Any, str] = {
     float | None: "float?",
     bool: "bool",
     str: "str",
+    str | None: "str?",
     torch.dtype: "ScalarType",
 }
 

@@ -29,6 +29,9 @@ class ScoredTokens(NamedTuple):
     buffer_mb: float  # the most memory for logits, in MiB
     skip_mass: float = 0.0  # tiles of the vocabulary that weigh less than this are left out of the gradient
     ref_logps: Tensor | None = None  # the cached reference, per token [N] or per sequence [S]
+    group: str | None = None  # the name of the process group whose ranks share the vocabulary; None: one rank has all
+    first_token: int = 0  # the token of the first row of this rank's weight
+    widest_shard: int = 0  # the most rows of weight that a rank has; 0 without a group
 
     def rows_of(self, tokens: Tensor) -> Tensor:
         """The hidden rows that predict the targets at these indices."""

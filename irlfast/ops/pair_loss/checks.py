@@ -24,6 +24,7 @@ from irlfast.ops.common.checks import (
 from irlfast.ops.common.sequences import sequence_ids
 from irlfast.ops.common.types import HeadInputs, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
+from irlfast.ops.pair_loss.sharded import vocabulary_of
 
 
 def check_policy(policy: HeadInputs) -> HeadInputs:
@@ -69,6 +70,7 @@ def check_scored(
     logit_softcap: float | None,
     buffer_mb: float,
     skip_mass: float,
+    group: Any = None,
 ) -> ScoredTokens:
     """The scored tokens, with ``cu_seqlens`` turned into the sequence of each target."""
     hidden, device = policy.hidden, policy.hidden.device
@@ -85,7 +87,11 @@ def check_scored(
     number = isinstance(skip_mass, Real)
     require(number and 0 <= skip_mass < 1, "skip_mass", skip_mass, "a number >= 0 and < 1")
     check_cu_seqlens(cu_seqlens, tokens, "the number of targets")
-    check_targets(targets, policy.weight.shape[0])
+    first, widest, vocabulary = 0, 0, policy.weight.shape[0]
+    if group is not None:
+        require(skip_mass == 0, "skip_mass", skip_mass, "0 where group is given")
+        first, widest, vocabulary = vocabulary_of(group, policy.weight, targets)
+    check_targets(targets, vocabulary)
     if rows is not None:
         check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
     return ScoredTokens(
@@ -98,6 +104,9 @@ def check_scored(
         dtype=torch.promote_types(hidden.dtype, torch.float32),
         buffer_mb=buffer_mb,
         skip_mass=skip_mass,
+        group=None if group is None else group.group_name,
+        first_token=first,
+        widest_shard=widest,
     )
 
 

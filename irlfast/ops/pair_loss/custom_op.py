@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from irlfast.ops.common.records import rebuild, schema_of
 from irlfast.ops.common.types import HeadInputs, PairLoss, PairLossSpec, ScoredTokens
-from irlfast.ops.pair_loss import cpu_slab, cuda_slab, slab, triton_slab
+from irlfast.ops.pair_loss import cpu_slab, cuda_slab, sharded, slab, triton_slab
 from irlfast.ops.pair_loss.objective import objective
 
 POLICY = schema_of(HeadInputs)
@@ -67,14 +67,15 @@ def unpack(arguments: Sequence[Any], *records: Any) -> list[Any]:
 
 
 @contextmanager
-def kernels_of(backend: str, policy: HeadInputs) -> Iterator[slab.SlabKernels]:
+def kernels_of(backend: str, policy: HeadInputs, scored: ScoredTokens) -> Iterator[slab.SlabKernels]:
     """The kernels of a backend, on the policy's device; fp32 products are not computed in TF32."""
     hidden = policy.hidden
     fp32 = hidden.is_cuda and policy.weight.dtype == torch.float32
     products = slab.fp32_precision("cuda", "ieee") if fp32 else nullcontext()
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
         on_gpu = {"triton": triton_slab.KERNELS, "cuda": cuda_slab.KERNELS}
-        yield on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(policy)
+        kernels = on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(policy)
+        yield kernels if scored.group is None else sharded.kernels_for(kernels, scored)
 
 
 def filled(policy: HeadInputs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -95,7 +96,7 @@ def filled(policy: HeadInputs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.pair_loss.slab.token_logps`."""
     policy, reference, scored, backend, keep_slopes, tiles = unpack(arguments)
-    with kernels_of(backend, policy) as kernels:
+    with kernels_of(backend, policy, scored) as kernels:
         return filled(policy, *slab.token_logps(kernels, policy, reference, scored, keep_slopes, tiles))
 
 
@@ -119,7 +120,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def backward(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.pair_loss.slab.gradients`; the results are in the policy's dtype."""
     policy, _, scored, backend, wanted = unpack(arguments)
-    with kernels_of(backend, policy) as kernels:
+    with kernels_of(backend, policy, scored) as kernels:
         sums = slab.gradients(kernels, policy, scored, upstream, statistics, wanted)
         return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
 
@@ -175,7 +176,7 @@ def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :func:`irlfast.ops.pair_loss.slab.pair_loss`, and the loss's gradients."""
     policy, reference, scored, spec, backend, wanted = unpack(arguments, PairLossSpec)
     sums = slab.new_gradients(policy, scored.dtype, wanted)
-    with kernels_of(backend, policy) as kernels:
+    with kernels_of(backend, policy, scored) as kernels:
         logps = slab.pair_loss(kernels, policy, reference, scored, spec, sums)
     return filled(policy, *logps, *sums)
 

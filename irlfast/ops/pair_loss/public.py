@@ -26,6 +26,12 @@ Arguments that both operations take:
   of a hidden row's gradient is then at most ``skip_mass`` · max |g| · tiles · ``logit_scale`` · max_v ‖W_v‖. Few tiles
   of a trained model weigh enough; only these are computed again, without a buffer. Sums are by atomic additions. With
   0, or under ``torch.use_deterministic_algorithms``, nothing is left out.
+- ``group``: the process group whose ranks share the vocabulary, as tensor parallelism does. Each rank gives its own
+  rows of ``weight``, ``bias``, ``ref_weight`` and ``ref_bias``, in the order of the ranks and any number of them, and
+  otherwise the same arguments. Each rank gets the results and the gradient by ``hidden`` of the whole head, and the
+  gradients by its own rows. All ranks must call the operation, and its backward.
+- A ``DTensor`` (FSDP2, tensor parallelism) is gathered first, and its gradient is the mean over the ranks, as FSDP has
+  it. With ``group``, one that is split by rows over this group is used as it is, without gathering.
 
 Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
 """
@@ -33,7 +39,8 @@ Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.checks import check_pairs, choose_backend
+from irlfast.ops.common.checks import check_pairs, choose_backend, require
+from irlfast.ops.common.dtensors import head_tensors
 from irlfast.ops.common.sequences import default_pairs
 from irlfast.ops.common.types import HeadInputs, LogRatio, PairLoss, PairLossSpec
 from irlfast.ops.pair_loss import checks, custom_op, plain
@@ -57,6 +64,7 @@ def log_ratio(
     backend: str = "auto",
     buffer_mb: float = 1024,
     skip_mass: float = 0.0,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> LogRatio:
     """Log-ratio ρ of every sequence. β·ρ is the implicit reward of IRFT (arXiv 2405.17888) and SPIN (arXiv 2401.01335).
 
@@ -72,11 +80,16 @@ def log_ratio(
         ValueError: an argument has a wrong shape, dtype, device or value. The message names the argument.
         RuntimeError: the backend is not installed.
     """
+    hidden, weight, bias = head_tensors(hidden, weight, bias, group)
+    ref_hidden, ref_weight, ref_bias = head_tensors(ref_hidden, ref_weight, ref_bias, group, "ref_")
     policy = checks.check_policy(HeadInputs(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
-    scored = checks.check_scored(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
+    scored = checks.check_scored(
+        policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass, group
+    )
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
     backend = choose_backend(backend, hidden, "hidden")
+    require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":
             token_logps, ref_token_logps = plain.token_logps(policy, reference, scored)
@@ -108,6 +121,7 @@ def pair_loss(
     backend: str = "auto",
     buffer_mb: float = 1024,
     skip_mass: float = 0.0,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> PairLoss:
     """Loss on pairs (expert y, synthetic ỹ) with u = β · (ρ(y) − ρ(ỹ)): ``sigmoid`` −log σ(u), ``hinge`` max(0, 1 − u),
     ``linear`` −u (SPIN, arXiv 2401.01335, eq. 4.7; IRFT, arXiv 2405.17888, whose own gradient is that of ``linear``).
@@ -130,14 +144,19 @@ def pair_loss(
         ValueError: an argument has a wrong shape, dtype, device or value. The message names the argument.
         RuntimeError: the backend is not installed.
     """
+    hidden, weight, bias = head_tensors(hidden, weight, bias, group)
+    ref_hidden, ref_weight, ref_bias = head_tensors(ref_hidden, ref_weight, ref_bias, group, "ref_")
     policy = checks.check_policy(HeadInputs(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
-    scored = checks.check_scored(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass)
+    scored = checks.check_scored(
+        policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass, group
+    )
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
     check_pairs(pairs, cu_seqlens)
     pairs = default_pairs(scored.num_sequences, hidden.device) if pairs is None else pairs.long()
     spec = checks.check_spec(PairLossSpec(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens))
     backend = choose_backend(backend, hidden, "hidden")
+    require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":
             result = plain.pair_loss(policy, reference, scored, spec)

@@ -180,7 +180,8 @@ def buffer_rows(inputs: HeadInputs, scored: ScoredTokens) -> int:
 
 
 def rows_in(megabytes: float, inputs: HeadInputs, scored: ScoredTokens) -> int:
-    return int(megabytes * 2**20) // (inputs.weight.shape[0] * scored.dtype.itemsize)
+    vocabulary = scored.widest_shard or inputs.weight.shape[0]  # all ranks of a group take the same rows
+    return int(megabytes * 2**20) // (vocabulary * scored.dtype.itemsize)
 
 
 def in_chunks(tokens: Tensor, rows: int) -> tuple[Tensor, ...]:

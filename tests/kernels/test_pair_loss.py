@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from irlfast import ops
+from irlfast.kernels.linear import grouped
 from irlfast.ops.common import checks
 from irlfast.ops.common.types import IGNORE
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
@@ -81,6 +84,23 @@ def check_log_ratio(lengths: list[int], factors: dict, backend: str) -> None:
     result = ops.log_ratio(**case, backend=backend)
     for name in (*STATISTICS, "token_logps"):
         torch.testing.assert_close(getattr(result, name).double(), getattr(expected, name), rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 8, 9, 27])
+def test_each_program_of_a_grouped_grid_has_its_own_block_and_part(blocks):
+    parts = 5
+    places = torch.zeros(blocks * parts, 2, dtype=torch.int32, device=DEVICE)
+    grouped_places[(blocks * parts,)](places, blocks, GROUP=8)
+    expected = [(first + within, part) for first in range(0, blocks, 8) for part in range(parts) for within in range(8)]
+    assert places.tolist() == [[block, part] for block, part in expected if block < blocks]
+
+
+@triton.jit
+def grouped_places(places, blocks, GROUP: tl.constexpr):
+    program = tl.program_id(0)
+    block, part = grouped(program, blocks, tl.num_programs(0), GROUP)
+    tl.store(places + 2 * program, block)
+    tl.store(places + 2 * program + 1, part)
 
 
 def bf16_logps(case: dict) -> torch.Tensor:

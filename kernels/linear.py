@@ -79,7 +79,12 @@ def score_part(
     return peak, norm, z_target
 
 
-@triton.jit
+# A compilation takes seconds. The number of tokens and the alignment of their statistics change with every batch, so
+# they are not compiled in.
+@triton.jit(
+    do_not_specialize=["n"],
+    do_not_specialize_on_alignment=["rows", "targets", "peaks", "sums", "picked", "tiles"],
+)
 def parts_kernel(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, tiles,
     n, V, H, REF_H, scale, per_part,
@@ -126,7 +131,10 @@ def parts_kernel(
     tl.store(picked + out, z_target, mask=at < n)
 
 
-@triton.jit(do_not_specialize=["parts"])  # their number depends on that of tokens
+@triton.jit(
+    do_not_specialize=["n", "parts"],
+    do_not_specialize_on_alignment=["peaks", "sums", "picked", "logps", "lse"],
+)
 def fold_kernel(peaks, sums, picked, logps, lse, n, parts, M: tl.constexpr):
     """Log-probabilities and log-sum-exps [models, n] from the statistics of the parts [models, parts, n]."""
     at = tl.program_id(0) * M + tl.arange(0, M)

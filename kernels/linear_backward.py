@@ -14,7 +14,10 @@ from torch import Tensor
 from irlfast.kernels.linear import Tile, columns, tile_logits
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n"],
+    do_not_specialize_on_alignment=["rows", "targets", "logps", "lse", "tiles", "upstream"],
+)
 def gradient_kernel(
     hidden, weight, bias, rows, targets, logps, lse, tiles, upstream, limit, d_hidden, d_weight, d_bias, n, V, H,
     scale, CAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,

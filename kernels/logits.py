@@ -60,7 +60,7 @@ def score_row(z, target, logp, lse, V, scale, cap, FOLDED: tl.constexpr, ROUNDS:
         tl.store(lse, peak * unit + log_norm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])
 def token_logps_kernel(
     logits,
     ref_logits,
@@ -128,7 +128,7 @@ def token_logps(
     return logps, lse, ref_logps
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets", "lse", "upstream"])
 def gradient_kernel(logits, targets, lse, upstream, grad, V, stride, grad_stride, scale, cap, BLOCK: tl.constexpr):
     """One program per block of a row; ``grad`` may be ``logits``."""
     blocks = tl.cdiv(V, BLOCK)
@@ -173,7 +173,10 @@ def write_gradient(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["S"],
+    do_not_specialize_on_alignment=["logps", "targets", "cu_seqlens", "ref_logps"],
+)
 def sequence_sums_kernel(logps, targets, cu_seqlens, ref_logps, sums, S, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
     """One program per sequence. Sums in fp64 lose no digit of their fp32 terms, and neither does their difference."""
     sequence = tl.program_id(0)

@@ -188,7 +188,10 @@ def project(hidden, head, bias, row, present, head_index, H, M, BLOCK_H: tl.cons
     return tl.where(present[:, None], total, 0.0)
 
 
-@triton.jit(do_not_specialize=["S"])  # Triton 3.6 compiles no bisection that S = 1 ends before it begins
+@triton.jit(
+    do_not_specialize=["items", "S"],  # also, Triton 3.6 compiles no bisection that S = 1 ends before it begins
+    do_not_specialize_on_alignment=["rows", "cu_seqlens", "labels", "pairs"],
+)
 def forward_kernel(
     hidden, head, bias, rows, cu_seqlens, labels, pairs, logits, reward, slopes, item_rows, losses, items, S, H, M,
     LOSS: tl.constexpr, TOKEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HEADS: tl.constexpr,
@@ -274,7 +277,7 @@ def forward(
 # ---------------------------------------------------------------- backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["slopes", "upstream"])
 def backward_kernel(
     hidden, head, slopes, upstream, d_hidden, d_head, d_bias, R, H, M, per_part,
     BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HEADS: tl.constexpr,

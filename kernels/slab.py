@@ -26,7 +26,7 @@ def logit(z, bias, at, inside, V, scale, CAP: tl.constexpr, FOLDED: tl.constexpr
     return value if FOLDED else softcap(value * scale, CAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])
 def softmax_kernel(
     z, targets, bias, logps, slope, V, width, stride_z, stride_slope, scale,
     CAP: tl.constexpr, FOLDED: tl.constexpr, SLOPES: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,

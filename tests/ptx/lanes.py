@@ -1,0 +1,339 @@
+"""The state of the blocks that run together: registers of all lanes, memory, and which lanes take part in a step.
+
+Lanes are arrays [blocks, threads of a block]. A register whose value is the same in all blocks, or in all threads, is
+an array with 1 in that place, and NumPy's broadcasting keeps it so: an address that depends on the thread alone is
+computed once for all blocks.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.ptx.arithmetic import Array
+from tests.ptx.counts import Counts, sectors, wavefronts
+from tests.ptx.findings import Findings
+from tests.ptx.memory import BARRIER, BLOCK, LANES, POISON, THREAD, Access, GlobalMemory, Region, who
+from tests.ptx.parser import (
+    SHARED_BASE,
+    SIZES,
+    TYPES,
+    Address,
+    Immediate,
+    Instruction,
+    Kernel,
+    Operand,
+    RefusedPTX,
+    Register,
+)
+
+Grid = tuple[int, int, int]
+
+
+class Active:
+    """The lanes that take part: ``mask`` [blocks, threads], their ``count``, and their flat ``indices``."""
+
+    __slots__ = ("_indices", "count", "full", "mask")
+
+    def __init__(self, mask: Array) -> None:
+        self.mask = mask
+        self.count = int(np.count_nonzero(mask))
+        self.full = self.count == mask.size
+        self._indices: Array | None = None
+
+    @property
+    def indices(self) -> Array:
+        if self._indices is None:
+            self._indices = np.flatnonzero(self.mask)
+        return self._indices
+
+    def where(self, condition: Array) -> "Active":
+        """Those of the lanes for which a condition holds."""
+        if condition.size == 1:
+            return self if condition.item() else Active(np.zeros_like(self.mask))
+        if self.full:
+            return Active(np.broadcast_to(condition, self.mask.shape))
+        return Active(self.mask & condition)
+
+    def without(self, others: "Active") -> "Active":
+        return Active(self.mask & ~others.mask)
+
+    def whole_warps(self) -> bool:
+        """Whether every warp takes part with all its lanes, or with none."""
+        if self.full:
+            return True
+        per_warp = self.mask.reshape(-1, 32).sum(axis=1)
+        return bool(((per_warp == 0) | (per_warp == 32)).all())
+
+
+class Copy(NamedTuple):
+    """A ``cp.async`` on its way: what each lane copies, and the group that it belongs to."""
+
+    instruction: Instruction
+    lanes: Array  # [k]
+    offsets: Array  # [k] in the shared region
+    values: Array  # [k, size] bytes
+    group: Array  # [k]
+
+
+class Batch:
+    """Blocks ``first`` to ``first + count`` of the grid, in the midst of a kernel."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: Grid,
+        block: Grid,
+        blocks: range,
+        parameters: Array,
+        memory: GlobalMemory,
+        dynamic_shared: int,
+        findings: Findings,
+        counts: Counts,
+    ) -> None:
+        self.kernel, self.findings, self.counts, self.memory = kernel, findings, counts, memory
+        self.parameters = parameters
+        self.threads, self.count = block[0] * block[1] * block[2], len(blocks)
+        self.shape = (self.count, self.threads)
+        self.everyone = Active(np.ones(self.shape, bool))
+        numbers = np.arange(blocks.start, blocks.stop, dtype=np.int64)[:, None]
+        thread = np.arange(self.threads, dtype=np.int64)[None, :]
+        self.stamps = (numbers << BLOCK) | (thread << THREAD)
+        self.warp = np.arange(self.count * self.threads) // 32  # of each flat lane, numbered across blocks
+        self.values: list[Array | None] = [None] * len(kernel.registers)
+        self.partly_defined: dict[int, Array] = {}  # lanes that have a value, for registers that not all lanes wrote
+        self.in_flight: dict[int, Array] = {}  # lanes of accumulators that a wgmma still computes
+        self.set_special_registers(numbers, thread, grid, block)
+        per_block = -(-(self.shared_size(dynamic_shared)) // 16) * 16
+        self.shared_bytes = self.shared_size(dynamic_shared)
+        poison = np.tile(POISON, self.count * per_block // 4)
+        self.shared = Region("shared memory", poison, findings, kernel.instructions, 0, True, max(per_block, 16))
+        self.copies: list[Copy] = []
+        self.copy_group = np.zeros(self.shape, np.int64)  # the number of groups that each lane has committed
+        self.written_since_fence: set[int] = set()  # registers, since the last wgmma.fence
+        self.fenced = False
+        # wgmma on their way, by warpgroup: the groups that it has committed, and the one that it has not yet
+        self.products: dict[int, list[list]] = defaultdict(lambda: [[]])
+        self.guarded = np.zeros(len(kernel.instructions), np.int64)  # lanes that executed a guarded instruction
+
+    def shared_size(self, dynamic: int) -> int:
+        return -(-self.kernel.static_shared // 16) * 16 + dynamic if dynamic else self.kernel.static_shared
+
+    def set_special_registers(self, numbers: Array, thread: Array, grid: Grid, block: Grid) -> None:
+        values = {"%laneid": thread % 32, "%warpid": thread // 32}
+        for number, axis in enumerate("xyz"):
+            below, blocks_below = int(np.prod(block[:number])), int(np.prod(grid[:number]))
+            values[f"%tid.{axis}"] = thread // below % block[number]
+            values[f"%ctaid.{axis}"] = numbers // blocks_below % grid[number]
+            values[f"%ntid.{axis}"] = np.full((1, 1), block[number])
+            values[f"%nctaid.{axis}"] = np.full((1, 1), grid[number])
+        for name, slot in self.kernel.special.items():
+            self.values[slot] = values[name].astype(np.uint32)
+
+    # ------------------------------------------------------------ registers
+
+    def read(self, register: Register, instruction: Instruction, active: Active) -> Array:
+        slot = register.slot
+        value = self.values[slot]
+        if value is None:
+            self.findings.add("a register is read that nothing wrote", instruction, register.name)
+            value = self.values[slot] = np.full((1, 1), poison_of(register.type))
+        elif slot in self.partly_defined:
+            self.check_lanes(
+                ~self.partly_defined[slot], "a register is read that nothing wrote", register, instruction, active
+            )
+        if slot in self.in_flight:
+            self.check_lanes(
+                self.in_flight[slot], "an accumulator is read before wgmma.wait_group", register, instruction, active
+            )
+        return value
+
+    def check_lanes(
+        self, bad: Array, mistake: str, register: Register, instruction: Instruction, active: Active
+    ) -> None:
+        bad = np.flatnonzero(active.mask & bad)
+        if len(bad):
+            details = f"{register.name}, {who(self.stamps.ravel()[bad[0]])}, {len(bad)} lanes"
+            self.findings.add(mistake, instruction, details)
+
+    def write(self, register: Register, value: Array, active: Active) -> None:
+        slot = register.slot
+        self.written_since_fence.add(slot)
+        if active.full:
+            self.values[slot] = value
+            self.partly_defined.pop(slot, None)
+            return
+        old = self.values[slot]
+        if old is None:
+            self.partly_defined[slot] = active.mask
+            old = np.full((1, 1), poison_of(register.type))
+        elif slot in self.partly_defined:
+            self.partly_defined[slot] = self.partly_defined[slot] | active.mask
+        self.values[slot] = np.where(active.mask, value, old.view(value.dtype))
+
+    # ------------------------------------------------------------ memory
+
+    def flat(self, value: Array, active: Active) -> Array:
+        """The values of the active lanes [k]."""
+        whole = np.broadcast_to(value, self.shape).reshape(-1)
+        return whole if active.full else whole[active.indices]
+
+    def spread(self, values: Array, active: Active) -> Array:
+        """Values of the active lanes [k] as an array of all lanes."""
+        if active.full:
+            return np.ascontiguousarray(values).reshape(self.shape)
+        whole = np.zeros(self.count * self.threads, values.dtype)
+        whole[active.indices] = values
+        return whole.reshape(self.shape)
+
+    def access(self, instruction: Instruction, addresses: Array, size: int, active: Active, **kind: bool) -> Access:
+        """Aligned accesses by the active lanes; ``addresses`` [k]."""
+        access = Access(instruction, addresses, self.flat(self.stamps, active), size, **kind)
+        odd = addresses % size != 0
+        if odd.any():
+            first = int(np.flatnonzero(odd)[0])
+            details = f"{who(access.stamps[first])}, address {int(addresses[first]):#x} for {size} bytes"
+            self.findings.add("misaligned", instruction, details)
+            access = access._replace(offsets=addresses - addresses % size)
+        return access
+
+    def shared_access(
+        self, instruction: Instruction, addresses: Array, size: int, active: Active, counted: bool = True
+    ) -> tuple[Access, Array]:
+        """Accesses to the region of shared memory, and which of the active lanes they are of: [k] flat indices."""
+        access, lanes = self.access(instruction, addresses, size, active), active.indices
+        offsets = access.offsets - SHARED_BASE
+        inside = (offsets >= 0) & (offsets + size <= self.shared_bytes)
+        if not inside.all():
+            first = int(np.flatnonzero(~inside)[0])
+            details = f"{who(access.stamps[first])}, byte {int(offsets[first])} of {self.shared_bytes}"
+            self.findings.add("shared memory out of bounds", instruction, details)
+            access, lanes, offsets = access._replace(stamps=access.stamps[inside]), lanes[inside], offsets[inside]
+        if counted and len(lanes):
+            total, conflicts = wavefronts(offsets, lanes, size)
+            self.counts.wavefronts += total
+            self.counts.bank_conflicts += conflicts
+        return access._replace(offsets=offsets + lanes // self.threads * self.shared.per_block), lanes
+
+    def load_shared(self, instruction: Instruction, addresses: Array, size: int, item: int, active: Active) -> Array:
+        """[k, size / item] unsigned, zeros where nothing may be read."""
+        access, lanes = self.shared_access(instruction, addresses, size, active)
+        if len(lanes) == active.count:
+            return self.shared.load(access, item)
+        result = np.zeros((active.count, size // item), f"uint{8 * item}")
+        if len(lanes):
+            result[np.searchsorted(active.indices, lanes)] = self.shared.load(access, item)
+        return result
+
+    def store_shared(self, instruction: Instruction, addresses: Array, values: Array, active: Active) -> None:
+        size = values.shape[1] * values.itemsize
+        access, lanes = self.shared_access(instruction, addresses, size, active)
+        if len(lanes):
+            self.shared.store(
+                access, values if len(lanes) == active.count else values[np.searchsorted(active.indices, lanes)]
+            )
+
+    def load_global(self, instruction: Instruction, addresses: Array, size: int, item: int, active: Active) -> Array:
+        access = self.access(instruction, addresses, size, active)
+        parts = self.memory.split(access)
+        result = None
+        for region, lanes, part in parts:
+            region.traffic.sectors_loaded += sectors(addresses[lanes], self.warp[active.indices[lanes]])
+            values = region.load(part, item)
+            if len(parts) == 1 and len(values) == active.count:
+                return values
+            result = np.zeros((active.count, size // item), values.dtype) if result is None else result
+            result[lanes] = values
+        return np.zeros((active.count, size // item), f"uint{8 * item}") if result is None else result
+
+    def store_global(self, instruction: Instruction, addresses: Array, values: Array, active: Active) -> None:
+        access = self.access(instruction, addresses, values.shape[1] * values.itemsize, active)
+        for region, lanes, part in self.memory.split(access):
+            warps = self.warp[active.indices[lanes]]
+            region.traffic.sectors_stored += sectors(addresses[lanes], warps)
+            region.store(part, values[lanes])
+
+    # ------------------------------------------------------------ order
+
+    def pass_barrier(self, blocks: Array) -> None:
+        """Blocks [k] have passed a barrier."""
+        passed = (self.stamps[blocks] >> BARRIER) + 1
+        if (passed & ((1 << BLOCK - BARRIER) - 1) == 0).any():
+            raise RefusedPTX(f"{self.kernel.name}: a block passes more than {1 << BLOCK - BARRIER} barriers")
+        thread = np.arange(self.threads, dtype=np.int64)[None, :]
+        self.stamps[blocks] = (passed << BARRIER) | (thread << THREAD)
+        self.counts.barriers += len(blocks)
+
+    def pass_warp_barrier(self, active: Active, instruction: Instruction) -> None:
+        self.stamps = self.stamps + active.mask
+        if ((self.stamps & (LANES - 1)) == 0)[active.mask].any():
+            raise RefusedPTX(f"{self.kernel.name}: more than {LANES} of {instruction.name} between two barriers")
+
+
+def poison_of(kind: str) -> np.generic:
+    if kind == "pred":
+        return np.bool_(False)
+    bits = 0x7FC5DEAD7FC5DEAD & ((1 << 8 * SIZES[kind]) - 1)
+    return np.frombuffer(bits.to_bytes(SIZES[kind], "little"), f"uint{8 * SIZES[kind]}")[0]
+
+
+# ---------------------------------------------------------------- operands
+
+Operation = Callable[[Batch, Active], None]
+Reader = Callable[[Batch, Active], Array]
+Writer = Callable[[Batch, Array, Active], None]
+
+
+def refused(instruction: Instruction, reason: str) -> RefusedPTX:
+    return RefusedPTX(f"{instruction.name}: {reason} ({instruction.text}, {instruction.line})")
+
+
+def reader(instruction: Instruction, operand: Operand, kind: str) -> Reader:
+    """A function that returns an operand as numbers of a type."""
+    dtype, size = TYPES[kind], SIZES[kind]
+    if isinstance(operand, Immediate):
+        bits = operand.bits & ((1 << 8 * size) - 1)
+        raw = np.array([[bits != 0]]) if kind == "pred" else np.frombuffer(bits.to_bytes(size, "little"), dtype)
+        constant = raw.reshape(1, 1)
+        return lambda batch, active: constant
+    if not isinstance(operand, Register):
+        raise refused(instruction, f"operand {operand} is not interpreted")
+    register: Register = operand
+    if (register.type == "pred") != (kind == "pred"):
+        raise refused(instruction, f"register {register.name} is of type {register.type}, expected {kind}")
+    if register.negated:
+        return lambda batch, active: ~batch.read(register, instruction, active)
+    if SIZES[register.type] == size:
+
+        def read(batch: Batch, active: Active) -> Array:
+            value = batch.read(register, instruction, active)
+            return value if value.dtype is dtype else value.view(dtype)
+
+        return read
+    own, needed = np.dtype(f"uint{8 * SIZES[register.type]}"), np.dtype(f"uint{8 * size}")
+    return lambda batch, active: batch.read(register, instruction, active).view(own).astype(needed).view(dtype)
+
+
+def address_reader(instruction: Instruction, operand: Operand, kind: str) -> Callable[[Batch, Active], Array]:
+    """A function that returns the addresses of the active lanes [k]; ``kind`` is their type."""
+    if not isinstance(operand, Address):
+        raise refused(instruction, "expected an address")
+    base, offset = reader(instruction, operand.base, kind), operand.offset
+    return lambda batch, active: batch.flat(base(batch, active).astype(np.int64) + offset, active)
+
+
+def writer(instruction: Instruction, operand: Operand, kind: str) -> Writer:
+    """A function that stores numbers of a type in a register. Narrower ones are extended, by their sign if signed."""
+    if operand is None:
+        return lambda batch, value, active: None
+    if not isinstance(operand, Register):
+        raise refused(instruction, f"result {operand} is not interpreted")
+    register: Register = operand
+    if (register.type == "pred") != (kind == "pred") or SIZES[register.type] < SIZES[kind]:
+        raise refused(instruction, f"register {register.name} is of type {register.type}, expected {kind}")
+    if SIZES[register.type] == SIZES[kind]:
+        return lambda batch, value, active: batch.write(register, value, active)
+    extended = np.dtype(f"{'int' if kind[0] == 's' else 'uint'}{8 * SIZES[register.type]}")
+    own = np.dtype(f"{'int' if kind[0] == 's' else 'uint'}{8 * SIZES[kind]}")
+    return lambda batch, value, active: batch.write(register, value.view(own).astype(extended), active)

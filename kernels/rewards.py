@@ -182,6 +182,8 @@ def project(hidden, head, bias, row, present, head_index, H, M, BLOCK_H: tl.cons
         w = tl.load(
             head + head_index[None, :] * H + k[:, None], mask=(head_index < M)[None, :] & (k < H)[:, None], other=0.0
         )
+        if x.dtype != w.dtype:
+            x, w = x.to(tl.float32), w.to(tl.float32)
         total = tl.dot(x, w, total, input_precision="ieee")  # fp32 products in fp32, not in tf32
     if bias is not None:
         total += tl.load(bias + head_index, mask=head_index < M, other=0.0).to(tl.float32)[None, :]
@@ -266,7 +268,9 @@ def forward(
         LOSS=options,
         TOKEN=token,
         BLOCK=block,
-        BLOCK_H=max(16, (32 if hidden.dtype == torch.float32 else 128 if size % 16 == 0 else 64) * 16 // padded),
+        BLOCK_H=max(
+            16, (32 if torch.float32 in (hidden.dtype, head.dtype) else 128 if size % 16 == 0 else 64) * 16 // padded
+        ),
         HEADS=padded,
         num_warps=4,
         num_stages=4,
@@ -322,7 +326,9 @@ def backward(
     upstream: Tensor | None,  # [] fp32: multiplies the slopes
     wanted: list[bool],  # by hidden, by head, by bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The wanted gradients of ``Σ upstream · slopes · (hidden @ headᵀ + bias)``, in the inputs' dtype."""
+    """The wanted gradients of ``Σ upstream · slopes · (hidden @ headᵀ + bias)``: by ``hidden`` and ``head`` in their
+    dtypes, by ``bias`` in fp32.
+    """
     (height, size), heads = hidden.shape, head.shape[0]
     padded = max(16, triton.next_power_of_2(heads))
     block, columns = 16, (2048 if size % 16 == 0 else 1024) // padded  # narrower where nothing is aligned
@@ -345,5 +351,5 @@ def backward(
         num_warps=4,
         num_stages=4,
     )
-    d_head, d_bias = (None if parts is None else parts.sum(0).to(head.dtype) for parts in (d_head, d_bias))
-    return d_hidden, d_head, d_bias
+    d_head = None if d_head is None else d_head.sum(0).to(head.dtype)
+    return d_hidden, d_head, None if d_bias is None else d_bias.sum(0)

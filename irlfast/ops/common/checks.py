@@ -59,14 +59,20 @@ def check_positive(value: Any, name: str, expected: str = "a number > 0") -> Non
     require(number and 0 < value < math.inf, name, value, expected)
 
 
-def choose_backend(backend: str, tensor: Tensor, name: str, backends: Sequence[str] = BACKENDS) -> str:
+def choose_backend(
+    backend: str,
+    tensor: Tensor,
+    name: str,
+    backends: Sequence[str] = BACKENDS,
+    dtype: torch.dtype | None = None,  # of the computation, where it differs from the tensor's
+) -> str:
     """The backend, checked; for ``"auto"`` the fastest that can compute with ``tensor``, the argument ``name``.
 
     Raises:
         ValueError: there is no such backend, or it cannot compute with this tensor's device or dtype.
         RuntimeError: ``"triton"`` without Triton, ``"cuda"`` without the native module.
     """
-    kind, double = tensor.device.type, tensor.dtype == torch.float64
+    kind, double = tensor.device.type, (dtype or tensor.dtype) == torch.float64
     if backend == "auto":
         return "cpu" if kind == "cpu" else "triton" if HAS_TRITON and kind == "cuda" and not double else "plain"
     require(backend in backends, "backend", backend, alternatives(backends))

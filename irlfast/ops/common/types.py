@@ -15,6 +15,10 @@ class HeadInputs(NamedTuple):
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
 
+    def cast(self, dtype: torch.dtype) -> "HeadInputs":
+        """The operands of the product in this dtype. The bias stays as it is: it is added to fp32 logits."""
+        return self._replace(hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
+
 
 class ScoredTokens(NamedTuple):
     """The tokens that are scored, and the options of their scoring."""
@@ -25,13 +29,18 @@ class ScoredTokens(NamedTuple):
     num_sequences: int  # S
     logit_scale: float
     logit_softcap: float | None
-    dtype: torch.dtype  # of the logits and the statistics: fp32, or fp64 for fp64 inputs
+    operands: torch.dtype  # of the products: hidden and weight are cast to it
     buffer_mb: float  # the most memory for logits, in MiB
     skip_mass: float = 0.0  # tiles of the vocabulary that weigh less than this are left out of the gradient
     ref_logps: Tensor | None = None  # the cached reference, per token [N] or per sequence [S]
     group: str | None = None  # the name of the process group whose ranks share the vocabulary; None: one rank has all
     first_token: int = 0  # the token of the first row of this rank's weight
     widest_shard: int = 0  # the most rows of weight that a rank has; 0 without a group
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the logits and the statistics: fp32, or fp64 for operands in fp64."""
+        return torch.promote_types(self.operands, torch.float32)
 
     def rows_of(self, tokens: Tensor) -> Tensor:
         """The hidden rows that predict the targets at these indices."""

@@ -21,6 +21,7 @@ from irlfast.ops.common.checks import (
     check_tensor,
     require,
 )
+from irlfast.ops.common.precision import dtype_of_products
 from irlfast.ops.common.sequences import sequence_ids
 from irlfast.ops.common.types import HeadInputs, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
@@ -52,12 +53,12 @@ def check_reference(
 def check_head_inputs(inputs: HeadInputs, prefix: str, device: torch.device) -> None:
     hidden, weight, bias = inputs
     check_tensor(hidden, f"{prefix}hidden", "[R, H]", FLOATS, device)
-    check_tensor(weight, f"{prefix}weight", "[V, H]", (hidden.dtype,), device)
+    check_tensor(weight, f"{prefix}weight", "[V, H]", FLOATS, device)
     size, columns = weight.shape[0], hidden.shape[1]
     fits = size > 0 and weight.shape[1] == columns
     require(fits, f"{prefix}weight", weight, f"[V, {{}}] with V > 0, as {prefix}hidden has H columns", columns)
     if bias is not None:
-        check_tensor(bias, f"{prefix}bias", "[V]", (hidden.dtype,), device)
+        check_tensor(bias, f"{prefix}bias", "[V]", FLOATS, device)
         require(bias.shape[0] == size, f"{prefix}bias", bias, f"[{{}}], as {prefix}weight has that many rows", size)
 
 
@@ -101,7 +102,7 @@ def check_scored(
         num_sequences=cu_seqlens.numel() - 1,
         logit_scale=float(logit_scale),
         logit_softcap=logit_softcap,
-        dtype=torch.promote_types(hidden.dtype, torch.float32),
+        operands=dtype_of_products(hidden, policy.weight),
         buffer_mb=buffer_mb,
         skip_mass=skip_mass,
         group=None if group is None else group.group_name,

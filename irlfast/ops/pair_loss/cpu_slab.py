@@ -119,5 +119,5 @@ NARROW = EXACT._replace(
 )
 
 
-def kernels(policy: HeadInputs) -> slab.SlabKernels:
-    return NARROW if policy.weight.dtype == torch.bfloat16 else EXACT
+def kernels(scored: ScoredTokens) -> slab.SlabKernels:
+    return NARROW if scored.operands == torch.bfloat16 else EXACT

@@ -29,7 +29,7 @@ def token_logps(
     policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`irlfast.ops.pair_loss.plain.token_logps`."""
-    tiles = triton_slab.num_tiles(policy) if is_sparse(policy, scored, backend) else 0
+    tiles = triton_slab.num_tiles(policy.weight.shape[0], scored.operands) if is_sparse(policy, scored, backend) else 0
     keep_slopes = needs_gradient(policy) == [True, False, False] and not tiles
     logps, ref_logps, _ = forward(*policy, *(reference or NO_REFERENCE), *scored, backend, keep_slopes, tiles)
     return logps, scored.ref_logps if reference is None else ref_logps
@@ -70,12 +70,22 @@ def unpack(arguments: Sequence[Any], *records: Any) -> list[Any]:
 def kernels_of(backend: str, policy: HeadInputs, scored: ScoredTokens) -> Iterator[slab.SlabKernels]:
     """The kernels of a backend, on the policy's device; fp32 products are not computed in TF32."""
     hidden = policy.hidden
-    fp32 = hidden.is_cuda and policy.weight.dtype == torch.float32
+    fp32 = hidden.is_cuda and scored.operands == torch.float32
     products = slab.fp32_precision("cuda", "ieee") if fp32 else nullcontext()
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
         on_gpu = {"triton": triton_slab.KERNELS, "cuda": cuda_slab.KERNELS}
-        kernels = on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(policy)
+        kernels = on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(scored)
         yield kernels if scored.group is None else sharded.kernels_for(kernels, scored)
+
+
+def cast(inputs: HeadInputs | None, scored: ScoredTokens) -> Any:
+    return None if inputs is None else inputs.cast(scored.operands)
+
+
+def rounded(sums: slab.Gradients, policy: HeadInputs) -> list[Tensor | None]:
+    """The sums, each in the dtype of the tensor that it is the gradient of."""
+    pairs: Any = zip(sums, policy, strict=True)
+    return [None if total is None else total.to(tensor.dtype) for total, tensor in pairs]
 
 
 def filled(policy: HeadInputs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -97,7 +107,8 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.pair_loss.slab.token_logps`."""
     policy, reference, scored, backend, keep_slopes, tiles = unpack(arguments)
     with kernels_of(backend, policy, scored) as kernels:
-        return filled(policy, *slab.token_logps(kernels, policy, reference, scored, keep_slopes, tiles))
+        models = cast(policy, scored), cast(reference, scored)
+        return filled(policy, *slab.token_logps(kernels, *models, scored, keep_slopes, tiles))
 
 
 @forward.register_fake
@@ -118,18 +129,17 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     tags=WAITS,
 )
 def backward(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """See :func:`irlfast.ops.pair_loss.slab.gradients`; the results are in the policy's dtype."""
+    """See :func:`irlfast.ops.pair_loss.slab.gradients`; each result is in the dtype of its tensor."""
     policy, _, scored, backend, wanted = unpack(arguments)
     with kernels_of(backend, policy, scored) as kernels:
-        sums = slab.gradients(kernels, policy, scored, upstream, statistics, wanted)
-        return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
+        sums = slab.gradients(kernels, cast(policy, scored), scored, upstream, statistics, wanted)
+        return filled(policy, *rounded(sums, policy))
 
 
 @backward.register_fake
 def _(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     policy, _, scored, _, wanted = unpack(arguments)
-    sums = slab.new_gradients(policy, scored.dtype, wanted)
-    return filled(policy, *(None if tensor is None else tensor.to(policy.hidden.dtype) for tensor in sums))
+    return filled(policy, *rounded(slab.new_gradients(policy, scored.dtype, wanted), policy))
 
 
 def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -177,7 +187,8 @@ def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
     policy, reference, scored, spec, backend, wanted = unpack(arguments, PairLossSpec)
     sums = slab.new_gradients(policy, scored.dtype, wanted)
     with kernels_of(backend, policy, scored) as kernels:
-        logps = slab.pair_loss(kernels, policy, reference, scored, spec, sums)
+        models = cast(policy, scored), cast(reference, scored)
+        logps = slab.pair_loss(kernels, *models, scored, spec, sums)
     return filled(policy, *logps, *sums)
 
 
@@ -193,15 +204,18 @@ class PrecomputedGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *sums: Tensor) -> Tensor:
-        ctx.dtype = hidden.dtype
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.save_for_backward(*sums)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:4], strict=True)
-        return None, *(scaled(sums, upstream, ctx.dtype) if wants else None for sums, wants in pairs), None, None, None
+        gradients = [
+            scaled(sums, upstream, dtype) if wants else None
+            for sums, dtype, wants in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
+        ]
+        return None, *gradients, None, None, None
 
 
 def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,12 @@ sequence is ρ(y|x) = Σ_t log π_θ(y_t) − log π_ref(y_t) over its response 
 
 Arguments that both operations take:
 
-- ``hidden`` ``[R, H]``, ``weight`` ``[V, H]`` and ``bias`` ``[V]``: fp32, bf16, fp16 or fp64, all of one dtype. Logits
-  are ``softcap(logit_scale · (hidden @ weightᵀ + bias))``, with ``softcap(z) = c · tanh(z / c)`` where
-  ``logit_softcap`` is c. They are in fp32 (fp64 for fp64 inputs), with autocast too, and never rounded to bf16.
+- ``hidden`` ``[R, H]``, ``weight`` ``[V, H]`` and ``bias`` ``[V]``: fp32, bf16, fp16 or fp64, each of its own dtype.
+  Logits are ``softcap(logit_scale · (hidden @ weightᵀ + bias))``, with ``softcap(z) = c · tanh(z / c)`` where
+  ``logit_softcap`` is c. The less precise of ``hidden`` and ``weight`` gives the dtype of the product's operands: bf16
+  for bf16 and fp32. Under autocast, a tensor counts as one of autocast's dtype, unless it is in fp64. The operands of
+  the reference have the policy's dtype. Logits are in fp32 (in fp64 where all operands are), with autocast too, and
+  never rounded to bf16; the bias is added to them as it is.
 - ``targets`` ``[N]`` int64 or int32: the response tokens of all sequences, one after the other; −100 is skipped.
 - ``cu_seqlens`` ``[S + 1]`` int32: sequence s is ``targets[cu_seqlens[s]:cu_seqlens[s + 1]]``; it may be empty.
 - ``rows`` ``[N]`` int64 or int32: the hidden row that predicts each target. Prompt rows then cost nothing, and two
@@ -33,7 +36,8 @@ Arguments that both operations take:
 - A ``DTensor`` (FSDP2, tensor parallelism) is gathered first, and its gradient is the mean over the ranks, as FSDP has
   it. With ``group``, one that is split by rows over this group is used as it is, without gathering.
 
-Gradients have the tensor's dtype; they are summed in fp32 and rounded once.
+Each gradient has the dtype of its own tensor. It is summed in fp32 and rounded once: under bf16 autocast, the gradient
+of an fp32 weight was never in bf16.
 """
 
 import torch
@@ -88,7 +92,7 @@ def log_ratio(
         policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass, group
     )
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
-    backend = choose_backend(backend, hidden, "hidden")
+    backend = choose_backend(backend, hidden, "hidden", dtype=scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":
@@ -155,7 +159,7 @@ def pair_loss(
     check_pairs(pairs, cu_seqlens)
     pairs = default_pairs(scored.num_sequences, hidden.device) if pairs is None else pairs.long()
     spec = checks.check_spec(PairLossSpec(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens))
-    backend = choose_backend(backend, hidden, "hidden")
+    backend = choose_backend(backend, hidden, "hidden", dtype=scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "plain":

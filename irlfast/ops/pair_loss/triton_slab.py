@@ -75,11 +75,11 @@ def of_scored(statistics: Tensor, tokens: Tensor) -> Tensor:
     return statistics.flatten()[: count * len(tokens)].view(count, len(tokens))
 
 
-def num_tiles(policy: HeadInputs) -> int:
+def num_tiles(vocabulary: int, operands: torch.dtype) -> int:
     """The number of tiles that ``fused_logps`` cuts the vocabulary into."""
     from irlfast.kernels.linear import columns
 
-    return -(-policy.weight.shape[0] // columns(policy.weight.dtype))
+    return -(-vocabulary // columns(operands))
 
 
 def sparse_gradients(

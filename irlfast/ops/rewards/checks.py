@@ -37,12 +37,12 @@ def check_heads(
     """Check what both operations take, and return the chosen backend."""
     device = getattr(hidden, "device", torch.device("cpu"))
     check_tensor(hidden, "hidden", "[R, H]", FLOATS, device)
-    check_tensor(head, "head", "[M, H]", (hidden.dtype,), device)
+    check_tensor(head, "head", "[M, H]", FLOATS, device)
     (heads, columns), size = head.shape, hidden.shape[1]
     fits = heads > 0 and 0 < columns == size
     require(fits, "head", head, "[M, {}] with M > 0 and H > 0, as hidden has H columns", size)
     if bias is not None:
-        check_tensor(bias, "bias", "[M]", (hidden.dtype,), device)
+        check_tensor(bias, "bias", "[M]", FLOATS, device)
         require(bias.shape[0] == heads, "bias", bias, "[{}], as head has that many rows", heads)
     check_offsets(cu_seqlens, device)
     if rows is not None:
@@ -54,7 +54,8 @@ def check_heads(
         check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
     if backend == "auto" and heads > MOST_HEADS:
         backend = "plain"
-    backend = choose_backend(backend, hidden, "hidden", ("auto", "plain", "cpu", "triton"))
+    dtype = torch.promote_types(hidden.dtype, head.dtype)
+    backend = choose_backend(backend, hidden, "hidden", ("auto", "plain", "cpu", "triton"), dtype)
     few = backend != "triton" or heads <= MOST_HEADS
     require(few, "head", head, f"at most {MOST_HEADS} heads by backend 'triton'; 'plain' takes any number")
     return backend

@@ -37,9 +37,9 @@ def new_logits(hidden: Tensor, head: Tensor, rows: Tensor | None, cu_seqlens: Te
 
 
 def save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, head, _, rows, _, token = inputs
+    hidden, head, bias, rows, _, token = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.num_others = len(inputs) - 3
+    ctx.num_others, ctx.bias_dtype = len(inputs) - 3, None if bias is None else bias.dtype
     ctx.save_for_backward(hidden, head, rows if token else output[1])
 
 
@@ -107,10 +107,10 @@ def _(
 
 
 def save_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, head, *_ = inputs
+    hidden, head, bias, *_ = inputs
     _, *others, slopes = output
     ctx.mark_non_differentiable(*others, slopes)
-    ctx.num_others = len(inputs) - 3
+    ctx.num_others, ctx.bias_dtype = len(inputs) - 3, None if bias is None else bias.dtype
     ctx.save_for_backward(hidden, head, slopes)
 
 
@@ -143,14 +143,17 @@ def wanted_gradients(
     """Gradients by hidden, head and bias, None for those that need none."""
     wanted = list(ctx.needs_input_grad[:3])
     computed = gradients(hidden, head, slopes, upstream, wanted)
-    return [gradient if wants else None for gradient, wants in zip(computed, wanted, strict=True)]
+    dtypes = hidden.dtype, head.dtype, ctx.bias_dtype
+    return [
+        gradient.to(dtype) if wants else None for gradient, dtype, wants in zip(computed, dtypes, wanted, strict=True)
+    ]
 
 
 @torch.library.custom_op("irlfast::reward_head_backward", mutates_args=())
 def gradients(
     hidden: Tensor, head: Tensor, slopes: Tensor, upstream: Tensor | None, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by hidden, head and bias; an empty tensor for each that is not wanted."""
+    """Gradients by hidden, head and bias (in fp32); an empty tensor for each that is not wanted."""
     from irlfast.kernels import rewards as kernels
 
     with torch.cuda.device_of(hidden):
@@ -163,6 +166,10 @@ def gradients(
 def _(
     hidden: Tensor, head: Tensor, slopes: Tensor, upstream: Tensor | None, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = hidden.shape, head.shape, head.shape[:1]
-    d_hidden, d_head, d_bias = (hidden.new_empty(s if wants else (0,)) for s, wants in zip(shapes, wanted, strict=True))
+    d_hidden, d_head, d_bias = (
+        like.new_empty(shape) if wants else hidden.new_empty(0)
+        for like, shape, wants in zip(
+            (hidden, head, slopes), (hidden.shape, head.shape, head.shape[:1]), wanted, strict=True
+        )
+    )
     return d_hidden, d_head, d_bias

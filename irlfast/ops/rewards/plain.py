@@ -11,7 +11,7 @@ def head_logits(
     hidden: Tensor, head: Tensor, bias: Tensor | None, rows: Tensor | None, cu_seqlens: Tensor, token: bool
 ) -> Tensor:
     """Logits ``[N, M]`` of every token, or ``[S, M]`` of every sequence's last one, 0 where it is empty."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, head.dtype), torch.float32)
     # Cast before selecting: the gradients of a row that is used twice then add up in fp32.
     x, head, bias = hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -4,7 +4,7 @@ Dimensions: N response tokens, R hidden rows, S sequences, P pairs, H hidden siz
 
 Arguments that the operations take:
 
-- ``hidden`` ``[R, H]``, ``head`` ``[M, H]`` and ``bias`` ``[M]``: fp32, bf16, fp16 or fp64, all of one dtype.
+- ``hidden`` ``[R, H]``, ``head`` ``[M, H]`` and ``bias`` ``[M]``: fp32, bf16, fp16 or fp64, each of its own dtype.
 - ``cu_seqlens`` ``[S + 1]`` int32: sequence s has the response tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; it
   may be empty.
 - ``rows`` ``[N]`` int64 or int32: the hidden row of each response token. Tokens may share a row. Default: row n is that
@@ -15,8 +15,10 @@ Arguments that the operations take:
   fp32, bf16 or fp16, for up to 64 heads. ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors
   where it can, else ``"plain"``.
 
-Products, statistics and results are in fp32 (fp64 for fp64 inputs), with autocast too. Gradients have the inputs'
-dtype; they are summed in fp32 and rounded once. ``"triton"`` has no second derivatives.
+Products, statistics and results are in fp32 (fp64 where ``hidden`` or ``head`` is). No tensor is rounded, under
+autocast too: reading ``hidden`` takes the time, because a head has few rows, and its products do not. So an fp32 head
+on bf16 hidden states keeps its digits. Each gradient has its own tensor's dtype; it is summed in fp32 and rounded once.
+``"triton"`` has no second derivatives.
 """
 
 from typing import NamedTuple

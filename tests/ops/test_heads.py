@@ -210,3 +210,19 @@ def test_a_head_that_peft_trains_whole_is_the_trained_copy():
     assert head[2:] == (1.0, 3.0)
     ops.log_ratio(hidden_states(model, batch), **arguments(head, batch)).log_ratio.sum().backward()
     assert head.weight.grad.abs().sum() > 0
+
+
+def test_without_its_adapters_a_model_has_the_head_that_it_had_before():
+    import peft
+
+    original = model_of("Gemma 2")
+    weight = original.lm_head.weight
+    settings = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(original, settings)
+    model.add_adapter("second", settings)
+    wrapper = original.get_output_embeddings()
+    assert ops.lm_head(model).weight is wrapper.modules_to_save["default"].weight
+    model.set_adapter("second")
+    assert ops.lm_head(model).weight is wrapper.modules_to_save["second"].weight
+    with model.disable_adapter():
+        assert ops.lm_head(model).weight is weight

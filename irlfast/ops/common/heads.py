@@ -64,13 +64,15 @@ def head_at(model: Any, output: Any) -> Head:
 
 
 def linear_module(model: Any, output: Any) -> torch.nn.Linear:
-    """Return the linear layer that computes the logits of ``model``: its ``output`` module, or PEFT's trained copy.
+    """Return the linear layer that computes the logits of ``model``: its ``output`` module, or PEFT's active copy.
 
     Raises:
         ValueError: the module is no ``torch.nn.Linear``.
     """
-    if hasattr(output, "modules_to_save"):  # PEFT's wrapper around a copy that is trained beside an adapter
-        output = output.modules_to_save[output.active_adapter]
+    if hasattr(output, "modules_to_save"):  # PEFT's wrapper around copies that are trained beside adapters
+        active = [] if output.disable_adapters else output.active_adapters
+        copies = [output.modules_to_save[name] for name in active if name in output.modules_to_save]
+        output = copies[0] if copies else output.original_module
     if not isinstance(output, torch.nn.Linear):
         raise ValueError(f"{type(model).__name__}: found head {type(output).__name__}, expected torch.nn.Linear")
     return output

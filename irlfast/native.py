@@ -32,6 +32,12 @@ def rows(logits: Tensor) -> tuple[int, str, int]:
     return logits.data_ptr(), name(logits.dtype), logits.stride(0)
 
 
+def matrix(tensor: Tensor) -> tuple[int, str, int, int]:
+    """A matrix as the modules take it: address, dtype, and elements between two rows and two columns."""
+    row, column = tensor.stride()
+    return tensor.data_ptr(), name(tensor.dtype), row, column
+
+
 def scoring(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[int, int, int, float, float]:
     """How logits ``[N, V]`` are scored, as the modules take it; ``targets`` are ``[N]`` int64 and contiguous."""
     return *logits.shape, targets.data_ptr(), scale, softcap or 0.0

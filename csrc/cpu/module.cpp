@@ -7,6 +7,30 @@ namespace {
 using irlfast::Address, irlfast::RowsOf, irlfast::ScoringOf, irlfast::kFp32, irlfast::kUpToBf16, irlfast::pointer,
     irlfast::require, irlfast::scoring_of;
 
+using MatrixOf = std::tuple<Address, std::string, std::int64_t, std::int64_t>;  // address, dtype, row, column
+using ProductOf = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, bool>;  // as in Product
+
+irlfast::Matrix matrix_of(const MatrixOf &matrix, const char *name, bool some, bool narrow) {
+  const auto &[address, dtype, row, column] = matrix;
+  require(row >= 0 && column >= 0 && (row == 1 || column == 1),
+          std::string(name) + ": found elements " + std::to_string(row) + " and " + std::to_string(column) +
+              " apart, expected one of the two to be 1");
+  const auto checked = irlfast::rows_of({address, dtype, row}, name, some, narrow ? kUpToBf16 : kFp32);
+  return {checked.z, checked.dtype, row, column};
+}
+
+void multiply(const MatrixOf &left, const MatrixOf &right, Address out, const ProductOf &of, int threads) {
+  const auto &[m, n, k, stride, narrow, add] = of;
+  require(m >= 0 && n >= 0 && k >= 0, "product: found sizes " + std::to_string(m) + ", " + std::to_string(n) + ", " +
+                                          std::to_string(k));
+  require(stride >= n || m < 2, "out: found rows " + std::to_string(stride) + " apart, expected at least n");
+  const bool some = m > 0 && n > 0;
+  const auto a = matrix_of(left, "a", some && k > 0, narrow), b = matrix_of(right, "b", some && k > 0, narrow);
+  auto *c = pointer<float>(out, "out", some);
+  pybind11::gil_scoped_release release;
+  if (some) irlfast::multiply(a, b, c, {m, n, k, stride, narrow, add}, threads);
+}
+
 void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float eps, float weight_decay,
              float momentum, float grad_scale, int threads) {
   const auto parameters = irlfast::parameters_of(rows);
@@ -53,6 +77,7 @@ void write_gradient(const RowsOf &grad, const RowsOf &logits, const ScoringOf &o
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "irlfast's native code for the CPU; takes addresses, so use irlfast.optim and irlfast.ops instead.";
+  if (irlfast::multiplies()) module.def("multiply", &multiply);
   module.def("rmsprop", &rmsprop);
   module.def("softmax_slopes", &softmax_slopes);
   module.def("token_logps", &token_logps);

@@ -41,6 +41,30 @@ bool softmax(std::int64_t n, std::int64_t vocabulary, std::int64_t stride, bool 
   return true;
 }
 
+template <class A, class B>
+bool product(std::int64_t m, std::int64_t n, std::int64_t k, int form, int threads) {
+  const bool add = form & 1, left = form & 2, right = form & 4;  // whether the columns of a, of b follow each other
+  A half;
+  B two;
+  irlfast::narrow_into(half, 0.5f);
+  irlfast::narrow_into(two, 2);
+  const auto a = filled<A>(m * k, half);
+  const auto b = filled<B>(k * n, two);
+  const std::int64_t stride = n + 3;
+  auto c = filled<float>(m ? (m - 1) * stride + n : 0, 1);
+  const auto matrix = [](const auto *x, std::int64_t rows, std::int64_t columns, bool along) {
+    const auto dtype = sizeof(*x) == sizeof(float) ? irlfast::Dtype::fp32 : irlfast::Dtype::bf16;
+    return irlfast::Matrix{x, dtype, along ? 1 : columns, along ? rows : 1};
+  };
+  const bool narrow = sizeof(A) + sizeof(B) < 2 * sizeof(float) || form & 8;
+  irlfast::multiply(matrix(a.get(), m, k, left), matrix(b.get(), k, n, right), c.get(), {m, n, k, stride, narrow, add},
+                    threads);
+  for (std::int64_t i = 0; i < m; ++i)
+    for (std::int64_t j = 0; j < stride && i * stride + j < (m - 1) * stride + n; ++j)
+      if (c[static_cast<std::size_t>(i * stride + j)] != static_cast<float>(j < n ? k + add : 1)) return false;
+  return true;
+}
+
 template <class T>
 bool logits(std::int64_t n, std::int64_t vocabulary, std::int64_t stride, irlfast::Dtype dtype, float cap,
             int threads) {
@@ -82,6 +106,15 @@ int main() {
         for (int threads : {1, 3}) {
           if (!logits<float>(n, vocabulary, vocabulary + 3, irlfast::Dtype::fp32, cap, threads)) return 3;
           if (!logits<irlfast::bf16>(n, vocabulary, vocabulary + 3, irlfast::Dtype::bf16, cap, threads)) return 4;
+        }
+  for (std::int64_t m : {1, 8, 17, 300})
+    for (std::int64_t n : {1, 16, 49, 800})
+      for (std::int64_t k : {0, 1, 16, 33, 600})
+        for (int form = 0; form < 16 && irlfast::multiplies(); ++form) {
+          const int threads = 1 + form % 3;
+          if (!product<float, float>(m, n, k, form, threads)) return 5;
+          if (!product<float, irlfast::bf16>(m, n, k, form, threads)) return 6;
+          if (!product<irlfast::bf16, irlfast::bf16>(m, n, k, form, threads)) return 7;
         }
   std::puts("all sizes and forms");
 }

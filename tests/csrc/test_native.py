@@ -205,7 +205,7 @@ def test_the_binding_checks_the_logits_it_is_given():
 FLAGS = "-std=c++17 -O1 -g -Wall -Wextra -Werror -fno-sanitize-recover=all -fsanitize=address,undefined".split()
 SANITIZED = {  # program, and how its sources and headers are found
     "sanitized.cpp": ["-fopenmp-simd", "-pthread", "-Icsrc/cpu"]
-    + [f"csrc/cpu/{name}.cpp" for name in ("rmsprop", "softmax_slopes", "token_logps")],
+    + [f"csrc/cpu/{name}.cpp" for name in ("product", "rmsprop", "softmax_slopes", "token_logps")],
     # Fibres have stacks of their own, of which AddressSanitizer knows nothing: it watches the other memory.
     "sanitized_cuda.cpp": "-ffp-contract=off -Wno-unknown-pragmas --param asan-stack=0".split()
     + ["-Itests/csrc/emulated", "-Icsrc/cuda", "-x", "c++"]

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from irlfast import ops
+from irlfast import native, ops
 from irlfast.ops.pair_loss import cpu_slab
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
+from irlfast.ops.pair_loss.slab import SlabKernels
 from tests.helpers.ops_cases import Recorder, converted, gradients, looped_pair_loss, make, random_pairs
 from tests.helpers.tiers import covering_cases
 
@@ -40,15 +41,14 @@ FACTORS = {
 LOSS_FACTORS = ("loss_type", "nll_weight", "coupling", "rows_in_buffer")
 
 
-def check_against_fp64_oracle(factors: dict, *, exact_products: bool) -> None:
-    """With ``exact_products``, bf16 tensors are multiplied in fp32; else their factors may be bf16."""
+def check_against_fp64_oracle(factors: dict, kernels: SlabKernels) -> None:
     case = make(LENGTHS, **{name: value for name, value in factors.items() if name not in LOSS_FACTORS})
     pairs = None if factors["coupling"] == "default" else random_pairs(len(LENGTHS), seed=0)
     loss = {"pairs": pairs, "beta": 0.3, "loss_type": factors["loss_type"], "nll_weight": factors["nll_weight"]}
     double = converted(case, torch.float64)
     expected = ops.pair_loss(**double, **loss, backend="plain")
     buffer_mb = factors["rows_in_buffer"] * factors["vocabulary"] * 4 / 2**20
-    with mock.patch.object(cpu_slab, "NARROW", cpu_slab.EXACT if exact_products else cpu_slab.NARROW):
+    with mock.patch.object(cpu_slab, "kernels", lambda scored: kernels):
         result = ops.pair_loss(**case, **loss, backend="cpu", buffer_mb=buffer_mb)
     for name in ("loss", "log_ratio", "policy_logps", "ref_logps", "nll_loss"):
         torch.testing.assert_close(getattr(result, name).double(), getattr(expected, name), rtol=1e-5, atol=3e-5)
@@ -58,16 +58,19 @@ def check_against_fp64_oracle(factors: dict, *, exact_products: bool) -> None:
         # Rounded once to the tensor's dtype, after fp32 sums over 32,000 terms (plain PyTorch in fp32 errs by 3e-5).
         half_ulp = torch.finfo(case[name].dtype).eps / 2
         bound = exact[name].abs() * half_ulp * 1.01 + exact[name].abs().max() * 5e-5 + 1e-9
-        if not exact_products:  # up to two factors of every term were rounded too; terms are larger than their sum
+        if kernels in (cpu_slab.NARROW, cpu_slab.NATIVE[torch.bfloat16]):
+            # Up to two factors of every term were rounded too. Terms are larger than their sum.
             bound += exact[name].abs().max() * half_ulp * 2
         assert ((gradient.double() - exact[name]).abs() <= bound).all(), name
 
 
 @pytest.mark.parametrize("factors", covering_cases(FACTORS, beyond=(), drawn=500))
 def test_cpu_matches_the_oracle_in_fp64(factors):
-    check_against_fp64_oracle(factors, exact_products=True)
+    check_against_fp64_oracle(factors, cpu_slab.EXACT)
     if factors["dtype"] == torch.bfloat16:
-        check_against_fp64_oracle(factors, exact_products=False)
+        check_against_fp64_oracle(factors, cpu_slab.NARROW)
+    if hasattr(native.cpu, "multiply"):
+        check_against_fp64_oracle(factors, cpu_slab.NATIVE[factors["dtype"]])
 
 
 @st.composite
@@ -238,8 +241,9 @@ def test_degenerate_sizes_work(backend, lengths):
     [("none", 1000, 1), ("hidden", 1000, 2), ("all", 1000, 3), ("hidden", 8, 2), ("all", 8, 3.75)],
     ids=["no gradient", "frozen", "full", "frozen, group beyond the buffer", "full, group beyond the buffer"],
 )
-def test_the_head_is_passed_over_as_often_as_documented(wants, rows_in_buffer, passes):
+def test_the_head_is_passed_over_as_often_as_documented(wants, rows_in_buffer, passes, monkeypatch):
     """Groups have 32 tokens. Beyond the buffer, all but the last 8, which are still in it, are computed twice."""
+    monkeypatch.setattr(cpu_slab, "kernels", lambda scored: cpu_slab.EXACT)  # the recorder counts PyTorch's products
     case = make([20, 12, 12, 20], vocabulary=300, dtype=torch.float32, frozen=wants == "hidden")
     with Recorder() as recorder, torch.set_grad_enabled(wants != "none"):
         loss = ops.pair_loss(**case, beta=0.1, backend="cpu", buffer_mb=rows_in_buffer * 300 * 4 / 2**20).loss

@@ -1,6 +1,10 @@
-"""``pair_loss`` in Transformers' ``Trainer``: DPO's loss on chosen and rejected answers, without logits in memory.
+"""``pair_loss`` in Transformers' own ``Trainer``: DPO's loss on chosen and rejected answers, without logits in memory.
 
     python examples/transformers_trainer.py
+    torchrun --nproc_per_node 2 examples/transformers_trainer.py
+
+The model that the ``Trainer`` gets returns its loss, so that nothing of the ``Trainer`` is overridden: mixed precision,
+gradient accumulation and several processes work as for any model.
 
 Dimensions: P pairs, S = 2P sequences (chosen, rejected, chosen, …), L their padded length, N answer tokens.
 """
@@ -14,27 +18,32 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from irlfast.ops import lm_head, log_ratio, pair_loss
 
 
-class PairTrainer(Trainer):
-    """Trains ``model`` to prefer the chosen answers. The reference is the model as it was at the start."""
+class WithPairLoss(torch.nn.Module):
+    """A policy whose forward returns DPO's loss. The reference is the policy as it was at the start."""
 
-    def __init__(self, model, *args, beta: float = 0.1, **options):
-        super().__init__(model, *args, **options)
-        self.reference, self.beta = copy.deepcopy(model).requires_grad_(False), beta
+    accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def __init__(self, policy, beta: float = 0.1):
+        super().__init__()
+        self.policy, self.reference = policy, copy.deepcopy(policy).requires_grad_(False)
+        self.beta = beta
+
+    def forward(self, input_ids, attention_mask, rows, targets, cu_seqlens, labels=None, num_items_in_batch=None):
+        answers = {"rows": rows, "targets": targets, "cu_seqlens": cu_seqlens}
         with torch.no_grad():
-            hidden, arguments = scored(self.reference.to(model.device), inputs)
-            ref_logps = log_ratio(hidden, **arguments).token_logps
-        hidden, arguments = scored(model, inputs)
-        result = pair_loss(hidden, **arguments, ref_logps=ref_logps, beta=self.beta)
-        return (result.loss, {"log_ratio": result.log_ratio}) if return_outputs else result.loss
+            reference = log_ratio(**states_and_head(self.reference.eval(), input_ids, attention_mask), **answers)
+        states = states_and_head(self.policy, input_ids, attention_mask)
+        result = pair_loss(**states, **answers, ref_logps=reference.token_logps, beta=self.beta)
+        loss = result.loss
+        if num_items_in_batch is not None:  # the mean over the pairs of all processes and accumulated batches
+            loss = loss * (len(input_ids) / 2 / num_items_in_batch)
+        return {"loss": loss, "log_ratio": result.log_ratio}
 
 
-def scored(model, inputs):
-    """Hidden states [S * L, H], and what the operations take with them."""
-    hidden = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
-    answers = {name: inputs[name] for name in ("targets", "cu_seqlens", "rows")}
-    return hidden.flatten(0, 1), lm_head(model)._asdict() | answers
+def states_and_head(model, input_ids, attention_mask) -> dict:
+    """Hidden states [S * L, H], and the weight, bias, scale and soft-cap of the LM head."""
+    hidden = model.model(input_ids, attention_mask=attention_mask).last_hidden_state
+    return {"hidden": hidden.flatten(0, 1)} | lm_head(model)._asdict()
 
 
 def collate(examples: list[dict]) -> dict:
@@ -48,29 +57,31 @@ def collate(examples: list[dict]) -> dict:
         "rows": torch.tensor([i * width + len(p) - 1 + k for i, (p, a) in enumerate(texts) for k in range(len(a))]),
         "targets": torch.tensor([token for _, answer in texts for token in answer]),
         "cu_seqlens": lengths.cumsum(0).int(),
+        "labels": torch.ones(len(examples), dtype=torch.long),  # the Trainer counts these: one per pair
     }
 
 
-def train(folder: str, steps: int = 20) -> Trainer:
+def train(folder: str, **options) -> Trainer:
     """A tiny model learns to prefer the answer that repeats the prompt's first token."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
+    policy = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     )
     tokens = torch.randint(2, 64, (64, 5)).tolist()  # 1 ends an answer
     rows = [{"prompt": row[:3], "chosen": [row[0], 1], "rejected": [row[3], row[4], 1]} for row in tokens]
-    options = TrainingArguments(
-        folder,
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        learning_rate=1e-2,
-        logging_steps=5,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
+    usual = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 5,
+        "save_strategy": "no",  # policy.save_pretrained saves the policy
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    trainer = Trainer(
+        WithPairLoss(policy), TrainingArguments(folder, **usual | options), data_collator=collate, train_dataset=rows
     )
-    trainer = PairTrainer(model, options, data_collator=collate, train_dataset=rows)
     trainer.train()
     return trainer
 

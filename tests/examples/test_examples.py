@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from irlfast.data.store import load_examples
 from irlfast.sampling.generation import read_samples
-from tests.helpers.runs import ROOT, run
+from tests.helpers.runs import ROOT, printed, run
+from tests.helpers.tiers import full
 
 EXAMPLES = ROOT / "examples"
 
@@ -58,10 +59,42 @@ def test_the_whole_loop_runs(capsys):
     assert "exact match after IRFT" in capsys.readouterr().out
 
 
+def figures(folder: str, **options) -> dict:
+    """The losses of the Transformers example over five steps on 8 pairs each, and the sum of its trained weights."""
+    sgd = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_steps": 5, "logging_steps": 1}
+    trainer = program("transformers_trainer").train(folder, **sgd | options)
+    losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    weights = sum(parameter.double().sum().item() for parameter in trainer.model.policy.parameters())
+    return {"process": trainer.args.process_index, "losses": losses, "weights": weights}
+
+
 def test_transformers_trainer_learns_to_prefer_the_chosen_answers(tmp_path):
     log = program("transformers_trainer").train(str(tmp_path)).state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
     assert float(losses[0]) < 0.694 and float(losses[-1]) < 0.9 * float(losses[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 1e-6),
+        ({"bf16": True}, 2e-4),
+    ],
+    ids=["accumulated gradients", "bf16"],
+)
+def test_transformers_trainer_takes_the_same_steps(tmp_path, options, error):
+    expected, result = figures(str(tmp_path)), figures(str(tmp_path), **options)
+    assert result["losses"] == pytest.approx(expected["losses"], rel=error)
+    assert result["weights"] == pytest.approx(expected["weights"], rel=error)
+    assert len(set(expected["losses"])) == 5
+
+
+@full
+def test_transformers_trainer_takes_the_same_steps_in_two_processes(tmp_path):
+    out, _ = printed(["-m", "tests.helpers.two_trainers", str(tmp_path)], 2)
+    expected, result = figures(str(tmp_path)), json.loads(out.splitlines()[-1])
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert result["weights"] == pytest.approx(expected["weights"], rel=1e-6)
 
 
 def test_a_run_takes_ones_own_reward(tmp_path):

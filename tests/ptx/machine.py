@@ -174,6 +174,8 @@ def run_batch(batch: Batch, program: Program, classes: Counter[str]) -> None:
     if batch.copies:
         instruction = batch.copies[0].instruction
         batch.findings.add("a cp.async that nothing waits for", instruction, f"{len(batch.copies)} of them")
+    batch.counts.shared_loaded += batch.shared.traffic.loaded
+    batch.counts.shared_stored += batch.shared.traffic.stored
     count_instructions(batch, program, executed, classes)
 
 

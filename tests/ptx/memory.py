@@ -167,9 +167,9 @@ class Region:
             self.check(self.filling[places], "memory is touched while cp.async fills it", access, places, stamps)
             self.check_tensor_reads(access, places, stamps)
             self.unfenced[places] = True
-        elif self.touched_by_several(places, stamps):
-            self.check_blocks(access, places, stamps, writer)
         self.writer[places] = stamps
+        if not self.shared and self.touched_by_several(places, stamps):
+            self.check_blocks(access, places, stamps, writer)
         self.written_at[places] = access.instruction.index
         self.atomic[places] = access.atomic
         self.defined[places] = True
@@ -202,7 +202,9 @@ class Region:
         read = self.lowest_reader[places] != NOBODY
         if access.atomic:
             several &= read | ((writer != NOBODY) & ~self.atomic[places])
-        other = np.where(read, self.lowest_reader[places], writer)
+        # Where nobody came before, the other block is among those that execute this instruction now.
+        before = np.where(read, self.lowest_reader[places], writer)
+        other = np.where(before == NOBODY, self.writer[places], before)
         self.check(several, "race between blocks, two write or one reads", access, places, stamps, other)
 
     def touched_by_several(self, places: Array, stamps: Array) -> bool:

@@ -4,14 +4,15 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from tests.ptx.instructions import LANEWISE
-from tests.ptx.parser import SIZES, TYPES
+from tests.ptx.instructions import LANEWISE, OTHERS
+from tests.ptx.parser import SIZES, TYPES, RefusedPTX
 from tests.ptx.snippets import combinations, compute
 
 NAN, INF = math.nan, math.inf
@@ -311,6 +312,12 @@ def check(case: Case, values: list, got: Any, expected: Any, kind: str) -> None:
         assert got == expected and math.copysign(1, got) == math.copysign(1, expected), message
 
 
+@pytest.mark.parametrize("opcode", sorted(OTHERS))
+def test_every_other_instruction_occurs_in_a_test(opcode):
+    texts = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    assert any(re.search(rf"\b{opcode}\.", text) for text in texts)
+
+
 def test_immediate_operands_are_read_by_the_type_of_the_instruction():
     lanes = [[1, 2]]
     assert compute("add.s32 %d, %a, -3", ["s32"], "s32", lanes).tolist() == [-2, -1]
@@ -332,7 +339,5 @@ def test_immediate_operands_are_read_by_the_type_of_the_instruction():
     ],
 )
 def test_what_is_not_interpreted_is_refused_by_name(code, named):
-    from tests.ptx.parser import RefusedPTX
-
     with pytest.raises(RefusedPTX, match=re.escape(named)):
         compute(code, ["f32"], "f32", [[1.0]])

@@ -182,7 +182,7 @@ def run(form: Form, batch: Batch, active: Active) -> None:
 def check_fence(form: Form, batch: Batch) -> None:
     late = [register.name for register in form.results if register.slot in batch.written_since_fence]
     if late or not batch.fenced:
-        details = f"{late[0]} was written after it" if late else "found none before"
+        details = f"{late[0]} was written after it" if batch.fenced else "found none before"
         batch.findings.add("a product without wgmma.fence", form.instruction, details)
 
 

@@ -116,8 +116,8 @@ CHECKS = {
         "ld.shared",
     ),
     "blocks that write the same value": Check(
-        "race between blocks, two write or one reads: thread 0 (warp 0) of block 0, byte 0 of p0, with thread 0 (warp 0)"
-        " of block 1",
+        "race between blocks, two write or one reads: thread 0 (warp 0) of block 0, byte 0 of p0, with thread 0 (warp 0"
+        ") of block 1",
         f"{ADDRESSES}\n- st.global.b32 [%to], 1;\n+ st.global.b32 [%at], 1;",
         "st.global",
         grid=2,

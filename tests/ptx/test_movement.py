@@ -143,6 +143,7 @@ def test_parameters_lie_at_their_alignment_and_may_be_indexed():
     ptx = kernel(
         """
         ld.param.b64 %at, [out];
+        cvta.to.global.u64 %at, %at;
         ld.param.f32 %x, [small];
         ld.param.v2.b32 {%y, %z}, [struct+8];
         mov.b64 %w, struct;

@@ -7,6 +7,7 @@ backend.
 from irlfast.ops.common.heads import Head, lm_head
 from irlfast.ops.common.labels import FlatLabels, flatten_labels
 from irlfast.ops.common.types import LogRatio, PairLoss
+from irlfast.ops.divergence.public import token_divergence
 from irlfast.ops.logits.public import logits_log_ratio, token_logps
 from irlfast.ops.pair_loss.public import log_ratio, pair_loss
 from irlfast.ops.rewards.public import DiscriminatorLoss, discriminator_loss, discriminator_reward, reward_head
@@ -25,5 +26,6 @@ __all__ = [
     "logits_log_ratio",
     "pair_loss",
     "reward_head",
+    "token_divergence",
     "token_logps",
 ]

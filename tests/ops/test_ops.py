@@ -197,7 +197,7 @@ def test_autocast_does_not_round_the_logits(backend):
     ("frozen", "grad", "passes"), [(False, False, 1), (True, True, 2), (False, True, 4)], ids=["none", "frozen", "full"]
 )
 def test_the_head_is_passed_over_as_often_as_documented(frozen, grad, passes, monkeypatch):
-    monkeypatch.setattr(cpu_slab, "kernels", lambda scored: cpu_slab.EXACT)  # the recorder counts PyTorch's products
+    monkeypatch.setattr(cpu_slab, "kernels", lambda operands: cpu_slab.EXACT)  # the recorder counts PyTorch's products
     case = make([40, 0, 24], vocabulary=300, dtype=torch.float32, frozen=frozen)
     with Recorder() as recorder, torch.set_grad_enabled(grad):
         result = ops.log_ratio(**case, backend="cpu", buffer_mb=0.01)

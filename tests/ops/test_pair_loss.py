@@ -48,7 +48,7 @@ def check_against_fp64_oracle(factors: dict, kernels: SlabKernels) -> None:
     double = converted(case, torch.float64)
     expected = ops.pair_loss(**double, **loss, backend="plain")
     buffer_mb = factors["rows_in_buffer"] * factors["vocabulary"] * 4 / 2**20
-    with mock.patch.object(cpu_slab, "kernels", lambda scored: kernels):
+    with mock.patch.object(cpu_slab, "kernels", lambda operands: kernels):
         result = ops.pair_loss(**case, **loss, backend="cpu", buffer_mb=buffer_mb)
     for name in ("loss", "log_ratio", "policy_logps", "ref_logps", "nll_loss"):
         torch.testing.assert_close(getattr(result, name).double(), getattr(expected, name), rtol=1e-5, atol=3e-5)
@@ -243,7 +243,7 @@ def test_degenerate_sizes_work(backend, lengths):
 )
 def test_the_head_is_passed_over_as_often_as_documented(wants, rows_in_buffer, passes, monkeypatch):
     """Groups have 32 tokens. Beyond the buffer, all but the last 8, which are still in it, are computed twice."""
-    monkeypatch.setattr(cpu_slab, "kernels", lambda scored: cpu_slab.EXACT)  # the recorder counts PyTorch's products
+    monkeypatch.setattr(cpu_slab, "kernels", lambda operands: cpu_slab.EXACT)  # the recorder counts PyTorch's products
     case = make([20, 12, 12, 20], vocabulary=300, dtype=torch.float32, frozen=wants == "hidden")
     with Recorder() as recorder, torch.set_grad_enabled(wants != "none"):
         loss = ops.pair_loss(**case, beta=0.1, backend="cpu", buffer_mb=rows_in_buffer * 300 * 4 / 2**20).loss

@@ -107,10 +107,10 @@ def check_offsets(cu_seqlens: Tensor, device: torch.device) -> None:
     require(cu_seqlens.numel() > 0, "cu_seqlens", cu_seqlens, "[S + 1], at least the 0 that it starts with")
 
 
-def check_scaling(scale: float, softcap: float | None) -> None:
-    require(isinstance(scale, Real) and -math.inf < scale < math.inf, "logit_scale", scale, "a number")
+def check_scaling(scale: float, softcap: float | None, prefix: str = "") -> None:
+    require(isinstance(scale, Real) and -math.inf < scale < math.inf, f"{prefix}logit_scale", scale, "a number")
     if softcap is not None:
-        check_positive(softcap, "logit_softcap", "None or a number > 0")
+        check_positive(softcap, f"{prefix}logit_softcap", "None or a number > 0")
 
 
 def values_visible(device: torch.device) -> bool:

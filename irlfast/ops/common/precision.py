@@ -18,3 +18,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return tensor.dtype
+
+
+def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` rounded to the dtype of the products, in fp32 (fp64). The gradient is not rounded to this dtype."""
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    if x.dtype == dtype:
+        return wide
+    return wide + (x.to(dtype).to(wide.dtype) - wide).detach()

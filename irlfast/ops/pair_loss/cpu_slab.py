@@ -149,7 +149,7 @@ def native_kernels(narrow: bool) -> slab.SlabKernels:
 NATIVE = {torch.float32: native_kernels(narrow=False), torch.bfloat16: native_kernels(narrow=True)}
 
 
-def kernels(scored: ScoredTokens) -> slab.SlabKernels:
-    if scored.operands in NATIVE and hasattr(native.cpu, "multiply"):  # which the module has where it is the fastest
-        return NATIVE[scored.operands]
-    return NARROW if scored.operands == torch.bfloat16 else EXACT
+def kernels(operands: torch.dtype) -> slab.SlabKernels:
+    if operands in NATIVE and hasattr(native.cpu, "multiply"):  # which the module has where it is the fastest
+        return NATIVE[operands]
+    return NARROW if operands == torch.bfloat16 else EXACT

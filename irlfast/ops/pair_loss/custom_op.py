@@ -68,14 +68,20 @@ def unpack(arguments: Sequence[Any], *records: Any) -> list[Any]:
 
 @contextmanager
 def kernels_of(backend: str, policy: HeadInputs, scored: ScoredTokens) -> Iterator[slab.SlabKernels]:
+    """The kernels of a backend, for a whole or a split vocabulary."""
+    with whole_kernels(backend, policy, scored.operands) as kernels:
+        yield kernels if scored.group is None else sharded.kernels_for(kernels, scored)
+
+
+@contextmanager
+def whole_kernels(backend: str, policy: HeadInputs, operands: torch.dtype) -> Iterator[slab.SlabKernels]:
     """The kernels of a backend, on the policy's device; fp32 products are not computed in TF32."""
     hidden = policy.hidden
-    fp32 = hidden.is_cuda and scored.operands == torch.float32
+    fp32 = hidden.is_cuda and operands == torch.float32
     products = slab.fp32_precision("cuda", "ieee") if fp32 else nullcontext()
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
         on_gpu = {"triton": triton_slab.KERNELS, "cuda": cuda_slab.KERNELS}
-        kernels = on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(scored)
-        yield kernels if scored.group is None else sharded.kernels_for(kernels, scored)
+        yield on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(operands)
 
 
 def cast(inputs: HeadInputs | None, scored: ScoredTokens) -> Any:

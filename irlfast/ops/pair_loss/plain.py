@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from irlfast.ops.common.precision import operand
 from irlfast.ops.common.types import HeadInputs, PairLoss, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss.objective import objective
 
@@ -28,18 +29,10 @@ def pair_loss(policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTo
 def score(inputs: HeadInputs, scored: ScoredTokens) -> Tensor:
     tokens = scored.indices()
     # Cast before selecting: the gradients of a row that is used twice then add up in fp32.
-    hidden, weight = operand(inputs.hidden, scored), operand(inputs.weight, scored)
+    hidden, weight = operand(inputs.hidden, scored.operands), operand(inputs.weight, scored.operands)
     bias = None if inputs.bias is None else inputs.bias.to(scored.dtype)
     logits = torch.nn.functional.linear(hidden[scored.rows_of(tokens)], weight, bias) * scored.logit_scale
     if scored.logit_softcap is not None:
         logits = scored.logit_softcap * torch.tanh(logits / scored.logit_softcap)
     logps = logits.log_softmax(-1).gather(1, scored.targets[tokens, None]).squeeze(1)
     return logps.new_zeros(scored.targets.shape).index_put((tokens,), logps)
-
-
-def operand(x: Tensor, scored: ScoredTokens) -> Tensor:
-    """``x`` rounded to the dtype of the products. The gradient is not rounded to this dtype."""
-    wide = x.to(scored.dtype)
-    if x.dtype == scored.operands:
-        return wide
-    return wide + (x.to(scored.operands).to(scored.dtype) - wide).detach()

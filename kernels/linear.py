@@ -55,13 +55,10 @@ def grouped(program, blocks, programs, GROUP: tl.constexpr):
 
 @triton.jit
 def score_part(
-    hidden, weight, bias, row, target, first, last, V, H, scale, tiles, at, n,
+    hidden, weight, bias, row, target, first, last, V, H, scale,
     CAP: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Max and sum of exponentials of each row over columns ``first`` to ``last``, and its target's logit or −inf.
-
-    ``tiles`` [V / N, n], if given, takes the log-sum-exp of every tile of N columns.
-    """
+    """Max and sum of exponentials of each row over columns ``first`` to ``last``, and its target's logit or −inf."""
     peak = tl.full([row.shape[0]], float("-inf"), tl.float32)
     norm = tl.zeros([row.shape[0]], tl.float32)
     z_target = tl.full([row.shape[0]], float("-inf"), tl.float32)
@@ -70,11 +67,8 @@ def score_part(
         z = tile_logits(hidden, weight, bias, row, column, V, H, scale, CAP, PRECISION, K)
         new = tl.maximum(peak, tl.max(z, axis=1))
         base = base_of(new)
-        mass = tl.sum(tl.exp(z - base[:, None]), axis=1)
-        norm = rebased(norm, peak, base) + mass
+        norm = rebased(norm, peak, base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
         peak = new
-        if tiles is not None:
-            tl.store(tiles + tl.cast(start // N, tl.int64) * n + at, base + tl.log(mass), mask=at < n)
         z_target = tl.maximum(z_target, tl.max(tl.where(column[None, :] == target[:, None], z, float("-inf")), axis=1))
     return peak, norm, z_target
 
@@ -83,10 +77,10 @@ def score_part(
 # they are not compiled in.
 @triton.jit(
     do_not_specialize=["n"],
-    do_not_specialize_on_alignment=["rows", "targets", "peaks", "sums", "picked", "tiles"],
+    do_not_specialize_on_alignment=["rows", "targets", "peaks", "sums", "picked"],
 )
 def parts_kernel(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, tiles,
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked,
     n, V, H, REF_H, scale, per_part,
     CAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -103,27 +97,11 @@ def parts_kernel(
     first, last = part * per_part, min(part * per_part + per_part, V)
     if model == 0:
         peak, norm, z_target = score_part(
-            hidden, weight, bias, row, target, first, last, V, H, scale, tiles, at, n, CAP, PRECISION, N, K
+            hidden, weight, bias, row, target, first, last, V, H, scale, CAP, PRECISION, N, K
         )
     else:
         peak, norm, z_target = score_part(
-            ref_hidden,
-            ref_weight,
-            ref_bias,
-            row,
-            target,
-            first,
-            last,
-            V,
-            REF_H,
-            scale,
-            None,
-            at,
-            n,
-            CAP,
-            PRECISION,
-            N,
-            K,
+            ref_hidden, ref_weight, ref_bias, row, target, first, last, V, REF_H, scale, CAP, PRECISION, N, K
         )
     out = (model * (tl.num_programs(0) // tl.cdiv(n, M)) + part) * n + at
     tl.store(peaks + out, peak, mask=at < n)
@@ -173,11 +151,6 @@ BEFORE_HOPPER = Tile(128, 128, 32, 3)  # of 16 bits: before sm_90, operands take
 WIDE = Tile(64, 32, 32, 1)  # of 32 bits: products are unrolled; with loads in flight, registers would spill
 
 
-def columns(dtype: torch.dtype) -> int:
-    """N of every tile for operands of this dtype."""
-    return (WIDE if dtype == torch.float32 else NARROW).N
-
-
 def tile_of(dtype: torch.dtype, device: torch.device) -> Tile:
     if dtype == torch.float32:
         return WIDE
@@ -197,7 +170,6 @@ def token_logps(
     targets: Tensor,  # [n]
     scale: float,
     softcap: float | None,
-    tiles: Tensor | None = None,  # [V / columns, n] fp32: takes the log-sum-exps of the policy's tiles
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of targets and log-sum-exps, both ``[models, n]`` fp32.
 
@@ -215,7 +187,7 @@ def token_logps(
     if n == 0:
         return logps, lse
     parts_kernel[(blocks * parts, len(models))](
-        *(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked, tiles),
+        *(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked),
         *(n, vocabulary, hidden.shape[1], ref_hidden.shape[1], scale, per_part),
         CAP=softcap,
         PRECISION="ieee",  # fp32 products in fp32, not in tf32

@@ -6,7 +6,7 @@ from torch.torch_version import TorchVersion
 
 pytest.importorskip("triton")
 
-from irlfast.kernels import linear, linear_backward
+from irlfast.kernels import exponentials, heavy_tiles, linear
 from irlfast.kernels.slab import softmax
 from irlfast.ops.pair_loss import triton_slab
 from tests.helpers.aot import ARCHITECTURES, check_compiles, launches_of
@@ -59,32 +59,38 @@ def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype, versi
 def test_fused_projection_compiles(shape, dtype, bias, softcap, architecture, monkeypatch):
     n, vocabulary, size, ref_size = shape
     monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
-    targets, tiles = empty(n, dtype=torch.long), empty(-(-vocabulary // linear.columns(dtype)), n)
+    targets = empty(n, dtype=torch.long)
     models = [head_inputs(n, vocabulary, columns, dtype, bias) for columns in (size, ref_size)]
-    for kept in (None, tiles):
-        launches = launches_of(linear.token_logps, models, targets, targets, 0.5, softcap, kept)
-        assert [launch.kernel.__name__ for launch in launches] == ["parts_kernel", "fold_kernel"]
-        for launch in launches:
-            check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])
+    launches = launches_of(linear.token_logps, models, targets, targets, 0.5, softcap)
+    assert [launch.kernel.__name__ for launch in launches] == ["parts_kernel", "fold_kernel"]
+    for launch in launches:
+        check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])
 
 
-@sweep(
-    full,
-    wanted=["all", "hidden", "weight"],
-    shape=SHAPES,
-    dtype=DTYPES,
-    softcap=[None, 30.0],
-    architecture=ARCHITECTURES,
-)
-def test_skipping_backward_compiles(shape, dtype, softcap, wanted, architecture, monkeypatch):
+@sweep(full, shape=SHAPES, bias=[False, True], softcap=[None, 30.0], architecture=ARCHITECTURES)
+def test_slab_by_exponentials_compiles(shape, bias, softcap, architecture, monkeypatch):
     n, vocabulary, size, _ = shape
     monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
-    policy = head_inputs(n, vocabulary, size, dtype, bias=True)
-    sums = [
-        empty(*tensor.shape) if wanted in ("all", name) else None
-        for name, tensor in zip(("hidden", "weight", "bias"), policy, strict=True)
-    ]
-    targets, tiles = empty(n, dtype=torch.long), empty(-(-vocabulary // linear.columns(dtype)), n)
-    options = targets, targets, (empty(n), empty(n), tiles), empty(n), 0.5, softcap, 1e-6
-    [launch] = launches_of(linear_backward.add_gradients, *sums, policy, *options)
-    check_compiles(launch, n, vocabulary, dtype, architectures=[architecture])
+    inputs = head_inputs(n, vocabulary, size, torch.bfloat16, bias)
+    slab = empty(n, -(-vocabulary // 16) * 16, dtype=torch.bfloat16)[:, :vocabulary]
+    targets = empty(n, dtype=torch.long)
+    launches = launches_of(exponentials.exponentials, *inputs, targets, slab, 0.5, softcap, True)
+    for launch in launches:
+        check_compiles(launch, n, vocabulary, architectures=[architecture])
+
+
+@sweep(full, shape=SHAPES, architecture=ARCHITECTURES)
+def test_products_over_heavy_tiles_compile(shape, architecture):
+    n, vocabulary, size, _ = shape
+    tiles, blocks = -(-vocabulary // 128), -(-n // 64)
+    hidden, head, _ = head_inputs(n, vocabulary, size, torch.bfloat16, bias=False)
+    slab = empty(n, -(-vocabulary // 16) * 16, dtype=torch.bfloat16)[:, :vocabulary]
+    sizes = [(blocks, tiles), (blocks,), (tiles, blocks), (tiles,)]
+    heavy = heavy_tiles.HeavyTiles(*(empty(*shape, dtype=torch.int32) for shape in sizes))
+    rows = empty(n), empty(n, dtype=torch.long), empty(n), empty(n)
+    launches = launches_of(heavy_tiles.heavy_tiles, empty(tiles, n), *rows, 0.5, 1e-3)
+    launches += launches_of(heavy_tiles.times_weight, slab, head, heavy)
+    for new in (False, True):
+        launches += launches_of(heavy_tiles.add_times_hidden, empty(vocabulary, size), slab, hidden, heavy, new)
+    for launch in launches:
+        check_compiles(launch, n, vocabulary, architectures=[architecture])

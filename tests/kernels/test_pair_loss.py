@@ -11,7 +11,7 @@ from irlfast.ops.common import checks
 from irlfast.ops.common.types import IGNORE
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from tests.helpers.ops_cases import converted, gradients, make, random_pairs
-from tests.helpers.tiers import covering_cases, full, slow
+from tests.helpers.tiers import covering_cases, full
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [5, 3, 0, 7, 1, 0, 4, 6]
@@ -261,77 +261,3 @@ def test_compiled_and_deterministic_code_gives_the_same_bits(frozen, backend, de
         actual = run(case)
         assert torch.equal(actual, expected)
         assert all(torch.equal(gradient, exact[name]) for name, gradient in gradients(actual, case).items())
-
-
-# ---------------------------------------------------------------- gradients without the tiles that weigh little
-
-
-@pytest.mark.parametrize("factors", covering_cases(SMALL, drawn=15))
-def test_a_tiny_skip_mass_gives_the_oracles_gradient(factors):
-    case = on_device(make([70, 0, 1, 129], **{name: value for name, value in factors.items() if name not in LOSS}))
-    loss = {"beta": 0.3, "loss_type": factors["loss_type"], "nll_weight": factors["nll_weight"]}
-    double = converted(case, torch.float64)
-    exact = gradients(ops.pair_loss(**double, **loss, backend="plain").loss, double)
-    actual = gradients(ops.pair_loss(**case, **loss, backend="triton", skip_mass=1e-12).loss, case)
-    for name, gradient in actual.items():
-        error, largest = (gradient.double() - exact[name]).abs().max(), exact[name].abs().max()
-        assert error <= (1e-4 if factors["dtype"] == torch.float32 else 2**-7) * largest + 1e-9, name
-
-
-def confident(spread: float, dtype: torch.dtype) -> dict:
-    """A case whose probability is on few tiles of the vocabulary, as in a trained model: rare tokens have high ids."""
-    case = make([60, 40, 30, 70], vocabulary=4000, size=64, dtype=torch.float64, rows=True)
-    case["hidden"] = (case["hidden"].detach() * spread).requires_grad_()
-    case["bias"] = torch.linspace(0, -80, 4000).double()
-    case["targets"] = case["targets"] % 500
-    return on_device(converted(case, dtype))
-
-
-# fp32 has four times as many tiles, each of which the interpreter goes through.
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=slow)])
-
-
-@full
-@DTYPES
-@pytest.mark.parametrize("skip_mass", [1e-6, 1e-3, 0.1])
-def test_the_error_of_skipping_is_within_its_bound(skip_mass, dtype):
-    case = confident(2.0, dtype)
-    upstream = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    runs = [ops.log_ratio(**case, backend="triton", skip_mass=value).token_logps for value in (1e-30, skip_mass)]
-    assert torch.equal(*runs)
-    exact, actual = (gradients(logps @ upstream, case) for logps in runs)
-    columns = 32 if dtype == torch.float32 else 128
-    limit = skip_mass * upstream.abs().max()
-    # A hidden row is used by as many tokens as rows says; each leaves out at most every tile.
-    uses = case["rows"].bincount(minlength=len(case["hidden"]))
-    lost = (actual["hidden"] - exact["hidden"]).double().norm(dim=1)
-    bound = uses * limit * -(-4000 // columns) * case["weight"].norm(dim=1).max()
-    rounding = 2**-7 * exact["hidden"].norm(dim=1) if dtype == torch.bfloat16 else 1e-4
-    assert (lost <= bound + rounding).all()
-    lost = (actual["weight"] - exact["weight"]).double().norm(dim=1)
-    bound = limit * case["hidden"][case["rows"]].norm(dim=1).sum()
-    rounding = 2**-7 * exact["weight"].norm(dim=1) if dtype == torch.bfloat16 else 1e-4
-    assert (lost <= bound + rounding).all()
-    left_out, underflown = (weight.eq(0).all(1).sum() for weight in (actual["weight"], exact["weight"]))
-    assert left_out > underflown + 1000
-
-
-def test_skipping_ends_where_sums_must_be_deterministic(deterministic):
-    case = confident(2.0, torch.float32)
-    loss = {"beta": 0.3, "backend": "triton"}
-    exact = gradients(ops.pair_loss(**case, **loss).loss, case)
-    actual = gradients(ops.pair_loss(**case, **loss, skip_mass=0.1).loss, case)
-    assert all(torch.equal(actual[name], gradient) for name, gradient in exact.items())
-
-
-@full
-@DTYPES
-def test_skipping_loses_no_nan(dtype):
-    case = confident(2.0, dtype)
-    with torch.no_grad():
-        hidden = case["hidden"].clone()
-        hidden[case["rows"][70]] = float("nan")
-    case["hidden"] = hidden.requires_grad_()
-    result = ops.log_ratio(**case, backend="triton", skip_mass=0.1)
-    [gradient] = torch.autograd.grad(result.policy_logps[1], case["hidden"])
-    assert gradient[case["rows"][70]].isnan().all()

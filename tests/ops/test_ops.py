@@ -217,7 +217,6 @@ ERRORS = {
     "hidden is not a matrix": ({"hidden": torch.zeros(3)}, r"hidden: found \[3\] float32 on cpu, expected \[R, H\]"),
     "hidden is not a float": ({"hidden": torch.zeros(5, 8).long()}, r"hidden: found \[5, 8\] int64"),
     "hidden is not a tensor": ({"hidden": None}, "hidden: found None, expected"),
-    "skip_mass is not below 1": ({"skip_mass": 1.0}, "skip_mass: found 1.0, expected a number >= 0 and < 1"),
     "hidden has other rows": ({"hidden": torch.zeros(6, 8).double()}, "hidden: .*expected 5 rows, as targets"),
     "weight has other columns": ({"weight": torch.zeros(7, 9).double()}, r"weight: found \[7, 9\].*\[V, 8\]"),
     "weight is not a float": ({"weight": torch.zeros(7, 8).long()}, "weight: .*int64.*expected .*float64"),

@@ -279,6 +279,7 @@ ERRORS = {
     "negative nll": ([2, 3], {"nll_weight": -1}, "nll_weight: found -1, expected a number >= 0"),
     "no pairs to divide by": ([2, 3], {"num_pairs": 0}, "num_pairs: found 0"),
     "no tokens to divide by": ([2, 3], {"num_tokens": 0}, "num_tokens: found 0"),
+    "skip_mass is not below 1": ([2, 3], {"skip_mass": 1.0}, "skip_mass: found 1.0, expected a number >= 0 and < 1"),
     "unknown backend": ([2, 3], {"backend": "gpu"}, "backend: found 'gpu'"),
     "as log_ratio": ([2, 3], {"rows": torch.zeros(1).long()}, "rows: found"),
 }

@@ -45,7 +45,7 @@ def arguments(form: dict) -> tuple[HeadInputs, HeadInputs | None, ScoredTokens]:
     policy = HeadInputs(case["hidden"], case["weight"], case["bias"])
     reference = checks.check_reference(*(case.get(f"ref_{name}") for name in HeadInputs._fields), policy)
     options = (case[name] for name in ("targets", "cu_seqlens", "rows", "logit_scale", "logit_softcap"))
-    scored = checks.check_scored(policy, *options, 1024, 0.0)
+    scored = checks.check_scored(policy, *options, 1024)
     return policy, reference, checks.check_ref_logps(case.get("ref_logps"), reference is not None, scored)
 
 
@@ -55,10 +55,10 @@ def test_torch_accepts_the_registered_operations(form):
     both = *policy, *(reference or custom_op.NO_REFERENCE)
     wanted = custom_op.needs_gradient(policy)
     keep = wanted == [True, False, False]
-    torch.library.opcheck(custom_op.forward, (*both, *scored, "cpu", keep, 0))
+    torch.library.opcheck(custom_op.forward, (*both, *scored, "cpu", keep))
     detached = [None if tensor is None else tensor.detach() for tensor in both]
     upstream = torch.randn(len(scored.targets))
-    torch.library.opcheck(custom_op.backward, (upstream, None, *detached, *scored, "cpu", wanted))
+    torch.library.opcheck(custom_op.backward, (upstream, *detached, *scored, "cpu", wanted))
     spec = PairLossSpec(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
     torch.library.opcheck(custom_op.pair_slabs, (*detached, *scored, *spec, "cpu", wanted))
 

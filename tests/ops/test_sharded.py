@@ -112,7 +112,7 @@ def test_options_that_a_split_vocabulary_has_not_are_refused(option):
 
     def on_rank(rank: int) -> None:
         with pytest.raises(ValueError, match=r"group: found|skip_mass: found"):
-            ops.log_ratio(**own_rows(case, [4, 4], rank), group=dist.group.WORLD, **option)
+            ops.pair_loss(**own_rows(case, [4, 4], rank), beta=0.1, group=dist.group.WORLD, **option)
 
     on_ranks(2, on_rank)
 

@@ -70,8 +70,8 @@ def check_scored(
     logit_scale: float,
     logit_softcap: float | None,
     buffer_mb: float,
-    skip_mass: float,
     group: Any = None,
+    skip_mass: float = 0.0,
 ) -> ScoredTokens:
     """The scored tokens, with ``cu_seqlens`` turned into the sequence of each target."""
     hidden, device = policy.hidden, policy.hidden.device

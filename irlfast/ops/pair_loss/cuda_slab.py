@@ -26,4 +26,4 @@ def softmax(
     return logps, torch.ones_like(logps), z.view(inputs.weight.dtype)[:, : z.shape[1]]
 
 
-KERNELS = triton_slab.KERNELS._replace(softmax=softmax, fused_logps=None, sparse_gradients=None)
+KERNELS = triton_slab.KERNELS._replace(softmax=softmax, fused_logps=None)

@@ -4,7 +4,7 @@ Their arguments are the flattened fields of records: :class:`HeadInputs` (of the
 :class:`ScoredTokens`, and :class:`PairLossSpec`. An output that is not wanted is an empty tensor.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,9 +29,8 @@ def token_logps(
     policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`irlfast.ops.pair_loss.plain.token_logps`."""
-    tiles = triton_slab.num_tiles(policy.weight.shape[0], scored.operands) if is_sparse(policy, scored, backend) else 0
-    keep_slopes = needs_gradient(policy) == [True, False, False] and not tiles
-    logps, ref_logps, _ = forward(*policy, *(reference or NO_REFERENCE), *scored, backend, keep_slopes, tiles)
+    keep_slopes = needs_gradient(policy) == [True, False, False]
+    logps, ref_logps, _ = forward(*policy, *(reference or NO_REFERENCE), *scored, backend, keep_slopes)
     return logps, scored.ref_logps if reference is None else ref_logps
 
 
@@ -39,7 +38,8 @@ def pair_loss(
     policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens, spec: PairLossSpec, backend: str
 ) -> PairLoss:
     """See :func:`irlfast.ops.pair_loss.plain.pair_loss`."""
-    if not any(needs_gradient(policy)[1:]) or is_sparse(policy, scored, backend):
+    hidden, *head = needs_gradient(policy)
+    if not any(head) and not (hidden and scored.skip_mass):
         return objective(*token_logps(policy, reference, scored, backend), scored, spec)
     arguments = *policy, *(reference or NO_REFERENCE), *scored, *spec, backend, needs_gradient(policy)
     with torch.no_grad():
@@ -54,12 +54,6 @@ def needs_gradient(policy: HeadInputs) -> list[bool]:
     return [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in policy]
 
 
-def is_sparse(policy: HeadInputs, scored: ScoredTokens, backend: str) -> bool:
-    """Return whether the gradient leaves out tiles that weigh little. Its sums are not deterministic."""
-    exact = scored.skip_mass == 0 or torch.are_deterministic_algorithms_enabled()
-    return backend == "triton" and any(needs_gradient(policy)) and not exact
-
-
 def unpack(arguments: Sequence[Any], *records: Any) -> list[Any]:
     """Policy, reference or None, scored tokens, further ``records``, and the other arguments."""
     policy, reference, *rest = rebuild(arguments, HeadInputs, HeadInputs, ScoredTokens, *records)
@@ -70,7 +64,10 @@ def unpack(arguments: Sequence[Any], *records: Any) -> list[Any]:
 def kernels_of(backend: str, policy: HeadInputs, scored: ScoredTokens) -> Iterator[slab.SlabKernels]:
     """The kernels of a backend, for a whole or a split vocabulary."""
     with whole_kernels(backend, policy, scored.operands) as kernels:
-        yield kernels if scored.group is None else sharded.kernels_for(kernels, scored)
+        if scored.group is not None:
+            yield sharded.kernels_for(kernels, scored)
+        else:
+            yield triton_slab.EPILOGUE if backend == "triton" and triton_slab.takes_epilogue(scored) else kernels
 
 
 @contextmanager
@@ -82,6 +79,15 @@ def whole_kernels(backend: str, policy: HeadInputs, operands: torch.dtype) -> It
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
         on_gpu = {"triton": triton_slab.KERNELS, "cuda": cuda_slab.KERNELS}
         yield on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(operands)
+
+
+def finite(kernels: slab.SlabKernels, compute: Callable[[slab.SlabKernels], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The result of ``compute``, whose first two are log-probabilities; by other kernels where those overflow."""
+    result = compute(kernels)
+    if kernels.otherwise and not all(logps is None or logps.isfinite().all() for logps in result[:2]):
+        del result  # its memory
+        result = compute(kernels.otherwise)
+    return result
 
 
 def cast(inputs: HeadInputs | None, scored: ScoredTokens) -> Any:
@@ -105,51 +111,50 @@ def filled(policy: HeadInputs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "irlfast::token_logps",
     mutates_args=(),
-    schema=f"({POLICY}, {REFERENCE}, {SCORED}, str backend, bool keep_slopes, SymInt tiles) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema=f"({POLICY}, {REFERENCE}, {SCORED}, str backend, bool keep_slopes) -> (Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.pair_loss.slab.token_logps`."""
-    policy, reference, scored, backend, keep_slopes, tiles = unpack(arguments)
+    policy, reference, scored, backend, keep_slopes = unpack(arguments)
     with kernels_of(backend, policy, scored) as kernels:
         models = cast(policy, scored), cast(reference, scored)
-        return filled(policy, *slab.token_logps(kernels, *models, scored, keep_slopes, tiles))
+        return filled(policy, *finite(kernels, lambda by: slab.token_logps(by, *models, scored, keep_slopes)))
 
 
 @forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    policy, reference, scored, _, keep_slopes, tiles = unpack(arguments)
+    policy, reference, scored, _, keep_slopes = unpack(arguments)
     logps, tokens = scored.zeros(), scored.targets.shape[0]
     ref_logps = None if reference is None else scored.zeros()
     if keep_slopes:
         return filled(policy, logps, ref_logps, logps.new_empty(tokens, policy.hidden.shape[1]))
-    return filled(policy, logps, ref_logps, logps.new_empty(2 + tiles, tokens) if tiles else None)
+    return filled(policy, logps, ref_logps, None)
 
 
 @torch.library.custom_op(
     "irlfast::token_logps_backward",
     mutates_args=(),
-    schema=f"(Tensor upstream, Tensor? statistics, {POLICY}, {REFERENCE}, {SCORED}, str backend, bool[] wanted) "
+    schema=f"(Tensor upstream, {POLICY}, {REFERENCE}, {SCORED}, str backend, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
-def backward(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`irlfast.ops.pair_loss.slab.gradients`; each result is in the dtype of its tensor."""
     policy, _, scored, backend, wanted = unpack(arguments)
     with kernels_of(backend, policy, scored) as kernels:
-        sums = slab.gradients(kernels, cast(policy, scored), scored, upstream, statistics, wanted)
+        sums = slab.gradients(kernels.otherwise or kernels, cast(policy, scored), scored, upstream, wanted)
         return filled(policy, *rounded(sums, policy))
 
 
 @backward.register_fake
-def _(upstream: Tensor, statistics: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     policy, _, scored, _, wanted = unpack(arguments)
     return filled(policy, *rounded(slab.new_gradients(policy, scored.dtype, wanted), policy))
 
 
 def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    policy, _, scored, ctx.backend, ctx.keep_slopes, ctx.tiles = unpack(inputs)
+    policy, _, scored, ctx.backend, ctx.keep_slopes = unpack(inputs)
     _, ref_logps, kept = output
     ctx.mark_non_differentiable(ref_logps, kept)
     ctx.height, ctx.dtype = policy.hidden.shape[0], policy.hidden.dtype
@@ -170,8 +175,7 @@ def differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None
         return d_hidden.to(ctx.dtype), None, None, *others
     scored = ctx.scored._replace(targets=targets, rows=rows, sequence_ids=sequence_ids)
     wanted = list(ctx.needs_input_grad[: len(policy)])
-    statistics = kept if ctx.tiles else None
-    gradients = backward(upstream, statistics, *policy, *NO_REFERENCE, *scored, ctx.backend, wanted)
+    gradients = backward(upstream, *policy, *NO_REFERENCE, *scored, ctx.backend, wanted)
     return *(gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)), *others
 
 
@@ -191,11 +195,9 @@ forward.register_autograd(differentiate, setup_context=save_forward)
 def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :func:`irlfast.ops.pair_loss.slab.pair_loss`, and the loss's gradients."""
     policy, reference, scored, spec, backend, wanted = unpack(arguments, PairLossSpec)
-    sums = slab.new_gradients(policy, scored.dtype, wanted)
     with kernels_of(backend, policy, scored) as kernels:
         models = cast(policy, scored), cast(reference, scored)
-        logps = slab.pair_loss(kernels, *models, scored, spec, sums)
-    return filled(policy, *logps, *sums)
+        return filled(policy, *finite(kernels, lambda by: slab.pair_loss(by, *models, scored, spec, wanted)))
 
 
 @pair_slabs.register_fake

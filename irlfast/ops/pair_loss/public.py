@@ -23,12 +23,6 @@ Arguments that both operations take:
   never do. ``"cuda"`` is the pair slab with our own CUDA C++ between its products, where installation built it.
   ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for others (``"plain"`` in fp64, or without Triton).
 - ``buffer_mb``: the most memory for logits, in MiB (at least one row). ``"plain"`` ignores it.
-- ``skip_mass``: with ``"triton"``, leave tiles of the vocabulary that weigh little out of the gradient, as CCE does
-  (arXiv 2411.09009). A tile has 128 tokens (32 in fp32). It is left out where |g_n| · Σ_v |∂ log π(y_n) / ∂ z_v| is at
-  most ``skip_mass`` · max_n |g_n| for every token n of a block of 64, g being the loss's derivative by log π. The error
-  of a hidden row's gradient is then at most ``skip_mass`` · max |g| · tiles · ``logit_scale`` · max_v ‖W_v‖. Few tiles
-  of a trained model weigh enough; only these are computed again, without a buffer. Sums are by atomic additions. With
-  0, or under ``torch.use_deterministic_algorithms``, nothing is left out.
 - ``group``: the process group whose ranks share the vocabulary, as tensor parallelism does. Each rank gives its own
   rows of ``weight``, ``bias``, ``ref_weight`` and ``ref_bias``, in the order of the ranks and any number of them, and
   otherwise the same arguments. Each rank gets the results and the gradient by ``hidden`` of the whole head, and the
@@ -67,7 +61,6 @@ def log_ratio(
     logit_softcap: float | None = None,
     backend: str = "auto",
     buffer_mb: float = 1024,
-    skip_mass: float = 0.0,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> LogRatio:
     """Log-ratio ρ of every sequence. β·ρ is the implicit reward of IRFT (arXiv 2405.17888) and SPIN (arXiv 2401.01335).
@@ -88,9 +81,7 @@ def log_ratio(
     ref_hidden, ref_weight, ref_bias = head_tensors(ref_hidden, ref_weight, ref_bias, group, "ref_")
     policy = checks.check_policy(HeadInputs(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
-    scored = checks.check_scored(
-        policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass, group
-    )
+    scored = checks.check_scored(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, group)
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
     backend = choose_backend(backend, hidden, "hidden", dtype=scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
@@ -140,6 +131,13 @@ def pair_loss(
     Default: sequences 2i and 2i + 1. See the module for the other arguments. Passes over ``weight``: three, or two with
     a frozen head. A group of connected sequences that exceeds ``buffer_mb`` is computed twice (four passes).
 
+    ``skip_mass``, with ``"triton"`` and bf16 operands: leave tiles of the slab that weigh little out of the gradient,
+    as CCE does (arXiv 2411.09009). A tile has 64 tokens and 128 rows of ``weight``. It is left out where
+    |g_n| · Σ_v |∂ log π(y_n) / ∂ z_v| is at most ``skip_mass`` · max_n |g_n| for every token n of the tile, g being the
+    loss's derivative by log π. Each token then adds an error of at most ``skip_mass`` · max |g| · V / 128 ·
+    ``logit_scale`` · max_v ‖W_v‖ to the gradient of its hidden row. Few tiles of a trained model weigh enough: if a
+    share s does, that makes 1 + 2s passes. With 0, and with other backends and dtypes, nothing is left out.
+
     Returns:
         PairLoss: ``loss`` ``[]``, differentiable in ``hidden``, ``weight``, ``bias``; and, without gradient,
         ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]`` and ``nll_loss`` ``[]``; in fp32 (fp64).
@@ -153,7 +151,7 @@ def pair_loss(
     policy = checks.check_policy(HeadInputs(hidden, weight, bias))
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
     scored = checks.check_scored(
-        policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, skip_mass, group
+        policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, group, skip_mass
     )
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
     check_pairs(pairs, cu_seqlens)

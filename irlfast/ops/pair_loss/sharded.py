@@ -50,7 +50,7 @@ def kernels_for(kernels: SlabKernels, scored: ScoredTokens) -> SlabKernels:
         dist.all_reduce(product, group=group)
         return product
 
-    return kernels._replace(softmax=softmax, times_weight=times_weight, fused_logps=None, sparse_gradients=None)
+    return kernels._replace(softmax=softmax, times_weight=times_weight, fused_logps=None)
 
 
 def softmax(

@@ -36,11 +36,17 @@ class SlabKernels(NamedTuple):
     times_weight: Callable[[Tensor, Tensor], Tensor]  # (slab [n, V], weight [V, H]): slab @ weight [n, H], fp32 (fp64)
     # (total [V, H], slab [n, V], hidden [n, H], new): total += slabᵀ @ hidden; written, not added, where it is ``new``
     add_times_hidden: Callable[[Tensor, Tensor, Tensor, bool], None]
-    # (head inputs of policy and reference, scored, tokens [n], statistics) -> log-probabilities [n] of each, without a
-    # slab. ``statistics``, if given, takes what ``sparse_gradients`` needs. None where a slab is as fast.
-    fused_logps: Callable[[Sequence[HeadInputs], ScoredTokens, Tensor, Tensor | None], Tensor] | None = None
-    # (sums, policy, scored, tokens [n], upstream [n], statistics): adds the gradients of the tiles that weigh enough
-    sparse_gradients: Callable[["Gradients", HeadInputs, ScoredTokens, Tensor, Tensor, Tensor], None] | None = None
+    # (head inputs of policy and reference, scored, tokens [n]) -> log-probabilities [n] of each, without a slab. None
+    # where a slab is as fast.
+    fused_logps: Callable[[Sequence[HeadInputs], ScoredTokens, Tensor], Tensor] | None = None
+    # (hidden [n, H], targets [n], head inputs, scored, slab [n, V], slopes) -> log-probabilities [n], v [n], slab, and
+    # what its tiles weigh. None: ``logits`` and ``softmax`` do the work of this one product.
+    exponentials: Callable[..., tuple[Tensor, Tensor, Tensor, Any]] | None = None
+    # (chunk, g [n], scored) -> the chunk's slab without the tiles that weigh less than ``scored.skip_mass``
+    without_light_tiles: Callable[["Chunk", Tensor, ScoredTokens], Any] | None = None
+    slab_dtype: torch.dtype | None = None  # None: that of the logits
+    # Kernels for calls in which ``exponentials`` overflow; a log-probability is then −inf.
+    otherwise: "SlabKernels | None" = None
 
 
 @contextmanager
@@ -69,28 +75,25 @@ def token_logps(
     reference: HeadInputs | None,
     scored: ScoredTokens,
     keep_slopes: bool,
-    tiles: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probabilities ``[N]`` of policy and reference, and a tensor for the backward.
+    """Log-probabilities ``[N]`` of policy and reference.
 
-    With ``keep_slopes``, the tensor has the derivatives ``[N, H]`` of the policy's log-probabilities by their hidden
-    rows: a frozen head needs no more. With ``tiles``, it has the statistics ``[2 + tiles, N]`` of
-    :attr:`SlabKernels.sparse_gradients`.
+    With ``keep_slopes``, also the derivatives ``[N, H]`` of the policy's log-probabilities by their hidden rows: the
+    backward of a frozen head needs no more.
     """
     tokens = scored.indices()
     logps = scored.zeros()
     if kernels.fused_logps and not keep_slopes:
         both = [policy] if reference is None else [policy, reference]
-        statistics = logps.new_empty(2 + tiles, len(logps)) if tiles else None
-        logps[tokens], *others = kernels.fused_logps(both, scored, tokens, statistics)
-        return logps, scored.zeros().index_put((tokens,), others[0]) if others else None, statistics
+        logps[tokens], *others = kernels.fused_logps(both, scored, tokens)
+        return logps, scored.zeros().index_put((tokens,), others[0]) if others else None, None
     chunks = in_chunks(tokens, slab_rows(kernels, policy, scored))
     # The reference is scored in the policy's chunks: a product of another shape may round differently, and a policy
     # that equals its reference would not have a ratio of exactly 0.
     ref_logps = None if reference is None else score(kernels, reference, scored, chunks)
     if not keep_slopes:
         return score(kernels, policy, scored, chunks), ref_logps, None
-    buffer = new_buffer(policy, scored.dtype, chunks)
+    buffer = new_buffer(policy, slab_dtype(kernels, scored), chunks)
     slopes = logps.new_zeros(len(logps), policy.hidden.shape[1])
     for part in chunks:
         chunk = compute(kernels, policy, scored, part, buffer)
@@ -104,19 +107,15 @@ def gradients(
     policy: HeadInputs,
     scored: ScoredTokens,
     upstream: Tensor,  # [N] the loss's derivatives by the log-probabilities
-    statistics: Tensor | None,  # [2 + tiles, N]
     wanted: Sequence[bool],
 ) -> Gradients:
-    """Gradients of a loss. The chunks are computed again; with ``statistics``, only the tiles that weigh enough."""
+    """Gradients of a loss. The chunks are computed again."""
     tokens = scored.indices()
     sums = new_gradients(policy, scored.dtype, wanted)
-    if sums.weight is not None and (statistics is not None or not len(tokens)):
+    if sums.weight is not None and not len(tokens):
         sums.weight.zero_()
-    if kernels.sparse_gradients and statistics is not None:
-        kernels.sparse_gradients(sums, policy, scored, tokens, upstream[tokens], statistics)
-        return sums
     chunks = in_chunks(tokens, slab_rows(kernels, policy, scored))
-    buffer = new_buffer(policy, scored.dtype, chunks)
+    buffer = new_buffer(policy, slab_dtype(kernels, scored), chunks)
     for number, tokens in enumerate(chunks):
         chunk = compute(kernels, policy, scored, tokens, buffer)
         add_gradients(kernels, sums, policy, chunk, upstream, new=number == 0)
@@ -129,17 +128,18 @@ def pair_loss(
     reference: HeadInputs | None,
     scored: ScoredTokens,
     spec: PairLossSpec,
-    sums: Gradients,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities ``[N]`` of policy and reference. The pair loss's gradients are added to ``sums``, which is new.
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Log-probabilities ``[N]`` of policy and reference, and the loss's gradients by hidden, weight and bias.
 
     The gradients are taken while each slab is in the buffer.
     """
+    sums = new_gradients(policy, scored.dtype, wanted)
     slabs = plan(kernels, policy, scored, spec.pairs)
     chunks = [tokens for slab in slabs for tokens in slab]
     computed = None if reference is None else score(kernels, reference, scored, chunks)
     ref_logps = scored.ref_logps if computed is None else computed
-    buffer = new_buffer(policy, scored.dtype, chunks)
+    buffer = new_buffer(policy, slab_dtype(kernels, scored), chunks)
     logps = scored.zeros()
     if not slabs and sums.weight is not None:
         sums.weight.zero_()
@@ -149,16 +149,18 @@ def pair_loss(
         chunk = compute(kernels, policy, scored, last, buffer)
         logps[last] = chunk.logps
         upstream = derivatives(logps, ref_logps, scored, spec)
+        chunk = without_light_tiles(kernels, chunk, upstream, scored)
         add_gradients(kernels, sums, policy, chunk, upstream, new=number == 0)  # while it is in the buffer
         for tokens in others:
             chunk = compute(kernels, policy, scored, tokens, buffer)
+            chunk = without_light_tiles(kernels, chunk, upstream, scored)
             add_gradients(kernels, sums, policy, chunk, upstream, new=False)
-    return logps, computed
+    return logps, computed, *sums
 
 
 def score(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, chunks: Sequence[Tensor]) -> Tensor:
     """Log-probabilities ``[N]``, computed in these chunks of tokens."""
-    buffer = new_buffer(inputs, scored.dtype, chunks)
+    buffer = new_buffer(inputs, slab_dtype(kernels, scored), chunks)
     logps = scored.zeros()
     for tokens in chunks:
         logps[tokens] = compute(kernels, inputs, scored, tokens, buffer, slopes=False).logps
@@ -170,18 +172,23 @@ def score(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, chunks
 
 def slab_rows(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens) -> int:
     """A slab's usual number of rows."""
-    usual = max(SLAB_ROWS, rows_in(min(kernels.slab_mb, scored.buffer_mb), inputs, scored))
-    return max(1, min(buffer_rows(inputs, scored), usual))
+    usual = max(SLAB_ROWS, rows_in(min(kernels.slab_mb, scored.buffer_mb), kernels, inputs, scored))
+    return max(1, min(buffer_rows(kernels, inputs, scored), usual))
 
 
-def buffer_rows(inputs: HeadInputs, scored: ScoredTokens) -> int:
+def buffer_rows(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens) -> int:
     """The most rows that the buffer may have."""
-    return max(1, rows_in(scored.buffer_mb, inputs, scored))
+    return max(1, rows_in(scored.buffer_mb, kernels, inputs, scored))
 
 
-def rows_in(megabytes: float, inputs: HeadInputs, scored: ScoredTokens) -> int:
+def rows_in(megabytes: float, kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens) -> int:
     vocabulary = scored.widest_shard or inputs.weight.shape[0]  # all ranks of a group take the same rows
-    return int(megabytes * 2**20) // (vocabulary * scored.dtype.itemsize)
+    return int(megabytes * 2**20) // (vocabulary * slab_dtype(kernels, scored).itemsize)
+
+
+def slab_dtype(kernels: SlabKernels, scored: ScoredTokens) -> torch.dtype:
+    """The dtype of the buffer: that of the logits, unless the slab is made without them."""
+    return kernels.slab_dtype or scored.dtype
 
 
 def in_chunks(tokens: Tensor, rows: int) -> tuple[Tensor, ...]:
@@ -190,7 +197,7 @@ def in_chunks(tokens: Tensor, rows: int) -> tuple[Tensor, ...]:
 
 def plan(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, pairs: Tensor) -> list[tuple[Tensor, ...]]:
     """Slabs of whole groups, each as its chunks of tokens: one chunk, or several where a group exceeds the buffer."""
-    usual, largest = slab_rows(kernels, inputs, scored), buffer_rows(inputs, scored)
+    usual, largest = slab_rows(kernels, inputs, scored), buffer_rows(kernels, inputs, scored)
     mask = scored.targets != IGNORE
     lengths = pairs.new_zeros(scored.num_sequences).index_add(0, scored.sequence_ids, mask.long())
     counts = torch.cat([lengths, pairs.flatten()]).tolist()  # one copy to the host, for which a GPU is waited for once
@@ -237,8 +244,9 @@ class Chunk(NamedTuple):
     rows: Tensor  # [n] of the hidden states
     logps: Tensor  # [n]
     hidden: Tensor  # [n, H]
-    slab: Tensor  # [n, V] ∂ log-probability / ∂ (hidden @ weightᵀ) = v · slab; valid until the next chunk
+    slab: Any  # [n, V] ∂ log-probability / ∂ (hidden @ weightᵀ) = v · slab; valid until the next chunk
     v: Tensor  # [n, 1]
+    tile_weights: Any = None  # what ``exponentials`` leave for ``without_light_tiles``
 
 
 def new_buffer(inputs: HeadInputs, dtype: torch.dtype, chunks: Sequence[Tensor]) -> Tensor:
@@ -252,11 +260,21 @@ def compute(
     kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, tokens: Tensor, buffer: Tensor, slopes: bool = True
 ) -> Chunk:
     rows = scored.rows_of(tokens)
-    hidden = inputs.hidden[rows]
-    z = buffer[: len(tokens)]
-    kernels.logits(hidden, inputs.weight, z)
-    logps, v, slab = kernels.softmax(z, scored.targets[tokens], inputs, scored, slopes)
-    return Chunk(tokens, rows, logps, hidden, slab, v[:, None] * scored.logit_scale)
+    hidden, targets = inputs.hidden[rows], scored.targets[tokens]
+    z, tile_weights = buffer[: len(tokens)], None
+    if kernels.exponentials:
+        logps, v, slab, tile_weights = kernels.exponentials(hidden, targets, inputs, scored, z, slopes)
+    else:
+        kernels.logits(hidden, inputs.weight, z)
+        logps, v, slab = kernels.softmax(z, targets, inputs, scored, slopes)
+    return Chunk(tokens, rows, logps, hidden, slab, v[:, None] * scored.logit_scale, tile_weights)
+
+
+def without_light_tiles(kernels: SlabKernels, chunk: Chunk, upstream: Tensor, scored: ScoredTokens) -> Chunk:
+    """The chunk with the tiles of its slab that weigh more than ``scored.skip_mass``, where the kernels can."""
+    if not scored.skip_mass or kernels.without_light_tiles is None:
+        return chunk
+    return chunk._replace(slab=kernels.without_light_tiles(chunk, upstream[chunk.tokens], scored))
 
 
 # ---------------------------------------------------------------- gradients
@@ -266,7 +284,9 @@ def new_gradients(inputs: HeadInputs, dtype: torch.dtype, wanted: Sequence[bool]
     """Zeros. The weight's sum, by far the largest, is uninitialised memory: the first product overwrites it."""
 
     def like(make: Callable[..., Tensor], tensor: Tensor | None, wants: bool) -> Tensor | None:
-        return make(tensor, dtype=dtype) if wants and tensor is not None else None
+        if not wants or tensor is None:
+            return None
+        return make(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
     hidden, weight, bias = wanted
     return Gradients(

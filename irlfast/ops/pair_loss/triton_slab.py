@@ -5,6 +5,7 @@ Where no gradient can be taken from a slab, one Triton launch computes log-proba
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,15 +35,31 @@ def softmax(
     return logps, torch.ones_like(logps), slope
 
 
-def times_weight(slope: Tensor, weight: Tensor) -> Tensor:
+class HeavySlab(NamedTuple):
+    """A slab of which only the heavy tiles are multiplied."""
+
+    exponentials: Tensor  # [n, V]
+    heavy: Any  # irlfast.kernels.heavy_tiles.HeavyTiles
+    dtype: torch.dtype
+
+
+def times_weight(slope: Tensor | HeavySlab, weight: Tensor) -> Tensor:
+    if isinstance(slope, HeavySlab):
+        from irlfast.kernels import heavy_tiles
+
+        return heavy_tiles.times_weight(slope.exponentials, weight.contiguous(), slope.heavy)
     product = torch.empty(slope.shape[0], weight.shape[1], dtype=torch.float32, device=slope.device)
     logits(slope, weight.T, product)
     return product
 
 
-def add_times_hidden(total: Tensor, slope: Tensor, hidden: Tensor, new: bool) -> None:
+def add_times_hidden(total: Tensor, slope: Tensor | HeavySlab, hidden: Tensor, new: bool) -> None:
     hidden = hidden.to(slope.dtype)
-    if slope.dtype == total.dtype or slope.device.type == "cpu":  # the latter under Triton's interpreter
+    if isinstance(slope, HeavySlab):
+        from irlfast.kernels import heavy_tiles
+
+        heavy_tiles.add_times_hidden(total, slope.exponentials, hidden, slope.heavy, new)
+    elif slope.dtype == total.dtype or slope.device.type == "cpu":  # the latter under Triton's interpreter
         total.addmm_(slope.T.to(total.dtype), hidden.to(total.dtype), beta=float(not new))
     elif new:
         torch.mm(slope.T, hidden, out_dtype=total.dtype, out=total)
@@ -57,53 +74,31 @@ def contiguous(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor | None]:
     return inputs.hidden.contiguous(), inputs.weight.contiguous(), inputs.bias
 
 
-def fused_logps(both: Sequence[HeadInputs], scored: ScoredTokens, tokens: Tensor, statistics: Tensor | None) -> Tensor:
-    """``statistics`` takes the policy's log-probabilities, its log-sum-exps, and those of each tile."""
+def fused_logps(both: Sequence[HeadInputs], scored: ScoredTokens, tokens: Tensor) -> Tensor:
     from irlfast.kernels.linear import token_logps
 
     scoring = scored.rows_of(tokens), scored.targets[tokens], scored.logit_scale, scored.logit_softcap
-    kept = None if statistics is None else of_scored(statistics, tokens)
-    logps, lse = token_logps([contiguous(inputs) for inputs in both], *scoring, None if kept is None else kept[2:])
-    if kept is not None:
-        kept[0], kept[1] = logps[0], lse[0]
-    return logps
+    return token_logps([contiguous(inputs) for inputs in both], *scoring)[0]
 
 
-def of_scored(statistics: Tensor, tokens: Tensor) -> Tensor:
-    """The ``[2 + tiles, n]`` of the n scored tokens, which lie at the start of the ``[2 + tiles, N]``."""
-    count = statistics.shape[0]
-    return statistics.flatten()[: count * len(tokens)].view(count, len(tokens))
+def exponentials(
+    hidden: Tensor, targets: Tensor, inputs: HeadInputs, scored: ScoredTokens, out: Tensor, slopes: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    from irlfast.kernels.exponentials import exponentials as kernel
+
+    _, weight, bias = contiguous(inputs)
+    scaling = scored.logit_scale, scored.logit_softcap
+    logps, v, sums = kernel(hidden, weight, bias, targets, out, *scaling, slopes)
+    return logps, -v, out, (sums, targets)
 
 
-def num_tiles(vocabulary: int, operands: torch.dtype) -> int:
-    """The number of tiles that ``fused_logps`` cuts the vocabulary into."""
-    from irlfast.kernels.linear import columns
+def without_light_tiles(chunk: slab.Chunk, upstream: Tensor, scored: ScoredTokens) -> HeavySlab:
+    from irlfast.kernels.heavy_tiles import heavy_tiles
 
-    return -(-vocabulary // columns(operands))
-
-
-def sparse_gradients(
-    sums: slab.Gradients,
-    policy: HeadInputs,
-    scored: ScoredTokens,
-    tokens: Tensor,
-    upstream: Tensor,
-    statistics: Tensor,
-) -> None:
-    from irlfast.kernels.linear_backward import add_gradients
-
-    kept = of_scored(statistics, tokens)
-    add_gradients(
-        *sums,
-        contiguous(policy),
-        scored.rows_of(tokens),
-        scored.targets[tokens],
-        (kept[0], kept[1], kept[2:]),
-        upstream.contiguous(),
-        scored.logit_scale,
-        scored.logit_softcap,
-        scored.skip_mass,
-    )
+    sums, targets = chunk.tile_weights
+    factor = chunk.v[:, 0] * upstream
+    heavy = heavy_tiles(sums, chunk.logps, targets, factor, upstream, scored.logit_scale, scored.skip_mass)
+    return HeavySlab(chunk.slab, heavy, chunk.slab.dtype)
 
 
 KERNELS = slab.SlabKernels(
@@ -113,5 +108,17 @@ KERNELS = slab.SlabKernels(
     times_weight=times_weight,
     add_times_hidden=add_times_hidden,
     fused_logps=fused_logps,
-    sparse_gradients=sparse_gradients,
 )
+EPILOGUE = KERNELS._replace(
+    exponentials=exponentials,
+    without_light_tiles=without_light_tiles,
+    slab_dtype=torch.bfloat16,
+    otherwise=KERNELS,
+)
+# Whether the exponential is taken in the product's epilogue by default. `make gpu` times both; no GPU has decided yet.
+EPILOGUE_BY_DEFAULT = False
+
+
+def takes_epilogue(scored: ScoredTokens) -> bool:
+    """Return whether EPILOGUE computes a call. Its exponentials need the range of bf16, which is that of fp32."""
+    return scored.operands == torch.bfloat16 and (EPILOGUE_BY_DEFAULT or scored.skip_mass > 0)

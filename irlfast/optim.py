@@ -119,7 +119,7 @@ def averages(group: dict[str, Any]) -> list[str]:
 def fit_state(state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
     """Create a parameter's state, or bring it to the parameter's device and dtype after loading, casting or moving."""
     if not state:
-        state["step"] = torch.zeros(())
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     if parameter.dtype != torch.bfloat16:
         state.pop("master", None)
     elif "master" not in state:
@@ -148,7 +148,7 @@ def module_for(device: torch.device) -> Any:
 @functools.cache
 def runs(module: Any, device: torch.device) -> bool:
     """Return whether the GPU and its driver can run the compiled module: one element is updated to see."""
-    one = torch.zeros(3, 1, device=device)
+    one = torch.zeros(3, 1, dtype=torch.float32, device=device)
     addresses = (part.data_ptr() for part in one)
     try:
         with torch.cuda.device_of(one):

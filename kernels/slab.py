@@ -86,6 +86,7 @@ def softmax(
     n, vocabulary = z.shape
     logps = torch.empty(n, dtype=torch.float32, device=z.device)
     slope = z.view(dtype)[:, :vocabulary]
+    bias = None if bias is None else bias.contiguous()
     padded = triton.cdiv(vocabulary, 16) * 16
     most = triton.next_power_of_2(vocabulary)
     lanes = min(most, 4096 if vocabulary > LONG and bias is None else 2048)

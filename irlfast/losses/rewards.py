@@ -30,7 +30,7 @@ def reward_loss(
         hidden,
         head.weight,
         batch.cu_seqlens,
-        labels=torch.arange(2 * pairs, device=hidden.device) % 2 == 0,
+        labels=torch.arange(2 * pairs, dtype=torch.int64, device=hidden.device) % 2 == 0,
         kind=kind,
         rows=batch.rows,
         bias=head.bias,

@@ -23,7 +23,7 @@ def sft_loss(
     if remaining:
         size = len(batch.targets)
         ends, whole = (x.repeat_interleave(lengths, output_size=size) for x in (batch.cu_seqlens[1:], lengths))
-        left = ends - torch.arange(size, device=hidden.device)
+        left = ends - torch.arange(size, dtype=torch.int64, device=hidden.device)
         loss = -(result.token_logps * left / whole).sum() / normalisers.tokens
     metrics = {
         "count": lengths.new_full((), lengths.numel()),

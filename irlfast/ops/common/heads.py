@@ -143,9 +143,11 @@ def probe(model: Any, output: torch.nn.Linear) -> tuple[float, float | None]:
 def random_rows(width: int) -> Tensor:
     """``[1, len(SIZES), width]`` fp32. The numbers are exact in bf16 and fp16, because some models cast to these."""
     generator = torch.Generator().manual_seed(0)
-    eighths = torch.randint(8, 16, (len(SIZES), width), generator=generator) / 16
-    signs = torch.randint(0, 2, (len(SIZES), width), generator=generator) * 2 - 1
-    return (signs * eighths * torch.tensor(SIZES)[:, None])[None]
+    shape = len(SIZES), width
+    sixteenths = torch.randint(8, 16, shape, generator=generator, dtype=torch.float32, device="cpu")
+    signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
+    sizes = torch.tensor(SIZES, dtype=torch.float32, device="cpu")
+    return (signs * sixteenths / 16 * sizes[:, None])[None]
 
 
 @contextlib.contextmanager

@@ -8,13 +8,13 @@ from irlfast.ops.common.types import IGNORE, LogRatio
 
 def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """The number ``[N]`` of the sequence that each of N ``tokens`` belongs to."""
-    numbers = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
+    numbers = torch.arange(cu_seqlens.numel() - 1, dtype=torch.int64, device=cu_seqlens.device)
     return numbers.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
 
 
 def default_pairs(sequences: int, device: torch.device) -> Tensor:
     """``[P, 2]``: sequences 2i (expert) and 2i + 1 (synthetic)."""
-    return torch.arange(sequences, device=device).view(-1, 2)
+    return torch.arange(sequences, dtype=torch.int64, device=device).view(-1, 2)
 
 
 def log_ratios(

@@ -30,20 +30,23 @@ def check_logits(
     check_scaling(scale, softcap)
     check_targets(targets, vocabulary)
     backend = choose_backend(backend, logits, "logits")
-    if backend != "plain":
-        check_strides(logits, "logits", inplace)
+    if inplace and backend != "plain":
+        check_strides(logits)
     return backend
 
 
-def check_strides(logits: Tensor, name: str, inplace: bool) -> None:
+def check_strides(logits: Tensor) -> None:
+    """Check that a gradient can be written over the logits."""
     rows, vocabulary = logits.shape
-    if logits.stride(1) != 1 and vocabulary > 1:
-        expected = "adjacent elements in every row, as of .contiguous()"
-    elif inplace and rows > 1 and logits.stride(0) < vocabulary:
-        expected = "rows at least {} apart where inplace_backward"
-    else:
-        return
-    require(False, name, f"strides {tuple(logits.stride())}", expected, vocabulary)
+    strides = f"strides {tuple(logits.stride())}"
+    require(is_adjacent(logits), "logits", strides, "adjacent elements in every row where inplace_backward")
+    apart = rows < 2 or logits.stride(0) >= vocabulary
+    require(apart, "logits", strides, "rows at least {} apart where inplace_backward", vocabulary)
+
+
+def is_adjacent(logits: Tensor) -> bool:
+    """Return whether the elements of every row are next to each other in memory."""
+    return logits.stride(1) == 1 or logits.shape[1] == 1
 
 
 def check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor) -> None:
@@ -51,15 +54,11 @@ def check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor) -> None
     check_cu_seqlens(cu_seqlens, targets.numel(), "the number of targets")
 
 
-def check_reference(
-    logits: Tensor, cu_seqlens: Tensor, ref_logits: Tensor | None, ref_logps: Tensor | None, backend: str
-) -> None:
+def check_reference(logits: Tensor, cu_seqlens: Tensor, ref_logits: Tensor | None, ref_logps: Tensor | None) -> None:
     tokens, sequences = logits.shape[0], cu_seqlens.numel() - 1
     if ref_logits is not None:
         require(ref_logps is None, "ref_logps", ref_logps, "None where ref_logits is given (one reference, not two)")
         check_tensor(ref_logits, "ref_logits", "[N, V]", FLOATS, logits.device)
         require(ref_logits.shape == logits.shape, "ref_logits", ref_logits, "[{}, {}], as logits", *logits.shape)
-        if backend != "plain":
-            check_strides(ref_logits, "ref_logits", inplace=False)
     if ref_logps is not None:
         check_cached(ref_logps, logits.device, tokens, sequences)

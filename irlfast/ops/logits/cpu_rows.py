@@ -62,7 +62,7 @@ def score(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) 
 
 def native_token_logps(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     targets = targets.long().contiguous()
-    logps, lse = torch.empty(len(targets)), torch.empty(len(targets))
+    logps, lse = (torch.empty(len(targets), dtype=torch.float32, device=logits.device) for _ in range(2))
     scoring = native.scoring(logits, targets, scale, softcap)
     native.cpu.token_logps(native.rows(logits), scoring, logps.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     return logps, lse
@@ -105,7 +105,7 @@ def write_gradient_by_chunks(
     for rows in chunks(wanted.nonzero().flatten(), logits):
         z = final_logits(logits[rows], scale, softcap)
         slope = z.softmax(-1).neg_()
-        slope[torch.arange(len(rows)), targets[rows].long()] += 1
+        slope[torch.arange(len(rows), dtype=torch.int64, device=rows.device), targets[rows].long()] += 1
         if softcap is not None:
             slope *= 1 - (z / softcap) ** 2
         grad[rows] = slope.mul_(scale * upstream[rows, None]).to(grad.dtype)

@@ -2,14 +2,16 @@
 
 Arguments that both operations take; the dimensions are those of :mod:`irlfast.ops.pair_loss.public`:
 
-- ``logits`` ``[N, V]`` in fp32, bf16, fp16 or fp64: row n predicts target n. Rows may be any distance apart in memory;
-  the elements of a row are adjacent. Scored is ``softcap(logit_scale · logits)``, with ``softcap(z) = c · tanh(z / c)``
-  where ``logit_softcap`` is c, in fp32 (fp64 for fp64 logits), with autocast too.
+- ``logits`` ``[N, V]`` in fp32, bf16, fp16 or fp64: row n predicts target n. Rows may be any distance apart in memory.
+  Where the elements of a row are not adjacent, all backends but ``"plain"`` take a contiguous copy. Scored is
+  ``softcap(logit_scale · logits)``, with ``softcap(z) = c · tanh(z / c)`` where ``logit_softcap`` is c, in fp32 (fp64
+  for fp64 logits), with autocast too.
 - ``targets`` ``[N]`` int64 or int32; −100 is skipped. On a GPU, where values are not checked, a target outside the
   vocabulary has a log-probability of NaN.
 - ``inplace_backward``: write the gradient over ``logits``, so that no second ``[N, V]`` tensor is ever made. The first
   backward destroys the logits: a second raises RuntimeError, and so does the backward of any other operation that saved
-  them. ``"plain"`` ignores the option, and so does ``torch.compile``, which plans memory itself.
+  them. Rows must not overlap, and their elements must be adjacent. ``"plain"`` ignores the option, and so does
+  ``torch.compile``, which plans memory itself.
 - ``backend``: ``"plain"`` is the oracle, and makes several ``[N, V]`` tensors. ``"cpu"`` takes a few rows at a time; in
   fp32 and bf16, where installation built ``irlfast._cpu``, it reads each row once and makes no such tensor.
   ``"triton"`` and ``"cuda"`` (our own CUDA C++, where installation built it) read each row once, on a GPU, in fp32,
@@ -26,7 +28,7 @@ from irlfast.ops.common.checks import ON_GPU
 from irlfast.ops.common.sequences import log_ratios, sequence_ids
 from irlfast.ops.common.types import LogRatio
 from irlfast.ops.logits import custom_op, plain
-from irlfast.ops.logits.checks import check_logits, check_reference, check_sequences
+from irlfast.ops.logits.checks import check_logits, check_reference, check_sequences, is_adjacent
 
 
 def token_logps(
@@ -86,7 +88,7 @@ def logits_log_ratio(
     """
     backend = check_logits(logits, targets, logit_scale, logit_softcap, inplace_backward, backend)
     check_sequences(logits, targets, cu_seqlens)
-    check_reference(logits, cu_seqlens, ref_logits, ref_logps, backend)
+    check_reference(logits, cu_seqlens, ref_logits, ref_logps)
     logps, computed = score(logits, targets, ref_logits, logit_scale, logit_softcap, inplace_backward, backend)
     reference = computed if ref_logps is None else ref_logps.detach()
     if backend in ON_GPU:
@@ -114,5 +116,10 @@ def score(
                 return logps, None
             return logps, plain.token_logps(ref_logits, targets, scale, softcap).to(logps.dtype)
     inplace = inplace and not torch.compiler.is_compiling()
+    logits, ref_logits = adjacent(logits), None if ref_logits is None else adjacent(ref_logits)
     logps, _, ref_logps = custom_op.forward(logits, targets, ref_logits, scale, softcap, inplace, backend)
     return logps, None if ref_logits is None else ref_logps
+
+
+def adjacent(logits: Tensor) -> Tensor:
+    return logits if is_adjacent(logits) else logits.contiguous()

@@ -52,7 +52,7 @@ def native_softmax(
     z: Tensor, targets: Tensor, inputs: HeadInputs, scored: ScoredTokens
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The results of :func:`softmax`, by ``irlfast._cpu`` in one pass over memory."""
-    logps, sums = torch.empty(2, len(z))
+    logps, sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
     bias = None if inputs.bias is None else inputs.bias.float().contiguous()
     native.cpu.softmax_slopes(
         native.rows(z),

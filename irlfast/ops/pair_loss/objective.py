@@ -32,7 +32,7 @@ def derivatives(token_logps: Tensor, ref_logps: Tensor | None, scored: ScoredTok
     by_sequence = slopes.new_zeros(scored.num_sequences).index_add(0, spec.pairs.flatten(), slopes)
     if spec.nll_weight:
         per_token = spec.nll_weight / expert_tokens(scored, spec)
-        by_sequence -= torch.where(is_expert(scored, spec), per_token, 0)
+        by_sequence -= is_expert(scored, spec).to(slopes.dtype) * per_token
     return by_sequence[scored.sequence_ids]
 
 
@@ -60,4 +60,4 @@ def expert_tokens(scored: ScoredTokens, spec: PairLossSpec) -> Tensor | float:
     if spec.num_tokens is not None:
         return spec.num_tokens
     scored_of_experts = is_expert(scored, spec)[scored.sequence_ids] & (scored.targets != IGNORE)
-    return scored_of_experts.sum().clamp(min=1)
+    return scored_of_experts.sum().clamp(min=1).to(scored.dtype)

@@ -71,7 +71,8 @@ def add_times_hidden(total: Tensor, slope: Tensor | HeavySlab, hidden: Tensor, n
 
 
 def contiguous(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    return inputs.hidden.contiguous(), inputs.weight.contiguous(), inputs.bias
+    hidden, weight, bias = inputs
+    return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def fused_logps(both: Sequence[HeadInputs], scored: ScoredTokens, tokens: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def in_parts(kernels: DivergenceKernels, policy: HeadInputs, spec: DivergenceSpe
     bytes_per_row = 2 * policy.weight.shape[0] * spec.dtype.itemsize  # of policy and reference
     most = int(spec.buffer_mb * 2**20) // bytes_per_row
     usual = max(SLAB_ROWS, int(min(kernels.products.slab_mb, spec.buffer_mb) * 2**20) // bytes_per_row)
-    indices = torch.arange(num_rows(policy, spec), device=policy.hidden.device)
+    indices = torch.arange(num_rows(policy, spec), dtype=torch.int64, device=policy.hidden.device)
     return indices.split(max(1, min(most, usual))) if len(indices) else ()
 
 

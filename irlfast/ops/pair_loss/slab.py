@@ -284,15 +284,9 @@ def new_gradients(inputs: HeadInputs, dtype: torch.dtype, wanted: Sequence[bool]
     """Zeros. The weight's sum, by far the largest, is uninitialised memory: the first product overwrites it."""
 
     def like(make: Callable[..., Tensor], tensor: Tensor | None, wants: bool) -> Tensor | None:
-<<<<<<< HEAD
         if not wants or tensor is None:
             return None
         return make(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-=======
-        if tensor is None or not wants:
-            return None
-        return make(tensor, dtype=dtype, memory_format=torch.contiguous_format)  # whatever the tensor's own strides
->>>>>>> 1b9c89f (Any strides for any argument, and no dependence on torch's default dtype and device)
 
     hidden, weight, bias = wanted
     return Gradients(

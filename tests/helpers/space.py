@@ -83,13 +83,13 @@ class Operation(NamedTuple):
 def linear_arguments(factors: dict[str, Any]) -> dict[str, Any]:
     options = {name: factors[name] for name in ("dtype", "softcap", "reference", "frozen", "ignored")}
     return ops_cases.make(LENGTHS, vocabulary=VOCABULARY, size=8, rows=True, bias=True, scale=0.7, **options) | {
-        "buffer_mb": factors["rows_in_buffer"] * VOCABULARY * 4 / 2**20,
-        "skip_mass": factors["skip_mass"],
+        "buffer_mb": factors["rows_in_buffer"] * VOCABULARY * 4 / 2**20
     }
 
 
 def pair_arguments(factors: dict[str, Any]) -> dict[str, Any]:
-    return linear_arguments(factors) | {"pairs": random_pairs(len(LENGTHS), seed=0), "beta": 0.3, "nll_weight": 0.2}
+    loss = {"beta": 0.3, "nll_weight": 0.2, "skip_mass": factors["skip_mass"]}
+    return linear_arguments(factors) | {"pairs": random_pairs(len(LENGTHS), seed=0)} | loss
 
 
 def logits_arguments(factors: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +164,6 @@ LINEAR: dict[str, list[Any]] = {
     "frozen": [False, True],
     "ignored": [False, True],
     "rows_in_buffer": [10**6, 9, 1],
-    "skip_mass": [0.0, 1e-12],
     "weight": [*COPIES, expanded_along_rows],  # with all rows equal, the gradient by hidden would be 0 and its rounding
     **dict.fromkeys(("hidden", "bias", "targets", "rows", "upstream"), LAYOUTS),
     **dict.fromkeys(("ref_hidden", "ref_weight", "ref_bias", "ref_logps"), LAYOUTS),
@@ -183,7 +182,7 @@ HEADS: dict[str, list[Any]] = {
     "cu_seqlens": COPIES,
 }
 OPERATIONS = {
-    "pair_loss": Operation(pair_arguments, pair_outputs, LINEAR | {"pairs": LAYOUTS}),
+    "pair_loss": Operation(pair_arguments, pair_outputs, LINEAR | {"pairs": LAYOUTS, "skip_mass": [0.0, 1e-12]}),
     "log_ratio": Operation(linear_arguments, log_ratio_outputs, LINEAR),
     "token_logps": Operation(token_arguments, token_outputs, LOGITS),
     "logits_log_ratio": Operation(

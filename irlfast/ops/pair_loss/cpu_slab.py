@@ -107,7 +107,7 @@ def multiplied_as_bf16(product: Callable[P, T]) -> Callable[P, T]:
 
 
 EXACT = slab.SlabKernels(
-    slab_mb=32,  # elementwise steps then stay in the last-level cache
+    slab_mb=16,  # elementwise steps then stay in the last-level cache; 32 is 3% faster for a small vocabulary
     logits=logits,
     softmax=softmax,
     times_weight=times_weight,

@@ -230,6 +230,13 @@ def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``sums · factor``, rounded once to ``dtype``, without a tensor in between; a factor of 1 is free on a CPU."""
     concrete = type(factor) is Tensor and not torch.compiler.is_compiling()  # not the tensor of a tracer
     # A GPU is not asked for its factor: the host would wait for it.
-    if concrete and factor.device.type == "cpu" and sums.dtype == dtype and factor == 1:
-        return sums
-    return torch.mul(sums, factor, out=torch.empty_like(sums, dtype=dtype))
+    if not concrete or factor.device.type != "cpu":
+        return torch.mul(sums, factor, out=torch.empty_like(sums, dtype=dtype))
+    if factor == 1:
+        return sums.to(dtype)
+    out = torch.empty_like(sums, dtype=dtype)
+    for part, rows in zip(
+        out.split(4096), sums.split(4096), strict=True
+    ):  # a CPU multiplies, then copies what it casts
+        torch.mul(rows, factor, out=part)
+    return out

@@ -12,6 +12,7 @@ cancellation. The derivative of the logit scale is folded into v, and that of th
 The products and the softmax differ between machines: see :class:`SlabKernels`.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -205,15 +206,25 @@ def plan(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, pairs: 
     sizes = [0] * scored.num_sequences
     for sequence, count in zip(leader, counts, strict=False):
         sizes[sequence] += count
-    slabs: list[int] = []
-    for size in sizes:
-        if slabs and slabs[-1] + size <= usual:
-            slabs[-1] += size
-        else:
-            slabs.append(size)
-    group = torch.tensor(leader, dtype=torch.long, device=pairs.device)[scored.sequence_ids]
-    tokens = torch.where(mask, group, scored.num_sequences).argsort(stable=True)[: sum(sizes)]
+    slab_of_group = best_fit(sizes, usual)
+    slab_of = [slab_of_group[first] for first in leader]
+    slabs = [0] * (1 + max(slab_of, default=0))
+    for number, count in zip(slab_of, counts, strict=False):
+        slabs[number] += count
+    numbers = torch.tensor(slab_of, dtype=torch.long, device=pairs.device)[scored.sequence_ids]
+    tokens = torch.where(mask, numbers, len(slabs)).argsort(stable=True)[: sum(slabs)]
     return [slab.split(len(slab) if len(slab) <= largest else usual) for slab in tokens.split(slabs) if len(slab)]
+
+
+def best_fit(sizes: Sequence[int], usual: int) -> list[int]:
+    """The slab of each group, as a number: largest groups first, each in the fullest slab that has room for it."""
+    slabs = [0] * len(sizes)
+    room: list[tuple[int, int]] = []  # the rows left in each slab and its number, fullest first
+    for group in sorted(range(len(sizes)), key=lambda group: -sizes[group]):
+        place = bisect_left(room, (sizes[group], 0))
+        left, slabs[group] = room.pop(place) if place < len(room) else (max(usual, sizes[group]), len(room))
+        insort(room, (left - sizes[group], slabs[group]))
+    return slabs
 
 
 def groups(members: list[int], count: int) -> list[int]:

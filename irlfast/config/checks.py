@@ -25,6 +25,7 @@ def check(config: Any) -> None:
     check_added_rewards(config)
     check_alignment(config)
     check_phases(config)
+    check_pair_loss(config)
     check_lengths(config)
     check_engine(config)
     check_offloading(config)
@@ -94,6 +95,22 @@ def check_sft_alone(config: Any) -> None:
             "metric_for_best_model: found 'reward_accuracy' with SFT of a new model alone, which has no earlier policy "
             "to compare with; expected nll or exact_match"
         )
+
+
+def check_pair_loss(config: Any) -> None:
+    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    if not names:
+        raise InputError("loss_type: found an empty list, expected at least one loss")
+    if config.loss_weights is not None and len(config.loss_weights) != len(names):
+        raise InputError(
+            f"loss_weights: found {len(config.loss_weights)} numbers, expected one per loss of loss_type ({len(names)})"
+        )
+    for key, users in {"label_smoothing": ("cdpo", "robust", "exo_pair"), "discopop_tau": ("discopop",)}.items():
+        value, default = getattr(config, key), type(config).__pydantic_fields__[key].default
+        if value != default and not set(users) & set(names):
+            raise InputError(f"{key}: found {value}, which loss_type {', '.join(names)} does not use")
+    if "exo_pair" in names and not config.label_smoothing:
+        raise InputError("label_smoothing: found 0, expected more than 0 with loss_type exo_pair (its paper has 0.001)")
 
 
 def check_reward(config: Any) -> None:

@@ -17,6 +17,26 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+PairLossName = Literal[
+    "sigmoid",
+    "hinge",
+    "linear",
+    "cdpo",
+    "robust",
+    "exo_pair",
+    "discopop",
+    "ipo",
+    "sigmoid_norm",
+    "nca_pair",
+    "bco_pair",
+    "space",
+    "kto_pair",
+    "apo_zero",
+    "apo_down",
+    "sppo_hard",
+]
+
+
 def key(default: Any, description: str) -> Any:
     return Field(default=default, description=description)
 
@@ -166,9 +186,16 @@ class Config:
     reference: Literal["stage", "initial"] = key(
         "stage", "pi_ref: the policy at the start of the stage, or at the start of the first stage."
     )
-    loss_type: Literal["sigmoid", "hinge", "linear"] = key(
-        "sigmoid", "The loss of u = beta (rho(y) - rho(y~)): -log sigmoid(u), max(0, 1 - u) or -u."
+    loss_type: PairLossName | list[PairLossName] = key(
+        "sigmoid",
+        "The loss on pairs, by default -log sigmoid(beta (rho(y) - rho(y~))); docs/kernels.md has all formulas. A list "
+        "is a mixture.",
     )
+    loss_weights: list[float] | None = key(None, "Weights of the losses that loss_type lists (default: 1 each).")
+    label_smoothing: Annotated[float, Field(ge=0, le=0.49)] = key(
+        0.0, "Share of pairs that are the wrong way round, for loss_type cdpo, robust and exo_pair."
+    )
+    discopop_tau: Annotated[float, Field(ge=1e-6)] = key(0.05, "Temperature of loss_type discopop.")
     beta: Positive | list[Positive] = key(
         0.1, "Scale of the log-ratio. In rft and afd, weight of the KL to the reference (1: the learned reward's own)."
     )

@@ -1,5 +1,7 @@
 """The loss of pairs (expert, synthetic), from a policy's log-ratios."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from irlfast import ops
@@ -15,14 +17,17 @@ def irft_loss(
     normalisers: Normalisers,
     *,
     beta: float,
-    loss_type: str,
+    loss_type: str | Sequence[str],
     nll_weight: float,
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
 ) -> tuple[Tensor, Metrics]:
     """Compute the inner loss of IRFT (arXiv 2405.17888) on pairs (y, ỹ).
 
-    It is a loss of u = β·(ρ(y) − ρ(ỹ)), named by ``loss_type`` (:data:`irlfast.ops.pair_loss.losses.PAIR_LOSSES`); with
-    ``sigmoid`` it is SPIN's (arXiv 2401.01335, eq. 4.7). ``nll_weight`` adds the mean of −log π(y_t) over the experts'
-    tokens, with this weight.
+    ``loss_type`` names the loss of ρ(y) and ρ(ỹ) (:data:`irlfast.ops.pair_loss.losses.PAIR_LOSSES`), or several for a
+    mixture; ``sigmoid`` is SPIN's (arXiv 2401.01335, eq. 4.7). ``nll_weight`` adds the mean of −log π(y_t) over the
+    experts' tokens, with this weight. The other options are those of :func:`irlfast.ops.pair_loss`.
     """
     result = ops.pair_loss(
         hidden,
@@ -31,6 +36,9 @@ def irft_loss(
         beta=beta,
         loss_type=loss_type,
         nll_weight=nll_weight,
+        loss_weights=loss_weights,
+        label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
         num_pairs=normalisers.pairs,
         num_tokens=normalisers.tokens,
     )

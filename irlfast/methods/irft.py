@@ -49,7 +49,13 @@ def fit_pairs(
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
         write_json(folder / "pairs.json", counts | seconds)
     loss = functools.partial(
-        irft_loss, beta=config.at("beta", stage), loss_type=config.loss_type, nll_weight=config.nll_weight
+        irft_loss,
+        beta=config.at("beta", stage),
+        loss_type=config.loss_type,
+        nll_weight=config.nll_weight,
+        loss_weights=config.loss_weights,
+        label_smoothing=config.label_smoothing,
+        discopop_tau=config.discopop_tau,
     )
     return fit(run, folder, policy, pairs, loss, policy_plan(config, stage, len(pairs)))
 

@@ -15,9 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from irlfast.config import Config, load_config, make_config
 from irlfast.data.demonstrations import to_demonstration
-from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.ops.rewards.losses import REWARD_LOSSES
-from tests.helpers import keys_page
+from tests.helpers import keys_page, losses_page
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -252,10 +251,10 @@ def test_every_key_is_under_a_heading():
     assert [name for _, names in keys_page.sections() for name in names] == [*keys_page.schema.FIELDS]
 
 
-def test_every_pair_loss_is_a_value_of_loss_type_and_on_the_page_of_irft_with_its_formula():
-    assert set(get_args(get_type_hints(Config)["loss_type"])) == PAIR_LOSSES.keys()
-    page = (ROOT / "docs/methods/irft.md").read_text(encoding="utf-8")
-    assert all(f"| `{name}` | {kind.formula} |" in page for name, kind in PAIR_LOSSES.items())
+def test_the_table_of_pair_losses_is_that_of_the_code():
+    assert losses_page.table() in losses_page.PAGE.read_text(encoding="utf-8"), (
+        "python -m tests.helpers.losses_page writes it anew"
+    )
 
 
 def test_every_reward_loss_is_a_value_of_its_key_and_on_the_page_of_rft():

@@ -8,6 +8,8 @@ import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.pair_loss_oracles import PAIR_LOSS_ORACLES, PER_TOKEN, REWARD_ORACLES
+
 
 def sequences(lengths: list[int]) -> torch.Tensor:
     """``cu_seqlens`` of sequences of these lengths."""
@@ -100,37 +102,55 @@ def token_by_token(case: dict[str, Any], prefix: str = "") -> list[list[torch.Te
     return result
 
 
-# Each loss of PAIR_LOSSES as its paper has it, of the log-ratios ρ(y) and ρ(ỹ), and β.
-PAIR_LOSS_ORACLES = {
-    "sigmoid": lambda y, s, beta: (1 + (-beta * (y - s)).exp()).log(),
-    "hinge": lambda y, s, beta: (1 - beta * (y - s)).clamp(min=0),
-    "linear": lambda y, s, beta: -beta * (y - s),
-}
+def looped_log_ratios(case: dict[str, Any], token_weights: torch.Tensor | None) -> list[torch.Tensor]:
+    """The log-ratio of each sequence, token by token."""
+    ratios = []
+    ref_logps = case.get("ref_logps")
+    per_token = ref_logps is not None and ref_logps.numel() == case["targets"].numel()
+    reference = token_by_token(case, "ref_") if case.get("ref_hidden") is not None else None
+    for s, sequence in enumerate(token_by_token(case)):
+        ratio = torch.zeros(()).double()
+        for k, logp in enumerate(sequence):
+            n = int(case["cu_seqlens"][s]) + k
+            if logp is not None:
+                other = reference[s][k].detach() if reference else ref_logps[n] if per_token else 0
+                ratio = ratio + (1 if token_weights is None else token_weights[n]) * (logp - other)
+        ratios.append(ratio if ref_logps is None or per_token else ratio - ref_logps[s])
+    return ratios
 
 
-def looped_pair_loss(case: dict[str, Any], pairs: torch.Tensor, beta: float, loss_type: str, nll_weight: float) -> Any:
-    """The loss and the log-ratios, as their definition reads."""
+def looped_pair_loss(
+    case: dict[str, Any],
+    pairs: torch.Tensor,
+    *,
+    beta: float,
+    loss_type: str | list[str],
+    loss_weights: list[float] | None = None,
+    pair_weights: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    f_divergence_type: str = "reverse_kl",
+    nll_weight: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, the loss of each pair and the log-ratios, as their definition reads."""
     policy = [[x for x in sequence if x is not None] for sequence in token_by_token(case)]
-    ratio = [sum(sequence, torch.zeros(()).double()) for sequence in policy]
-    if case.get("ref_hidden") is not None:
-        for s, sequence in enumerate(token_by_token(case, "ref_")):
-            ratio[s] = ratio[s] - sum(x.detach() for x in sequence if x is not None)
-    elif case.get("ref_logps") is not None:
-        ends = case["cu_seqlens"].tolist()
-        for s in range(len(ratio)):
-            span = range(ends[s], ends[s + 1])
-            if case["ref_logps"].numel() == case["targets"].numel():
-                ratio[s] = ratio[s] - sum(case["ref_logps"][n] for n in span if case["targets"][n] >= 0)
-            else:
-                ratio[s] = ratio[s] - case["ref_logps"][s]
-    loss = torch.zeros(()).double()
-    for expert, synthetic in pairs.tolist():
-        loss = loss + PAIR_LOSS_ORACLES[loss_type](ratio[expert], ratio[synthetic], beta) / len(pairs)
+    ratios = looped_log_ratios(case, token_weights)
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    pair_losses = torch.zeros(len(pairs)).double()
+    for p, pair in enumerate(pairs.tolist()):
+        for name, factor in zip(names, loss_weights or [1.0] * len(names), strict=True):
+            rewards = [REWARD_ORACLES[f_divergence_type](ratios[s].exp()) for s in pair]
+            if name in PER_TOKEN:
+                rewards = [reward / max(1, len(policy[s])) for reward, s in zip(rewards, pair, strict=True)]
+            term = torch.zeros(len(pairs)).double()
+            term[p] = factor * PAIR_LOSS_ORACLES[name](*rewards, beta)
+            pair_losses = pair_losses + term
+    loss = (pair_losses * (1 if pair_weights is None else pair_weights)).sum() / max(1, len(pairs))
     experts = sorted(set(pairs[:, 0].tolist()))
     tokens = max(1, sum(len(policy[s]) for s in experts))
     for s in experts:
         loss = loss - nll_weight * sum(policy[s]) / tokens
-    return loss, torch.stack(ratio) if ratio else torch.zeros(0).double()
+    return loss, pair_losses, torch.stack(ratios) if ratios else torch.zeros(0).double()
 
 
 # ---------------------------------------------------------------- what a backend computes

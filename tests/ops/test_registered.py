@@ -59,7 +59,8 @@ def test_torch_accepts_the_registered_operations(form):
     detached = [None if tensor is None else tensor.detach() for tensor in both]
     upstream = torch.randn(len(scored.targets))
     torch.library.opcheck(custom_op.backward, (upstream, *detached, *scored, "cpu", wanted))
-    spec = PairLossSpec(torch.tensor([[0, 1], [0, 3]]), 0.1, "hinge", 0.5, None, 3.0)
+    pairs, weights = torch.tensor([[0, 1], [0, 3]]), torch.tensor([1.0, 0.5])
+    spec = PairLossSpec(pairs, 0.1, ("hinge", "ipo"), (0.5, 2.0), weights, nll_weight=0.5, num_tokens=3.0)
     torch.library.opcheck(custom_op.pair_slabs, (*detached, *scored, *spec, "cpu", wanted))
 
 

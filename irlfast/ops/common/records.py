@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from irlfast.ops.common.types import PairFunction
+
 SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -20,6 +22,8 @@ SCHEMA_TYPES: dict[Any, str] = {
     str: "str",
     str | None: "str?",
     torch.dtype: "ScalarType",
+    tuple[float, ...]: "float[]",
+    tuple[str | PairFunction, ...]: "str[]",  # functions do not pass through a schema
 }
 
 

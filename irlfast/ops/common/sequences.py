@@ -23,24 +23,26 @@ def log_ratios(
     targets: Tensor,  # [N]
     ids: Tensor,  # [N]
     sequences: int,  # S
+    weights: Tensor | None = None,  # [N] 0 where skipped
 ) -> LogRatio:
-    """Statistics of the sequences, in the dtype of ``token_logps``.
+    """Statistics of the sequences, in the dtype of ``token_logps``: sums of values per token times ``weights``.
 
     Policy and reference are subtracted per token, before the sum. The differences are small, so the sum loses nothing.
     """
-    policy = sum_per_sequence(token_logps, ids, sequences)
+    policy = sum_per_sequence(token_logps, ids, sequences, weights)
     if ref_logps is None:
         reference, ratio = torch.zeros_like(policy), policy
     elif ref_logps.numel() == targets.numel():  # also where N = S: the trainer caches per token
         ref_logps = torch.where(targets == IGNORE, 0, ref_logps.to(token_logps.dtype))
-        reference = sum_per_sequence(ref_logps, ids, sequences)
-        ratio = sum_per_sequence(token_logps - ref_logps, ids, sequences)
+        reference = sum_per_sequence(ref_logps, ids, sequences, weights)
+        ratio = sum_per_sequence(token_logps - ref_logps, ids, sequences, weights)
     else:
         reference, ratio = ref_logps.double(), policy - ref_logps
     dtype = token_logps.dtype
     return LogRatio(ratio.to(dtype), policy.to(dtype), reference.to(dtype), token_logps)
 
 
-def sum_per_sequence(values: Tensor, ids: Tensor, sequences: int) -> Tensor:
+def sum_per_sequence(values: Tensor, ids: Tensor, sequences: int, weights: Tensor | None) -> Tensor:
     """Sums ``[S]`` of values per token ``[N]`` in fp64: a thousand fp32 additions near 3,000 nats lose 1e-3."""
-    return values.new_zeros(sequences, dtype=torch.float64).index_add(0, ids, values.double())
+    values = values.double() if weights is None else values.double() * weights
+    return values.new_zeros(sequences, dtype=torch.float64).index_add(0, ids, values)

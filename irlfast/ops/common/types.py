@@ -1,5 +1,6 @@
 """The records that the operations pass on to their backends, and those that they return."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ class ScoredTokens(NamedTuple):
     group: str | None = None  # the name of the process group whose ranks share the vocabulary; None: one rank has all
     first_token: int = 0  # the token of the first row of this rank's weight
     widest_shard: int = 0  # the most rows of weight that a rank has; 0 without a group
+    token_weights: Tensor | None = None  # [N] factors of the tokens' log-ratios, 0 where skipped
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,22 +57,37 @@ class ScoredTokens(NamedTuple):
         return (self.targets != IGNORE).nonzero().flatten()
 
 
+PairFunction = Callable[[Tensor, Tensor, float], Tensor]  # (ρ(y) [P], ρ(ỹ) [P], β) -> the loss of each pair [P]
+
+
 class PairLossSpec(NamedTuple):
     """The loss on pairs of sequences, see :func:`irlfast.ops.pair_loss`."""
 
     pairs: Tensor  # [P, 2] int64: expert, synthetic
     beta: float
-    loss_type: str  # a key of irlfast.ops.pair_loss.losses.PAIR_LOSSES
-    nll_weight: float
-    num_pairs: float | None  # the pair losses are divided by it; None: by P
-    num_tokens: float | None  # nll_loss is divided by it; None: by the number of the experts' scored tokens
+    loss_types: tuple[str | PairFunction, ...]  # keys of irlfast.ops.pair_loss.losses.PAIR_LOSSES, or functions
+    loss_weights: tuple[float, ...]  # one per loss type
+    pair_weights: Tensor | None = None  # [P]
+    nll_weight: float = 0.0
+    num_pairs: float | None = None  # the pair losses are divided by it; None: by P
+    num_tokens: float | None = None  # nll_loss is divided by it; None: by the number of the experts' scored tokens
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    reward_shift: float = 0.0
+    f_divergence_type: str = "reverse_kl"  # a key of irlfast.ops.pair_loss.divergences.F_DIVERGENCES
+    f_alpha_divergence_coef: float = 0.5
+
+    def is_named(self) -> bool:
+        """Return whether every loss type is a name, not a function."""
+        return all(isinstance(loss_type, str) for loss_type in self.loss_types)
 
 
 class LogRatio(NamedTuple):
     """Result of :func:`irlfast.ops.log_ratio`; fp32, or fp64 where ``hidden`` is."""
 
-    log_ratio: Tensor  # [S] ρ = Σ_t log π_θ(y_t) − log π_ref(y_t); policy_logps where there is no reference
-    policy_logps: Tensor  # [S]
+    log_ratio: Tensor  # [S] ρ = Σ_t w_t (log π_θ(y_t) − log π_ref(y_t)); policy_logps where there is no reference
+    policy_logps: Tensor  # [S] Σ_t w_t log π_θ(y_t), with w_t = 1 unless there are token_weights
     ref_logps: Tensor  # [S] zeros where there is no reference
     token_logps: Tensor  # [N] log π_θ(y_t), 0 where the target is skipped
 
@@ -83,3 +100,4 @@ class PairLoss(NamedTuple):
     policy_logps: Tensor  # [S]
     ref_logps: Tensor  # [S]
     nll_loss: Tensor  # [] −Σ log π_θ(y_t) of the experts / num_tokens
+    pair_losses: Tensor  # [P] before pair_weights

@@ -23,9 +23,30 @@ from irlfast.ops.common.checks import (
 )
 from irlfast.ops.common.precision import dtype_of_products
 from irlfast.ops.common.sequences import sequence_ids
-from irlfast.ops.common.types import HeadInputs, PairLossSpec, ScoredTokens
+from irlfast.ops.common.types import IGNORE, HeadInputs, PairLossSpec, ScoredTokens
+from irlfast.ops.pair_loss.divergences import F_DIVERGENCES
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.ops.pair_loss.sharded import vocabulary_of
+
+SORTED = ("aot", "aot_unpaired")  # TRL's losses that sort log-ratios of the whole batch
+BOUNDS = {
+    "label_smoothing": (0.0, 0.49, "a number from 0 to 0.49"),
+    "discopop_tau": (1e-6, math.inf, "a number >= 1e-6"),
+    "simpo_gamma": (-80.0, 80.0, "a number from -80 to 80"),
+    "reward_shift": (-80.0, 80.0, "a number from -80 to 80"),
+}
+
+# What is expected, as text that torch.compile need not put together
+LOSSES = f"{alternatives(PAIR_LOSSES)}, or a function"
+DIVERGENCES = alternatives(F_DIVERGENCES)
+REVERSE_KL = "'reverse_kl' where loss_type is not " + alternatives(
+    name for name, kind in PAIR_LOSSES.items() if kind.of_margin
+)
+DEFAULT = {
+    option: "the default where loss_type is not "
+    + alternatives(name for name, kind in PAIR_LOSSES.items() if option in kind.options)
+    for option in BOUNDS
+}
 
 
 def check_policy(policy: HeadInputs) -> HeadInputs:
@@ -120,13 +141,70 @@ def check_ref_logps(ref_logps: Tensor | None, has_ref_hidden: bool, scored: Scor
     return scored._replace(ref_logps=ref_logps.detach())
 
 
-def check_spec(spec: PairLossSpec) -> PairLossSpec:
+def check_token_weights(token_weights: Tensor | None, scored: ScoredTokens) -> ScoredTokens:
+    """The scored tokens with factors of their log-ratios, detached, and 0 where skipped."""
+    if token_weights is None:
+        return scored
+    targets = scored.targets
+    check_tensor(token_weights, "token_weights", "[N]", FLOATS, targets.device)
+    fits = token_weights.shape == targets.shape
+    require(fits, "token_weights", token_weights, "[{}], as targets", targets.shape[0])
+    weights = token_weights.detach().to(scored.dtype)
+    return scored._replace(token_weights=torch.where(targets == IGNORE, 0, weights))
+
+
+# ---------------------------------------------------------------- the loss on pairs
+
+
+def check_spec(spec: PairLossSpec, scored: ScoredTokens, has_reference: bool) -> PairLossSpec:
+    """The loss on pairs, with the weights of the pairs detached and in the dtype of the statistics."""
     check_positive(spec.beta, "beta")
-    require(spec.loss_type in PAIR_LOSSES, "loss_type", spec.loss_type, alternatives(PAIR_LOSSES))
+    check_loss_types(spec, has_reference)
+    check_options(spec)
     fits = isinstance(spec.nll_weight, Real) and 0 <= spec.nll_weight < math.inf
     require(fits, "nll_weight", spec.nll_weight, "a number >= 0")
     counts: dict[str, Any] = {"num_pairs": spec.num_pairs, "num_tokens": spec.num_tokens}
     for name, value in counts.items():
         if value is not None:
             check_positive(value, name, "None or a number > 0")
-    return spec
+    if spec.pair_weights is None:
+        return spec
+    check_tensor(spec.pair_weights, "pair_weights", "[P]", FLOATS, scored.targets.device)
+    fits = spec.pair_weights.shape[0] == spec.pairs.shape[0]
+    require(fits, "pair_weights", spec.pair_weights, "[{}], one per pair", spec.pairs.shape[0])
+    return spec._replace(pair_weights=spec.pair_weights.detach().to(scored.dtype))
+
+
+def check_loss_types(spec: PairLossSpec, has_reference: bool) -> None:
+    require(len(spec.loss_types) > 0, "loss_type", "none", "at least one")
+    for loss_type in spec.loss_types:
+        if isinstance(loss_type, str):
+            require(loss_type not in SORTED, "loss_type", loss_type, "a loss per pair; this one sorts all log_ratios")
+            require(loss_type in PAIR_LOSSES, "loss_type", loss_type, LOSSES)
+            unused = has_reference and PAIR_LOSSES[loss_type].without_reference
+            require(not unused, "loss_type", loss_type, "no reference, by this loss")
+        else:
+            require(callable(loss_type), "loss_type", loss_type, "the name of a loss, or a function")
+    fits = len(spec.loss_weights) == len(spec.loss_types)
+    require(fits, "loss_weights", f"{len(spec.loss_weights)} numbers", f"{len(spec.loss_types)}, one per loss type")
+    for weight in spec.loss_weights:
+        require(isinstance(weight, Real) and -math.inf < weight < math.inf, "loss_weights", weight, "numbers")
+
+
+def check_options(spec: PairLossSpec) -> None:
+    kinds = [PAIR_LOSSES[loss_type] for loss_type in spec.loss_types if isinstance(loss_type, str)]
+    for option, (low, high, expected) in BOUNDS.items():
+        value: Any = getattr(spec, option)
+        number = isinstance(value, Real)
+        require(number and low <= value <= high, option, value, expected)
+        used = any(option in kind.options for kind in kinds) or value == PairLossSpec._field_defaults[option]
+        require(used, option, value, DEFAULT[option])
+    if "exo_pair" in spec.loss_types:
+        check_positive(spec.label_smoothing, "label_smoothing", "a number > 0 where loss_type is 'exo_pair'")
+    require(spec.f_divergence_type in F_DIVERGENCES, "f_divergence_type", spec.f_divergence_type, DIVERGENCES)
+    alpha: Any = spec.f_alpha_divergence_coef
+    number = isinstance(alpha, Real)
+    require(number and -80 <= alpha <= 80, "f_alpha_divergence_coef", alpha, "a number from -80 to 80")
+    margins = len(kinds) == len(spec.loss_types) and all(kind.of_margin for kind in kinds)
+    applies = margins or spec.f_divergence_type == "reverse_kl"
+    require(applies, "f_divergence_type", spec.f_divergence_type, REVERSE_KL)

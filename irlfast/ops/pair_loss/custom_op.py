@@ -42,8 +42,9 @@ def pair_loss(
     if not any(head) and not (hidden and scored.skip_mass):
         return objective(*token_logps(policy, reference, scored, backend), scored, spec)
     arguments = *policy, *(reference or NO_REFERENCE), *scored, *spec, backend, needs_gradient(policy)
+    slabs = pair_slabs if spec.is_named() else compute_slabs  # a function neither passes a schema nor is traced
     with torch.no_grad():
-        logps, ref_logps, *sums = pair_slabs(*arguments)
+        logps, ref_logps, *sums = slabs(*arguments)
         result = objective(logps, scored.ref_logps if reference is None else ref_logps, scored, spec)
     loss = PrecomputedGradient.apply(result.loss, *policy, *sums)  # type: ignore[no-untyped-call]
     return result._replace(loss=loss)
@@ -159,7 +160,8 @@ def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(ref_logps, kept)
     ctx.height, ctx.dtype = policy.hidden.shape[0], policy.hidden.dtype
     ctx.num_others = len(inputs) - len(policy)
-    ctx.scored = scored._replace(targets=None, rows=None, sequence_ids=None, ref_logps=None)  # without tensors
+    # without tensors
+    ctx.scored = scored._replace(targets=None, rows=None, sequence_ids=None, ref_logps=None, token_weights=None)
     needed = NO_REFERENCE if ctx.keep_slopes else policy
     ctx.save_for_backward(kept, scored.targets, scored.rows, scored.sequence_ids, *needed)
 
@@ -185,19 +187,22 @@ forward.register_autograd(differentiate, setup_context=save_forward)
 # ---------------------------------------------------------------- the pair slab
 
 
-@torch.library.custom_op(
-    "irlfast::pair_slabs",
-    mutates_args=(),
-    schema=f"({POLICY}, {REFERENCE}, {SCORED}, {SPEC}, str backend, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=WAITS,
-)
-def pair_slabs(*arguments: Any) -> tuple[Tensor, ...]:
+def compute_slabs(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :func:`irlfast.ops.pair_loss.slab.pair_loss`, and the loss's gradients."""
     policy, reference, scored, spec, backend, wanted = unpack(arguments, PairLossSpec)
     with kernels_of(backend, policy, scored) as kernels:
         models = cast(policy, scored), cast(reference, scored)
         return filled(policy, *finite(kernels, lambda by: slab.pair_loss(by, *models, scored, spec, wanted)))
+
+
+pair_slabs = torch.library.custom_op(
+    "irlfast::pair_slabs",
+    compute_slabs,
+    mutates_args=(),
+    schema=f"({POLICY}, {REFERENCE}, {SCORED}, {SPEC}, str backend, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=WAITS,
+)
 
 
 @pair_slabs.register_fake

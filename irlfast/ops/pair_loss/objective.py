@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from irlfast.ops.common.checks import require
 from irlfast.ops.common.sequences import log_ratios
-from irlfast.ops.common.types import IGNORE, LogRatio, PairLoss, PairLossSpec, ScoredTokens
+from irlfast.ops.common.types import IGNORE, LogRatio, PairFunction, PairLoss, PairLossSpec, ScoredTokens
+from irlfast.ops.pair_loss.divergences import F_DIVERGENCES
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES, PairTerms
 
 
@@ -16,48 +18,95 @@ def objective(
 ) -> PairLoss:
     """Σ over pairs / ``num_pairs`` + ``nll_weight`` · ``nll_loss``, and the statistics; all may carry gradients."""
     statistics = statistics_of(token_logps, ref_logps, scored)
-    loss = pair_terms(statistics, spec).loss.sum() / divisor(spec)
+    pair_losses = mixture(statistics.log_ratio, scored, spec).loss
+    loss = weighted(pair_losses, spec).sum() / divisor(spec)
     # where, not a product: the log-probability of a synthetic answer may be NaN
-    expert_logps = torch.where(is_expert(scored, spec), statistics.policy_logps, 0)
-    nll = -expert_logps.sum() / expert_tokens(scored, spec)
+    expert_logps = torch.where(of_expert(scored, spec), token_logps, 0).double().sum()
+    nll = (-expert_logps / expert_tokens(scored, spec)).to(loss.dtype)
     if spec.nll_weight:
         loss = loss + spec.nll_weight * nll
-    return PairLoss(loss, statistics.log_ratio, statistics.policy_logps, statistics.ref_logps, nll)
+    return PairLoss(loss, *statistics[:3], nll, pair_losses)
 
 
 def derivatives(token_logps: Tensor, ref_logps: Tensor | None, scored: ScoredTokens, spec: PairLossSpec) -> Tensor:
     """∂ objective / ∂ token_logps ``[N]``. A sequence's needs the log-probabilities of the pairs that it is in only."""
-    terms = pair_terms(statistics_of(token_logps, ref_logps, scored), spec)
-    slopes = torch.stack([terms.by_expert, terms.by_synthetic], 1).flatten() * (spec.beta / divisor(spec))
-    by_sequence = slopes.new_zeros(scored.num_sequences).index_add(0, spec.pairs.flatten(), slopes)
+    terms = mixture(statistics_of(token_logps, ref_logps, scored).log_ratio, scored, spec)
+    slopes = [weighted(slope, spec) / divisor(spec) for slope in (terms.by_expert, terms.by_synthetic)]
+    by_sequence = token_logps.new_zeros(scored.num_sequences)
+    by_sequence.index_add_(0, spec.pairs.flatten(), torch.stack(slopes, 1).flatten())
+    by_token = by_sequence[scored.sequence_ids]
+    if scored.token_weights is not None:
+        by_token *= scored.token_weights
     if spec.nll_weight:
         per_token = spec.nll_weight / expert_tokens(scored, spec)
-        by_sequence -= is_expert(scored, spec).to(slopes.dtype) * per_token
-    return by_sequence[scored.sequence_ids]
+        by_token -= of_expert(scored, spec).to(by_token.dtype) * per_token
+    return by_token
 
 
 def statistics_of(token_logps: Tensor, ref_logps: Tensor | None, scored: ScoredTokens) -> LogRatio:
-    return log_ratios(token_logps, ref_logps, scored.targets, scored.sequence_ids, scored.num_sequences)
+    targets, ids, weights = scored.targets, scored.sequence_ids, scored.token_weights
+    return log_ratios(token_logps, ref_logps, targets, ids, scored.num_sequences, weights)
 
 
-def pair_terms(statistics: LogRatio, spec: PairLossSpec) -> PairTerms:
-    expert, synthetic = statistics.log_ratio[spec.pairs].unbind(1)
-    return PAIR_LOSSES[spec.loss_type].terms(expert, synthetic, spec.beta)
+# ---------------------------------------------------------------- pairs
+
+
+def mixture(log_ratio: Tensor, scored: ScoredTokens, spec: PairLossSpec) -> PairTerms:
+    """The weighted sum of the loss types for each pair, and its derivatives by ρ(y) and ρ(ỹ)."""
+    rewards, by_ratio = F_DIVERGENCES[spec.f_divergence_type](log_ratio[spec.pairs], spec.f_alpha_divergence_coef)
+    loss, slopes = rewards.new_zeros(rewards.shape[0]), torch.zeros_like(rewards)
+    for loss_type, weight in zip(spec.loss_types, spec.loss_weights, strict=True):
+        share: Tensor | float = 1.0
+        if isinstance(loss_type, str):
+            kind = PAIR_LOSSES[loss_type]
+            if kind.per_token:
+                share = 1 / lengths(scored)[spec.pairs]
+            options = (getattr(spec, option) for option in kind.options)
+            terms = kind.terms(*(rewards * share).unbind(1), spec.beta, *options)
+        else:
+            terms = differentiated(loss_type, rewards[:, 0], rewards[:, 1], spec.beta)
+        loss = loss + weight * terms.loss
+        slopes = slopes + weight * share * torch.stack([terms.by_expert, terms.by_synthetic], 1)
+    return PairTerms(loss, *(slopes * by_ratio).unbind(1))
+
+
+def differentiated(function: PairFunction, expert: Tensor, synthetic: Tensor, beta: float) -> PairTerms:
+    """The terms of a function that treats every pair by itself, with derivatives by autograd."""
+    with torch.enable_grad():
+        leaves = expert.detach().requires_grad_(), synthetic.detach().requires_grad_()
+        total = function(*leaves, beta).sum()
+        slopes = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    loss = function(expert, synthetic, beta)
+    require(loss.shape == expert.shape, "loss_type(expert, synthetic, beta)", loss, "[{}], as both", *expert.shape)
+    return PairTerms(loss, *slopes)
+
+
+def weighted(values: Tensor, spec: PairLossSpec) -> Tensor:
+    """Values per pair times the pairs' weights."""
+    return values if spec.pair_weights is None else values * spec.pair_weights
 
 
 def divisor(spec: PairLossSpec) -> float:
     return spec.num_pairs or max(spec.pairs.shape[0], 1)
 
 
-def is_expert(scored: ScoredTokens, spec: PairLossSpec) -> Tensor:
-    """``[S]`` bool: whether a sequence is the expert of a pair."""
+# ---------------------------------------------------------------- tokens
+
+
+def lengths(scored: ScoredTokens) -> Tensor:
+    """The number ``[S]`` of scored tokens of each sequence, at least 1."""
+    counts = torch.zeros(scored.num_sequences, dtype=scored.dtype, device=scored.targets.device)
+    return counts.index_add(0, scored.sequence_ids, (scored.targets != IGNORE).to(scored.dtype)).clamp(min=1)
+
+
+def of_expert(scored: ScoredTokens, spec: PairLossSpec) -> Tensor:
+    """``[N]`` bool: whether a token belongs to the expert of a pair."""
     none = torch.zeros(scored.num_sequences, dtype=torch.bool, device=scored.targets.device)
-    return none.index_fill(0, spec.pairs[:, 0], True)
+    return none.index_fill(0, spec.pairs[:, 0], True)[scored.sequence_ids]
 
 
 def expert_tokens(scored: ScoredTokens, spec: PairLossSpec) -> Tensor | float:
     """The number that ``nll_loss`` is divided by."""
     if spec.num_tokens is not None:
         return spec.num_tokens
-    scored_of_experts = is_expert(scored, spec)[scored.sequence_ids] & (scored.targets != IGNORE)
-    return scored_of_experts.sum().clamp(min=1).to(scored.dtype)
+    return (of_expert(scored, spec) & (scored.targets != IGNORE)).sum().clamp(min=1).to(scored.dtype)

@@ -19,6 +19,10 @@ Arguments that both operations take:
   ``ref_bias`` ``[V]``, with the policy's rows, scale and soft-cap; or ``ref_logps``, log-probabilities per token
   ``[N]`` (as ``token_logps`` of :func:`log_ratio`; exact) or per sequence ``[S]`` (loses ~1e-3 nats at 1,024 tokens).
   A size that is both N and S is read as per token.
+- ``token_weights`` ``[N]`` in any floating dtype, without gradient: factors w_t of the tokens' log-ratios. Then
+  ρ = Σ_t w_t (log π_θ(y_t) − log π_ref(y_t)), and log-probabilities of sequences are such sums too; those of
+  ``ref_logps`` ``[S]`` are taken as they are. Tokens beyond the shorter answer with the weight ``ld_alpha`` are LD-DPO
+  (arXiv 2409.06411); 1 / the number of the answer's tokens gives means.
 - ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"``, ``"triton"`` and ``"cuda"``
   never do. ``"cuda"`` is the pair slab with our own CUDA C++ between its products, where installation built it.
   ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for others (``"plain"`` in fp64, or without Triton).
@@ -34,13 +38,15 @@ Each gradient has the dtype of its own tensor. It is summed in fp32 and rounded 
 of an fp32 weight was never in bf16.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from irlfast.ops.common.checks import check_pairs, choose_backend, require
 from irlfast.ops.common.dtensors import head_tensors
 from irlfast.ops.common.sequences import default_pairs
-from irlfast.ops.common.types import HeadInputs, LogRatio, PairLoss, PairLossSpec
+from irlfast.ops.common.types import HeadInputs, LogRatio, PairFunction, PairLoss, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss import checks, custom_op, plain
 from irlfast.ops.pair_loss.objective import statistics_of
 
@@ -55,6 +61,7 @@ def log_ratio(
     ref_hidden: Tensor | None = None,  # [R, H']
     ref_weight: Tensor | None = None,  # [V, H']
     ref_logps: Tensor | None = None,  # [N] or [S]
+    token_weights: Tensor | None = None,  # [N]
     bias: Tensor | None = None,  # [V]
     ref_bias: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
@@ -83,6 +90,7 @@ def log_ratio(
     reference = checks.check_reference(ref_hidden, ref_weight, ref_bias, policy)
     scored = checks.check_scored(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, group)
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
+    scored = checks.check_token_weights(token_weights, scored)
     backend = choose_backend(backend, hidden, "hidden", dtype=scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
     with torch.autocast(hidden.device.type, enabled=False):
@@ -101,7 +109,16 @@ def pair_loss(
     *,
     pairs: Tensor | None = None,  # [P, 2]
     beta: float,
-    loss_type: str = "sigmoid",
+    loss_type: str | PairFunction | Sequence[str | PairFunction] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    pair_weights: Tensor | None = None,  # [P]
+    token_weights: Tensor | None = None,  # [N]
+    label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
+    simpo_gamma: float = 0.5,
+    reward_shift: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
     nll_weight: float = 0.0,
     num_pairs: float | None = None,
     num_tokens: float | None = None,
@@ -118,18 +135,30 @@ def pair_loss(
     skip_mass: float = 0.0,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> PairLoss:
-    """Loss on pairs (expert y, synthetic ỹ) with u = β · (ρ(y) − ρ(ỹ)): ``sigmoid`` −log σ(u), ``hinge`` max(0, 1 − u),
-    ``linear`` −u (SPIN, arXiv 2401.01335, eq. 4.7; IRFT, arXiv 2405.17888, whose own gradient is that of ``linear``).
-    :data:`irlfast.ops.pair_loss.losses.PAIR_LOSSES` has every ``loss_type``.
+    """Loss on pairs (expert y, synthetic ỹ) of their log-ratios. It is −log σ(u), u = β·(ρ(y) − ρ(ỹ)), by default.
 
-    ``loss`` = Σ over pairs / ``num_pairs`` + ``nll_weight`` · ``nll_loss``; ``nll_loss`` = −Σ log π_θ(y_t) over the
-    experts' tokens / ``num_tokens``, where an expert of several pairs counts once. The defaults are the pairs and the
-    experts' scored tokens of this call; a trainer passes the numbers of its whole batch instead. Without pairs, the
-    loss is 0.
+    ``loss`` = Σ over pairs of ``pair_weights`` · ``pair_losses`` / ``num_pairs`` + ``nll_weight`` · ``nll_loss``.
+    ``nll_loss`` = −Σ log π_θ(y_t) over the experts' tokens / ``num_tokens``, where an expert of several pairs counts
+    once. The defaults are the pairs and the experts' scored tokens of this call; a trainer passes the numbers of its
+    whole batch instead. Without pairs, the loss is 0.
 
-    ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic). A sequence may be in several pairs or in none.
-    Default: sequences 2i and 2i + 1. See the module for the other arguments. Passes over ``weight``: three, or two with
-    a frozen head. A group of connected sequences that exceeds ``buffer_mb`` is computed twice (four passes).
+    - ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic). A sequence may be in several pairs or in none.
+      Default: sequences 2i and 2i + 1.
+    - ``loss_type``: a key of :data:`irlfast.ops.pair_loss.losses.PAIR_LOSSES`, which has formulas and sources. Or a
+      function of ρ(y) ``[P]``, ρ(ỹ) ``[P]`` and β that returns the loss of each pair ``[P]``. Autograd differentiates
+      the function. It must treat each pair by itself: it is called once per slab, while the other pairs' log-ratios
+      are not yet known. Compiled code calls it between two graphs. Or a sequence of these: the mixture that
+      ``loss_weights`` weighs (default: 1 each). TRL's ``aot`` and ``aot_unpaired`` sort the log-ratios of a batch: they
+      are losses of :func:`log_ratio`.
+    - ``label_smoothing``, ``discopop_tau``, ``simpo_gamma``, ``reward_shift``: options of some of these losses.
+    - ``f_divergence_type`` (arXiv 2309.16240): the reward that takes the place of ρ, for losses of the margin:
+      ``reverse_kl`` ρ, ``forward_kl`` 1 − exp(−ρ), ``js_divergence`` log 2 + log σ(ρ), ``alpha_divergence``
+      (exp((α − 1)·ρ) − 1) / (α − 1) with ``f_alpha_divergence_coef`` α.
+    - ``pair_weights`` ``[P]`` in any floating dtype, without gradient. T-SPIN (arXiv 2601.08198) is ``sigmoid`` without
+      reference on the pairs (expert, synthetic) and (synthetic, first synthetic), with a weight of each kind.
+
+    See the module for the other arguments. Passes over ``weight``: three, or two with a frozen head. A group of
+    connected sequences that exceeds ``buffer_mb`` is computed twice (four passes).
 
     ``skip_mass``, with ``"triton"`` and bf16 operands: leave tiles of the slab that weigh little out of the gradient,
     as CCE does (arXiv 2411.09009). A tile has 64 tokens and 128 rows of ``weight``. It is left out where
@@ -140,7 +169,8 @@ def pair_loss(
 
     Returns:
         PairLoss: ``loss`` ``[]``, differentiable in ``hidden``, ``weight``, ``bias``; and, without gradient,
-        ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]`` and ``nll_loss`` ``[]``; in fp32 (fp64).
+        ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]``, ``nll_loss`` ``[]`` and ``pair_losses`` ``[P]``; in fp32
+        (fp64).
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names the argument.
@@ -154,14 +184,31 @@ def pair_loss(
         policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, group, skip_mass
     )
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
+    scored = checks.check_token_weights(token_weights, scored)
     check_pairs(pairs, cu_seqlens)
+    loss_types = (loss_type,) if isinstance(loss_type, str) or callable(loss_type) else tuple(loss_type)
+    weights = (1.0,) * len(loss_types) if loss_weights is None else tuple(loss_weights)
     pairs = default_pairs(scored.num_sequences, hidden.device) if pairs is None else pairs.long()
-    spec = checks.check_spec(PairLossSpec(pairs, beta, loss_type, nll_weight, num_pairs, num_tokens))
+    options = label_smoothing, discopop_tau, simpo_gamma, reward_shift, f_divergence_type, f_alpha_divergence_coef
+    spec = PairLossSpec(pairs, beta, loss_types, weights, pair_weights, nll_weight, num_pairs, num_tokens, *options)
+    spec = checks.check_spec(spec, scored, has_reference=ref_hidden is not None or ref_logps is not None)
     backend = choose_backend(backend, hidden, "hidden", dtype=scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
+    compute = compute_pair_loss if spec.is_named() else compute_untraced
     with torch.autocast(hidden.device.type, enabled=False):
-        if backend == "plain":
-            result = plain.pair_loss(policy, reference, scored, spec)
-        else:
-            result = custom_op.pair_loss(policy, reference, scored, spec, backend)
+        result = compute(policy, reference, scored, spec, backend)
     return PairLoss(result.loss, *(statistic.detach() for statistic in result[1:]))
+
+
+def compute_pair_loss(
+    policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens, spec: PairLossSpec, backend: str
+) -> PairLoss:
+    if backend == "plain":
+        return plain.pair_loss(policy, reference, scored, spec)
+    return custom_op.pair_loss(policy, reference, scored, spec, backend)
+
+
+compute_untraced = torch.compiler.disable(
+    compute_pair_loss,
+    reason="loss_type of pair_loss is a function: it is called between two graphs. Only a named loss can be in a graph",
+)

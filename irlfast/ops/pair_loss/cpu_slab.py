@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from irlfast import native
+from irlfast.ops.common.precision import fp32_precision
 from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.pair_loss import slab
 
@@ -100,7 +101,7 @@ def multiplied_as_bf16(product: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(product)
     def narrow(*args: P.args, **kwargs: P.kwargs) -> T:
-        with slab.fp32_precision("mkldnn", "bf16"):
+        with fp32_precision("mkldnn", "bf16"):
             return product(*args, **kwargs)
 
     return narrow

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from irlfast.ops.common.precision import fp32_precision
 from irlfast.ops.common.records import rebuild, schema_of
 from irlfast.ops.common.types import HeadInputs, PairLoss, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss import cpu_slab, cuda_slab, sharded, slab, triton_slab
@@ -73,10 +74,10 @@ def kernels_of(backend: str, policy: HeadInputs, scored: ScoredTokens) -> Iterat
 
 @contextmanager
 def whole_kernels(backend: str, policy: HeadInputs, operands: torch.dtype) -> Iterator[slab.SlabKernels]:
-    """The kernels of a backend, on the policy's device; fp32 products are not computed in TF32."""
+    """The kernels of a backend, on the policy's device. fp32 operands are multiplied as such."""
     hidden = policy.hidden
-    fp32 = hidden.is_cuda and operands == torch.float32
-    products = slab.fp32_precision("cuda", "ieee") if fp32 else nullcontext()
+    narrow = operands == torch.bfloat16  # a CPU multiplies these as fp32, see cpu_slab
+    products = nullcontext() if narrow else fp32_precision("cuda" if hidden.is_cuda else "mkldnn", "ieee")
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
         on_gpu = {"triton": triton_slab.KERNELS, "cuda": cuda_slab.KERNELS}
         yield on_gpu[backend] if backend in on_gpu else cpu_slab.kernels(operands)

@@ -13,8 +13,7 @@ The products and the softmax differ between machines: see :class:`SlabKernels`.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,18 +47,6 @@ class SlabKernels(NamedTuple):
     slab_dtype: torch.dtype | None = None  # None: that of the logits
     # Kernels for calls in which ``exponentials`` overflow; a log-probability is then −inf.
     otherwise: "SlabKernels | None" = None
-
-
-@contextmanager
-def fp32_precision(backend: str, precision: str) -> Iterator[None]:
-    """Set the precision in which a backend of torch multiplies fp32 operands, and restore the user's afterwards."""
-    setting: Any = getattr(torch.backends, backend).matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = precision
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 class Gradients(NamedTuple):

@@ -26,7 +26,6 @@ from irlfast.ops.common.sequences import sequence_ids
 from irlfast.ops.common.types import IGNORE, HeadInputs, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss.divergences import F_DIVERGENCES
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
-from irlfast.ops.pair_loss.sharded import vocabulary_of
 
 SORTED = ("aot", "aot_unpaired")  # TRL's losses that sort log-ratios of the whole batch
 BOUNDS = {
@@ -111,6 +110,8 @@ def check_scored(
     check_cu_seqlens(cu_seqlens, tokens, "the number of targets")
     first, widest, vocabulary = 0, 0, policy.weight.shape[0]
     if group is not None:
+        from irlfast.ops.pair_loss.sharded import vocabulary_of  # imports torch._dynamo, and so Triton
+
         require(skip_mass == 0, "skip_mass", skip_mass, "0 where group is given")
         first, widest, vocabulary = vocabulary_of(group, policy.weight, targets)
     check_targets(targets, vocabulary)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from irlfast.ops.common.precision import fp32_precision
 from irlfast.ops.common.records import rebuild, schema_of
 from irlfast.ops.common.types import HeadInputs, PairLoss, PairLossSpec, ScoredTokens
-from irlfast.ops.pair_loss import cpu_slab, cuda_slab, sharded, slab, triton_slab
+from irlfast.ops.pair_loss import cpu_slab, cuda_slab, slab, triton_slab
 from irlfast.ops.pair_loss.objective import objective
 
 POLICY = schema_of(HeadInputs)
@@ -67,6 +67,8 @@ def kernels_of(backend: str, policy: HeadInputs, scored: ScoredTokens) -> Iterat
     """The kernels of a backend, for a whole or a split vocabulary."""
     with whole_kernels(backend, policy, scored.operands) as kernels:
         if scored.group is not None:
+            from irlfast.ops.pair_loss import sharded
+
             yield sharded.kernels_for(kernels, scored)
         else:
             yield triton_slab.EPILOGUE if backend == "triton" and triton_slab.takes_epilogue(scored) else kernels

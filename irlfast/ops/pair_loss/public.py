@@ -39,6 +39,7 @@ of an fp32 weight was never in bf16.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,9 +195,9 @@ def pair_loss(
     spec = checks.check_spec(spec, scored, has_reference=ref_hidden is not None or ref_logps is not None)
     backend = choose_backend(backend, hidden, "hidden", dtype=scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
-    compute = compute_pair_loss if spec.is_named() else compute_untraced
+    arguments = policy, reference, scored, spec, backend
     with torch.autocast(hidden.device.type, enabled=False):
-        result = compute(policy, reference, scored, spec, backend)
+        result = compute_pair_loss(*arguments) if spec.is_named() else compute_untraced(*arguments)
     return PairLoss(result.loss, *(statistic.detach() for statistic in result[1:]))
 
 
@@ -208,7 +209,8 @@ def compute_pair_loss(
     return custom_op.pair_loss(policy, reference, scored, spec, backend)
 
 
-compute_untraced = torch.compiler.disable(
-    compute_pair_loss,
-    reason="loss_type of pair_loss is a function: it is called between two graphs. Only a named loss can be in a graph",
-)
+def compute_untraced(*arguments: Any) -> PairLoss:
+    from irlfast.ops.pair_loss.untraced import untraced
+
+    result: PairLoss = untraced(compute_pair_loss, *arguments)
+    return result

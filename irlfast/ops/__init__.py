@@ -6,9 +6,9 @@ backend.
 
 from irlfast.ops.common.heads import Head, lm_head
 from irlfast.ops.common.labels import FlatLabels, flatten_labels
-from irlfast.ops.common.types import LogRatio, PairLoss
+from irlfast.ops.common.types import LogRatio, PairLoss, TokenStatistics
 from irlfast.ops.divergence.public import token_divergence
-from irlfast.ops.logits.public import logits_log_ratio, token_logps
+from irlfast.ops.logits.public import logits_log_ratio, token_logps, token_statistics
 from irlfast.ops.pair_loss.public import log_ratio, pair_loss
 from irlfast.ops.rewards.public import DiscriminatorLoss, discriminator_loss, discriminator_reward, reward_head
 
@@ -18,6 +18,7 @@ __all__ = [
     "Head",
     "LogRatio",
     "PairLoss",
+    "TokenStatistics",
     "discriminator_loss",
     "discriminator_reward",
     "flatten_labels",
@@ -28,4 +29,5 @@ __all__ = [
     "reward_head",
     "token_divergence",
     "token_logps",
+    "token_statistics",
 ]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from irlfast import ops
-from tests.helpers import ops_cases, reward_cases
+from tests.helpers import divergence_cases, ops_cases, reward_cases
 from tests.helpers.ops_cases import random_pairs
 
 LENGTHS = [5, 3, 0, 7, 1, 0, 4, 6]
@@ -138,15 +138,32 @@ def pair_outputs(backend: str, **arguments: Any) -> list[torch.Tensor]:
 
 
 def log_ratio_outputs(backend: str, **arguments: Any) -> list[torch.Tensor]:
-    return list(ops.log_ratio(**arguments, backend=backend))
+    return list(ops.log_ratio(**arguments, backend=backend)[:4])
+
+
+def statistics_from_hidden_outputs(backend: str, **arguments: Any) -> list[torch.Tensor]:
+    return list(ops.log_ratio(**arguments, token_statistics=True, backend=backend))
 
 
 def token_outputs(backend: str, **arguments: Any) -> list[torch.Tensor]:
     return [ops.token_logps(**arguments, backend=backend)]
 
 
+def statistics_outputs(backend: str, **arguments: Any) -> list[torch.Tensor]:
+    return list(ops.token_statistics(**arguments, backend=backend))
+
+
+def divergence_arguments(factors: dict[str, Any]) -> dict[str, Any]:
+    options = {name: factors[name] for name in ("kind", "dtype", "softcap", "frozen", "top_k", "rows_in_buffer")}
+    return divergence_cases.make(**options, vocabulary=VOCABULARY, rows=factors["chosen"], bias=True, scale=0.7)
+
+
+def divergence_outputs(backend: str, **arguments: Any) -> list[torch.Tensor]:
+    return [ops.token_divergence(**arguments, backend=backend)]
+
+
 def logits_ratio_outputs(backend: str, **arguments: Any) -> list[torch.Tensor]:
-    return list(ops.logits_log_ratio(**arguments, backend=backend))
+    return list(ops.logits_log_ratio(**arguments, backend=backend)[:4])
 
 
 def head_outputs(backend: str, **arguments: Any) -> list[torch.Tensor]:
@@ -191,6 +208,16 @@ OPERATIONS = {
         LOGITS
         | {"reference": ["none", "logits", "token", "sequence"], "cu_seqlens": COPIES}
         | dict.fromkeys(("ref_logits", "ref_logps"), LAYOUTS),
+    ),
+    "log_ratio with token_statistics": Operation(linear_arguments, statistics_from_hidden_outputs, LINEAR),
+    "token_statistics": Operation(token_arguments, statistics_outputs, LOGITS),
+    "token_divergence": Operation(
+        divergence_arguments,
+        divergence_outputs,
+        {name: divergence_cases.FACTORS[name] for name in ("kind", "softcap", "frozen", "top_k", "rows_in_buffer")}
+        | {name: LINEAR[name] for name in ("dtype", "hidden", "weight", "bias", "rows", "upstream")}
+        | {"chosen": ["both", "reference", "none"], "ref_rows": LAYOUTS}
+        | dict.fromkeys(("ref_hidden", "ref_weight", "ref_bias"), COPIES),  # equal logits have no top k
     ),
     "reward_head": Operation(head_arguments, head_outputs, HEADS),
     "discriminator_loss": Operation(

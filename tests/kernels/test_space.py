@@ -7,6 +7,10 @@ from tests.helpers.space import OPERATIONS, SETTINGS, check_call
 from tests.helpers.tiers import covering_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WITHOUT_CUDA = (
+    *("reward_head", "discriminator_loss", "token_divergence"),
+    *("token_statistics", "log_ratio with token_statistics"),
+)
 CALLS = [
     pytest.param(name, *case.values, marks=case.marks, id=f"{name}, {case.id}")
     for name, operation in OPERATIONS.items()
@@ -16,6 +20,6 @@ CALLS = [
 
 @pytest.mark.parametrize(("name", "factors"), CALLS)
 def test_layouts_in_memory_and_settings_of_the_process_change_no_result(backend, name, factors):
-    if backend == "cuda" and name in ("reward_head", "discriminator_loss"):
-        pytest.skip("reward heads have no kernels in CUDA C++")
+    if backend == "cuda" and name in WITHOUT_CUDA:
+        pytest.skip("it has no kernels in CUDA C++")
     check_call(name, factors, backend, DEVICE)

@@ -79,7 +79,7 @@ def test_without_reference_the_ratio_is_the_log_probability(backend):
 def test_statistics_are_fp32_and_gradients_have_the_tensors_dtype(backend, dtype):
     case = make([3, 2], dtype=dtype, bias=True, reference="token")
     result = ops.log_ratio(**case, backend=backend)
-    assert {x.dtype for x in result} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert {x.dtype for x in result[:4]} == {torch.float64 if dtype == torch.float64 else torch.float32}
     assert {x.dtype for x in gradients(result.log_ratio.sum(), case).values()} == {dtype}
 
 

@@ -21,6 +21,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "plain", "cpu", "triton", "cuda")
+STATISTICS_BACKENDS = ("auto", "plain", "cpu", "triton")  # those with entropy and log-sum-exp
 ON_GPU = ("triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on CPU tensors
 

@@ -83,6 +83,14 @@ class PairLossSpec(NamedTuple):
         return all(isinstance(loss_type, str) for loss_type in self.loss_types)
 
 
+class TokenStatistics(NamedTuple):
+    """Result of :func:`irlfast.ops.token_statistics`; ``[N]`` each, fp32 (fp64), 0 where the target is skipped."""
+
+    token_logps: Tensor  # log p(y)
+    entropy: Tensor  # −Σ_v p_v log p_v, in nats
+    lse: Tensor  # log Σ_v exp z_v
+
+
 class LogRatio(NamedTuple):
     """Result of :func:`irlfast.ops.log_ratio`; fp32, or fp64 where ``hidden`` is."""
 
@@ -90,6 +98,8 @@ class LogRatio(NamedTuple):
     policy_logps: Tensor  # [S] Σ_t w_t log π_θ(y_t), with w_t = 1 unless there are token_weights
     ref_logps: Tensor  # [S] zeros where there is no reference
     token_logps: Tensor  # [N] log π_θ(y_t), 0 where the target is skipped
+    token_entropy: Tensor | None = None  # [N] of the policy, 0 where skipped; with token_statistics
+    token_lse: Tensor | None = None  # [N] log-sum-exp of the policy's logits, likewise
 
 
 class PairLoss(NamedTuple):

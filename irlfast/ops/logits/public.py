@@ -24,10 +24,10 @@ The gradient has the dtype of ``logits``. It is zero where the target is skipped
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.checks import ON_GPU
+from irlfast.ops.common.checks import ON_GPU, STATISTICS_BACKENDS, alternatives, require
 from irlfast.ops.common.sequences import log_ratios, sequence_ids
-from irlfast.ops.common.types import LogRatio
-from irlfast.ops.logits import custom_op, plain
+from irlfast.ops.common.types import LogRatio, TokenStatistics
+from irlfast.ops.logits import custom_op, plain, statistics_op
 from irlfast.ops.logits.checks import check_logits, check_reference, check_sequences, is_adjacent
 
 
@@ -53,6 +53,39 @@ def token_logps(
     """
     backend = check_logits(logits, targets, logit_scale, logit_softcap, inplace_backward, backend)
     return score(logits, targets, None, logit_scale, logit_softcap, inplace_backward, backend)[0]
+
+
+def token_statistics(
+    logits: Tensor,  # [N, V]
+    targets: Tensor,  # [N]
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> TokenStatistics:
+    """Log-probability of every target, and entropy and log-sum-exp of its row, in one pass over the logits.
+
+    The squared log-sum-exp is the z-loss (PaLM, arXiv 2204.02311, section 5). See the module for the arguments;
+    ``backend`` is not ``"cuda"``, and ``"cpu"`` is PyTorch.
+
+    Returns:
+        TokenStatistics: ``token_logps``, ``entropy`` and ``lse`` ``[N]`` fp32 (fp64 for fp64 logits), all
+        differentiable in ``logits``; 0 where the target is −100.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value. The message names the argument.
+        RuntimeError: the backend is not installed.
+    """
+    require(backend != "cuda", "backend", backend, alternatives(STATISTICS_BACKENDS))
+    backend = check_logits(logits, targets, logit_scale, logit_softcap, inplace_backward, backend)
+    if backend == "plain":
+        with torch.autocast(logits.device.type, enabled=False):
+            return TokenStatistics(*plain.token_statistics(logits, targets, logit_scale, logit_softcap))
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    return TokenStatistics(
+        *statistics_op.forward(adjacent(logits), targets, float(logit_scale), logit_softcap, inplace, backend)
+    )
 
 
 def logits_log_ratio(

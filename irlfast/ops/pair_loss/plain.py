@@ -5,6 +5,7 @@ from torch import Tensor
 
 from irlfast.ops.common.precision import operand
 from irlfast.ops.common.types import HeadInputs, PairLoss, PairLossSpec, ScoredTokens
+from irlfast.ops.logits import plain
 from irlfast.ops.pair_loss.objective import objective
 
 
@@ -26,13 +27,33 @@ def pair_loss(policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTo
     return objective(logps, ref_logps, scored, spec)
 
 
+def token_statistics(
+    policy: HeadInputs, reference: HeadInputs | None, scored: ScoredTokens
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Log-probabilities, entropies and log-sum-exps of the policy, differentiable, and the reference's first, ``[N]``.
+
+    Without ``reference``, the last result is the cached one, ``[N]`` or ``[S]``, if any.
+    """
+    tokens = scored.indices()
+    options = scored.targets[tokens], scored.logit_scale, scored.logit_softcap
+    values = plain.token_statistics(products(policy, scored, tokens), *options)
+    logps, entropies, lses = (scored.zeros().index_put((tokens,), value) for value in values)
+    if reference is None:
+        return logps, entropies, lses, scored.ref_logps
+    with torch.no_grad():
+        return logps, entropies, lses, score(reference, scored)
+
+
 def score(inputs: HeadInputs, scored: ScoredTokens) -> Tensor:
     tokens = scored.indices()
+    logits = products(inputs, scored, tokens)
+    logps = plain.token_logps(logits, scored.targets[tokens], scored.logit_scale, scored.logit_softcap)
+    return scored.zeros().index_put((tokens,), logps)
+
+
+def products(inputs: HeadInputs, scored: ScoredTokens, tokens: Tensor) -> Tensor:
+    """Logits ``[n, V]`` of these tokens, before scale and soft-cap."""
     # Cast before selecting: the gradients of a row that is used twice then add up in fp32.
     hidden, weight = operand(inputs.hidden, scored.operands), operand(inputs.weight, scored.operands)
     bias = None if inputs.bias is None else inputs.bias.to(scored.dtype)
-    logits = torch.nn.functional.linear(hidden[scored.rows_of(tokens)], weight, bias) * scored.logit_scale
-    if scored.logit_softcap is not None:
-        logits = scored.logit_softcap * torch.tanh(logits / scored.logit_softcap)
-    logps = logits.log_softmax(-1).gather(1, scored.targets[tokens, None]).squeeze(1)
-    return logps.new_zeros(scored.targets.shape).index_put((tokens,), logps)
+    return torch.nn.functional.linear(hidden[scored.rows_of(tokens)], weight, bias)

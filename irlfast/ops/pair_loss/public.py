@@ -44,11 +44,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.checks import check_pairs, choose_backend, require
+from irlfast.ops.common.checks import BACKENDS, STATISTICS_BACKENDS, check_pairs, choose_backend, require
 from irlfast.ops.common.dtensors import head_tensors
 from irlfast.ops.common.sequences import default_pairs
 from irlfast.ops.common.types import HeadInputs, LogRatio, PairFunction, PairLoss, PairLossSpec, ScoredTokens
-from irlfast.ops.pair_loss import checks, custom_op, plain
+from irlfast.ops.pair_loss import checks, custom_op, plain, statistics_op
 from irlfast.ops.pair_loss.objective import statistics_of
 
 
@@ -70,6 +70,7 @@ def log_ratio(
     backend: str = "auto",
     buffer_mb: float = 1024,
     group: "torch.distributed.ProcessGroup | None" = None,
+    token_statistics: bool = False,
 ) -> LogRatio:
     """Log-ratio ρ of every sequence. β·ρ is the implicit reward of IRFT (arXiv 2405.17888) and SPIN (arXiv 2401.01335).
 
@@ -77,6 +78,11 @@ def log_ratio(
     ``weight`` and ``bias``, for any loss that combines them. Passes over ``weight``: one without gradient; two where
     only ``hidden`` needs one (then ``[N, H]`` is kept for the backward); else four, because the backward recomputes.
     :func:`pair_loss` needs three. ``ref_hidden`` takes one more.
+
+    With ``token_statistics``, the result also has the entropy and the log-sum-exp of the policy at each token, from the
+    same logits and with gradients: ``token_entropy`` and ``token_lse`` ``[N]``, as :func:`irlfast.ops.token_statistics`
+    has them. The backward then always recomputes: three passes where only ``hidden`` needs a gradient, else four.
+    ``group`` must be None, and ``backend`` is not ``"cuda"``.
 
     Returns:
         LogRatio: ``log_ratio``, ``policy_logps``, ``ref_logps`` ``[S]`` and ``token_logps`` ``[N]`` in fp32 (fp64).
@@ -92,9 +98,19 @@ def log_ratio(
     scored = checks.check_scored(policy, targets, cu_seqlens, rows, logit_scale, logit_softcap, buffer_mb, group)
     scored = checks.check_ref_logps(ref_logps, reference is not None, scored)
     scored = checks.check_token_weights(token_weights, scored)
-    backend = choose_backend(backend, hidden, "hidden", dtype=scored.operands)
+    backends = STATISTICS_BACKENDS if token_statistics else BACKENDS
+    backend = choose_backend(backend, hidden, "hidden", backends, scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
+    require(group is None or not token_statistics, "group", group, "None, with token_statistics")
     with torch.autocast(hidden.device.type, enabled=False):
+        if token_statistics:
+            if backend == "plain":
+                token_logps, entropy, lse, ref_token_logps = plain.token_statistics(policy, reference, scored)
+            else:
+                results = statistics_op.token_statistics(policy, reference, scored, backend)
+                token_logps, entropy, lse, ref_token_logps = results
+            ratios = statistics_of(token_logps, ref_token_logps, scored)
+            return ratios._replace(token_entropy=entropy, token_lse=lse)
         if backend == "plain":
             token_logps, ref_token_logps = plain.token_logps(policy, reference, scored)
         else:

@@ -43,12 +43,11 @@ def copy(instruction: Instruction, modifiers: Modifiers) -> Operation:
         if loading.count:
             loaded = batch.load_global(instruction, read_source(batch, loading), size, 4, loading)
             values[np.searchsorted(active.indices, loading.indices)] = loaded
-        access, lanes = batch.shared_access(instruction, read_target(batch, active), size, active)
+        access, inside = batch.shared_access(instruction, read_target(batch, active), size, active)
         batch.shared.begin_filling(access)
-        if len(lanes) < active.count:
-            values = values[np.searchsorted(active.indices, lanes)]
+        lanes = active.indices[inside]
         group = batch.copy_group.ravel()[lanes]
-        batch.copies.append(Copy(instruction, lanes, access.offsets, values, group))
+        batch.copies.append(Copy(instruction, lanes, access.offsets, values[inside], group))
 
     return start
 
@@ -119,7 +118,7 @@ def red(instruction: Instruction, modifiers: Modifiers) -> Operation:
 
     def add(batch: Batch, active: Active) -> None:
         values = np.stack([batch.flat(read(batch, active), active) for read in readers], axis=1)
-        access = batch.access(instruction, address(batch, active), size, active)._replace(atomic=True)
+        access = batch.access(instruction, address(batch, active), size, active, atomic=True)
         batch.counts.atomics += active.count
         for region, lanes, part in batch.memory.split(access):
             region.write(part, np.zeros(len(part.offsets), bool))

@@ -26,6 +26,7 @@ from tests.ptx.parser import (
     Operand,
     RefusedPTX,
     Register,
+    aligned,
 )
 
 Grid = tuple[int, int, int]
@@ -78,7 +79,7 @@ class Copy(NamedTuple):
 
 
 class Batch:
-    """Blocks ``first`` to ``first + count`` of the grid, in the midst of a kernel."""
+    """Some blocks of the grid, in the midst of a kernel."""
 
     def __init__(
         self,
@@ -105,20 +106,18 @@ class Batch:
         self.partly_defined: dict[int, Array] = {}  # lanes that have a value, for registers that not all lanes wrote
         self.in_flight: dict[int, Array] = {}  # lanes of accumulators that a wgmma still computes
         self.set_special_registers(numbers, thread, grid, block)
-        per_block = -(-(self.shared_size(dynamic_shared)) // 16) * 16
-        self.shared_bytes = self.shared_size(dynamic_shared)
-        poison = np.tile(POISON, self.count * per_block // 4)
-        self.shared = Region("shared memory", poison, findings, kernel.instructions, 0, True, max(per_block, 16))
+        static = kernel.static_shared
+        self.shared_bytes = aligned(static, 16) + dynamic_shared if dynamic_shared else static  # of each block
+        per_block = max(16, aligned(self.shared_bytes, 16))
+        poison = np.tile(POISON, self.count * per_block // len(POISON))
+        self.shared = Region("shared memory", poison, findings, kernel.instructions, 0, True, per_block)
         self.copies: list[Copy] = []
         self.copy_group = np.zeros(self.shape, np.int64)  # the number of groups that each lane has committed
-        self.written_since_fence: set[int] = set()  # registers, since the last wgmma.fence
+        self.touched_since_fence: set[int] = set()  # registers, since the last wgmma.fence
         self.fenced = False
         # wgmma on their way, by warpgroup: the groups that it has committed, and the one that it has not yet
         self.products: dict[int, list[list]] = defaultdict(lambda: [[]])
         self.guarded = np.zeros(len(kernel.instructions), np.int64)  # lanes that executed a guarded instruction
-
-    def shared_size(self, dynamic: int) -> int:
-        return -(-self.kernel.static_shared // 16) * 16 + dynamic if dynamic else self.kernel.static_shared
 
     def set_special_registers(self, numbers: Array, thread: Array, grid: Grid, block: Grid) -> None:
         values = {"%laneid": thread % 32, "%warpid": thread // 32}
@@ -135,31 +134,28 @@ class Batch:
 
     def read(self, register: Register, instruction: Instruction, active: Active) -> Array:
         slot = register.slot
+        self.touched_since_fence.add(slot)
         value = self.values[slot]
         if value is None:
             self.findings.add("a register is read that nothing wrote", instruction, register.name)
             value = self.values[slot] = np.full((1, 1), poison_of(register.type))
         elif slot in self.partly_defined:
-            self.check_lanes(
-                ~self.partly_defined[slot], "a register is read that nothing wrote", register, instruction, active
-            )
+            lanes = active.mask & ~self.partly_defined[slot]
+            self.report_lanes("a register is read that nothing wrote", register, instruction, lanes)
         if slot in self.in_flight:
-            self.check_lanes(
-                self.in_flight[slot], "an accumulator is read before wgmma.wait_group", register, instruction, active
-            )
+            lanes = active.mask & self.in_flight[slot]
+            self.report_lanes("an accumulator is read before wgmma.wait_group", register, instruction, lanes)
         return value
 
-    def check_lanes(
-        self, bad: Array, mistake: str, register: Register, instruction: Instruction, active: Active
-    ) -> None:
-        bad = np.flatnonzero(active.mask & bad)
-        if len(bad):
-            details = f"{register.name}, {who(self.stamps.ravel()[bad[0]])}, {len(bad)} lanes"
+    def report_lanes(self, mistake: str, register: Register, instruction: Instruction, lanes: Array) -> None:
+        if lanes.any():
+            first = who(self.stamps[lanes][0])
+            details = f"{register.name}, {first}, {np.count_nonzero(lanes)} lanes"
             self.findings.add(mistake, instruction, details)
 
     def write(self, register: Register, value: Array, active: Active) -> None:
         slot = register.slot
-        self.written_since_fence.add(slot)
+        self.touched_since_fence.add(slot)
         if active.full:
             self.values[slot] = value
             self.partly_defined.pop(slot, None)
@@ -187,9 +183,11 @@ class Batch:
         whole[active.indices] = values
         return whole.reshape(self.shape)
 
-    def access(self, instruction: Instruction, addresses: Array, size: int, active: Active, **kind: bool) -> Access:
-        """Aligned accesses by the active lanes; ``addresses`` [k]."""
-        access = Access(instruction, addresses, self.flat(self.stamps, active), size, **kind)
+    def access(
+        self, instruction: Instruction, addresses: Array, size: int, active: Active, atomic: bool = False
+    ) -> Access:
+        """Accesses by the active lanes; ``addresses`` [k]. Those that are not aligned are reported and moved."""
+        access = Access(instruction, addresses, self.flat(self.stamps, active), size, atomic)
         odd = addresses % size != 0
         if odd.any():
             first = int(np.flatnonzero(odd)[0])
@@ -199,9 +197,9 @@ class Batch:
         return access
 
     def shared_access(
-        self, instruction: Instruction, addresses: Array, size: int, active: Active, counted: bool = True
+        self, instruction: Instruction, addresses: Array, size: int, active: Active
     ) -> tuple[Access, Array]:
-        """Accesses to the region of shared memory, and which of the active lanes they are of: [k] flat indices."""
+        """Accesses to the region of shared memory by the active lanes that are inside it, and which [k] are."""
         access, lanes = self.access(instruction, addresses, size, active), active.indices
         offsets = access.offsets - SHARED_BASE
         inside = (offsets >= 0) & (offsets + size <= self.shared_bytes)
@@ -210,48 +208,43 @@ class Batch:
             details = f"{who(access.stamps[first])}, byte {int(offsets[first])} of {self.shared_bytes}"
             self.findings.add("shared memory out of bounds", instruction, details)
             access, lanes, offsets = access._replace(stamps=access.stamps[inside]), lanes[inside], offsets[inside]
-        if counted and len(lanes):
+        self.count_wavefronts(offsets, lanes, size)
+        return access._replace(offsets=offsets + lanes // self.threads * self.shared.per_block), inside
+
+    def count_wavefronts(self, offsets: Array, lanes: Array, size: int) -> None:
+        blocks = 1
+        if len(lanes) == self.everyone.count:
+            by_block = offsets.reshape(self.shape)
+            if (by_block == by_block[0]).all():  # all blocks do the same: one is enough
+                offsets, lanes, blocks = by_block[0], lanes[: self.threads], self.count
+        if len(lanes):
             total, conflicts = wavefronts(offsets, lanes, size)
-            self.counts.wavefronts += total
-            self.counts.bank_conflicts += conflicts
-        return access._replace(offsets=offsets + lanes // self.threads * self.shared.per_block), lanes
+            self.counts.wavefronts += blocks * total
+            self.counts.bank_conflicts += blocks * conflicts
 
     def load_shared(self, instruction: Instruction, addresses: Array, size: int, item: int, active: Active) -> Array:
-        """[k, size / item] unsigned, zeros where nothing may be read."""
-        access, lanes = self.shared_access(instruction, addresses, size, active)
-        if len(lanes) == active.count:
-            return self.shared.load(access, item)
+        """The numbers of ``item`` bytes that each active lane reads, [k, size / item] unsigned; 0 outside."""
+        access, inside = self.shared_access(instruction, addresses, size, active)
         result = np.zeros((active.count, size // item), f"uint{8 * item}")
-        if len(lanes):
-            result[np.searchsorted(active.indices, lanes)] = self.shared.load(access, item)
+        result[inside] = self.shared.load(access, item)
         return result
 
     def store_shared(self, instruction: Instruction, addresses: Array, values: Array, active: Active) -> None:
-        size = values.shape[1] * values.itemsize
-        access, lanes = self.shared_access(instruction, addresses, size, active)
-        if len(lanes):
-            self.shared.store(
-                access, values if len(lanes) == active.count else values[np.searchsorted(active.indices, lanes)]
-            )
+        access, inside = self.shared_access(instruction, addresses, values.shape[1] * values.itemsize, active)
+        self.shared.store(access, values[inside])
 
     def load_global(self, instruction: Instruction, addresses: Array, size: int, item: int, active: Active) -> Array:
-        access = self.access(instruction, addresses, size, active)
-        parts = self.memory.split(access)
-        result = None
-        for region, lanes, part in parts:
+        """As :meth:`load_shared`."""
+        result = np.zeros((active.count, size // item), f"uint{8 * item}")
+        for region, lanes, part in self.memory.split(self.access(instruction, addresses, size, active)):
             region.traffic.sectors_loaded += sectors(addresses[lanes], self.warp[active.indices[lanes]])
-            values = region.load(part, item)
-            if len(parts) == 1 and len(values) == active.count:
-                return values
-            result = np.zeros((active.count, size // item), values.dtype) if result is None else result
-            result[lanes] = values
-        return np.zeros((active.count, size // item), f"uint{8 * item}") if result is None else result
+            result[lanes] = region.load(part, item)
+        return result
 
     def store_global(self, instruction: Instruction, addresses: Array, values: Array, active: Active) -> None:
         access = self.access(instruction, addresses, values.shape[1] * values.itemsize, active)
         for region, lanes, part in self.memory.split(access):
-            warps = self.warp[active.indices[lanes]]
-            region.traffic.sectors_stored += sectors(addresses[lanes], warps)
+            region.traffic.sectors_stored += sectors(addresses[lanes], self.warp[active.indices[lanes]])
             region.store(part, values[lanes])
 
     # ------------------------------------------------------------ order
@@ -266,6 +259,8 @@ class Batch:
         self.counts.barriers += len(blocks)
 
     def pass_warp_barrier(self, active: Active, instruction: Instruction) -> None:
+        for region in (self.shared, *self.memory.regions):
+            region.warps_wait = True
         self.stamps = self.stamps + active.mask
         if ((self.stamps & (LANES - 1)) == 0)[active.mask].any():
             raise RefusedPTX(f"{self.kernel.name}: more than {LANES} of {instruction.name} between two barriers")

@@ -183,21 +183,19 @@ def go_on(
     batch: Batch, step: Step, active: Active, alive: Active, ready: dict[int, Active], waiting: dict[int, Active]
 ) -> Active:
     """Send the lanes to their next steps. Return those that are alive."""
-    chosen = active if step.guard is None else active.where(step.guard(batch, active))
-    if chosen.count < active.count and step.end is not None and not is_barrier(step.end):
-        send(ready, step.following, active.without(chosen) if chosen.count else active)
     if step.end is None:
         send(ready, step.following, active)
-    elif not chosen.count and not is_barrier(step.end):
         return alive
-    elif step.target is not None:
+    chosen = active if step.guard is None else active.where(step.guard(batch, active))
+    if chosen.count < active.count:
+        send(ready, step.following, active.without(chosen))
+    if not chosen.count:
+        return alive
+    if step.target is not None:
         send(ready, step.target, chosen)
     elif is_barrier(step.end):
         check_barrier(batch, step.end, chosen, alive)
-        if chosen.count < active.count:
-            send(ready, step.following, active.without(chosen))
-        if chosen.count:
-            send(waiting, step.following, chosen)
+        send(waiting, step.following, chosen)
     else:
         return alive.without(chosen)
     return alive

@@ -49,6 +49,14 @@ class Access(NamedTuple):
     atomic: bool = False
 
 
+class Touch(NamedTuple):
+    """An access by records: the ``places`` that it touches, and the stamps of those who touch them."""
+
+    instruction: Instruction
+    places: Array  # [k × records per access]
+    stamps: Array
+
+
 class Region:
     """Bytes with a record for each granule, the smallest access so far: accesses are aligned to their own size."""
 
@@ -79,32 +87,28 @@ class Region:
         self.tensor_reads = np.zeros(count, np.int16)  # wgmma on their way
         self.records = [name for name, value in vars(self).items() if isinstance(value, np.ndarray) and name != "data"]
         self.checks_definition = fresh
-        self.views: dict[int, Array] = {}
+        self.warps_wait = False  # whether any warp has passed a barrier of its own
         self.traffic = Traffic()
-
-    # ------------------------------------------------------------ places
 
     def refine(self, size: int) -> None:
         for name in self.records:
             setattr(self, name, np.repeat(getattr(self, name), self.granule // size))
         self.granule = size
 
-    def granules(self, access: Access) -> tuple[Array, Array]:
-        """Indices of all records that an access touches, and the stamps of those who touch them."""
+    def touch(self, access: Access) -> Touch:
         if access.size < self.granule:
             self.refine(access.size)
         first, count = (access.offsets + self.lead) // self.granule, access.size // self.granule
         if count == 1:
-            return first, access.stamps
-        return (first[:, None] + np.arange(count)).ravel(), np.repeat(access.stamps, count)
+            return Touch(access.instruction, first, access.stamps)
+        places = (first[:, None] + np.arange(count)).ravel()
+        return Touch(access.instruction, places, np.repeat(access.stamps, count))
 
     def units(self, access: Access, itemsize: int) -> tuple[Array, Array]:
         """The data as rows of the size of an access [n, size / itemsize], and the row of each lane."""
         start = -self.lead % access.size  # the first address that is a multiple of the size
-        if access.size not in self.views:
-            end = start + (len(self.data) - start) // access.size * access.size
-            self.views[access.size] = self.data[start:end]
-        rows = self.views[access.size].view(f"uint{8 * itemsize}").reshape(-1, access.size // itemsize)
+        end = start + (len(self.data) - start) // access.size * access.size
+        rows = self.data[start:end].view(f"uint{8 * itemsize}").reshape(-1, access.size // itemsize)
         return rows, (access.offsets - start) // access.size
 
     # ------------------------------------------------------------ accesses
@@ -122,136 +126,120 @@ class Region:
         rows[at] = values
         lost = (rows[at] != values).any(axis=1)
         if lost.any():
-            self.report("threads store different values at once", access, access.offsets, access.stamps, lost)
+            touch = self.touch(access)
+            lost = np.repeat(lost, len(touch.places) // len(lost))
+            self.check(lost, "threads store different values at once", touch)
 
     def read(self, access: Access) -> None:
-        places, stamps = self.granules(access)
+        touch = self.touch(access)
+        instruction, places, stamps = touch
         self.traffic.loaded += access.size * len(access.offsets)
         writer = self.writer[places]
-        self.check(unordered(writer, stamps), "race, read after write", access, places, stamps, writer, self.written_at)
-        self.check_readable(access, places, stamps)
-        if not self.shared and self.touched_by_several(places, stamps):
+        self.check(unordered(writer, stamps), "race, read after write", touch, writer, self.written_at)
+        if self.checks_definition:
+            self.check(~self.defined[places], "memory is read that nobody wrote", touch)
+        if self.shared:
+            self.check_filling(touch)
+        elif self.touched_by_several(touch):
             foreign = (writer != NOBODY) & (self.block[places] == SEVERAL)
-            self.check(foreign, "race between blocks, read and write", access, places, stamps, writer, self.written_at)
+            self.check(foreign, "race between blocks, read and write", touch, writer, self.written_at)
         lowest, highest = self.lowest_reader[places], self.highest_reader[places]
-        superseded = ordered_by_warp(lowest, highest, stamps)
+        superseded = ordered_by_warp(lowest, highest, stamps) if self.warps_wait else False
         lowest = np.where(superseded | earlier(lowest, stamps), stamps, np.minimum(lowest, stamps))
         highest = np.where(superseded | earlier(highest, stamps), stamps, np.maximum(highest, stamps))
         # Stamps ascend. Where several lanes have a place, the one that is assigned last stays.
         self.lowest_reader[places[::-1]] = lowest[::-1]
         self.highest_reader[places] = highest
-        self.read_at[places] = access.instruction.index
-
-    def check_readable(self, access: Access, places: Array, stamps: Array) -> None:
-        if self.checks_definition:
-            undefined = ~self.defined[places]
-            self.check(undefined, "memory is read that nobody wrote", access, places, stamps)
-        if self.shared:
-            self.check(self.filling[places], "memory is touched while cp.async fills it", access, places, stamps)
+        self.read_at[places] = instruction.index
 
     def write(self, access: Access, unchanged: Array) -> None:
         """Record a write. ``unchanged`` [k]: whether a lane stores the value that is there already."""
-        places, stamps = self.granules(access)
+        touch = self.touch(access)
+        instruction, places, stamps = touch
         self.traffic.stored += access.size * len(access.offsets)
         writer = self.writer[places]
         bad = unordered(writer, stamps)
         if bad.any():
-            again = self.written_at[places] == access.instruction.index
+            again = self.written_at[places] == instruction.index
             allowed = again & np.repeat(unchanged, len(places) // len(unchanged))
             bad &= ~(self.atomic[places] if access.atomic else allowed)
-            self.check(bad, "race, write after write", access, places, stamps, writer, self.written_at)
+            self.check(bad, "race, write after write", touch, writer, self.written_at)
         for reader in (self.lowest_reader[places], self.highest_reader[places]):
-            bad = unordered(reader, stamps)
-            self.check(bad, "race, write after read", access, places, stamps, reader, self.read_at)
-        if self.shared:
-            self.check(self.filling[places], "memory is touched while cp.async fills it", access, places, stamps)
-            self.check_tensor_reads(access, places, stamps)
-            self.unfenced[places] = True
+            self.check(unordered(reader, stamps), "race, write after read", touch, reader, self.read_at)
         self.writer[places] = stamps
-        if not self.shared and self.touched_by_several(places, stamps):
-            self.check_blocks(access, places, stamps, writer)
-        self.written_at[places] = access.instruction.index
+        if self.shared:
+            self.check_filling(touch)
+            self.check_tensor_reads(touch)
+            self.unfenced[places] = True
+        elif self.touched_by_several(touch):
+            self.check_blocks(touch, writer, access.atomic)
+        self.written_at[places] = instruction.index
         self.atomic[places] = access.atomic
         self.defined[places] = True
 
     def begin_filling(self, access: Access) -> None:
         """A ``cp.async`` starts to write."""
-        places, stamps = self.granules(access)
-        self.check(self.filling[places], "two cp.async fill the same memory", access, places, stamps)
-        self.check_tensor_reads(access, places, stamps)
+        touch = self.touch(access)
+        self.check(self.filling[touch.places], "two cp.async fill the same memory", touch)
+        self.check_tensor_reads(touch)
         for others, at in (
-            (self.writer[places], self.written_at),
-            (self.lowest_reader[places], self.read_at),
-            (self.highest_reader[places], self.read_at),
+            (self.writer[touch.places], self.written_at),
+            (self.lowest_reader[touch.places], self.read_at),
+            (self.highest_reader[touch.places], self.read_at),
         ):
-            bad = unordered(others, stamps)
-            self.check(bad, "race, cp.async over memory in use", access, places, stamps, others, at)
-        self.filling[places] = True
+            self.check(unordered(others, touch.stamps), "race, cp.async over memory in use", touch, others, at)
+        self.filling[touch.places] = True
 
     def end_filling(self, access: Access, values: Array) -> None:
-        """What a ``cp.async`` has copied is there for the lane that has waited; for others after a barrier."""
-        places, _ = self.granules(access)
-        self.filling[places] = False
+        """The bytes that a ``cp.async`` has copied are there for the lane that waited; for others, after a barrier."""
+        self.filling[self.touch(access).places] = False
         self.store(access, values)
 
-    def check_tensor_reads(self, access: Access, places: Array, stamps: Array) -> None:
-        self.check(self.tensor_reads[places] > 0, "memory changes while a wgmma reads it", access, places, stamps)
+    # ------------------------------------------------------------ checks
 
-    def check_blocks(self, access: Access, places: Array, stamps: Array, writer: Array) -> None:
-        several = self.block[places] == SEVERAL
-        read = self.lowest_reader[places] != NOBODY
-        if access.atomic:
-            several &= read | ((writer != NOBODY) & ~self.atomic[places])
+    def check_filling(self, touch: Touch) -> None:
+        self.check(self.filling[touch.places], "memory is touched while cp.async fills it", touch)
+
+    def check_tensor_reads(self, touch: Touch) -> None:
+        self.check(self.tensor_reads[touch.places] > 0, "memory changes while a wgmma reads it", touch)
+
+    def check_blocks(self, touch: Touch, writer: Array, atomic: bool) -> None:
+        """Check a write to places that several blocks touch; ``writer``: who wrote them before."""
+        places = touch.places
+        bad, read = self.block[places] == SEVERAL, self.lowest_reader[places] != NOBODY
+        if atomic:
+            bad &= read | ((writer != NOBODY) & ~self.atomic[places])
         # Where nobody came before, the other block is among those that execute this instruction now.
         before = np.where(read, self.lowest_reader[places], writer)
         other = np.where(before == NOBODY, self.writer[places], before)
-        self.check(several, "race between blocks, two write or one reads", access, places, stamps, other)
+        self.check(bad, "race between blocks, two write or one reads", touch, other)
 
-    def touched_by_several(self, places: Array, stamps: Array) -> bool:
+    def touched_by_several(self, touch: Touch) -> bool:
         """Note the block that touches each place. Return whether any place has been touched by several blocks."""
-        own, known = stamps >> BLOCK, self.block[places]
+        own, known = touch.stamps >> BLOCK, self.block[touch.places]
         now = np.where((known == NOBODY) | (known == own), own, SEVERAL)
-        self.block[places] = now
-        differs = self.block[places] != now  # several blocks at once
+        self.block[touch.places] = now
+        differs = self.block[touch.places] != now  # several blocks at once
         if differs.any():
-            self.block[places[differs]] = SEVERAL
+            self.block[touch.places[differs]] = SEVERAL
             return True
         return bool((now == SEVERAL).any())
 
-    # ------------------------------------------------------------ reports
-
     def check(
-        self,
-        bad: Array,
-        mistake: str,
-        access: Access,
-        places: Array,
-        stamps: Array,
-        others: Array | None = None,
-        others_at: Array | None = None,
+        self, bad: Array, mistake: str, touch: Touch, others: Array | None = None, others_at: Array | None = None
     ) -> None:
-        if bad.any():
-            self.report(mistake, access, places * self.granule - self.lead, stamps, bad, others, others_at)
-
-    def report(
-        self,
-        mistake: str,
-        access: Access,
-        offsets: Array,
-        stamps: Array,
-        bad: Array,
-        others: Array | None = None,
-        others_at: Array | None = None,
-    ) -> None:
+        """Report the first bad place, with the one who touched it before and, by ``others_at``, the line."""
+        if not bad.any():
+            return
         first = int(np.flatnonzero(bad)[0])
-        offset = int(offsets[first]) % (self.per_block or len(self.data))
-        details = f"{who(stamps[first])}, byte {offset} of {self.name}"
+        place = touch.places[first]
+        offset = (int(place) * self.granule - self.lead) % (self.per_block or len(self.data))
+        details = f"{who(touch.stamps[first])}, byte {offset} of {self.name}"
         if others is not None and others[first] != NOBODY:
             details += f", with {who(others[first])}"
             if others_at is not None:
-                other = self.instructions[others_at[(offsets[first] + self.lead) // self.granule]]
-                details += f" at {other.line}"
-        self.findings.add(mistake, access.instruction, details)
+                details += f" at {self.instructions[others_at[place]].line}"
+        self.findings.add(mistake, touch.instruction, details)
 
 
 def who(stamp: int) -> str:

@@ -288,7 +288,7 @@ PRODUCT_MISTAKES = {
     "a product without fence.proxy.async after the writes": {"proxy_fence": ""},
     "race, read after write": {"barrier": ""},
     "a product without wgmma.fence: found none before": {"fence": ""},
-    "a product without wgmma.fence: %c0 was written after it": {"fence": "wgmma.fence.sync.aligned; mov.b32 %c0, 1;"},
+    "a product without wgmma.fence: %c0 was touched after it": {"fence": "wgmma.fence.sync.aligned; mov.b32 %c0, 1;"},
     "an accumulator is read before wgmma.wait_group: %c1": {"before_wait": "add.f32 %c4, %c1, %c1;"},
     "memory changes while a wgmma reads it": {"before_wait": "bar.sync 0; st.shared.b32 [buffer], %block;"},
     "lanes of a warpgroup are missing": {"fence": "wgmma.fence.sync.aligned; setp.lt.u32 %p, %thread, 96; @!%p ret;"},

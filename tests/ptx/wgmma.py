@@ -74,7 +74,7 @@ def groups_of(batch: Batch, active: Active) -> list[int]:
 
 def fence(batch: Batch) -> None:
     batch.fenced = True
-    batch.written_since_fence.clear()
+    batch.touched_since_fence.clear()
 
 
 def commit(batch: Batch, active: Active) -> None:
@@ -110,6 +110,7 @@ class Form(NamedTuple):
     columns: int
     depth: int
     results: list[Register]
+    registers: list[Register]  # the results, and A if it is in registers
     a: list[Reader]  # four registers, or the descriptor
     b: Reader
     accumulates: Reader
@@ -135,7 +136,8 @@ def multiply(instruction: Instruction, modifiers: Modifiers) -> Operation:
         kind,
         int(shape[1]),
         int(shape[2]),
-        [part for part in result.parts if isinstance(part, Register)],
+        list(result.parts),
+        [*result.parts, *(a.parts if from_registers else ())],
         [reader(instruction, part, "b32") for part in a.parts] if from_registers else [reader(instruction, a, "u64")],
         reader(instruction, b, "u64"),
         reader(instruction, scale, "pred"),
@@ -152,7 +154,9 @@ def run(form: Form, batch: Batch, active: Active) -> None:
     if not active.mask.reshape(-1, GROUP)[groups].all():
         batch.findings.add("lanes of a warpgroup are missing", instruction, "a part of it executes the product")
     check_fence(form, batch)
-    previous, batch.in_flight = batch.in_flight, {}  # products may follow each other into the same accumulators
+    # Products may follow each other into the same accumulators, without a fence or a wait.
+    state = batch.in_flight, batch.touched_since_fence
+    batch.in_flight, batch.touched_since_fence = {}, set()
     sources = [np.broadcast_to(read(batch, active), batch.shape).reshape(-1, GROUP) for read in form.a]
     b = np.broadcast_to(form.b(batch, active), batch.shape).reshape(-1, GROUP)
     product = np.zeros((batch.count * batch.threads // 32, 16, form.columns))
@@ -173,16 +177,16 @@ def run(form: Form, batch: Batch, active: Active) -> None:
         if accumulates.any():
             total = total + np.where(accumulates, batch.read(register, instruction, active).view(np.float32), 0)
         batch.write(register, total.astype(np.float32), active)
-        batch.written_since_fence.discard(register.slot)
-    batch.in_flight = previous
+    batch.in_flight, batch.touched_since_fence = state
     note(form, batch, active, places)
     batch.counts.multiply_adds += len(groups) * 64 * form.columns * form.depth
 
 
 def check_fence(form: Form, batch: Batch) -> None:
-    late = [register.name for register in form.results if register.slot in batch.written_since_fence]
+    """Accumulators, and A in registers, may not be touched between the fence and the product."""
+    late = [register.name for register in form.registers if register.slot in batch.touched_since_fence]
     if late or not batch.fenced:
-        details = f"{late[0]} was written after it" if batch.fenced else "found none before"
+        details = f"{late[0]} was touched after it" if batch.fenced else "found none before"
         batch.findings.add("a product without wgmma.fence", form.instruction, details)
 
 

@@ -161,6 +161,38 @@ def test_fp32_is_multiplied_as_such_whatever_the_users_setting(backend):
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=3e-5)
 
 
+MAGNITUDES = {
+    "products": [torch.float16, torch.bfloat16],
+    "beta": [0.01, 5.0],
+    "num_pairs": [1e5, 1.0, 1e3, 1e9],
+    "nll_weight": [0.0, 1.0],
+    "upstream": [1.0, 2.0**16, 1e-6],
+    "rows_in_buffer": [9, 10**6],
+    "operation": ["pair_loss", "log_ratio"],
+}
+
+
+@pytest.mark.parametrize("factors", covering_cases(MAGNITUDES, drawn=20))
+def test_gradients_of_any_magnitude_keep_their_digits(factors, backend):
+    """The arguments are in fp32, under autocast: no gradient is rounded after the products in 16 bits."""
+    products, names = factors["products"], ("beta", "num_pairs", "nll_weight")
+    case = make(LENGTHS, vocabulary=100, size=32, dtype=products, bias=True)
+    case = on_device(converted(case, torch.float32))
+    double = converted(case, torch.float64)
+
+    def loss_of(case: dict, **options) -> torch.Tensor:
+        if factors["operation"] == "pair_loss":
+            return ops.pair_loss(**case, **{name: factors[name] for name in names}, num_tokens=30, **options).loss
+        return ops.log_ratio(**case, **options).log_ratio.square().sum() * (factors["beta"] / factors["num_pairs"])
+
+    expected = gradients(loss_of(double, backend="plain") * factors["upstream"], double)
+    with torch.autocast(DEVICE, products):
+        loss = loss_of(case, backend=backend, buffer_mb=factors["rows_in_buffer"] * 100 * 4 / 2**20)
+    for name, gradient in gradients(loss * factors["upstream"], case).items():
+        error = (gradient.double() - expected[name]).norm() / expected[name].norm()
+        assert error < torch.finfo(products).eps, name
+
+
 def test_a_nan_in_one_sequence_stays_there(backend):
     case = on_device(make([3, 4, 5], vocabulary=1000, size=64, dtype=torch.float32))
     clean = ops.log_ratio(**case, backend=backend).policy_logps.detach()

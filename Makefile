@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := pip install --quiet --no-compile
 
-.PHONY: train test test-all docs sweep gpu gpu-tests gpu-benchmarks sanitized lint clean
+.PHONY: train test test-all docs sweep gpu gpu-tests gpu-variants gpu-peers gpu-bandwidth sanitized lint clean
 train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
@@ -37,21 +37,30 @@ sweep: $(VENV)/installed
 	$(PYTEST) -m full tests/aot
 
 # On a machine with a GPU, in the active environment: test the kernels and time them. Writes benchmarks/results/.
+# Each part ends after 8 minutes; gpu-peers is resumed by another `make gpu-peers`.
+PART := timeout --signal=INT 480 env OMP_NUM_THREADS=1
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'found no GPU'"
 	$(PYTHON) -c "from irlfast import native; assert native.cuda, 'built without nvcc: pip install -e . where it is'"
-	$(MAKE) --keep-going gpu-tests gpu-benchmarks sanitized
+	$(MAKE) --keep-going gpu-variants gpu-tests gpu-peers gpu-bandwidth sanitized
 
 gpu-tests:
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 8 --dist worksteal tests/kernels
+	$(PART) $(PYTHON) -m pytest -n 8 --dist worksteal -m "not slow" tests/kernels
 
-gpu-benchmarks:
-	$(PYTHON) -m pytest -s benchmarks
+# Our own ways to compute the pair loss, side by side: they decide what is the default.
+gpu-variants:
+	$(PART) $(PYTHON) -m pytest -s benchmarks/test_pair_loss.py -k variants
+
+gpu-peers:
+	$(PART) $(PYTHON) -m pytest -s benchmarks/test_pair_loss.py --resume
+
+gpu-bandwidth:
+	$(PART) $(PYTHON) -m pytest -s benchmarks/test_bandwidth.py benchmarks/test_sharing.py
 
 # On a machine with a GPU: run the CUDA C++ kernels under compute-sanitizer, without torch's caching allocator, which would hide errors.
 sanitized:
 	for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --target-processes all --error-exitcode 1 \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(PART) compute-sanitizer --tool $$tool --report-api-errors no --target-processes all --error-exitcode 1 \
 			--kernel-name kernel_substring=irlfast $(PYTHON) -m pytest tests/kernels/test_cuda.py tests/kernels/test_optim.py || exit 1; \
 	done
 

@@ -24,6 +24,7 @@ RESULTS = pytest.StashKey[dict[str, Any]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="benchmarks: small shapes, to check that everything runs")
+    parser.addoption("--gpu-cases", action="store_true", help="benchmarks: a GPU's cases, with --quick on any machine")
     parser.addoption("--resume", action="store_true", help="benchmarks: resume a stopped run of the pair loss")
 
 

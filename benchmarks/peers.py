@@ -8,13 +8,16 @@ import functools
 import importlib.metadata
 import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from irlfast import native
 from irlfast.ops import pair_loss
+from irlfast.ops.pair_loss import triton_slab
 
 BETA = 0.1
 IGNORE = -100
@@ -56,7 +59,7 @@ def from_token_logps(token_logps: TokenLogps, inputs: Inputs) -> Result:
 # ---------------------------------------------------------------- ours
 
 
-def irlfast(inputs: Inputs, **options: float) -> Result:
+def irlfast(inputs: Inputs, **options: Any) -> Result:
     sequences, length = inputs.targets.shape
     experts = torch.arange(sequences // 2)
     result = pair_loss(
@@ -82,6 +85,17 @@ def irlfast_recompute(inputs: Inputs) -> Result:
 def irlfast_skipping(inputs: Inputs) -> Result:
     """Skip the tiles of the gradient that weigh less than CCE's threshold."""
     return irlfast(inputs, skip_mass=2**-12)
+
+
+def irlfast_epilogue(inputs: Inputs) -> Result:
+    """Take the exponential in the epilogue of the first product."""
+    with mock.patch.object(triton_slab, "EPILOGUE_BY_DEFAULT", True):
+        return irlfast(inputs)
+
+
+def irlfast_cuda(inputs: Inputs) -> Result:
+    """Run our CUDA C++ between the vendor's products."""
+    return irlfast(inputs, backend="cuda")
 
 
 # ---------------------------------------------------------------- TRL
@@ -225,6 +239,8 @@ PEERS: dict[str, Callable[[Inputs], Result]] = {
     "irlfast": irlfast,
     "irlfast, recompute": irlfast_recompute,
     "irlfast, skipping": irlfast_skipping,
+    "irlfast, epilogue": irlfast_epilogue,
+    "irlfast, cuda": irlfast_cuda,
     "materialised": materialised,
     "TRL": trl,
     "TRL, as DPOTrainer": trl_dpo_trainer,
@@ -245,8 +261,11 @@ def reason_not_to_run(name: str, inputs: Inputs) -> str | None:
     for prefix, distribution in package.items():
         if name.startswith(prefix) and version(distribution) is None:
             return f"{distribution} is not installed"
-    if name.startswith(("CCE", "irlfast, skipping")) and inputs.hidden.device.type != "cuda":
-        return "its Triton kernels need a GPU"
+    kernels = ("CCE", "irlfast, skipping", "irlfast, epilogue", "irlfast, cuda")
+    if name.startswith(kernels) and inputs.hidden.device.type != "cuda":
+        return "its kernels need a GPU"
+    if name == "irlfast, cuda" and native.cuda is None:
+        return "irlfast was installed without nvcc"
     if name.startswith("CCE") and inputs.hidden.dtype == torch.float32:
         return "its backward takes bf16 and fp16 only"
     if name.startswith("Liger") and inputs.ref_hidden is None:

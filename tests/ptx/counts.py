@@ -3,7 +3,7 @@
 The counts are those of the PTX. A GPU's compiler may merge, split or remove instructions.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 
@@ -24,6 +24,9 @@ class Traffic:
     sectors_loaded: int = 0  # 32-byte sectors, counted once per instruction of a warp
     sectors_stored: int = 0
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
     @property
     def reread(self) -> int:
         return self.loaded - self.distinct_loaded
@@ -31,7 +34,7 @@ class Traffic:
 
 @dataclass
 class Counts:
-    memory: dict[str, Traffic] = field(default_factory=dict)  # by the names of allocations; those that overlap are one
+    memory: dict[str, Traffic] = field(default_factory=dict)  # by name; allocations that overlap are one
     instructions: dict[str, int] = field(default_factory=dict)  # executed by lanes, by class; false guards do not count
     threads: int = 0
     multiply_adds: int = 0  # of tensor cores

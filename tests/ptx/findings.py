@@ -25,14 +25,5 @@ class Findings:
             self.first[key] = f"{self.kernel}, {instruction.line}: {mistake}: {details} [{text}]"
 
     def lines(self) -> list[str]:
-        return [
-            line + (f" ({self.times[key]} times)" if self.times[key] > 1 else "") for key, line in self.first.items()
-        ]
-
-
-def threads_text(block: int, threads: list[int]) -> str:
-    """Such as `block 3, warp 1, threads 32 to 63`."""
-    warps = sorted({thread // 32 for thread in threads})
-    many = f"threads {min(threads)} to {max(threads)}" if len(threads) > 1 else f"thread {threads[0]}"
-    named = f"warps {warps[0]} to {warps[-1]}" if len(warps) > 1 else f"warp {warps[0]}"
-    return f"block {block}, {named}, {many}"
+        repeats = {key: f" ({count} times)" if count > 1 else "" for key, count in self.times.items()}
+        return [line + repeats[key] for key, line in self.first.items()]

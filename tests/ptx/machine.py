@@ -3,8 +3,8 @@
     report = run(ptx, "softmax_kernel", (rows, 1, 1), (128, 1, 1), [z.data_ptr(), ...], [Allocation("z", ...), ...])
 
 It writes the memory of the allocations. ``report.findings`` has one line for each mistake, none for a sound kernel.
-Lanes take turns: those at the earliest instruction go on, until they meet others or wait at a barrier. That is one of
-the orders that a GPU may take, but what the checks report does not depend on it, except for values that races change.
+Lanes take turns: those at the earliest instruction go on until they meet others or wait at a barrier. That is one of
+the orders that a GPU may take. The checks do not depend on it, except where a race has changed a value.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.ptx.arithmetic import Array
-from tests.ptx.counts import Counts, class_of
+from tests.ptx.counts import Counts, Traffic, class_of
 from tests.ptx.findings import Findings
 from tests.ptx.instructions import decode
 from tests.ptx.lanes import Active, Batch, Grid, Operation, Reader, reader, refused
@@ -37,8 +37,7 @@ class Step(NamedTuple):
     """Instructions that lanes execute one after the other, and how they go on."""
 
     operations: list[Operation]
-    length: int  # how many of the operations have no guard
-    classes: Counter[str]  # of those without a guard
+    classes: Counter[str]  # of the instructions without a guard
     end: Instruction | None  # a branch, an exit or a barrier; None: the next step follows
     guard: Reader | None  # of the end
     following: int
@@ -76,9 +75,7 @@ def run(
             run_batch(batch, program, classes)
     counts.instructions = dict(classes)
     for region in memory.regions:
-        region.traffic.distinct_loaded = region.granule * int(np.count_nonzero(region.lowest_reader >= 0))
-        region.traffic.distinct_stored = region.granule * int(np.count_nonzero(region.writer >= 0))
-        counts.memory[region.name] = region.traffic
+        counts.memory[region.name] = counts.memory.get(region.name, Traffic()) + region.final_traffic()
     return Report(findings.lines(), counts)
 
 
@@ -137,7 +134,7 @@ def step_of(kernel: Kernel, instructions: list[Instruction], following: int, num
     if end is not None and is_barrier(end) and (end.modifiers not in BARRIERS or len(end.operands) != 1):
         raise refused(end, "the barrier is not interpreted")
     guard = reader(end, end.guard, "pred") if end and end.guard else None
-    return Step(operations, len(plain), Counter(map(class_of, plain)), end, guard, following, target)
+    return Step(operations, Counter(map(class_of, plain)), end, guard, following, target)
 
 
 def guarded(instruction: Instruction, operation: Operation) -> Operation:

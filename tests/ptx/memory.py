@@ -15,6 +15,7 @@ Atomic additions race only with accesses that are not atomic. A stamp says which
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +167,8 @@ class Region:
             self.check(bad, "race, write after write", touch, writer, self.written_at)
         for reader in (self.lowest_reader[places], self.highest_reader[places]):
             self.check(unordered(reader, stamps), "race, write after read", touch, reader, self.read_at)
+        if access.atomic and self.checks_definition:
+            self.check(~self.defined[places], "memory is read that nobody wrote", touch)
         self.writer[places] = stamps
         if self.shared:
             self.check_filling(touch)
@@ -194,6 +197,11 @@ class Region:
         """The bytes that a ``cp.async`` has copied are there for the lane that waited; for others, after a barrier."""
         self.filling[self.touch(access).places] = False
         self.store(access, values)
+
+    def final_traffic(self) -> Traffic:
+        """The traffic, with the bytes that were touched at least once."""
+        loaded, stored = (np.count_nonzero(x != NOBODY) * self.granule for x in (self.lowest_reader, self.writer))
+        return replace(self.traffic, distinct_loaded=int(loaded), distinct_stored=int(stored))
 
     # ------------------------------------------------------------ checks
 

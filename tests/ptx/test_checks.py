@@ -157,6 +157,12 @@ CHECKS = {
         "ld.global",
         fresh=True,
     ),
+    "an atomic addition to fresh memory": Check(
+        "memory is read that nobody wrote: thread 0 (warp 0) of block 0, byte 0 of p0",
+        f"{ADDRESSES}\n+ st.global.b32 [%to], %thread;\nred.global.gpu.relaxed.add.u32 [%to], 1;",
+        "red.global",
+        fresh=True,
+    ),
     "a read before the copy has ended": Check(
         "memory is touched while cp.async fills it: thread 0 (warp 0) of block 0, byte 0 of shared memory",
         f"{PLACES}{ADDRESSES}\ncp.async.ca.shared.global [%mine], [%to], 4;\ncp.async.commit_group;\n"

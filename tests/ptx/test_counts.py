@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.ptx.counts import wavefronts
-from tests.ptx.snippets import Array, launch
+from tests.ptx.machine import Allocation, run
+from tests.ptx.snippets import Array, kernel, launch
 
 REGISTERS = ".reg .b64 %at; .reg .b32 %x, %y; .reg .pred %p;"
 
@@ -28,6 +29,16 @@ def test_bytes_are_counted_by_allocation_and_whether_they_were_read_before():
     read, written = report.counts.memory["p0"], report.counts.memory["p1"]
     assert (read.loaded, read.distinct_loaded, read.reread, read.stored) == (3 * 128, 128, 2 * 128, 0)
     assert (written.stored, written.distinct_stored, written.loaded) == (32, 32, 0)
+
+
+def test_allocations_of_one_name_are_counted_together():
+    rows = np.zeros((2, 64), np.uint32)[:, :32]
+    allocations = [Allocation("rows", row.ctypes.data, row.nbytes) for row in rows]
+    body = "ld.param.b64 %at, [row0];\nld.global.b32 %x, [%at];\nld.param.b64 %at, [row1];\nld.global.b32 %x, [%at];"
+    ptx = kernel(body, ".param .u64 row0, .param .u64 row1", REGISTERS)
+    report = run(ptx, "snippet", (1, 1, 1), (32, 1, 1), [one.address for one in allocations], allocations)
+    assert report.findings == []
+    assert (report.counts.memory["rows"].loaded, report.counts.memory["rows"].distinct_loaded) == (2 * 128, 8)
 
 
 @pytest.mark.parametrize(("stride", "sectors"), [(0, 1), (4, 4), (8, 8), (32, 32), (64, 32)])

@@ -5,7 +5,7 @@ import numpy as np
 from tests.ptx.arithmetic import Array, Modifiers
 from tests.ptx.lanes import Active, Batch, Operation, reader, writer
 from tests.ptx.memory import who
-from tests.ptx.parser import Instruction, Vector
+from tests.ptx.parser import Immediate, Instruction, Vector
 
 REDUCTIONS = {
     "add": np.add,
@@ -25,18 +25,12 @@ def warps_of(value: Array, batch: Batch) -> Array:
 
 def check_members(batch: Batch, active: Active, members: Array, instruction: Instruction) -> None:
     """All lanes that ``members`` names must execute the instruction, and no others."""
-    named = (warps_of(members, batch)[:, :] >> LANE.astype(np.uint32)) & np.uint32(1) != 0
+    named = (warps_of(members, batch) >> LANE.astype(np.uint32) & np.uint32(1)).astype(bool)
     lanes = active.mask.reshape(-1, 32)
-    bad = (named != lanes) & lanes.any(axis=1)[:, None]
-    if bad.any():
-        first = int(np.flatnonzero(bad)[0])
-        what = "named, but does not execute it" if named.ravel()[first] else "executes it without being named"
-        details = (
-            f"{who(batch.stamps.ravel()[first])} is {what}"
-            if named.ravel()[first]
-            else f"{who(batch.stamps.ravel()[first])} {what}"
-        )
-        batch.findings.add("lanes of a warp are missing", instruction, details)
+    bad = np.flatnonzero((named != lanes) & lanes.any(axis=1)[:, None])
+    if len(bad):
+        what = "is named but does not execute it" if named.ravel()[bad[0]] else "executes it without being named"
+        batch.findings.add("lanes of a warp are missing", instruction, f"{who(batch.stamps.ravel()[bad[0]])} {what}")
 
 
 def source_lanes(mode: str, by: Array, clamp: Array) -> tuple[Array, Array]:
@@ -90,16 +84,14 @@ def redux(instruction: Instruction, modifiers: Modifiers) -> Operation:
     modifiers.need("sync")
     reduction = REDUCTIONS[modifiers.need(*REDUCTIONS)]
     result, source, members = instruction.operands
+    if members not in (Immediate(-1), Immediate(0xFFFFFFFF)):
+        raise modifiers.refused("a part of a warp is not interpreted")
     read, write = reader(instruction, source, kind), writer(instruction, result, kind)
-    read_members = reader(instruction, members, "u32")
 
     def reduce(batch: Batch, active: Active) -> None:
-        named = read_members(batch, active)
-        check_members(batch, active, named, instruction)
-        if (named[active.mask & np.ones_like(named, bool)] if named.size > 1 else named).min() != 0xFFFFFFFF:
-            raise modifiers.refused("a part of a warp is not interpreted")
-        value = reduction.reduce(warps_of(read(batch, active), batch), axis=1, dtype=read(batch, active).dtype)
-        write(batch, np.repeat(value, 32).reshape(batch.shape), active)
+        check_members(batch, active, np.full((1, 1), 0xFFFFFFFF, np.uint32), instruction)
+        values = warps_of(read(batch, active), batch)
+        write(batch, np.repeat(reduction.reduce(values, axis=1, dtype=values.dtype), 32).reshape(batch.shape), active)
 
     return reduce
 

@@ -1,6 +1,5 @@
 """Measure the pair loss: inputs, exact values in fp64, interleaved timing, and peak extra memory."""
 
-import ctypes
 import gc
 import json
 import multiprocessing
@@ -23,8 +22,6 @@ from irlfast.ops import log_ratio, pair_loss
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt
 
 # Rounds of timing, and the seconds after which a row with at least two runs stops.
 ROUNDS, BUDGET = (30, 1.0) if DEVICE.type == "cuda" else (5, 4.0)
@@ -327,20 +324,19 @@ def gpu_memory(step: Callable[[], Result], inputs: Inputs) -> float:
 
 
 def cpu_memory(case: Case, threads: int, row: str) -> float | None:
-    """Return the growth of the peak resident size in a forward and backward pass; None if the system cannot tell."""
+    """Return the growth of the peak resident size in a forward and backward pass; None if the system cannot tell.
+
+    The allocator is the system's with its defaults, as in a user's process: memory that it keeps counts.
+    """
     if sys.platform != "linux":
         return None
     torch.set_num_threads(threads)
-    libc = ctypes.CDLL(None)
-    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):  # return freed memory to the system at once
-        libc.mallopt(option, 65536)
     inputs = make_inputs(case)
     warm = inputs if "compile" in row else make_inputs(case._replace(tokens=8, hidden=64, vocabulary=512))
     step_of(row, warm, torch.zeros(warm.targets.shape))()  # loads libraries and compiles code, which do not count
     del warm
     drop_gradients(inputs)
     step = step_of(row, inputs, torch.zeros(inputs.targets.shape))
-    libc.malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current resident size
     except OSError:  # a sandbox without this file

@@ -1,8 +1,9 @@
 """Compare the native CPU code with PyTorch's: ``python -m benchmarks.native``. It takes a minute and writes a result.
 
-Three cases: RMSprop on 100 tensors of 500,000 fp32 elements; the softmax step of the pair slab on 256 rows of 32,000
-logits; ``token_logps`` and its in-place backward on as many given logits, in fp32 and bf16. Runs take turns, and the
-median of each counts. The bytes of a case are those that must be read or written once.
+Four cases: RMSprop on 100 tensors of 500,000 fp32 elements; the softmax step of the pair slab on 256 rows of 32,000
+logits; ``token_logps`` and its in-place backward on as many given logits, in fp32 and bf16; the three products of the
+pair slab between these rows and a head of 512 columns. Runs take turns, and the median of each counts. The bytes of a
+case are those that must be read or written once.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from benchmarks.conftest import interleaved, write_result
 from irlfast import native, ops
 from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.pair_loss import cpu_slab
+from irlfast.ops.pair_loss.slab import SlabKernels
 from irlfast.optim import FusedRMSprop
 
 
@@ -93,6 +95,30 @@ def token_logps(dtype: torch.dtype, n: int, vocabulary: int) -> dict[str, float]
     return seconds | {"irlfast GB/s": 3 * moved / seconds["irlfast"], "copy GB/s": 2 * moved / seconds["copy"]}
 
 
+def products(dtype: torch.dtype, n: int, vocabulary: int, size: int = 512) -> dict[str, float]:
+    """Time logits, d hidden and d weight, with fp32 results except in torch's own products of bf16 tensors."""
+    hidden, weight = torch.randn(n, size).to(dtype), torch.randn(vocabulary, size).to(dtype)
+    z, total = torch.randn(n, vocabulary), torch.zeros(vocabulary, size)
+    narrow, narrow_total = z.to(dtype), total.to(dtype)
+
+    def all_three(kernels: SlabKernels) -> None:
+        kernels.logits(hidden, weight, z)
+        kernels.times_weight(z, weight)
+        kernels.add_times_hidden(total, z, hidden.float(), False)
+
+    def bare() -> None:
+        torch.mm(hidden, weight.T, out=narrow)
+        torch.mm(narrow, weight)
+        narrow_total.addmm_(narrow.T, hidden)
+
+    by_torch = cpu_slab.EXACT if dtype == torch.float32 else cpu_slab.NARROW
+    steps = {"torch, fp32 results": lambda: all_three(by_torch), f"torch, {native.name(dtype)} results": bare}
+    if hasattr(native.cpu, "multiply"):
+        steps = {"irlfast": lambda: all_three(cpu_slab.NATIVE[dtype])} | steps
+    seconds = interleaved(steps)
+    return seconds | {f"{name} GFLOP/s": 6e-9 * n * vocabulary * size / seconds[name] for name in steps}
+
+
 def main() -> None:
     if native.cpu is None:
         raise SystemExit("irlfast._cpu is not built here: install a C++17 compiler, then irlfast again")
@@ -105,10 +131,14 @@ def main() -> None:
     cases |= {"softmax": softmax(None, *rows), "softmax, soft-cap 30": softmax(30.0, *rows)}
     for dtype in (torch.float32, torch.bfloat16):
         cases[f"token_logps, {native.name(dtype)}"] = token_logps(dtype, *rows)
+    for dtype in (torch.float32, torch.bfloat16):
+        cases[f"products, {native.name(dtype)}"] = products(dtype, *rows)
     for name, measured in cases.items():
         print(f"{name}:")
         for key, value in measured.items():
-            print(f"  {key.ljust(26)} {value:8.1f}" if "GB/s" in key else f"  {key.ljust(26)} {1000 * value:8.1f} ms")
+            print(
+                f"  {key.ljust(34)} {value:8.1f}" if key.endswith("/s") else f"  {key.ljust(34)} {1000 * value:8.1f} ms"
+            )
     print(f"written to {write_result('native-cpu', {'cases': cases})}")
 
 

@@ -10,7 +10,7 @@ namespace irlfast {
 
 struct RMSprop {
   float lr, alpha, eps, weight_decay, momentum;
-  float grad_scale;  // gradients are multiplied by it: a clipping factor, or -1 to maximise
+  float sign;  // of the gradients: -1 to maximise
 };
 
 // One parameter of n elements. `average` is null unless centred, `buffer` unless there is momentum, `copy` unless the
@@ -25,7 +25,7 @@ struct Parameter {
 
 // The step of one element. Returns the parameter. `average` is null unless centred, `buffer` unless there is momentum.
 IRLFAST_INLINE float updated(float grad, float param, float *square, float *average, float *buffer, const RMSprop &o) {
-  const float g = grad * o.grad_scale + o.weight_decay * param;
+  const float g = grad * o.sign + o.weight_decay * param;
   const float s = o.alpha * *square + (1 - o.alpha) * g * g;
   float variance = s;
   if (average) {

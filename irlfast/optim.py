@@ -19,8 +19,7 @@ class FusedRMSprop(torch.optim.Optimizer):
     """``torch.optim.RMSprop`` with its arguments and its results to fp32 rounding, several times faster on a CPU.
 
     A parameter in bf16 gets an fp32 ``master`` copy. The step updates the copy, and writes the parameter from it in the
-    same pass. Gradients may be fp32 or bf16. ``max_norm`` clips the norm of all gradients together, as
-    ``torch.nn.utils.clip_grad_norm_`` does, but leaves ``.grad`` unchanged: the factor is applied in the same pass.
+    same pass. Gradients may be fp32 or bf16.
 
     The native pass takes dense, contiguous tensors on the CPU, or on a GPU where installation built ``irlfast._cuda``
     (one launch for hundreds of parameters). PyTorch's own steps take all other tensors. States have Adam's names where
@@ -47,7 +46,6 @@ class FusedRMSprop(torch.optim.Optimizer):
         centered: bool = False,
         *,
         maximize: bool = False,
-        max_norm: float | None = None,
     ) -> None:
         options = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         for name, value in options.items():
@@ -55,9 +53,6 @@ class FusedRMSprop(torch.optim.Optimizer):
                 raise ValueError(f"{name}: found {value}, expected a number >= 0")
         if not alpha < 1:
             raise ValueError(f"alpha: found {alpha}, expected a number < 1")
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm: found {max_norm}, expected None or a number > 0")
-        self.max_norm = max_norm
         super().__init__(params, options | {"centered": centered, "maximize": maximize})
 
     @torch.no_grad()
@@ -65,7 +60,6 @@ class FusedRMSprop(torch.optim.Optimizer):
         """Update all parameters; return the result of ``closure``."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        scale = self.clipping_factor()
         for group in self.param_groups:
             ours: list[Tensor] = []
             others: list[Tensor] = []
@@ -76,8 +70,8 @@ class FusedRMSprop(torch.optim.Optimizer):
                     raise RuntimeError("FusedRMSprop: found a sparse gradient, expected dense ones")
                 fit_state(self.state[parameter], parameter, group)
                 (ours if is_native(parameter, self.state[parameter]) else others).append(parameter)
-            update_natively(ours, self.state, group, scale)
-            update_by_torch(others, self.state, group, scale)
+            update_natively(ours, self.state, group)
+            update_by_torch(others, self.state, group)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,13 +95,6 @@ class FusedRMSprop(torch.optim.Optimizer):
                     self.state[parameter].pop(name)
                     if (ours := RENAMED.get(name, name)) in ("master", *averages(group)):
                         self.state[parameter][ours] = value.to(parameter.device, copy=True)
-
-    def clipping_factor(self) -> float:
-        if self.max_norm is None:
-            return 1.0
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        return float((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def averages(group: dict[str, Any]) -> list[str]:
@@ -166,11 +153,11 @@ def is_native(parameter: Tensor, state: dict[str, Any]) -> bool:
     return module_for(parameter.device) is not None and all(fits)
 
 
-def update_natively(parameters: list[Tensor], state: Any, group: dict[str, Any], scale: float) -> None:
+def update_natively(parameters: list[Tensor], state: Any, group: dict[str, Any]) -> None:
     for parameter in parameters:
         state[parameter]["step"] += 1
     options = [float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay", "momentum")]
-    options.append(-scale if group["maximize"] else scale)
+    options.append(-1.0 if group["maximize"] else 1.0)
     for device in {parameter.device for parameter in parameters}:
         here = [parameter for parameter in parameters if parameter.device == device]
         rows = [row(parameter, state[parameter]) for parameter in here]
@@ -188,7 +175,7 @@ def row(parameter: Tensor, state: dict[str, Any]) -> tuple[int | bool, ...]:
     return parameter.numel(), *addresses, grad.dtype == torch.bfloat16
 
 
-def update_by_torch(parameters: list[Tensor], all_states: Any, group: dict[str, Any], scale: float) -> None:
+def update_by_torch(parameters: list[Tensor], all_states: Any, group: dict[str, Any]) -> None:
     if not parameters:
         return
     states = [all_states[parameter] for parameter in parameters]
@@ -199,7 +186,7 @@ def update_by_torch(parameters: list[Tensor], all_states: Any, group: dict[str, 
     squares, averages, buffers, steps = ([state[name] for state in states if name in state] for name in names)
     rmsprop(
         updated,
-        grads if scale == 1 else [grad * scale for grad in grads],
+        grads,
         squares,
         averages,
         buffers,

@@ -32,9 +32,9 @@ void multiply(const MatrixOf &left, const MatrixOf &right, Address out, const Pr
 }
 
 void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float eps, float weight_decay,
-             float momentum, float grad_scale, int threads) {
+             float momentum, float sign, int threads) {
   const auto parameters = irlfast::parameters_of(rows);
-  const irlfast::RMSprop options{lr, alpha, eps, weight_decay, momentum, grad_scale};
+  const irlfast::RMSprop options{lr, alpha, eps, weight_decay, momentum, sign};
   pybind11::gil_scoped_release release;
   irlfast::rmsprop(parameters.data(), parameters.size(), options, threads);
 }

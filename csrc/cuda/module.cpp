@@ -64,9 +64,9 @@ void sequence_sums(Address logps, Address targets, Address cu_seqlens, std::int6
 }
 
 void rmsprop(const std::vector<irlfast::Row> &rows, float lr, float alpha, float eps, float weight_decay,
-             float momentum, float grad_scale, Address stream) {
+             float momentum, float sign, Address stream) {
   const auto parameters = irlfast::parameters_of(rows);
-  const irlfast::RMSprop options{lr, alpha, eps, weight_decay, momentum, grad_scale};
+  const irlfast::RMSprop options{lr, alpha, eps, weight_decay, momentum, sign};
   irlfast::rmsprop(parameters.data(), parameters.size(), options, stream_of(stream));
 }
 

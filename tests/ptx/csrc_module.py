@@ -22,8 +22,8 @@ from typing import NamedTuple
 import pybind11
 import torch
 
-from tests.ptx.machine import Allocation, Report, run
-from tests.ptx.parser import entries, parse
+from tests.ptx.machine import Allocation, Report, compiled, run
+from tests.ptx.parser import entries
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -45,9 +45,7 @@ LAUNCHER = ctypes.CFUNCTYPE(
 class Module(NamedTuple):
     functions: ModuleType  # token_logps and the others, as irlfast._cuda has them
     library: ctypes.CDLL
-    kernels: dict[
-        tuple[str, str], tuple[str, str]
-    ]  # PTX and name there, by architecture and name without a file's hash
+    kernels: dict[tuple[str, str], tuple[str, str]]  # by architecture and name without hashes: the PTX, and the name
 
 
 def without_hash(kernel: str) -> str:
@@ -59,12 +57,12 @@ def without_hash(kernel: str) -> str:
 def original() -> Module:
     """The module, compiled once for each state of csrc."""
     objects = [object_of(source) for source in SOURCES]
-    runtime = Path(__file__).with_name("fake_cudart.cpp")
-    state = hashlib.sha256("".join(map(str, objects)).encode() + runtime.read_bytes()).hexdigest()[:16]
-    path = BUILD / f"_cuda-{state}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    host = [Path(__file__).with_name("fake_cudart.cpp"), CSRC / "cuda/module.cpp"]
+    state = "".join(map(str, objects)).encode() + b"".join(one.read_bytes() for one in [*host, CSRC / "binding.h"])
+    path = BUILD / f"_cuda-{hashlib.sha256(state).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
     with locked(BUILD):
         if not path.exists():
-            link([runtime, *objects], path)
+            link([*host, *objects], path)
     spec = importlib.util.spec_from_file_location("_cuda", path)
     functions = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(functions)
@@ -120,12 +118,11 @@ def with_changes(source: str, file: str, old: str, new: str, folder: Path) -> Mo
     return module._replace(kernels=module.kernels | kernels_of(out.read_text(), ARCHITECTURES[0]))
 
 
-def link(objects: Sequence[Path], path: Path) -> None:
+def link(files: Sequence[Path], path: Path) -> None:
     includes = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
     command = ["nvcc", *FLAGS, "-shared", "-cudart", "none", '-DIRLFAST_DEVICE=\\"cpu\\"', *includes]
-    sources = [CSRC / "cuda/module.cpp", *objects]
     partial = path.with_suffix(".partial")
-    subprocess.run([*command, *map(str, sources), "-o", str(partial)], check=True, capture_output=True, text=True)
+    subprocess.run([*command, *map(str, files), "-o", str(partial)], check=True, capture_output=True, text=True)
     partial.rename(path)
 
 
@@ -141,7 +138,7 @@ def interpreted(built: Module, architecture: str, allocations: Sequence[Allocati
     def launch(name: bytes, grid: ctypes.Array, block: ctypes.Array, shared: int, arguments: ctypes.Array) -> int:
         try:
             ptx, kernel = built.kernels[architecture, without_hash(name.decode())]
-            parameters = parse(ptx, kernel).parameters
+            parameters = compiled(ptx, kernel).kernel.parameters
             values = [ctypes.string_at(arguments[k], parameter.size) for k, parameter in enumerate(parameters)]
             reports.append(run(ptx, kernel, tuple(grid[:3]), tuple(block[:3]), values, allocations, shared))
         except Exception as error:  # C++ cannot carry it

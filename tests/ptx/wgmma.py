@@ -39,16 +39,12 @@ def element_offsets(descriptor: int, rows: int, depth: int, itemsize: int, rows_
         raise RefusedPTX("wgmma: a descriptor with a base offset is not interpreted")
     row, column = np.arange(rows)[:, None], np.arange(depth)[None, :]
     inner, outer = (row, column) if rows_adjacent else (column, row)  # adjacent in memory, and across
-    width, eight = SPAN[mode] // itemsize, outer % 8 * SPAN[mode]
-    if not rows_adjacent:
-        if mode and depth > width:
-            raise RefusedPTX("wgmma: an operand wider than its swizzle is not interpreted")
-        at = inner % width * itemsize + eight + outer // 8 * stride + inner // width * leading
-    elif mode:
-        at = inner % width * itemsize + eight + inner // width * leading + outer // 8 * stride
-    else:
-        at = inner % width * itemsize + eight + inner // width * stride + outer // 8 * leading
-    at = at + start
+    width = SPAN[mode] // itemsize
+    if mode and not rows_adjacent and depth > width:
+        raise RefusedPTX("wgmma: an operand wider than its swizzle is not interpreted")
+    next_inner, next_outer = (stride, leading) if rows_adjacent and mode == 0 else (leading, stride)
+    at = start + inner % width * itemsize + outer % 8 * SPAN[mode]
+    at = at + inner // width * next_inner + outer // 8 * next_outer
     return at ^ ((at >> 7 & SWIZZLE[mode]) << 4)
 
 

@@ -70,8 +70,8 @@ def flushed(x: Array) -> Array:
     return np.where(np.abs(x) < SMALLEST_NORMAL, np.copysign(np.float32(0), x), x)
 
 
-def with_ftz(function: Callable[..., Array], modifiers: Modifiers) -> Callable[..., Array]:
-    if not modifiers.take("ftz"):
+def with_ftz(function: Callable[..., Array], modifiers: Modifiers, kind: str) -> Callable[..., Array]:
+    if kind != "f32" or not modifiers.take("ftz"):
         return function
     return lambda *sources: flushed(function(*map(flushed, sources)))
 
@@ -88,9 +88,9 @@ def saturated(function: Callable[..., Array], modifiers: Modifiers) -> Callable[
     return clamped
 
 
-def of_floats(function: Callable[..., Array], modifiers: Modifiers) -> Callable[..., Array]:
+def of_floats(function: Callable[..., Array], modifiers: Modifiers, kind: str) -> Callable[..., Array]:
     modifiers.take("rn")
-    return saturated(with_ftz(function, modifiers), modifiers)
+    return saturated(with_ftz(function, modifiers, kind), modifiers)
 
 
 # ---------------------------------------------------------------- sums and products
@@ -99,7 +99,7 @@ def of_floats(function: Callable[..., Array], modifiers: Modifiers) -> Callable[
 def plain(function: Callable[..., Array], count: int) -> Callable[[Modifiers], Rule]:
     def rule(modifiers: Modifiers) -> Rule:
         kind = modifiers.type(*INTEGERS, *FLOATS)
-        return Rule(of_floats(function, modifiers) if is_float(kind) else function, (kind,) * count, kind)
+        return Rule(of_floats(function, modifiers, kind) if is_float(kind) else function, (kind,) * count, kind)
 
     return rule
 
@@ -136,7 +136,7 @@ def product_of_integers(kind: str, part: str) -> Callable[[Array, Array], Array]
 def mul(modifiers: Modifiers) -> Rule:
     kind = modifiers.type(*INTEGERS, *FLOATS)
     if is_float(kind):
-        return Rule(of_floats(np.multiply, modifiers), (kind, kind), kind)
+        return Rule(of_floats(np.multiply, modifiers, kind), (kind, kind), kind)
     part = modifiers.need("lo", "hi", "wide")
     return Rule(product_of_integers(kind, part), (kind, kind), wider(kind) if part == "wide" else kind)
 
@@ -156,7 +156,7 @@ def fused(a: Array, b: Array, c: Array) -> Array:
 def fma(modifiers: Modifiers) -> Rule:
     kind = modifiers.type("f32")
     modifiers.need("rn")
-    return Rule(of_floats(fused, modifiers), (kind,) * 3, kind)
+    return Rule(of_floats(fused, modifiers, kind), (kind,) * 3, kind)
 
 
 # ---------------------------------------------------------------- quotients
@@ -187,7 +187,7 @@ def div(modifiers: Modifiers) -> Rule:
         return Rule(quotient_of_integers, (kind, kind), kind)
     way = modifiers.need("rn", "full", "approx")
     function = approximate_quotient if way == "approx" else np.divide
-    return Rule(with_ftz(function, modifiers), (kind, kind), kind)
+    return Rule(with_ftz(function, modifiers, kind), (kind, kind), kind)
 
 
 def rem(modifiers: Modifiers) -> Rule:
@@ -218,7 +218,7 @@ def extreme(name: str) -> Callable[[Modifiers], Rule]:
         if not is_float(kind):
             return Rule({"min": np.minimum, "max": np.maximum}[name], (kind, kind), kind)
         function = float_extreme(name, bool(modifiers.take("NaN")))
-        return Rule(with_ftz(function, modifiers), (kind, kind), kind)
+        return Rule(with_ftz(function, modifiers, kind), (kind, kind), kind)
 
     return rule
 
@@ -226,7 +226,7 @@ def extreme(name: str) -> Callable[[Modifiers], Rule]:
 def signed(function: Callable[[Array], Array]) -> Callable[[Modifiers], Rule]:
     def rule(modifiers: Modifiers) -> Rule:
         kind = modifiers.type("s16", "s32", "s64", *FLOATS)
-        return Rule(with_ftz(function, modifiers), (kind,), kind)
+        return Rule(with_ftz(function, modifiers, kind), (kind,), kind)
 
     return rule
 
@@ -245,7 +245,7 @@ def unary(function: Callable[[Array], Array], *ways: str) -> Callable[[Modifiers
                 raise modifiers.refused("type 'f64' is not interpreted")
             return Rule(function, (kind,), kind)
         rounded = lambda x: function(x.astype(np.float64)).astype(np.float32)  # noqa: E731
-        return Rule(with_ftz(rounded, modifiers), (kind,), kind)
+        return Rule(with_ftz(rounded, modifiers, kind), (kind,), kind)
 
     return rule
 
@@ -352,14 +352,15 @@ def setp(modifiers: Modifiers) -> Rule:
         name = modifiers.need(*COMPARISONS, *UNORDERED, "num", "nan")
     else:
         name = modifiers.need(*COMPARISONS, *(UNSIGNED if kind[0] == "u" else ()))
-    compare = with_flushed_sources(comparison(name, kind), modifiers)
+    compare = with_flushed_sources(comparison(name, kind), modifiers, kind)
     if combine := COMBINED.get(modifiers.take(*COMBINED) or ""):
         return Rule(lambda a, b, p: combine(compare(a, b), p), (kind, kind, "pred"), "pred")
     return Rule(compare, (kind, kind), "pred")
 
 
-def with_flushed_sources(function: Callable[..., Array], modifiers: Modifiers) -> Callable[..., Array]:
-    return (lambda a, b: function(flushed(a), flushed(b))) if modifiers.take("ftz") else function
+def with_flushed_sources(function: Callable[..., Array], modifiers: Modifiers, kind: str) -> Callable[..., Array]:
+    flush = kind == "f32" and modifiers.take("ftz")
+    return (lambda a, b: function(flushed(a), flushed(b))) if flush else function
 
 
 def selp(modifiers: Modifiers) -> Rule:

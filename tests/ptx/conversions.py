@@ -103,7 +103,7 @@ def cvt(modifiers: Modifiers) -> Rule:
             raise modifiers.refused(f"{kind} from bf16 is not interpreted")
         return Rule(lambda x: from_bf16(x).astype(TYPES[kind]), ("b16",), kind)
     if source in FLOATS:
-        flush = bool(modifiers.take("ftz"))
+        flush = source == "f32" and modifiers.take("ftz")
         if kind in FLOATS:
             modifiers.take("rn")
             function = between_floats(kind, modifiers.take(*ROUNDED), saturates)

@@ -331,6 +331,7 @@ def test_immediate_operands_are_read_by_the_type_of_the_instruction():
     [
         ("sin.approx.f32 %d, %a", "sin.approx.f32: the instruction is not interpreted"),
         ("add.rz.f32 %d, %a, %a", "add.rz.f32: modifier 'rz' is not interpreted"),
+        ("add.ftz.f16 %d, %a, %a", "add.ftz.f16: modifier 'ftz' is not interpreted"),
         ("add.f16x2 %d, %a, %a", "add.f16x2: type 'f16x2' is not interpreted"),
         ("cvt.rz.f16.f32 %d, %a", "cvt.rz.f16.f32: modifier 'rz' is not interpreted"),
         ("ld.local.f32 %d, [%at0]", "ld.local.f32: found no space of memory"),

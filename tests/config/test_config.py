@@ -85,6 +85,14 @@ WRONG = {
     "stages: found 0": {"stages": 0},
     "inner_epochs and inner_steps": {"inner_epochs": 1, "inner_steps": 2},
     r"beta: found 2 values, expected one or one per stage \(3\)": {"beta": [1, 2]},
+    "loss_type: found 'dpo', expected 'sigmoid', .* or": {"loss_type": "dpo"},
+    "loss_type: found an empty list": {"loss_type": []},
+    "loss_weights: found 1 numbers, expected one per loss of loss_type": {
+        "loss_type": ["sigmoid", "ipo"],
+        "loss_weights": [1.0],
+    },
+    "label_smoothing: found 0.1, which loss_type sigmoid does not use": {"label_smoothing": 0.1},
+    "label_smoothing: found 0, expected more than 0 with loss_type exo_pair": {"loss_type": ["hinge", "exo_pair"]},
     "dataset_name: found nothing": {"dataset_name": None},
     "dataset_name: no such file or folder": {"dataset_name": "/no/such.jsonl"},
     "model_name_or_path: no such file or folder": {

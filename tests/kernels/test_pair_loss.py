@@ -9,7 +9,9 @@ from irlfast import ops
 from irlfast.kernels.linear import grouped
 from irlfast.ops.common import checks
 from irlfast.ops.common.types import IGNORE
+from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from tests.helpers.ops_cases import converted, gradients, make, random_pairs
+from tests.helpers.pair_loss_oracles import PAIR_LOSS_ORACLES
 from tests.helpers.tiers import covering_cases, full
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +63,30 @@ def test_pair_loss_matches_the_oracle_in_fp64(factors, backend):
     for name, gradient in ours.items():
         error, largest = (gradient.double() - exact[name]).abs().max(), exact[name].abs().max()
         assert error <= (1e-4 if factors["dtype"] == torch.float32 else 2**-7) * largest + 1e-9, name
+
+
+@pytest.mark.parametrize("rows_in_buffer", [1, 9, 10**6])
+def test_every_loss_and_weight_matches_the_oracle_in_fp64(rows_in_buffer, backend):
+    """All losses as one mixture, because a kernel does not know the loss; one more is a function."""
+    names = [name for name, kind in PAIR_LOSSES.items() if not kind.without_reference]
+    case = on_device(make(LENGTHS, vocabulary=40, dtype=torch.float32, rows=True, ignored=True, reference="token"))
+    random = torch.Generator().manual_seed(0)
+    loss = {
+        "pairs": random_pairs(len(LENGTHS), seed=0).to(DEVICE),
+        "beta": 0.3,
+        "loss_type": [*names, PAIR_LOSS_ORACLES["hinge"]],
+        "loss_weights": [1.0, 0.5] * (len(names) // 2) + [2.0],
+        "pair_weights": torch.rand(4, generator=random).to(DEVICE),
+        "token_weights": torch.rand(sum(LENGTHS), generator=random).to(DEVICE),
+        "label_smoothing": 0.1,
+    }
+    double = converted(case, torch.float64)
+    expected = ops.pair_loss(**double, **loss, backend="plain")
+    result = ops.pair_loss(**case, **loss, backend=backend, buffer_mb=rows_in_buffer * 40 * 4 / 2**20)
+    torch.testing.assert_close(result.pair_losses.double(), expected.pair_losses, rtol=1e-5, atol=1e-5)
+    exact = gradients(expected.loss, double)
+    for name, gradient in gradients(result.loss, case).items():
+        assert (gradient.double() - exact[name]).abs().max() <= 1e-4 * exact[name].abs().max(), name
 
 
 SMALL, LARGE = (FACTORS | {"vocabulary": sizes} for sizes in ([1, 7, 1000], [32000, 50304]))

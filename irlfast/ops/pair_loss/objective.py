@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.checks import require
+from irlfast.ops.common.checks import require, values_visible
 from irlfast.ops.common.sequences import log_ratios
 from irlfast.ops.common.types import IGNORE, LogRatio, PairFunction, PairLoss, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss.divergences import F_DIVERGENCES
@@ -78,7 +78,17 @@ def differentiated(function: PairFunction, expert: Tensor, synthetic: Tensor, be
         slopes = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     loss = function(expert, synthetic, beta)
     require(loss.shape == expert.shape, "loss_type(expert, synthetic, beta)", loss, "[{}], as both", *expert.shape)
+    check_each_by_itself(function, expert.detach(), synthetic.detach(), beta, loss.detach())
     return PairTerms(loss, *slopes)
+
+
+def check_each_by_itself(function: PairFunction, expert: Tensor, synthetic: Tensor, beta: float, loss: Tensor) -> None:
+    """Check that every second pair's loss stays as it was while the other pairs' log-ratios become 0."""
+    if values_visible(loss.device):
+        kept = torch.arange(loss.numel(), dtype=torch.int64, device=loss.device) % 2 == 0
+        alone = function(expert.where(kept, 0), synthetic.where(kept, 0), beta)
+        same = torch.allclose(alone[kept], loss[kept], equal_nan=True)
+        require(same, "loss_type", function, "a function that treats each pair by itself, and always alike")
 
 
 def weighted(values: Tensor, spec: PairLossSpec) -> Tensor:

@@ -156,17 +156,17 @@ def pair_loss(
 
     ``loss`` = Σ over pairs of ``pair_weights`` · ``pair_losses`` / ``num_pairs`` + ``nll_weight`` · ``nll_loss``.
     ``nll_loss`` = −Σ log π_θ(y_t) over the experts' tokens / ``num_tokens``, where an expert of several pairs counts
-    once. The defaults are the pairs and the experts' scored tokens of this call; a trainer passes the numbers of its
-    whole batch instead. Without pairs, the loss is 0.
+    once, and ``token_weights`` have no effect. The defaults are the pairs and the experts' scored tokens of this call; a
+    trainer passes the numbers of its whole batch instead. Without pairs, the loss is 0.
 
     - ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic). A sequence may be in several pairs or in none.
       Default: sequences 2i and 2i + 1.
     - ``loss_type``: a key of :data:`irlfast.ops.pair_loss.losses.PAIR_LOSSES`, which has formulas and sources. Or a
       function of ρ(y) ``[P]``, ρ(ỹ) ``[P]`` and β that returns the loss of each pair ``[P]``. Autograd differentiates
-      the function. It must treat each pair by itself: it is called once per slab, while the other pairs' log-ratios
-      are not yet known. Compiled code calls it between two graphs. Or a sequence of these: the mixture that
-      ``loss_weights`` weighs (default: 1 each). TRL's ``aot`` and ``aot_unpaired`` sort the log-ratios of a batch: they
-      are losses of :func:`log_ratio`.
+      the function. It must treat each pair by itself (checked on CPU tensors): it is called once per slab, while the
+      other pairs' log-ratios are not yet known. Compiled code calls it between two graphs. Or a sequence of these: the
+      mixture that ``loss_weights`` weighs (default: 1 each). TRL's ``aot`` and ``aot_unpaired`` sort the log-ratios of
+      a batch: they are losses of :func:`log_ratio`.
     - ``label_smoothing``, ``discopop_tau``, ``simpo_gamma``, ``reward_shift``: options of some of these losses.
     - ``f_divergence_type`` (arXiv 2309.16240): the reward that takes the place of ρ, for losses of the margin:
       ``reverse_kl`` ρ, ``forward_kl`` 1 − exp(−ρ), ``js_divergence`` log 2 + log σ(ρ), ``alpha_divergence``

@@ -156,8 +156,8 @@ def pair_loss(
 
     ``loss`` = Σ over pairs of ``pair_weights`` · ``pair_losses`` / ``num_pairs`` + ``nll_weight`` · ``nll_loss``.
     ``nll_loss`` = −Σ log π_θ(y_t) over the experts' tokens / ``num_tokens``, where an expert of several pairs counts
-    once, and ``token_weights`` have no effect. The defaults are the pairs and the experts' scored tokens of this call; a
-    trainer passes the numbers of its whole batch instead. Without pairs, the loss is 0.
+    once, and ``token_weights`` have no effect. The defaults are the pairs and the experts' scored tokens of this call.
+    A trainer passes the numbers of its whole batch instead. Without pairs, the loss is 0.
 
     - ``pairs`` ``[P, 2]`` int64 or int32: sequences (expert, synthetic). A sequence may be in several pairs or in none.
       Default: sequences 2i and 2i + 1.

@@ -7,7 +7,8 @@
 
 namespace {
 
-using Launcher = int (*)(const char *kernel, const unsigned *grid, const unsigned *block, unsigned shared, void **arguments);
+using Launcher = int (*)(const char *kernel, const unsigned *grid, const unsigned *block, unsigned shared,
+                         void **arguments);
 
 Launcher launcher = nullptr;
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers.tiers import full, sweep
-from tests.ptx import csrc_cases
+from tests.ptx import csrc_cases, machine
 from tests.ptx.csrc_cases import Outcome
 from tests.ptx.csrc_module import ARCHITECTURES, original
 
@@ -102,6 +102,28 @@ def test_sums_of_sequences_are_right(reference, dtype, architecture):
 )
 def test_a_step_of_rmsprop_is_right(centred, momentum, narrow, copied, offset, architecture):
     check(csrc_cases.rmsprop(original(), architecture, centred, momentum, narrow, copied, offset))
+
+
+@full
+def test_blocks_that_run_together_do_what_they_do_alone(monkeypatch):
+    """The results, the findings and the counts are the same."""
+    architecture = ARCHITECTURES[0]
+
+    def outcomes() -> list[Outcome]:
+        return [
+            csrc_cases.token_logps(original(), architecture, 1003, torch.bfloat16, torch.float32, 5.0, 1),
+            csrc_cases.write_gradient(original(), architecture, 5001, torch.float32, None, 1, "in place"),
+            csrc_cases.sequence_sums(original(), architecture, "token", torch.float32),
+            csrc_cases.rmsprop(original(), architecture, True, True, True, True, 1),
+        ]
+
+    together = outcomes()
+    monkeypatch.setattr(machine, "BATCH", 1)
+    for alone, other in zip(outcomes(), together, strict=True):
+        check(alone)
+        assert [report.counts for report in alone.reports] == [report.counts for report in other.reports]
+        for (mine, *_), (theirs, *_) in zip(alone.pairs, other.pairs, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 # ---------------------------------------------------------------- counts

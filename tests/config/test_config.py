@@ -31,6 +31,13 @@ def test_yaml_then_command_line_in_every_spelling(tmp_path, given):
     assert load_config([str(file)])[0].learning_rate == 5e-7
 
 
+def test_a_list_of_losses_is_a_mixture(given):
+    assert make_config(given | {"loss_type": "ipo"}).loss_type == "ipo"
+    words = ["loss_type=[sigmoid, bco_pair]", "loss_weights=[0.8, 0.2]", "method=spin"]
+    config, _ = load_config([*(f"{name}={value}" for name, value in given.items()), *words])
+    assert (config.loss_type, config.loss_weights) == (["sigmoid", "bco_pair"], [0.8, 0.2])
+
+
 def test_one_value_stands_for_a_list_of_one_and_none_for_an_empty_list(given):
     assert make_config(given | {"report_to": "none"}).report_to == []
     assert make_config(given | {"implicit_reward_policy": "gpt2"}).implicit_reward_policy == ["gpt2"]

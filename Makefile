@@ -1,12 +1,13 @@
 # make train: the default run.   make docs: the pages of docs/ as a site.
 # make test: the product in 8 minutes.   make test-all: what `make test` leaves out.   make sweep: the products, nightly.
+# make ptx: the kernels as compiled code, without a GPU.
 # All targets need Python >= 3.10 and a package registry.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := pip install --quiet --no-compile
 
-.PHONY: train test test-all docs sweep gpu gpu-tests gpu-variants gpu-peers gpu-bandwidth sanitized lint clean
+.PHONY: train test test-all ptx docs sweep gpu gpu-tests gpu-variants gpu-peers gpu-bandwidth sanitized lint clean
 train: $(VENV)/installed
 	$(BIN)/python -m irlfast.train configs/irft.yaml $(ARGS)
 
@@ -17,19 +18,25 @@ SWEEP := -m slow
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/installed lint
-	$(PYTEST) $(FIRST) $(ARGS)
+	$(PYTEST) $(FIRST) --ignore=tests/ptx $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) $(FIRST) tests/kernels
 	@echo "make test: linters and types pass; so do the units, a sample of each sweep, and one run of each kind."
 	@echo "make test-all runs the rest of what CI runs; make sweep the products; make gpu, on a GPU, the kernels there."
 
 # The kernels compile for sm_80 and sm_90 by the Triton of torch 2.11 (`make test` has a sample by the one installed).
 test-all: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 $(VENV)/triton-3.6.0 $(VENV)/wandb-0.31.0
-	$(PYTEST) $(FULL) --ignore=tests/aot
+	$(PYTEST) $(FULL) --ignore=tests/aot --ignore=tests/ptx
 	TRITON_INTERPRET=1 $(PYTEST) $(FULL) tests/kernels
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(PYTEST) -m "not slow" tests/aot
 	PYTHONPATH=$(VENV)/bitsandbytes-0.50.2 $(PYTEST) -m "not slow" tests/models/test_qlora.py
 	$(PYTEST) -m "not slow" benchmarks --quick
 	@echo "make test-all: with make test before it, this is all that CI holds of the code. make sweep has the products."
+
+# Compiled kernels without a GPU: an interpreter runs their PTX for sm_80 and sm_90 (docs/ptx.md).
+ptx: $(VENV)/installed $(VENV)/triton-3.6.0
+	$(PYTEST) -m "not slow" tests/ptx
+	PYTHONPATH=$(VENV)/triton-3.6.0 $(PYTEST) $(FIRST) tests/ptx/test_binder.py tests/ptx/test_triton_kernels.py
+	@echo "make ptx: kernels run as compiled code, agree with fp64, and mistakes put into them are reported."
 
 sweep: $(VENV)/installed
 	$(PYTEST) $(SWEEP)

@@ -215,9 +215,11 @@ def forward_kernel(
     m = tl.arange(0, HEADS)
     h = project(hidden, head, bias, row, present, m, H, M, BLOCK_H)
     stored = inside[:, None] & (m < M)[None, :]
-    tl.store(logits + out.to(tl.int64)[:, None] * M + m[None, :], h, mask=stored)
+    # A sequence may be in several pairs. Its last item, which is of no pair, alone writes its logits.
+    alone = stored if pairs is None else stored & (item >= paired)[:, None]
+    tl.store(logits + out.to(tl.int64)[:, None] * M + m[None, :], h, mask=alone)
     if LOSS is not None:
-        tl.store(reward + out.to(tl.int64)[:, None] * M + m[None, :], reward_of(h, LOSS), mask=stored)
+        tl.store(reward + out.to(tl.int64)[:, None] * M + m[None, :], reward_of(h, LOSS), mask=alone)
         if LOSS.kind == "bradley_terry":
             value, slope, weight = weighted_pairs(h, item, paired, pairs, cu_seqlens, LOSS)
         else:

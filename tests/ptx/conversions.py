@@ -114,3 +114,20 @@ def cvt(modifiers: Modifiers) -> Rule:
         modifiers.need("rn")
         return Rule(lambda x: x.astype(TYPES[kind]), (source,), kind)
     return Rule(between_integers(kind, saturates), (source,), kind)
+
+
+def chosen_bytes(a: Array, b: Array, selector: Array) -> Array:
+    """Each byte of the result is one of the four of ``a`` (0 to 3) or of ``b`` (4 to 7), or with 8 added its sign."""
+    both = b.astype(np.uint64) << np.uint64(32) | a
+    result = np.zeros(both.shape, np.uint32)
+    for number in range(4):
+        choice = selector >> np.uint32(4 * number) & np.uint32(15)
+        byte = both >> (choice & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)
+        sign = (byte >> np.uint64(7)) * np.uint64(255)
+        result |= np.where(choice & np.uint32(8), sign, byte).astype(np.uint32) << np.uint32(8 * number)
+    return result
+
+
+def prmt(modifiers: Modifiers) -> Rule:
+    modifiers.type("b32")
+    return Rule(chosen_bytes, ("b32", "b32", "b32"), "b32")

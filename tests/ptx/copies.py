@@ -3,10 +3,10 @@
 import numpy as np
 
 from tests.ptx.arithmetic import Array, Modifiers
-from tests.ptx.lanes import Active, Batch, Copy, Operation, address_reader, reader
+from tests.ptx.lanes import Active, Batch, Copy, Operation, address_reader, reader, writer
 from tests.ptx.memory import BLOCK, THREAD, Access
 from tests.ptx.movement import parts, space
-from tests.ptx.parser import SIZES, TYPES, Immediate, Instruction
+from tests.ptx.parser import SIZES, TYPES, Immediate, Instruction, Operand
 
 
 def cp(instruction: Instruction, modifiers: Modifiers) -> Operation:
@@ -103,26 +103,52 @@ def fence(instruction: Instruction, modifiers: Modifiers) -> Operation:
 
 
 def red(instruction: Instruction, modifiers: Modifiers) -> Operation:
-    """Lanes add one after the other, in their order. A GPU has no fixed order."""
+    return addition(instruction, modifiers, *instruction.operands, None)
+
+
+def atom(instruction: Instruction, modifiers: Modifiers) -> Operation:
+    result, target, source = instruction.operands
+    return addition(instruction, modifiers, target, source, result)
+
+
+def addition(
+    instruction: Instruction, modifiers: Modifiers, target: Operand, source: Operand, result: Operand
+) -> Operation:
+    """Lanes add one after the other, in their order, and get what was there before. A GPU has no fixed order."""
     kind = modifiers.type("f32", "f64", "u32", "s32", "u64")
     space(modifiers, "global")
     modifiers.need("add")
     modifiers.take("relaxed", "release", "acq_rel")
     modifiers.take("gpu", "cta", "sys")
-    registers = parts(instruction.operands[1], modifiers)
-    readers, address = (
-        [reader(instruction, one, kind) for one in registers],
-        address_reader(instruction, instruction.operands[0], "u64"),
-    )
-    size = SIZES[kind] * len(registers)
+    registers = parts(source, modifiers)
+    readers = [reader(instruction, one, kind) for one in registers]
+    address, size = address_reader(instruction, target, "u64"), SIZES[kind] * len(registers)
+    if result is not None and len(registers) > 1:
+        raise modifiers.refused("a vector with a result is not interpreted")
+    write = writer(instruction, result, kind)
 
     def add(batch: Batch, active: Active) -> None:
         values = np.stack([batch.flat(read(batch, active), active) for read in readers], axis=1)
         access = batch.access(instruction, address(batch, active), size, active, atomic=True)
         batch.counts.atomics += active.count
+        before = np.zeros(active.mask.shape, TYPES[kind])
         for region, lanes, part in batch.memory.split(access):
             region.write(part, np.zeros(len(part.offsets), bool))
             rows, at = region.units(part, SIZES[kind])
+            if result is not None:
+                before.reshape(-1)[active.indices[lanes]] = values_before(rows.view(TYPES[kind]), at, values[lanes])
             np.add.at(rows.view(TYPES[kind]), at, values[lanes])
+        write(batch, before, active)
 
     return add
+
+
+def values_before(rows: Array, at: Array, values: Array) -> Array:
+    """What each lane of an atomic addition finds in memory: earlier lanes may have added to the same place."""
+    if len(np.unique(at)) == len(at):
+        return rows[at, 0]
+    rows, before = rows.copy(), np.empty(len(at), rows.dtype)
+    for lane, (row, value) in enumerate(zip(at, values[:, 0], strict=True)):
+        before[lane] = rows[row, 0]
+        rows[row, 0] += value
+    return before

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from tests.ptx.arithmetic import RULES, Modifiers, Rule
-from tests.ptx.conversions import cvt
-from tests.ptx.copies import cp, fence, red
+from tests.ptx.conversions import cvt, prmt
+from tests.ptx.copies import atom, cp, fence, red
 from tests.ptx.lanes import Active, Batch, Operation, reader, writer
 from tests.ptx.movement import cvta, ld, mov, st
 from tests.ptx.parser import Instruction
@@ -12,7 +12,7 @@ from tests.ptx.tensor_cores import ldmatrix, mma, stmatrix
 from tests.ptx.warps import bar, redux, shfl
 from tests.ptx.wgmma import wgmma
 
-LANEWISE: dict[str, Callable[[Modifiers], Rule]] = {**RULES, "cvt": cvt}
+LANEWISE: dict[str, Callable[[Modifiers], Rule]] = {**RULES, "cvt": cvt, "prmt": prmt}
 
 OTHERS: dict[str, Callable[[Instruction, Modifiers], Operation]] = {
     "ld": ld,
@@ -25,6 +25,7 @@ OTHERS: dict[str, Callable[[Instruction, Modifiers], Operation]] = {
     "fence": fence,
     "cp": cp,
     "red": red,
+    "atom": atom,
     "mma": mma,
     "ldmatrix": ldmatrix,
     "stmatrix": stmatrix,

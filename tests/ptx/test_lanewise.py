@@ -237,6 +237,15 @@ def tf32(a: float) -> float:
     return math.copysign(float(math.floor(steps + Fraction(1, 2)) * unit), a)
 
 
+def chosen_bytes(a: int, b: int, selector: int) -> int:
+    result = 0
+    for number in range(4):
+        choice = selector >> 4 * number & 15
+        byte = (b << 32 | a) >> 8 * (choice & 7) & 255
+        result |= (byte if choice < 8 else 255 * (byte >> 7)) << 8 * number
+    return result
+
+
 def conversion_cases() -> list[Case]:
     cases, narrow = [], ("u8", "s8")
     for source in (*narrow, *INTEGERS):
@@ -272,6 +281,7 @@ def conversion_cases() -> list[Case]:
         Case("cvt.rn.bf16x2.f32 %d, %a, %b", "f32 f32 u32", lambda a, b: pair(a, b, torch.bfloat16), beyond=nan),
         Case("cvt.rn.f16x2.f32 %d, %a, %b", "f32 f32 u32", lambda a, b: pair(a, b, torch.float16), beyond=nan),
         Case("cvt.rna.tf32.f32 %d, %a", "f32 f32", tf32),
+        Case("prmt.b32 %d, %a, %b, %c", "u32 u32 u32 u32", chosen_bytes),
     ]  # fmt: skip
     return cases
 

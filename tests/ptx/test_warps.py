@@ -72,12 +72,13 @@ def test_a_reduction_is_that_of_all_lanes_of_a_warp(name, combine):
             f"""
             mad.wide.u32 %at, %thread, 4, %p0;
             ld.global.b32 %x, [%at];
-            redux.sync.{name}.{kind} %x, %x, -1;
+            mov.b32 %members, -1;
+            redux.sync.{name}.{kind} %x, %x, %members;
             mad.wide.u32 %at, %thread, 4, %p1;
             st.global.b32 [%at], %x;
             """,
             [Array(values), Array(result)],
-            registers=".reg .b64 %at; .reg .b32 %x;",
+            registers=".reg .b64 %at; .reg .b32 %x, %members;",
             threads=64,
         )
         assert report.findings == []

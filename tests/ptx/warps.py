@@ -5,7 +5,7 @@ import numpy as np
 from tests.ptx.arithmetic import Array, Modifiers
 from tests.ptx.lanes import Active, Batch, Operation, reader, writer
 from tests.ptx.memory import who
-from tests.ptx.parser import Immediate, Instruction, Vector
+from tests.ptx.parser import Instruction, Vector
 
 REDUCTIONS = {
     "add": np.add,
@@ -84,12 +84,14 @@ def redux(instruction: Instruction, modifiers: Modifiers) -> Operation:
     modifiers.need("sync")
     reduction = REDUCTIONS[modifiers.need(*REDUCTIONS)]
     result, source, members = instruction.operands
-    if members not in (Immediate(-1), Immediate(0xFFFFFFFF)):
-        raise modifiers.refused("a part of a warp is not interpreted")
     read, write = reader(instruction, source, kind), writer(instruction, result, kind)
+    read_members = reader(instruction, members, "u32")  # Triton has them in a register
 
     def reduce(batch: Batch, active: Active) -> None:
-        check_members(batch, active, np.full((1, 1), 0xFFFFFFFF, np.uint32), instruction)
+        named = read_members(batch, active)
+        if ((named != 0xFFFFFFFF) & active.mask).any():
+            raise modifiers.refused("a part of a warp is not interpreted")
+        check_members(batch, active, named, instruction)
         values = warps_of(read(batch, active), batch)
         write(batch, np.repeat(reduction.reduce(values, axis=1, dtype=values.dtype), 32).reshape(batch.shape), active)
 

@@ -26,6 +26,7 @@ class Product(NamedTuple):
 
     slots: list[int]  # of its accumulators
     places: Array  # records of shared memory
+    granule: int  # the size of the records when the product began
 
 
 def element_offsets(descriptor: int, rows: int, depth: int, itemsize: int, rows_adjacent: bool) -> Array:
@@ -88,7 +89,11 @@ def wait(batch: Batch, active: Active, kept: int) -> None:
 
 def end(batch: Batch, group: int, products: list[Product]) -> None:
     for product in products:
-        batch.shared.tensor_reads[product.places] -= 1
+        parts = (
+            product.granule // batch.shared.granule
+        )  # another block's access may have cut the records into smaller ones
+        places = (product.places[:, None] * parts + np.arange(parts)).ravel()
+        batch.shared.tensor_reads[places] -= 1
     lanes = np.zeros(batch.shape, bool)
     lanes.reshape(-1, GROUP)[group] = True
     going_on = {slot for others in batch.products[group] for other in others for slot in other.slots}
@@ -193,7 +198,7 @@ def note(form: Form, batch: Batch, active: Active, places: dict[int, Array]) -> 
     for group, used in places.items():
         used = np.unique(used)
         batch.shared.tensor_reads[used] += 1
-        batch.products[group][-1].append(Product(slots, used))
+        batch.products[group][-1].append(Product(slots, used, batch.shared.granule))
 
 
 def operand(

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import trl
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.nn.functional import linear, pad
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -23,7 +24,11 @@ from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 from irlfast import ops
 from irlfast.ops.common.heads import body_of
 
-IN_THREE_PASSES = {"sigmoid": "sigmoid", "hinge": "hinge"}  # TRL's names of losses, and ours
+# TRL's losses that pair_loss computes, "sft" beside one of them. The others sort the log-ratios of a batch.
+IN_THREE_PASSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
+)
 NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 LOGITS_AT_ONCE = 2**24  # numbers of the logits that the statistics for the log hold
 
@@ -31,10 +36,9 @@ LOGITS_AT_ONCE = 2**24  # numbers of the logits that the statistics for the log 
 class DPOTrainer(trl.DPOTrainer):
     """TRL's trainer, with every option of it.
 
-    Losses of :data:`IN_THREE_PASSES` take three passes over the LM head, in training; entropy, logits and token
-    accuracy are then not logged. Evaluation, and what these losses cannot express (other losses, mixtures,
-    ``use_weighting``, ``ld_alpha``, ``f_divergence_type``, the auxiliary loss of experts), are TRL's own code on our
-    log-probabilities, which logs everything.
+    In training, losses of :data:`IN_THREE_PASSES` and mixtures of them take three passes over the LM head; entropy,
+    logits and token accuracy are then not logged. Evaluation, the other losses and ``use_weighting`` are TRL's own code
+    on our log-probabilities, which logs everything.
 
     Raises:
         ValueError: TRL refuses an option, or the logits are no product of the LM head (:func:`irlfast.ops.lm_head`).
@@ -44,41 +48,74 @@ class DPOTrainer(trl.DPOTrainer):
         # TRL gives models their head here, before it computes the reference's log-probabilities in advance
         with mock.patch.object(dpo_trainer, "add_fused_lm_head", add_head):
             super().__init__(*args, **kwargs)
-        self.in_three_passes = (
-            list(self.loss_types) in [[name] for name in IN_THREE_PASSES]
-            and self.f_divergence_type == "reverse_kl"
-            and self.ld_alpha is None
-            and not self.use_weighting
-            and not self.aux_loss_enabled
-        )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        if return_outputs or not self.in_three_passes or not model.training:
+        options = None if return_outputs or not model.training else self.pair_loss_options()
+        if options is None:
             return super()._compute_loss(model, inputs, return_outputs)
-        keys = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
-        keys["labels"] = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        options = {"beta": self.beta, "loss_type": IN_THREE_PASSES[self.loss_types[0]]}
-        result = model(**keys, pair_loss=options | {"ref_logps": self.reference(keys, inputs)})
-        self.log_pairs(result, inputs)
-        return result.loss * self.loss_weights[0]
-
-    @torch.no_grad()
-    def reference(self, keys: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
-        """The reference's log-probabilities: per sequence ``[2P]`` where the data has them, else ``[2P, L - 1]``."""
         if self.precompute_ref_logps:
-            return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        model: Any = self.ref_model
-        adapter: AbstractContextManager = nullcontext()
-        if model is None:  # LoRA: the reference is the model without its adapter, or with its first adapter, "ref"
-            model = self.model
-            unwrapped = self.accelerator.unwrap_model(model)
-            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        policy, checkpointing = cast(Any, self.model), cast(Any, self.args.gradient_checkpointing_kwargs)
-        with disable_gradient_checkpointing(policy, checkpointing), adapter:
-            return model(**keys, use_cache=False, fused_lm_head=True).log_probs
+            options["ref_logps"] = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            options["ref_logps"] = self.reference_logps(self.ref_model or self.model, inputs)
+        if self.ld_alpha is not None:
+            options["token_weights"] = self.token_weights(inputs)
+        keys = keys_of(inputs) | ({"output_router_logits": True} if self.aux_loss_enabled else {})
+        result, aux_loss = model(**keys, pair_loss=options)
+        self.log_pairs(result, aux_loss, inputs)
+        return result.loss if aux_loss is None else result.loss + self.router_aux_loss_coef * aux_loss
+
+    def pair_loss_options(self) -> dict[str, Any] | None:
+        """Options of ``ops.pair_loss`` that say what TRL's configuration says, or None where nothing can."""
+        weights = list(zip(self.loss_types, self.loss_weights, strict=True))
+        pairs = [(name, weight) for name, weight in weights if name != "sft"]
+        names = tuple(name for name, _ in pairs)
+        if self.use_weighting or not names or not {*names} <= {*IN_THREE_PASSES}:
+            return None
+        options: dict[str, Any] = {
+            "beta": self.beta,
+            "loss_type": names,
+            "loss_weights": tuple(weight for _, weight in pairs),
+            "nll_weight": sum(weight for name, weight in weights if name == "sft"),
+            "f_divergence_type": self.f_divergence_type,
+            "f_alpha_divergence_coef": self.f_alpha_divergence_coef,
+        }
+        if {*names} & {"robust", "exo_pair"}:
+            options["label_smoothing"] = self.label_smoothing
+        if "discopop" in names:
+            options["discopop_tau"] = cast(Any, self.args).discopop_tau
+        return options
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The reference's log-probabilities ``[P]`` of chosen and rejected answers, summed as ``ops`` sums."""
+        with self.accelerator.autocast():
+            logps = self.reference_logps(model, inputs).double()
+        return (logps * self.token_weights(inputs)).sum(1).float().chunk(2)
 
     @torch.no_grad()
-    def log_pairs(self, result: ops.PairLoss, inputs: dict[str, Tensor]) -> None:
+    def reference_logps(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """The reference's log-probabilities of tokens ``[2P, L - 1]``.
+
+        With LoRA, the reference is the model without its adapter, or with a copy of its first adapter, "ref".
+        """
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        adapter: AbstractContextManager = nullcontext()
+        if self.ref_model is None and is_peft_model(policy):
+            adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+        checkpointing = cast(Any, self.args.gradient_checkpointing_kwargs)
+        with disable_gradient_checkpointing(cast(Any, self.model), checkpointing), adapter:
+            logps = model(**keys_of(inputs), fused_lm_head=True).log_probs
+        return logps[:, 1 - inputs["input_ids"].shape[1] :]  # without the virtual tokens of prompt learning
+
+    def token_weights(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Factors ``[2P, L - 1]`` of tokens: ``ld_alpha`` beyond the length of the shorter answer, else 1."""
+        mask = inputs["completion_mask"][:, 1:]
+        if self.ld_alpha is None:
+            return mask.float()
+        shorter = mask.sum(1).view(2, -1).amin(0).repeat(2)
+        return torch.where(mask.cumsum(1) <= shorter[:, None], 1.0, self.ld_alpha)
+
+    @torch.no_grad()
+    def log_pairs(self, result: ops.PairLoss, aux_loss: Tensor | None, inputs: dict[str, Tensor]) -> None:
         rewards, logps = (self.beta * result.log_ratio).chunk(2), result.policy_logps.chunk(2)
         metrics = {
             "rewards/chosen": rewards[0],
@@ -88,6 +125,8 @@ class DPOTrainer(trl.DPOTrainer):
             "logps/chosen": logps[0],
             "logps/rejected": logps[1],
         }
+        if aux_loss is not None:
+            metrics["aux_loss"] = aux_loss.expand_as(logps[0])
         gathered = self.accelerator.gather(torch.stack(list(metrics.values()), dim=1)).mean(0).tolist()
         for name, value in zip(metrics, gathered, strict=True):
             self._metrics["train"][name].append(value)
@@ -96,10 +135,16 @@ class DPOTrainer(trl.DPOTrainer):
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
 
+def keys_of(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What the model takes of a batch, and the labels of its answers."""
+    keys = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+    return keys | {"labels": inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)}
+
+
 def add_head(model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
     """Give ``model`` a forward that, with ``fused_lm_head=True``, returns what TRL's fused head returns.
 
-    With ``pair_loss=options`` it returns ``ops.pair_loss`` of its hidden states. Both are computed inside the forward,
+    With ``pair_loss=options`` it returns ``ops.pair_loss`` and the auxiliary loss. All is computed inside the forward,
     where DeepSpeed, FSDP and DDP have gathered the weights of the LM head. ``outputs`` names the fields to compute.
     """
     ops.lm_head(model)  # probe the model before an engine takes its weights
@@ -119,27 +164,25 @@ def add_head(model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
         body = body_of(self)(*args, **kwargs | {"use_cache": False})
         head = ops.lm_head(self)
         hidden, labels = body.last_hidden_state.to(head.weight.device), labels.to(head.weight.device)
-        if pair_loss is not None:
-            return pairs_of(hidden, head, labels, **pair_loss)
         aux_loss = aux_loss_of(self, body, **kwargs) if kwargs.get("output_router_logits") else None
+        if pair_loss is not None:
+            return pairs_of(hidden, head, labels, **pair_loss), aux_loss
         return scores(hidden, head, labels, outputs, aux_loss)
 
     model.forward = types.MethodType(forward, model)
 
 
-def pairs_of(hidden: Tensor, head: ops.Head, labels: Tensor, ref_logps: Tensor, **options: Any) -> ops.PairLoss:
-    """``ops.pair_loss``, with the chosen answers in the first half; ``ref_logps`` ``[2P]`` or ``[2P, L - 1]``."""
-    if ref_logps.dim() == 2:
-        virtual = labels.shape[1] - 1 - ref_logps.shape[1]  # tokens that prompt learning puts before the others
-        ref_logps = pad(ref_logps, (virtual, 1)).flatten()
-    pairs = torch.arange(len(labels), device=labels.device).view(2, -1).T
-    flat = ops.flatten_labels(labels, shifted=False)
+def pairs_of(hidden: Tensor, head: ops.Head, labels: Tensor, **options: Any) -> ops.PairLoss:
+    """``ops.pair_loss``, with the chosen answers in the first half, and what ``options`` have per token as a matrix."""
+    for name in ("ref_logps", "token_weights"):
+        if name in options and options[name].dim() == 2:  # of the last positions, after the tokens of prompt learning
+            virtual = labels.shape[1] - 1 - options[name].shape[1]
+            options[name] = pad(options[name].to(labels.device), (virtual, 1)).flatten()
     return ops.pair_loss(
         hidden.flatten(0, 1),
         **head._asdict(),
-        **flat._asdict(),
-        pairs=pairs,
-        ref_logps=ref_logps.to(labels.device),
+        **ops.flatten_labels(labels, shifted=False)._asdict(),
+        pairs=torch.arange(len(labels), device=labels.device).view(2, -1).T,
         **options,
     )
 

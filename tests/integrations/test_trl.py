@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import GPTNeoXConfig, LlamaConfig, Qwen3MoeConfig
 
+from irlfast import ops
 from irlfast.integrations.trl import DPOTrainer
 from tests.helpers.tiers import covering_cases, full
 from tests.helpers.tokenizers_like import pythia
@@ -20,6 +21,7 @@ DATA = [{"prompt": prompt, "chosen": expert, "rejected": synthetic} for prompt, 
 FIGURES = ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected")
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 HEAD_TOO = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+BOTH = (DPOTrainer, trl.DPOTrainer)
 PROMPT = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
 
 
@@ -135,16 +137,13 @@ def test_the_same_loss_gradients_and_figures_for_every_loss_and_option(tmp_path,
     )
 
 
-BOTH = (DPOTrainer, trl.DPOTrainer)
-
-
 def compare(ours, theirs):
+    """TRL subtracts sums of ~100 nats that fp32 has rounded: an error of 1e-5, which 1 / ``discopop_tau`` magnifies."""
     (loss, gradients, figures), (expected, other_gradients, other_figures) = ours, theirs
     torch.testing.assert_close(loss, expected, rtol=2e-5, atol=2e-6)
-    scale = max(gradient.abs().max() for gradient in other_gradients)
-    assert scale > 0
-    for mine, other in zip(gradients, other_gradients, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5 * scale.item())
+    mine, other = (torch.cat([gradient.flatten() for gradient in each]) for each in (gradients, other_gradients))
+    assert other.norm() > 0
+    assert (mine - other).norm() < 2e-4 * other.norm()
     for name, value in figures.items():
         assert value == pytest.approx(other_figures[name], rel=1e-4, abs=2e-5), name
 
@@ -182,7 +181,9 @@ def pretrained_adapter():
 
 EQUALS = {
     "a copy of the policy": {},
+    "computed in advance": {"precompute_ref_log_probs": True},
     "without the adapter": {"adapter": LORA},
+    "without the adapter, in advance": {"adapter": LORA, "precompute_ref_log_probs": True},
     "without the adapter, with the first head": {"adapter": HEAD_TOO},
     "a copy of an adapter": {"model": pretrained_adapter},
     "by tokens that weigh less": {"ld_alpha": 0.5},
@@ -199,6 +200,24 @@ def test_a_policy_that_equals_its_reference_has_log_ratios_of_exactly_zero(tmp_p
     assert [step[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")] == [0, 0, 0]
     assert step["loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert step["grad_norm"] > 0
+
+
+def test_under_autocast_the_head_multiplies_in_bf16_and_keeps_its_statistics_in_fp32(tmp_path):
+    trainer = trainer_of(DPOTrainer, tmp_path, bf16=True)
+    assert trainer.model.dtype == torch.float32
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    bodies = []
+    trainer.model.model.register_forward_hook(lambda module, given, output: bodies.append(output.last_hidden_state))
+    with torch.no_grad(), trainer.accelerator.autocast():
+        logps = trainer.model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
+        ).log_probs
+    [hidden] = bodies
+    head, targets = trainer.model.lm_head.weight, ops.flatten_labels(labels, shifted=False)
+    expected = ops.log_ratio(hidden.flatten(0, 1).bfloat16(), head.bfloat16(), *targets)
+    assert hidden.dtype == head.dtype == logps.dtype == torch.float32
+    assert torch.equal(logps, expected.token_logps.view(labels.shape)[:, :-1])
 
 
 def test_trl_s_defaults_train_the_same(tmp_path):

@@ -74,6 +74,38 @@ def test_cpu_matches_the_oracle_in_fp64(factors):
         check_against_fp64_oracle(factors, cpu_slab.NATIVE[factors["dtype"]])
 
 
+EQUAL = {
+    "dtype": [torch.float32, torch.bfloat16],
+    "vocabulary": [7, 1000, 5003],
+    "size": [8, 64],
+    "softcap": [None, 5.0],
+    "ignored": [False, True],
+    "frozen": [False, True],
+    "per": ["token", "sequence"],
+    "weights": [False, True],
+    "backend": BACKENDS,
+    "rows_in_buffer": [1, 300, 10**6],
+}
+
+
+@pytest.mark.parametrize("factors", covering_cases(EQUAL, beyond=(), drawn=100))
+def test_a_reference_that_the_operation_scored_with_the_policys_weights_leaves_log_ratios_of_exactly_zero(factors):
+    names = ("dtype", "vocabulary", "size", "softcap", "ignored", "frozen")
+    lengths = [40, 3, 0, 97, 1, 0, 4, 260]
+    case = make(lengths, **{name: factors[name] for name in names}, reference="none")
+    buffer_mb = factors["rows_in_buffer"] * factors["vocabulary"] * 4 / 2**20
+    backend = {"backend": factors["backend"], "buffer_mb": buffer_mb}
+    if factors["weights"]:
+        case["token_weights"] = torch.rand(sum(lengths))
+    with torch.no_grad():
+        scored = ops.log_ratio(**case, **backend)
+    reference = scored.token_logps if factors["per"] == "token" else scored.policy_logps
+    options = {"ref_logps": reference, **backend}
+    assert scored.policy_logps.abs().max() > 100
+    for result in (ops.pair_loss(**case, **options, beta=0.1), ops.log_ratio(**case, **options)):
+        assert result.log_ratio.eq(0).all()
+
+
 @st.composite
 def problems(draw):
     lengths = draw(st.lists(st.integers(0, 4), max_size=5))

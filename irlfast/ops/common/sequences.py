@@ -36,8 +36,9 @@ def log_ratios(
         ref_logps = torch.where(targets == IGNORE, 0, ref_logps.to(token_logps.dtype))
         reference = sum_per_sequence(ref_logps, ids, sequences, weights)
         ratio = sum_per_sequence(token_logps - ref_logps, ids, sequences, weights)
-    else:
-        reference, ratio = ref_logps.double(), policy - ref_logps
+    else:  # round the policy's sum as the reference's was rounded: equal models then have log-ratios of exactly 0
+        rounded = policy.to(torch.promote_types(ref_logps.dtype, token_logps.dtype))
+        reference, ratio = ref_logps.double(), rounded.double() - ref_logps
     dtype = token_logps.dtype
     return LogRatio(ratio.to(dtype), policy.to(dtype), reference.to(dtype), token_logps)
 

@@ -12,7 +12,8 @@
 
 // The best target that the processor has is chosen when the module is loaded. Functions that they call are inlined
 // (flatten): otherwise these would be compiled for the oldest processors.
-#if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__) || defined(__SANITIZE_ADDRESS__)
+#if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__) || \
+    defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define IRLFAST_CLONES __attribute__((flatten))
 #elif __GNUC__ >= 12
 #define IRLFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))

@@ -2,7 +2,7 @@
 // time, so that the innermost loop reads caches only.
 #include "cpu.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && __GNUC__ >= 11 && !defined(__clang__)  // GCC 11 knows the instructions
 
 #include <immintrin.h>
 

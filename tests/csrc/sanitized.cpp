@@ -1,4 +1,4 @@
-// Every size, form and number of threads, on buffers that end where they must: for AddressSanitizer and UBSan.
+// Every size, form and number of threads, on buffers that end where they must: for the sanitizers of memory, behaviour and threads.
 #include <cmath>
 #include <cstdio>
 #include <initializer_list>

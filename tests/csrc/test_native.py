@@ -14,6 +14,7 @@ from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.logits import cpu_rows
 from irlfast.ops.pair_loss import cpu_slab
 from tests.helpers.ops_cases import gradients, make
+from tests.helpers.tiers import first_then_full
 
 ROOT = Path(__file__).parents[2]
 needs_module = pytest.mark.skipif(native.cpu is None, reason="irlfast._cpu is not built here")
@@ -202,13 +203,14 @@ def test_the_binding_checks_the_logits_it_is_given():
             native.cpu.write_gradient(grad, narrow, scoring, address, address, 1)
 
 
-FLAGS = "-std=c++17 -O1 -g -Wall -Wextra -Werror -fno-sanitize-recover=all -fsanitize=address,undefined".split()
+FLAGS = "-std=c++17 -O1 -g -Wall -Wextra -Werror -fno-sanitize-recover=all -fopenmp-simd -pthread".split()
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("product", "rmsprop", "softmax_slopes", "token_logps")]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-def test_the_sanitizers_find_nothing(tmp_path):
-    build = ["g++", *FLAGS, "-fopenmp-simd", "-pthread", "-Icsrc/cpu", *SOURCES, "tests/csrc/sanitized.cpp"]
+@pytest.mark.parametrize("sanitizers", first_then_full(["address,undefined", "thread"]))
+def test_the_sanitizers_find_nothing(sanitizers, tmp_path):
+    build = ["g++", *FLAGS, f"-fsanitize={sanitizers}", "-Icsrc/cpu", *SOURCES, "tests/csrc/sanitized.cpp"]
     subprocess.run([*build, "-o", tmp_path / "sanitized"], check=True, cwd=ROOT)
     done = subprocess.run([tmp_path / "sanitized"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "all sizes and forms\n", done.stdout + done.stderr

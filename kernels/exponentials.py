@@ -73,7 +73,10 @@ def exponentials_kernel(
 def row_sums_kernel(
     sums, z_target, targets, slab, logps, v, n, kept, tiles, stride, CAP: tl.constexpr, M: tl.constexpr
 ):
-    """Log-probabilities and v [n] from the sums [tiles, n]; the targets' entries of the first ``kept`` rows."""
+    """From the sums [tiles, n]: log-probabilities [n], the slab's factor v [n], and the targets' entries of the slab.
+
+    Only the first ``kept`` rows get an entry.
+    """
     at = tl.program_id(0) * M + tl.arange(0, M)
     inside = at < n
     total = tl.zeros([M], tl.float32)
@@ -84,7 +87,7 @@ def row_sums_kernel(
     exact = (u == 1) | (total > 1e9)
     logp = -tl.where(u == 1, total, tl.log(u) * tl.where(exact, 1.0, total / tl.where(exact, 1.0, u - 1)))
     tl.store(logps + at, logp, mask=inside)
-    tl.store(v + at, 1 / (u * UNIT), mask=inside)
+    tl.store(v + at, -1 / (u * UNIT), mask=inside)
     target = tl.load(targets + at, mask=inside, other=0)
     entry = -total * UNIT
     if CAP is not None:
@@ -105,7 +108,7 @@ def exponentials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities ``[n]``, v ``[n]``, and the sums ``[V / COLUMNS, n]`` of the exponentials in the slab.
 
-    The derivatives of the log-probabilities by ``scale · (hidden @ weightᵀ + bias)`` are −v · slab. Where a row's
+    The derivatives of the log-probabilities by ``scale · (hidden @ weightᵀ + bias)`` are v · slab. Where a row's
     exponentials overflow, its log-probability is −inf.
     """
     n, vocabulary = slab.shape

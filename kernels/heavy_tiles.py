@@ -1,8 +1,8 @@
 """The two gradient products of the pair slab over its heavy tiles alone.
 
-A trained model puts nearly all its probability on few tiles of the vocabulary. The other tiles' part of the gradient is
-smaller than the rounding of a bf16 gradient. The sums that ``exponentials.py`` leaves behind say how much each tile
-weighs, so both products go through lists of the tiles that weigh enough: if a share s of them is heavy, that makes
+A large trained model puts nearly all its probability on few tokens (arXiv 2411.09009). The gradient of tiles without
+them is smaller than the rounding of a bf16 gradient. The sums that ``exponentials.py`` leaves behind say how much each
+tile weighs, so both products go through lists of the tiles that weigh enough: if a share s of them is heavy, that makes
 1 + 2s passes in all. Each result has one program, which adds in the order of its list: sums are deterministic.
 """
 

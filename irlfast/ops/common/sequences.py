@@ -25,22 +25,44 @@ def log_ratios(
     sequences: int,  # S
     weights: Tensor | None = None,  # [N] 0 where skipped
 ) -> LogRatio:
-    """Statistics of the sequences, in the dtype of ``token_logps``: sums of values per token times ``weights``.
+    """Statistics of the sequences, in the dtype of ``token_logps``: sums of values per token times ``weights``."""
+    policy = sum_per_sequence(token_logps, ids, sequences, weights)
+    ratio = sequence_log_ratio(token_logps, ref_logps, targets, ids, sequences, weights)
+    if ref_logps is None:
+        reference = torch.zeros_like(policy)
+    elif ref_logps.numel() == targets.numel():
+        reference = sum_per_sequence(known(ref_logps, targets, token_logps.dtype), ids, sequences, weights)
+    else:
+        reference = ref_logps
+    dtype = token_logps.dtype
+    return LogRatio(ratio, policy.to(dtype), reference.to(dtype), token_logps)
+
+
+def sequence_log_ratio(
+    token_logps: Tensor,
+    ref_logps: Tensor | None,
+    targets: Tensor,
+    ids: Tensor,
+    sequences: int,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The log-ratios ``[S]`` alone, of the arguments of :func:`log_ratios`.
 
     Policy and reference are subtracted per token, before the sum. The differences are small, so the sum loses nothing.
     """
-    policy = sum_per_sequence(token_logps, ids, sequences, weights)
-    if ref_logps is None:
-        reference, ratio = torch.zeros_like(policy), policy
-    elif ref_logps.numel() == targets.numel():  # also where N = S: the trainer caches per token
-        ref_logps = torch.where(targets == IGNORE, 0, ref_logps.to(token_logps.dtype))
-        reference = sum_per_sequence(ref_logps, ids, sequences, weights)
-        ratio = sum_per_sequence(token_logps - ref_logps, ids, sequences, weights)
-    else:  # round the policy's sum as the reference's was rounded: equal models then have log-ratios of exactly 0
-        rounded = policy.to(torch.promote_types(ref_logps.dtype, token_logps.dtype))
-        reference, ratio = ref_logps.double(), rounded.double() - ref_logps
     dtype = token_logps.dtype
-    return LogRatio(ratio.to(dtype), policy.to(dtype), reference.to(dtype), token_logps)
+    if ref_logps is None:
+        return sum_per_sequence(token_logps, ids, sequences, weights).to(dtype)
+    if ref_logps.numel() == targets.numel():  # also where N = S: the trainer caches per token
+        return sum_per_sequence(token_logps - known(ref_logps, targets, dtype), ids, sequences, weights).to(dtype)
+    # Round the policy's sum as the reference's was rounded: equal models then have log-ratios of exactly 0.
+    rounded = sum_per_sequence(token_logps, ids, sequences, weights).to(torch.promote_types(ref_logps.dtype, dtype))
+    return (rounded.double() - ref_logps).to(dtype)
+
+
+def known(ref_logps: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cached log-probabilities ``[N]``, 0 where the target is skipped."""
+    return torch.where(targets == IGNORE, 0, ref_logps.to(dtype))
 
 
 def sum_per_sequence(values: Tensor, ids: Tensor, sequences: int, weights: Tensor | None) -> Tensor:

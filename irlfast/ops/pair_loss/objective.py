@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from irlfast.ops.common.checks import require, values_visible
-from irlfast.ops.common.sequences import log_ratios
+from irlfast.ops.common.sequences import log_ratios, sequence_log_ratio
 from irlfast.ops.common.types import IGNORE, LogRatio, PairFunction, PairLoss, PairLossSpec, ScoredTokens
 from irlfast.ops.pair_loss.divergences import F_DIVERGENCES
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES, PairTerms
@@ -30,7 +30,9 @@ def objective(
 
 def derivatives(token_logps: Tensor, ref_logps: Tensor | None, scored: ScoredTokens, spec: PairLossSpec) -> Tensor:
     """∂ objective / ∂ token_logps ``[N]``. A sequence's needs the log-probabilities of the pairs that it is in only."""
-    terms = mixture(statistics_of(token_logps, ref_logps, scored).log_ratio, scored, spec)
+    ids, sequences = scored.sequence_ids, scored.num_sequences
+    ratio = sequence_log_ratio(token_logps, ref_logps, scored.targets, ids, sequences, scored.token_weights)
+    terms = mixture(ratio, scored, spec)
     slopes = [weighted(slope, spec) / divisor(spec) for slope in (terms.by_expert, terms.by_synthetic)]
     by_sequence = token_logps.new_zeros(scored.num_sequences)
     by_sequence.index_add_(0, spec.pairs.flatten(), torch.stack(slopes, 1).flatten())

@@ -181,8 +181,9 @@ def pair_loss(
     as CCE does (arXiv 2411.09009). A tile has 64 tokens and 128 rows of ``weight``. It is left out where
     |g_n| · Σ_v |∂ log π(y_n) / ∂ z_v| is at most ``skip_mass`` · max_n |g_n| for every token n of the tile, g being the
     loss's derivative by log π. Each token then adds an error of at most ``skip_mass`` · max |g| · V / 128 ·
-    ``logit_scale`` · max_v ‖W_v‖ to the gradient of its hidden row. Few tiles of a trained model weigh enough: if a
-    share s does, that makes 1 + 2s passes. With 0, and with other backends and dtypes, nothing is left out.
+    ``logit_scale`` · max_v ‖W_v‖ to the gradient of its hidden row. If a share s of the tiles is kept, that makes
+    1 + 2s passes; ``python -m benchmarks.skipping`` measures s. With 0, and with other backends and dtypes, nothing is
+    left out.
 
     Returns:
         PairLoss: ``loss`` ``[]``, differentiable in ``hidden``, ``weight``, ``bias``; and, without gradient,

@@ -267,7 +267,8 @@ def compute(
     else:
         kernels.logits(hidden, inputs.weight, z)
         logps, v, slab = kernels.softmax(z, targets, inputs, scored, slopes)
-    return Chunk(tokens, rows, logps, hidden, slab, v[:, None] * scored.logit_scale, tile_weights)
+    v = v[:, None] if scored.logit_scale == 1 else v[:, None] * scored.logit_scale
+    return Chunk(tokens, rows, logps, hidden, slab, v, tile_weights)
 
 
 def without_light_tiles(kernels: SlabKernels, chunk: Chunk, upstream: Tensor, scored: ScoredTokens) -> Chunk:

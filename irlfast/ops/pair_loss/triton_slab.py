@@ -90,7 +90,7 @@ def exponentials(
     _, weight, bias = contiguous(inputs)
     scaling = scored.logit_scale, scored.logit_softcap
     logps, v, sums = kernel(hidden, weight, bias, targets, out, *scaling, slopes)
-    return logps, -v, out, (sums, targets)
+    return logps, v, out, (sums, targets)
 
 
 def without_light_tiles(chunk: slab.Chunk, upstream: Tensor, scored: ScoredTokens) -> HeavySlab:

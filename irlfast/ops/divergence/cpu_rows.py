@@ -17,7 +17,7 @@ from torch import Tensor
 
 from irlfast.ops.divergence.mixtures import Mixture
 
-TILE = 8192  # columns at a time: the elementwise steps have several results, none of which is [n, V]
+TILE = 2**16  # logits at a time: the results of the elementwise steps then stay in the cache
 
 
 def divergence(
@@ -95,4 +95,6 @@ def normaliser(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tiles(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(TILE, dim=1) for tensor in rows), strict=True)
+    """The same columns of each ``[n, V]``, some after the others."""
+    columns = max(1, TILE // max(1, len(rows[0])))
+    return zip(*(tensor.split(columns, dim=1) for tensor in rows), strict=True)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irlfast.kernels.linear import GROUP, NARROW, Tile, grouped, tile_logits, tile_of
-from irlfast.kernels.softmax import LOG2_E, softcap
+from irlfast.kernels.softmax import LOG2_E, column_of, softcap
 
 LARGE = Tile(128, 256, 64, 3)  # where registers suffice: from sm_90 on, without a soft-cap
 UNIT = tl.constexpr(2.0**-64)
@@ -57,8 +57,8 @@ def exponentials_kernel(
     row = tl.where(at < n, at, 0).to(tl.int64)
     column = tile * N + tl.arange(0, N)
     z = tile_logits(hidden, weight, bias, row, column, V, H, scale, CAP, PRECISION, K)
-    base, target = tl.load(z_target + row), tl.load(targets + row).to(tl.int32)
-    exp = tl.where(column[None, :] == target[:, None], 0.0, tl.exp2((z - base[:, None]) * LOG2_E))
+    base, own = tl.load(z_target + row), column_of(tl.load(targets + row), V)
+    exp = tl.where(column[None, :] == own[:, None], 0.0, tl.exp2((z - base[:, None]) * LOG2_E))
     total = tl.sum(exp.reshape([M, N // COLUMNS, COLUMNS]), axis=2)
     part = tile * (N // COLUMNS) + tl.arange(0, N // COLUMNS)
     inside = (at < n)[:, None] & (part < tl.cdiv(V, COLUMNS))[None, :]
@@ -90,10 +90,11 @@ def row_sums_kernel(
     tl.store(v + at, -1 / (u * UNIT), mask=inside)
     target = tl.load(targets + at, mask=inside, other=0)
     entry = -total * UNIT
+    z = tl.load(z_target + at, mask=inside, other=0.0)
     if CAP is not None:
-        z = tl.load(z_target + at, mask=inside, other=0.0)
         entry *= 1 - (z / CAP) * (z / CAP)
-    tl.store(slab + at.to(tl.int64) * stride + target, entry, mask=at < kept)
+    written = (at < kept) & (z == z)  # the logit of a target outside the vocabulary is NaN
+    tl.store(slab + at.to(tl.int64) * stride + target, entry, mask=written)
 
 
 def exponentials(

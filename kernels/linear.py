@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import base_of, rebased, softcap
+from irlfast.kernels.softmax import base_of, column_of, rebased, softcap
 
 PROGRAMS = 1024  # several waves on any GPU: the last one, which is not full, costs little
 # Blocks of tokens that run side by side. The weight is then read from memory once per GROUP blocks, and the hidden rows
@@ -93,7 +93,7 @@ def parts_kernel(
     model = tl.program_id(1).to(tl.int64)
     at = block * M + tl.arange(0, M)
     row = tl.load(rows + at, mask=at < n, other=0).to(tl.int64)
-    target = tl.load(targets + at, mask=at < n, other=0).to(tl.int32)
+    target = column_of(tl.load(targets + at, mask=at < n, other=0), V)
     first, last = part * per_part, min(part * per_part + per_part, V)
     if model == 0:
         peak, norm, z_target = score_part(
@@ -105,7 +105,7 @@ def parts_kernel(
         )
     out = (model * (tl.num_programs(0) // tl.cdiv(n, M)) + part) * n + at
     tl.store(peaks + out, peak, mask=at < n)
-    tl.store(sums + out, norm, mask=at < n)
+    tl.store(sums + out, tl.where(target < 0, float("nan"), norm), mask=at < n)  # a target outside the vocabulary
     tl.store(picked + out, z_target, mask=at < n)
 
 
@@ -171,7 +171,7 @@ def token_logps(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of targets and log-sum-exps, both ``[models, n]`` fp32.
+    """Log-probabilities of targets and log-sum-exps, both ``[models, n]`` fp32; NaN for a target outside the vocabulary.
 
     Logits are ``softcap(scale · (hidden[rows] @ weightᵀ + bias))``.
     """

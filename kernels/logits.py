@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import LOG2_E, with_block
+from irlfast.kernels.softmax import LOG2_E, column_of, with_block
 
 IGNORE = tl.constexpr(-100)  # a target that is skipped
 VECTORS = 2048  # bytes: 16 for each of the 128 threads that score a row
@@ -134,12 +134,12 @@ def gradient_kernel(logits, targets, lse, upstream, grad, V, stride, grad_stride
     blocks = tl.cdiv(V, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    target, g = tl.load(targets + row).to(tl.int32), tl.load(upstream + row)
+    target, g = tl.load(targets + row), tl.load(upstream + row)
     if (target == IGNORE) | (g == 0):  # a product with 0 would keep the NaN of a skipped row
         tl.store(grad + row * grad_stride + at, tl.zeros([BLOCK], tl.float32), mask=at < V)
     else:
         value = final_logits(logits + row * stride, at, at < V, scale, cap)
-        slope = tl.where(at == target, 1.0, 0.0) - exp(value - tl.load(lse + row))
+        slope = tl.where(at == column_of(target, V), 1.0, 0.0) - exp(value - tl.load(lse + row))
         if cap is not None:
             slope *= 1 - (value * (1 / cap)) * (value * (1 / cap))
         tl.store(grad + row * grad_stride + at, g * scale * slope, mask=at < V)

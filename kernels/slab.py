@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import LOG2_E, softcap, with_block
+from irlfast.kernels.softmax import LOG2_E, column_of, softcap, with_block
 
 ROUNDS = 4  # vectors of 16 bytes that each thread loads at once
 # A longer row gets the most threads that a program may have. A multiprocessor has registers for one such program at a
@@ -57,13 +57,13 @@ def softmax_kernel(
     picked = tl.where(inside, logit(z, bias, target, inside, V, scale, CAP, FOLDED), float("nan"))
     tl.store(logps + row, (picked - peak) * unit - tl.log(norm))
     if SLOPES:
-        target = tl.where(inside, target, -1).to(tl.int32)
+        column = column_of(target, V)
         over = 1 / norm
         for start in range(0, V, ROUNDS * LANES):
             at = start + tl.arange(0, ROUNDS * LANES)
             value = logit(z, bias, at, at < width, V, scale, CAP, FOLDED)
             exp = tl.exp2((value - peak) * factor)
-            derivative = tl.where(at == target, norm - exp, -exp) * over
+            derivative = tl.where(at == column, norm - exp, -exp) * over
             if CAP is not None:
                 derivative *= 1 - (value / CAP) * (value / CAP)
             tl.debug_barrier()  # the whole block is read before narrower numbers overwrite any of it

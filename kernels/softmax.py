@@ -34,3 +34,9 @@ def with_block(peaks, sums, value, factor):
 def rebased(total, peak, base):
     """A sum of exponentials relative to ``peak``, made relative to ``base``."""
     return total * tl.exp(peak - base)
+
+
+@triton.jit
+def column_of(target, V):
+    """The target in 32 bits; −1, which no column has, for a target outside the vocabulary."""
+    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)

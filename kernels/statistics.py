@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irlfast.kernels.logits import BLOCK, IGNORE, VECTORS, exp, final_logits
-from irlfast.kernels.softmax import base_of
+from irlfast.kernels.softmax import base_of, column_of
 
 
 @triton.jit
@@ -89,14 +89,14 @@ def statistics_gradient_kernel(
     blocks = tl.cdiv(V, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    target, a = tl.load(targets + row).to(tl.int32), tl.load(by_logp + row)
+    target, a = tl.load(targets + row), tl.load(by_logp + row)
     all_, e = tl.load(by_all + row), tl.load(by_entropy + row)
     if (target == IGNORE) | ((a == 0) & (all_ == 0) & (e == 0)):  # a product with 0 would keep the NaN of a skipped row
         tl.store(grad + row * grad_stride + at, tl.zeros([BLOCK], tl.float32), mask=at < V)
     else:
         value = final_logits(logits + row * stride, at, at < V, scale, cap)
         log_p = value - tl.load(lses + row)
-        slope = tl.where(at == target, a, 0.0) + exp(log_p) * (all_ - e * log_p)
+        slope = tl.where(at == column_of(target, V), a, 0.0) + exp(log_p) * (all_ - e * log_p)
         if cap is not None:
             slope *= 1 - (value * (1 / cap)) * (value * (1 / cap))
         tl.store(grad + row * grad_stride + at, scale * slope, mask=at < V)

@@ -1,0 +1,94 @@
+"""Targets outside the vocabulary on a GPU, where values are not checked: NaN for their own rows, and no other change."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from irlfast import ops
+from irlfast.ops.common import checks
+from irlfast.ops.common.types import IGNORE
+from tests.helpers.ops_cases import make
+from tests.helpers.tiers import covering_cases
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = [3, 2, 1, 4]
+VOCABULARY = 40
+# Those beyond 32 bits look like a token, or like a skipped one, in their lower 32 bits.
+OUTSIDE = [VOCABULARY, 2**32 + 5, -1, 2**32 + IGNORE, -101, VOCABULARY + 1, 2**31, -(2**31), 2**63 - 1, -(2**63), 48]
+FACTORS: dict[str, list[Any]] = {
+    "target": OUTSIDE,
+    "dtype": [torch.float32, torch.bfloat16],
+    "softcap": [None, 3.0],
+}
+LINEAR = FACTORS | {
+    "frozen": [False, True],
+    "bias": [False, True],
+    "reference": ["none", "hidden", "token"],
+    "skip_mass": [0.0, 1e-12],
+}
+BAD = torch.tensor([0, 6])  # in sequences 0 and 3
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch):
+    monkeypatch.setattr(checks, "values_visible", lambda device: False)
+
+
+def with_targets(case: dict, target: int) -> dict:
+    return case | {"targets": case["targets"].index_fill(0, BAD.to(case["targets"].device), target)}
+
+
+def on_device(case: dict) -> dict:
+    return {
+        name: value.detach().to(DEVICE).requires_grad_(value.requires_grad)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in case.items()
+    }
+
+
+@pytest.mark.parametrize("factors", covering_cases(LINEAR, drawn=20))
+def test_from_hidden_states_only_its_own_row_is_nan(factors, backend):
+    names = ("dtype", "softcap", "frozen", "bias", "reference")
+    case = on_device(make(LENGTHS, vocabulary=VOCABULARY, size=8, **{name: factors[name] for name in names}))
+    good = torch.tensor([n not in BAD for n in range(sum(LENGTHS))], device=DEVICE)
+    outside = with_targets(case, factors["target"])
+    expected, actual = (ops.log_ratio(**x, backend=backend) for x in (with_targets(case, IGNORE), outside))
+    assert actual.token_logps.isnan().tolist() == (~good).tolist()
+    assert actual.log_ratio.isnan().tolist() == [True, False, False, True]
+    torch.testing.assert_close(actual.token_logps[good], expected.token_logps[good], rtol=1e-6, atol=1e-6)
+    right, gradient = (torch.autograd.grad(x.token_logps[good].sum(), case["hidden"])[0] for x in (expected, actual))
+    torch.testing.assert_close(gradient[good], right[good], rtol=1e-2, atol=1e-5)
+    pairs = ops.pair_loss(**outside, beta=0.3, backend=backend, skip_mass=factors["skip_mass"])
+    assert pairs.log_ratio.isnan().tolist() == [True, False, False, True]
+    torch.autograd.grad(pairs.loss, case["hidden"])
+
+
+@pytest.mark.parametrize("factors", covering_cases(FACTORS | {"inplace": [False, True]}, drawn=20))
+def test_from_logits_only_its_own_row_is_nan(factors, backend):
+    random = torch.Generator().manual_seed(0)
+    tokens = sum(LENGTHS)
+    logits = torch.randn(tokens, VOCABULARY, generator=random).to(DEVICE, factors["dtype"])
+    case = {"targets": torch.randint(VOCABULARY, (tokens,), generator=random).to(DEVICE)}
+    good = torch.tensor([n not in BAD for n in range(tokens)], device=DEVICE)
+    options = {"logit_softcap": factors["softcap"], "inplace_backward": factors["inplace"], "backend": backend}
+    results = []
+    for target in (0, factors["target"]):
+        leaf = logits.clone().requires_grad_()
+        logps = ops.token_logps(leaf, **with_targets(case, target), **options)
+        results.append((logps, *torch.autograd.grad(logps.sum(), leaf)))
+    (expected, right), (actual, gradient) = results
+    assert actual.isnan().tolist() == (~good).tolist()
+    assert torch.equal(actual[good], expected[good])
+    assert torch.equal(gradient[good], right[good])
+    assert not (gradient[~good] > 0).any()  # no token is scored in the place of the target
+
+
+@pytest.mark.parametrize("target", OUTSIDE)
+def test_a_check_of_values_names_a_target_outside_the_vocabulary(target, backend, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("IRLFAST_CHECK", "1")
+    case = with_targets(on_device(make(LENGTHS, vocabulary=VOCABULARY, size=8, dtype=torch.float32)), target)
+    with pytest.raises(ValueError, match=f"targets: found {target}, expected 0 <= value < {VOCABULARY}"):
+        ops.log_ratio(**case, backend=backend)

@@ -171,7 +171,9 @@ def token_logps(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of targets and log-sum-exps, both ``[models, n]`` fp32; NaN for a target outside the vocabulary.
+    """Log-probabilities of targets and log-sum-exps, both ``[models, n]`` fp32.
+
+    Both are NaN where the target is outside the vocabulary.
 
     Logits are ``softcap(scale · (hidden[rows] @ weightᵀ + bias))``.
     """

@@ -1,4 +1,4 @@
-"""Targets outside the vocabulary on a GPU, where values are not checked: NaN for their own rows, and no other change."""
+"""Targets outside the vocabulary on a GPU, where values are not checked: NaN for their rows, and no other change."""
 
 from typing import Any
 

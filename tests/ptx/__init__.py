@@ -9,6 +9,7 @@ accesses out of bounds, and memory or registers that nobody wrote. It cannot sho
 - time.
 
 ``parser`` reads the text, ``instructions`` has the table of all that is interpreted, ``lanes`` the state of the blocks
-that run together, ``memory`` the bytes and who touched them, ``machine`` the loop. An unknown instruction or modifier
+that run together, ``operands`` how they are read and written, ``memory`` the bytes and who touched them, ``machine``
+the loop. An unknown instruction or modifier
 is refused by its name. TMA, mbarriers, clusters, local memory and calls of functions are not interpreted.
 """

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.ptx.arithmetic import FLOATS, Array, Modifiers, Rule, flushed
-from tests.ptx.parser import TYPES
+from tests.ptx.arithmetic import FLOATS, Rule, flushed
+from tests.ptx.modifiers import Modifiers
+from tests.ptx.parser import TYPES, Array
 
 INTEGERS = tuple(f"{kind}{bits}" for kind in "us" for bits in (8, 16, 32, 64))
 ROUNDED = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from tests.ptx.arithmetic import Array, Modifiers
-from tests.ptx.lanes import Active, Batch, Copy, Operation, address_reader, reader, writer
+from tests.ptx.lanes import Active, Batch, Copy
 from tests.ptx.memory import BLOCK, THREAD, Access
+from tests.ptx.modifiers import Modifiers
 from tests.ptx.movement import parts, space
-from tests.ptx.parser import SIZES, TYPES, Immediate, Instruction, Operand
+from tests.ptx.operands import Operation, address_reader, reader, writer
+from tests.ptx.parser import SIZES, TYPES, Array, Immediate, Instruction, Operand
 
 
 def cp(instruction: Instruction, modifiers: Modifiers) -> Operation:

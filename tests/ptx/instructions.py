@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
-from tests.ptx.arithmetic import RULES, Modifiers, Rule
+from tests.ptx.arithmetic import RULES, Rule
 from tests.ptx.conversions import cvt, prmt
 from tests.ptx.copies import atom, cp, fence, red
-from tests.ptx.lanes import Active, Batch, Operation, reader, writer
+from tests.ptx.lanes import Active, Batch
+from tests.ptx.modifiers import Modifiers
 from tests.ptx.movement import cvta, ld, mov, st
+from tests.ptx.operands import Operation, reader, writer
 from tests.ptx.parser import Instruction
 from tests.ptx.tensor_cores import ldmatrix, mma, stmatrix
 from tests.ptx.warps import bar, redux, shfl

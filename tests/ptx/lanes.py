@@ -6,24 +6,19 @@ computed once for all blocks.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from tests.ptx.arithmetic import Array
 from tests.ptx.counts import Counts, sectors, wavefronts
 from tests.ptx.findings import Findings
 from tests.ptx.memory import BARRIER, BLOCK, LANES, POISON, THREAD, Access, GlobalMemory, Region, who
 from tests.ptx.parser import (
     SHARED_BASE,
     SIZES,
-    TYPES,
-    Address,
-    Immediate,
+    Array,
     Instruction,
     Kernel,
-    Operand,
     RefusedPTX,
     Register,
     aligned,
@@ -271,64 +266,3 @@ def poison_of(kind: str) -> np.generic:
         return np.bool_(False)
     bits = 0x7FC5DEAD7FC5DEAD & ((1 << 8 * SIZES[kind]) - 1)
     return np.frombuffer(bits.to_bytes(SIZES[kind], "little"), f"uint{8 * SIZES[kind]}")[0]
-
-
-# ---------------------------------------------------------------- operands
-
-Operation = Callable[[Batch, Active], None]
-Reader = Callable[[Batch, Active], Array]
-Writer = Callable[[Batch, Array, Active], None]
-
-
-def refused(instruction: Instruction, reason: str) -> RefusedPTX:
-    return RefusedPTX(f"{instruction.name}: {reason} ({instruction.text}, {instruction.line})")
-
-
-def reader(instruction: Instruction, operand: Operand, kind: str) -> Reader:
-    """A function that returns an operand as numbers of a type."""
-    dtype, size = TYPES[kind], SIZES[kind]
-    if isinstance(operand, Immediate):
-        bits = operand.bits & ((1 << 8 * size) - 1)
-        raw = np.array([[bits != 0]]) if kind == "pred" else np.frombuffer(bits.to_bytes(size, "little"), dtype)
-        constant = raw.reshape(1, 1)
-        return lambda batch, active: constant
-    if not isinstance(operand, Register):
-        raise refused(instruction, f"operand {operand} is not interpreted")
-    register: Register = operand
-    if (register.type == "pred") != (kind == "pred"):
-        raise refused(instruction, f"register {register.name} is of type {register.type}, expected {kind}")
-    if register.negated:
-        return lambda batch, active: ~batch.read(register, instruction, active)
-    if SIZES[register.type] == size:
-
-        def read(batch: Batch, active: Active) -> Array:
-            value = batch.read(register, instruction, active)
-            return value if value.dtype is dtype else value.view(dtype)
-
-        return read
-    own, needed = np.dtype(f"uint{8 * SIZES[register.type]}"), np.dtype(f"uint{8 * size}")
-    return lambda batch, active: batch.read(register, instruction, active).view(own).astype(needed).view(dtype)
-
-
-def address_reader(instruction: Instruction, operand: Operand, kind: str) -> Callable[[Batch, Active], Array]:
-    """A function that returns the addresses of the active lanes [k]; ``kind`` is their type."""
-    if not isinstance(operand, Address):
-        raise refused(instruction, "expected an address")
-    base, offset = reader(instruction, operand.base, kind), operand.offset
-    return lambda batch, active: batch.flat(base(batch, active).astype(np.int64) + offset, active)
-
-
-def writer(instruction: Instruction, operand: Operand, kind: str) -> Writer:
-    """A function that stores numbers of a type in a register. Narrower ones are extended, by their sign if signed."""
-    if operand is None:
-        return lambda batch, value, active: None
-    if not isinstance(operand, Register):
-        raise refused(instruction, f"result {operand} is not interpreted")
-    register: Register = operand
-    if (register.type == "pred") != (kind == "pred") or SIZES[register.type] < SIZES[kind]:
-        raise refused(instruction, f"register {register.name} is of type {register.type}, expected {kind}")
-    if SIZES[register.type] == SIZES[kind]:
-        return lambda batch, value, active: batch.write(register, value, active)
-    extended = np.dtype(f"{'int' if kind[0] == 's' else 'uint'}{8 * SIZES[register.type]}")
-    own = np.dtype(f"{'int' if kind[0] == 's' else 'uint'}{8 * SIZES[kind]}")
-    return lambda batch, value, active: batch.write(register, value.view(own).astype(extended), active)

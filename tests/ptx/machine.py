@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.ptx.arithmetic import Array
 from tests.ptx.counts import Counts, Traffic, class_of
 from tests.ptx.findings import Findings
 from tests.ptx.instructions import decode
-from tests.ptx.lanes import Active, Batch, Grid, Operation, Reader, reader, refused
+from tests.ptx.lanes import Active, Batch, Grid
 from tests.ptx.memory import Allocation, GlobalMemory, who
-from tests.ptx.parser import Instruction, Kernel, RefusedPTX, parse
+from tests.ptx.operands import Operation, Reader, reader, refused
+from tests.ptx.parser import Array, Instruction, Kernel, RefusedPTX, parse
 
 BATCH = 8192  # lanes at most: fewer, and Python takes longer than NumPy; more, and arrays leave the cache
 BARRIERS = (("sync",), ("cta", "sync"), ("sync", "aligned"))  # of a whole block: modifiers of `bar` and `barrier`

@@ -20,10 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.ptx.arithmetic import Array
 from tests.ptx.counts import Traffic
 from tests.ptx.findings import Findings
-from tests.ptx.parser import Instruction
+from tests.ptx.parser import Array, Instruction
 
 THREAD, BARRIER, BLOCK = 13, 23, 39  # the lowest bit of each field of a stamp
 LANES, WARP = 1 << THREAD, 1 << THREAD + 5

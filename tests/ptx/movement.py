@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from tests.ptx.arithmetic import Array, Modifiers
-from tests.ptx.lanes import Active, Batch, Operation, Reader, address_reader, reader, writer
-from tests.ptx.parser import SIZES, TYPES, Address, Immediate, Instruction, Operand, Vector
+from tests.ptx.lanes import Active, Batch
+from tests.ptx.modifiers import Modifiers
+from tests.ptx.operands import Operation, Reader, address_reader, reader, writer
+from tests.ptx.parser import SIZES, TYPES, Address, Array, Immediate, Instruction, Operand, Vector
 
 NUMBERS = tuple(kind for kind in TYPES if kind[:3] not in ("pre", "tf3", "f16", "bf1"))
 # They change where a GPU caches, or promise what is checked here anyway.

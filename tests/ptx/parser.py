@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+Array = np.ndarray
 SHARED_BASE = 1024  # the address of a block's shared memory: swizzles go by address, and drivers align this far
 SIZES = {"pred": 1} | {f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)}
 SIZES |= {"f16": 2, "bf16": 2, "f32": 4, "tf32": 4, "f16x2": 4, "bf16x2": 4, "f64": 8}

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.ptx.arithmetic import Array, Modifiers
 from tests.ptx.conversions import from_bf16
-from tests.ptx.lanes import Active, Batch, Operation, address_reader, reader, writer
-from tests.ptx.parser import Instruction, Vector
+from tests.ptx.lanes import Active, Batch
+from tests.ptx.modifiers import Modifiers
+from tests.ptx.operands import Operation, address_reader, reader, writer
+from tests.ptx.parser import Array, Instruction, Vector
 from tests.ptx.warps import warps_of
 
 FULL_WARP = "lanes of a warp are missing"

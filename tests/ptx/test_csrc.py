@@ -5,31 +5,18 @@ thread; rows that begin anywhere.
 """
 
 import shutil
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.tiers import full, sweep
+from tests.helpers.tiers import sweep
 from tests.ptx import csrc_cases, machine
 from tests.ptx.csrc_cases import Outcome
 from tests.ptx.csrc_module import ARCHITECTURES, original
 
-pytestmark = [pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")]
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 VOCABULARIES = [1, 7, 37, 1000, 1003, 5001, 9001]
-
-
-def marked(marks: pytest.MarkDecorator) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """None of these tests is in `make test`: nvcc alone takes half a minute."""
-
-    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
-        names, rows = marks.args
-        kept = [pytest.param(*row.values, marks=row.marks or (full,)) for row in rows]
-        return pytest.mark.parametrize(names, kept, ids=marks.kwargs["ids"])(function)
-
-    return apply
 
 
 def check(outcome: Outcome) -> None:
@@ -39,50 +26,43 @@ def check(outcome: Outcome) -> None:
         assert error <= tolerance * expected.abs().max().item() + 3e-7  # a slope of 0 is a difference of numbers near 1
 
 
-@marked(
-    sweep(
-        V=VOCABULARIES,
-        dtype=FLOATS,
-        reference=[None, *FLOATS, torch.float64],
-        cap=[None, 5.0],
-        offset=[0, 1, 5],
-        architecture=ARCHITECTURES,
-    )
+@sweep(
+    V=VOCABULARIES,
+    dtype=FLOATS,
+    reference=[None, *FLOATS, torch.float64],
+    cap=[None, 5.0],
+    offset=[0, 1, 5],
+    architecture=ARCHITECTURES,
 )
 def test_log_probabilities_are_right(V, dtype, reference, cap, offset, architecture):
     check(csrc_cases.token_logps(original(), architecture, V, dtype, reference, cap, offset))
 
 
-@marked(
-    sweep(
-        V=VOCABULARIES,
-        dtype=FLOATS,
-        cap=[None, 5.0],
-        offset=[0, 1, 5],
-        written=["in place", "apart", "unaligned"],
-        architecture=ARCHITECTURES,
-    )
+@sweep(
+    V=VOCABULARIES,
+    dtype=FLOATS,
+    cap=[None, 5.0],
+    offset=[0, 1, 5],
+    written=["in place", "apart", "unaligned"],
+    architecture=ARCHITECTURES,
 )
 def test_the_gradient_is_right_wherever_it_is_written(V, dtype, cap, offset, written, architecture):
     check(csrc_cases.write_gradient(original(), architecture, V, dtype, cap, offset, written))
 
 
-@marked(
-    sweep(
-        V=VOCABULARIES,
-        dtype=FLOATS,
-        cap=[None, 5.0],
-        biased=[False, True],
-        offset=[0, 1],
-        slopes=[True, False],
-        architecture=ARCHITECTURES,
-    )
+@sweep(
+    V=VOCABULARIES,
+    dtype=FLOATS,
+    cap=[None, 5.0],
+    biased=[False, True],
+    offset=[0, 1],
+    slopes=[True, False],
+    architecture=ARCHITECTURES,
 )
 def test_slopes_over_the_logits_are_right(V, dtype, cap, biased, offset, slopes, architecture):
     check(csrc_cases.softmax_slopes(original(), architecture, V, dtype, cap, biased, offset, slopes))
 
 
-@full
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("reference", ["none", "token", "sequence"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -90,21 +70,18 @@ def test_sums_of_sequences_are_right(reference, dtype, architecture):
     check(csrc_cases.sequence_sums(original(), architecture, reference, dtype))
 
 
-@marked(
-    sweep(
-        centred=[False, True],
-        momentum=[False, True],
-        narrow=[False, True],
-        copied=[False, True],
-        offset=[0, 1, 2],
-        architecture=ARCHITECTURES,
-    )
+@sweep(
+    centred=[False, True],
+    momentum=[False, True],
+    narrow=[False, True],
+    copied=[False, True],
+    offset=[0, 1, 2],
+    architecture=ARCHITECTURES,
 )
 def test_a_step_of_rmsprop_is_right(centred, momentum, narrow, copied, offset, architecture):
     check(csrc_cases.rmsprop(original(), architecture, centred, momentum, narrow, copied, offset))
 
 
-@full
 def test_blocks_that_run_together_do_what_they_do_alone(monkeypatch):
     """The results, the findings and the counts are the same."""
     architecture = ARCHITECTURES[0]
@@ -129,7 +106,6 @@ def test_blocks_that_run_together_do_what_they_do_alone(monkeypatch):
 # ---------------------------------------------------------------- counts
 
 
-@full
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_each_logit_is_read_once_and_each_slope_written_once(dtype, architecture):
@@ -148,7 +124,6 @@ def test_each_logit_is_read_once_and_each_slope_written_once(dtype, architecture
     assert sum(one.stored for one in rows) == 3 * V * item
 
 
-@full
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_step_of_rmsprop_reads_and_writes_each_number_once(architecture):
     outcome = csrc_cases.rmsprop(original(), architecture, True, True, True, True, 0)

@@ -6,12 +6,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.helpers.tiers import full
 from tests.ptx import csrc_cases
 from tests.ptx.csrc_cases import Outcome
 from tests.ptx.csrc_module import ARCHITECTURES, Module, with_changes
 
-pytestmark = [full, pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")]
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 
 
 class Mutant(NamedTuple):

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from tests.ptx.arithmetic import Array, Modifiers
-from tests.ptx.lanes import Active, Batch, Operation, reader, writer
+from tests.ptx.lanes import Active, Batch
 from tests.ptx.memory import who
-from tests.ptx.parser import Instruction, Vector
+from tests.ptx.modifiers import Modifiers
+from tests.ptx.operands import Operation, reader, writer
+from tests.ptx.parser import Array, Instruction, Vector
 
 REDUCTIONS = {
     "add": np.add,

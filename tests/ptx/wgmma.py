@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.ptx.arithmetic import Array, Modifiers
-from tests.ptx.lanes import Active, Batch, Operation, Reader, reader
+from tests.ptx.lanes import Active, Batch
 from tests.ptx.memory import THREAD, unordered, who
-from tests.ptx.parser import SHARED_BASE, Immediate, Instruction, RefusedPTX, Register, Vector
+from tests.ptx.modifiers import Modifiers
+from tests.ptx.operands import Operation, Reader, reader
+from tests.ptx.parser import SHARED_BASE, Array, Immediate, Instruction, RefusedPTX, Register, Vector
 from tests.ptx.tensor_cores import NUMBERS, accumulators, matrix_a
 
 GROUP = 128  # threads of a warpgroup
@@ -89,9 +90,7 @@ def wait(batch: Batch, active: Active, kept: int) -> None:
 
 def end(batch: Batch, group: int, products: list[Product]) -> None:
     for product in products:
-        parts = (
-            product.granule // batch.shared.granule
-        )  # another block's access may have cut the records into smaller ones
+        parts = product.granule // batch.shared.granule  # records may have been cut into smaller ones
         places = (product.places[:, None] * parts + np.arange(parts)).ravel()
         batch.shared.tensor_reads[places] -= 1
     lanes = np.zeros(batch.shape, bool)

@@ -56,18 +56,24 @@ def trained(trainer):
 
 
 FORMS = {
-    "llama": {},
-    "gpt-neox": {"config_class": GPTNeoXConfig},
     "a mixture": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "lora and a head that is trained": {"adapter": HEAD_TOO},
+    "accumulated gradients": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+}
+MORE_FORMS = {
+    "one loss": {},
+    "gpt-neox": {"config_class": GPTNeoXConfig},
     "a reference computed in advance": {"precompute_ref_log_probs": True},
     "lora": {"adapter": LORA},
-    "lora and a head that is trained": {"adapter": HEAD_TOO},
     "prompt tuning": {"adapter": PROMPT, "gradient_checkpointing": False},
-    "accumulated gradients": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
 }
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize(
+    "form",
+    [*FORMS.values(), *(pytest.param(form, marks=full) for form in MORE_FORMS.values())],
+    ids=[*FORMS, *MORE_FORMS],
+)
 def test_the_same_losses_rewards_and_weights_over_steps(tmp_path, form):
     form = dict(form)
     config_class = form.pop("config_class", LlamaConfig)

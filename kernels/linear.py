@@ -111,10 +111,10 @@ def parts_kernel(
 
 @triton.jit(
     do_not_specialize=["n", "parts"],
-    do_not_specialize_on_alignment=["peaks", "sums", "picked", "logps", "lse"],
+    do_not_specialize_on_alignment=["peaks", "sums", "picked", "logps"],
 )
-def fold_kernel(peaks, sums, picked, logps, lse, n, parts, M: tl.constexpr):
-    """Log-probabilities and log-sum-exps [models, n] from the statistics of the parts [models, parts, n]."""
+def fold_kernel(peaks, sums, picked, logps, n, parts, M: tl.constexpr):
+    """Log-probabilities [models, n] from the statistics of the parts [models, parts, n]."""
     at = tl.program_id(0) * M + tl.arange(0, M)
     model = tl.program_id(1).to(tl.int64)
     inside = at < n
@@ -131,7 +131,6 @@ def fold_kernel(peaks, sums, picked, logps, lse, n, parts, M: tl.constexpr):
         peak = new
         z_target = tl.maximum(z_target, tl.load(picked + where, mask=inside, other=0.0))
     tl.store(logps + model * n + at, z_target - peak - tl.log(norm), mask=inside)
-    tl.store(lse + model * n + at, peak + tl.log(norm), mask=inside)
 
 
 # ---------------------------------------------------------------- sizes of tiles
@@ -170,8 +169,8 @@ def token_logps(
     targets: Tensor,  # [n]
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of targets and log-sum-exps, both ``[models, n]`` fp32.
+) -> Tensor:
+    """Log-probabilities ``[models, n]`` of targets, in fp32.
 
     Both are NaN where the target is outside the vocabulary.
 
@@ -185,9 +184,9 @@ def token_logps(
     per_part = triton.cdiv(wide, parts) * tile.N
     parts = triton.cdiv(vocabulary, per_part)
     peaks, sums, picked = torch.empty(3, len(models), parts, n, dtype=torch.float32, device=hidden.device)
-    logps, lse = torch.empty(2, len(models), n, dtype=torch.float32, device=hidden.device)
+    logps = torch.empty(len(models), n, dtype=torch.float32, device=hidden.device)
     if n == 0:
-        return logps, lse
+        return logps
     parts_kernel[(blocks * parts, len(models))](
         *(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked),
         *(n, vocabulary, hidden.shape[1], ref_hidden.shape[1], scale, per_part),
@@ -197,5 +196,5 @@ def token_logps(
         GROUP=GROUP,
         num_warps=8,
     )
-    fold_kernel[(triton.cdiv(n, 128), len(models))](peaks, sums, picked, logps, lse, n, parts, M=128, num_warps=4)
-    return logps, lse
+    fold_kernel[(triton.cdiv(n, 128), len(models))](peaks, sums, picked, logps, n, parts, M=128, num_warps=4)
+    return logps

@@ -85,6 +85,15 @@ def test_a_policy_equal_to_its_reference_has_ratio_zero(buffer_mb, frozen):
     assert ops.pair_loss(**case, **same, beta=0.1, backend="triton").log_ratio.eq(0).all()
 
 
+def test_a_target_outside_the_vocabulary_is_nan_and_writes_nothing():
+    memory = torch.zeros(4, 16, dtype=torch.bfloat16, device=DEVICE)
+    hidden, weight = torch.eye(2, dtype=torch.bfloat16, device=DEVICE), memory.new_ones(16, 2)
+    targets = torch.tensor([3, 16 + 2], device=DEVICE)  # the second would write to the row below
+    logps, *_ = exponentials.exponentials(hidden, weight, None, targets, memory[:2], 1.0, None, True)
+    assert logps.isnan().tolist() == [False, True]
+    assert memory[2:].eq(0).all()
+
+
 # ---------------------------------------------------------------- products over the heavy tiles
 
 

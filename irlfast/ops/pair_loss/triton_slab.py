@@ -79,7 +79,7 @@ def fused_logps(both: Sequence[HeadInputs], scored: ScoredTokens, tokens: Tensor
     from irlfast.kernels.linear import token_logps
 
     scoring = scored.rows_of(tokens), scored.targets[tokens], scored.logit_scale, scored.logit_softcap
-    return token_logps([contiguous(inputs) for inputs in both], *scoring)[0]
+    return token_logps([contiguous(inputs) for inputs in both], *scoring)
 
 
 def exponentials(

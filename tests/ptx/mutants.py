@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "the mask of a store dropped",
         "linear.py",
-        "tl.store(sums + out, norm, mask=at < n)",
-        "tl.store(sums + out, norm)",
+        "tl.store(picked + out, z_target, mask=at < n)",
+        "tl.store(picked + out, z_target)",
         fused,
         (OUTSIDE, RACE),
     ),

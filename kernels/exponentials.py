@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irlfast.kernels.linear import GROUP, NARROW, Tile, grouped, tile_logits, tile_of
-from irlfast.kernels.softmax import LOG2_E, column_of, softcap
+from irlfast.kernels.softmax import LOG2_E, index_in, softcap
 
 LARGE = Tile(128, 256, 64, 3)  # where registers suffice: from sm_90 on, without a soft-cap
 UNIT = tl.constexpr(2.0**-64)
@@ -57,7 +57,7 @@ def exponentials_kernel(
     row = tl.where(at < n, at, 0).to(tl.int64)
     column = tile * N + tl.arange(0, N)
     z = tile_logits(hidden, weight, bias, row, column, V, H, scale, CAP, PRECISION, K)
-    base, own = tl.load(z_target + row), column_of(tl.load(targets + row), V)
+    base, own = tl.load(z_target + row), index_in(tl.load(targets + row), V)
     exp = tl.where(column[None, :] == own[:, None], 0.0, tl.exp2((z - base[:, None]) * LOG2_E))
     total = tl.sum(exp.reshape([M, N // COLUMNS, COLUMNS]), axis=2)
     part = tile * (N // COLUMNS) + tl.arange(0, N // COLUMNS)

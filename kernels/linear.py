@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import base_of, column_of, rebased, softcap
+from irlfast.kernels.softmax import base_of, index_in, rebased, softcap
 
 PROGRAMS = 1024  # several waves on any GPU: the last one, which is not full, costs little
 # Blocks of tokens that run side by side. The weight is then read from memory once per GROUP blocks, and the hidden rows
@@ -73,15 +73,15 @@ def score_part(
     return peak, norm, z_target
 
 
-# A compilation takes seconds. The number of tokens and the alignment of their statistics change with every batch, so
-# they are not compiled in.
+# A compilation takes seconds. The numbers of tokens and hidden rows and the alignment of their statistics change with
+# every batch, so they are not compiled in.
 @triton.jit(
-    do_not_specialize=["n"],
+    do_not_specialize=["n", "R"],
     do_not_specialize_on_alignment=["rows", "targets", "peaks", "sums", "picked"],
 )
 def parts_kernel(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked,
-    n, V, H, REF_H, scale, per_part,
+    n, R, V, H, REF_H, scale, per_part,
     CAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +92,9 @@ def parts_kernel(
     block, part = grouped(tl.program_id(0), tl.cdiv(n, M), tl.num_programs(0), GROUP)
     model = tl.program_id(1).to(tl.int64)
     at = block * M + tl.arange(0, M)
-    row = tl.load(rows + at, mask=at < n, other=0).to(tl.int64)
-    target = column_of(tl.load(targets + at, mask=at < n, other=0), V)
+    row = index_in(tl.load(rows + at, mask=at < n, other=0), R)
+    target = tl.where(row < 0, -1, index_in(tl.load(targets + at, mask=at < n, other=0), V))
+    row = tl.maximum(row, 0).to(tl.int64)
     first, last = part * per_part, min(part * per_part + per_part, V)
     if model == 0:
         peak, norm, z_target = score_part(
@@ -105,7 +106,7 @@ def parts_kernel(
         )
     out = (model * (tl.num_programs(0) // tl.cdiv(n, M)) + part) * n + at
     tl.store(peaks + out, peak, mask=at < n)
-    tl.store(sums + out, tl.where(target < 0, float("nan"), norm), mask=at < n)  # a target outside the vocabulary
+    tl.store(sums + out, tl.where(target < 0, float("nan"), norm), mask=at < n)
     tl.store(picked + out, z_target, mask=at < n)
 
 
@@ -172,7 +173,7 @@ def token_logps(
 ) -> Tensor:
     """Log-probabilities ``[models, n]`` of targets, in fp32.
 
-    Both are NaN where the target is outside the vocabulary.
+    Both are NaN where the target is outside the vocabulary, or the row outside ``hidden``, which is never read.
 
     Logits are ``softcap(scale · (hidden[rows] @ weightᵀ + bias))``.
     """
@@ -189,7 +190,7 @@ def token_logps(
         return logps
     parts_kernel[(blocks * parts, len(models))](
         *(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, targets, peaks, sums, picked),
-        *(n, vocabulary, hidden.shape[1], ref_hidden.shape[1], scale, per_part),
+        *(n, hidden.shape[0], vocabulary, hidden.shape[1], ref_hidden.shape[1], scale, per_part),
         CAP=softcap,
         PRECISION="ieee",  # fp32 products in fp32, not in tf32
         **tile._asdict(),

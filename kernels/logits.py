@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import LOG2_E, column_of, with_block
+from irlfast.kernels.softmax import LOG2_E, index_in, with_block
 
 IGNORE = tl.constexpr(-100)  # a target that is skipped
 VECTORS = 2048  # bytes: 16 for each of the 128 threads that score a row
@@ -139,7 +139,7 @@ def gradient_kernel(logits, targets, lse, upstream, grad, V, stride, grad_stride
         tl.store(grad + row * grad_stride + at, tl.zeros([BLOCK], tl.float32), mask=at < V)
     else:
         value = final_logits(logits + row * stride, at, at < V, scale, cap)
-        slope = tl.where(at == column_of(target, V), 1.0, 0.0) - exp(value - tl.load(lse + row))
+        slope = tl.where(at == index_in(target, V), 1.0, 0.0) - exp(value - tl.load(lse + row))
         if cap is not None:
             slope *= 1 - (value * (1 / cap)) * (value * (1 / cap))
         tl.store(grad + row * grad_stride + at, g * scale * slope, mask=at < V)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.softmax import LOG2_E, column_of, softcap, with_block
+from irlfast.kernels.softmax import LOG2_E, index_in, softcap, with_block
 
 ROUNDS = 4  # vectors of 16 bytes that each thread loads at once
 # A longer row gets the most threads that a program may have. A multiprocessor has registers for one such program at a
@@ -57,7 +57,7 @@ def softmax_kernel(
     picked = tl.where(inside, logit(z, bias, target, inside, V, scale, CAP, FOLDED), float("nan"))
     tl.store(logps + row, (picked - peak) * unit - tl.log(norm))
     if SLOPES:
-        column = column_of(target, V)
+        column = index_in(target, V)
         over = 1 / norm
         for start in range(0, V, ROUNDS * LANES):
             at = start + tl.arange(0, ROUNDS * LANES)

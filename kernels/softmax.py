@@ -37,6 +37,6 @@ def rebased(total, peak, base):
 
 
 @triton.jit
-def column_of(target, V):
-    """The target in 32 bits; −1, which no column has, for a target outside the vocabulary."""
-    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+def index_in(index, size):
+    """The index in 32 bits; −1, where it is outside of 0 to ``size``: a target outside the vocabulary, for instance."""
+    return tl.where((index >= 0) & (index < size), index, -1).to(tl.int32)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irlfast.kernels.logits import BLOCK, IGNORE, VECTORS, exp, final_logits
-from irlfast.kernels.softmax import base_of, column_of
+from irlfast.kernels.softmax import base_of, index_in
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def statistics_gradient_kernel(
     else:
         value = final_logits(logits + row * stride, at, at < V, scale, cap)
         log_p = value - tl.load(lses + row)
-        slope = tl.where(at == column_of(target, V), a, 0.0) + exp(log_p) * (all_ - e * log_p)
+        slope = tl.where(at == index_in(target, V), a, 0.0) + exp(log_p) * (all_ - e * log_p)
         if cap is not None:
             slope *= 1 - (value * (1 / cap)) * (value * (1 / cap))
         tl.store(grad + row * grad_stride + at, scale * slope, mask=at < V)

@@ -92,3 +92,12 @@ def test_a_check_of_values_names_a_target_outside_the_vocabulary(target, backend
     case = with_targets(on_device(make(LENGTHS, vocabulary=VOCABULARY, size=8, dtype=torch.float32)), target)
     with pytest.raises(ValueError, match=f"targets: found {target}, expected 0 <= value < {VOCABULARY}"):
         ops.log_ratio(**case, backend=backend)
+
+
+@pytest.mark.parametrize("row", [-1, sum(LENGTHS), 2**31, 2**32 + 1, -(2**63), 2**63 - 1])
+def test_a_row_outside_hidden_is_never_read_and_its_token_is_nan(row):
+    """In the fused forward of Triton: elsewhere, PyTorch selects the rows, and asserts on the device."""
+    case = on_device(make(LENGTHS, vocabulary=VOCABULARY, size=8, dtype=torch.float32, rows=True, reference="hidden"))
+    case["rows"][2] = row
+    with torch.no_grad():
+        assert ops.log_ratio(**case, backend="triton").token_logps.isnan().nonzero().tolist() == [[2]]

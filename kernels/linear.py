@@ -106,7 +106,8 @@ def parts_kernel(
         )
     out = (model * (tl.num_programs(0) // tl.cdiv(n, M)) + part) * n + at
     tl.store(peaks + out, peak, mask=at < n)
-    tl.store(sums + out, tl.where(target < 0, float("nan"), norm), mask=at < n)
+    norm = tl.where(target < 0, float("nan"), norm)
+    tl.store(sums + out, norm, mask=at < n)
     tl.store(picked + out, z_target, mask=at < n)
 
 

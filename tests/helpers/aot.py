@@ -40,6 +40,7 @@ class Usage(NamedTuple):
     registers: int  # per thread
     spills: int  # bytes per thread, stores and loads
     shared: int  # bytes per program
+    products: set[str]  # the instructions for tensor cores: mma, and from sm_90 on wgmma
 
 
 @contextmanager
@@ -81,7 +82,8 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
             signature[name] = "*" + TYPES[value.dtype]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
+        aligned = isinstance(value, torch.Tensor) and not parameter.do_not_specialize_on_alignment
+        if aligned or (specialised and value % 16 == 0):
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     log = io.StringIO()
@@ -91,13 +93,21 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
     [registers] = re.findall(r"Used (\d+) registers", log.getvalue())
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
-    return Usage(launch.kernel.__name__, architecture, int(registers), spills, compiled.metadata.shared)
+    products = set(re.findall(r"\b(wgmma|mma)\.(?:mma_async|sync)", compiled.asm["ptx"]))
+    return Usage(launch.kernel.__name__, architecture, int(registers), spills, compiled.metadata.shared, products)
 
 
 def check_compiles(
-    launch: Launch, *what: object, registers: int = 255, architectures: Sequence[int] = ARCHITECTURES
+    launch: Launch,
+    *what: object,
+    registers: int = 255,
+    architectures: Sequence[int] = ARCHITECTURES,
+    multiplies: bool = False,
 ) -> None:
-    """Compile a launch for the architectures, print its resources, and refuse spills."""
+    """Compile a launch for the architectures, print its resources, and refuse spills.
+
+    A kernel that ``multiplies`` must do so by the architecture's own instruction for tensor cores.
+    """
     for architecture in architectures:
         usage = compile_launch(launch, architecture)
         print(*what, usage)
@@ -105,3 +115,5 @@ def check_compiles(
         assert usage.spills <= (16 if usage.registers < 255 else 0)
         assert usage.registers <= registers
         assert usage.shared <= SHARED[architecture]
+        if multiplies:
+            assert usage.products == {"wgmma" if architecture >= 90 else "mma"}

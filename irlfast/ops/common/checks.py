@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C._functorch import is_batchedtensor
+from torch._subclasses import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
 
 from irlfast import native
 from irlfast.ops.common.types import IGNORE
@@ -29,7 +33,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels
 def describe(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"{value!r}" if value is None or isinstance(value, Real | str) else type(value).__name__
-    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+    return f"{list(value.shape)} {layout}{str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
 def require(holds: bool, name: str, value: Any, expected: str, *sizes: int) -> None:
@@ -48,11 +53,23 @@ def alternatives(names: Iterable[str]) -> str:
 
 
 def check_tensor(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    """Check type, dtype and device, and the number of dimensions, which is that of ``shape`` (``[N, H]``)."""
+    """Check type, layout, dtype and device, and the number of dimensions, which is that of ``shape`` (``[N, H]``)."""
     dimensions = shape.count(",") + 1
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     fits = isinstance(value, Tensor) and value.dim() == dimensions and value.dtype in dtypes
-    require(fits and value.device == device, name, value, f"{shape} {names} on {device}")
+    require(fits and value.device == device and is_dense(value), name, value, f"{shape} {names} on {device}")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided
+
+
+def device_of(value: Any, name: str) -> torch.device:
+    """The device of an operation's first tensor, where all others must be; a CPU for a value that is no tensor."""
+    if not isinstance(value, Tensor):
+        return torch.device("cpu")
+    require(not value.is_meta, name, value, "a tensor with values")
+    return value.device
 
 
 def check_positive(value: Any, name: str, expected: str = "a number > 0") -> None:
@@ -88,6 +105,33 @@ def choose_backend(
     return backend
 
 
+def check_transforms(backend: str, **tensors: Tensor | None) -> None:
+    """Refuse what only the plain backend can do: torch.func, and forward-mode derivatives of these tensors.
+
+    Without this check, torch would leave the tangents out and say nothing.
+    """
+    if backend == "plain" or torch.compiler.is_compiling():
+        return
+    require(not are_transforms_active(), "backend", backend, "'plain' inside a transformation of torch.func")
+    for name, tensor in tensors.items():
+        tangent = None if tensor is None else unpack_dual(tensor).tangent
+        if tangent is not None:
+            expected = f"none by backend {backend!r}; 'plain' has forward-mode derivatives"
+            raise ValueError(f"{name}: found a tensor with a tangent, expected {expected}")
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Return whether the tensor only stands for others, outside of torch.compile."""
+    return not torch.compiler.is_compiling() and (isinstance(tensor, FakeTensor) or are_transforms_active())
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that was made under ``torch.inference_mode``, because no backward may keep such a tensor."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
 def check_installed(backend: str) -> None:
     if backend == "triton" and not HAS_TRITON:
         raise RuntimeError("backend 'triton': Triton is not installed; pip install 'triton>=3.5' gets it")
@@ -114,20 +158,20 @@ def check_scaling(scale: float, softcap: float | None, prefix: str = "") -> None
         check_positive(softcap, f"{prefix}logit_softcap", "None or a number > 0")
 
 
-def values_visible(device: torch.device) -> bool:
-    """Return whether values of tensors on this device are checked."""
-    if torch.compiler.is_compiling():
+def values_visible(tensor: Tensor) -> bool:
+    """Return whether the values of this tensor are checked."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or is_batchedtensor(tensor):
         return False
-    return device.type == "cpu" or os.environ.get("IRLFAST_CHECK") == "1"
+    return tensor.device.type == "cpu" or os.environ.get("IRLFAST_CHECK") == "1"
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:
-    if values_visible(targets.device):
+    if values_visible(targets):
         check_range(targets[targets != IGNORE], "targets", 0, vocabulary, f", or {IGNORE} where skipped")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, whose: str) -> None:
-    if not values_visible(cu_seqlens.device):
+    if not values_visible(cu_seqlens):
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     require(first == 0, "cu_seqlens[0]", first, "0")
@@ -137,7 +181,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, whose: str) -> None:
 
 
 def check_range(values: Tensor, name: str, low: int, high: int, note: str) -> None:
-    if values_visible(values.device) and values.numel():
+    if values_visible(values) and values.numel():
         smallest, largest = int(values.min()), int(values.max())
         worst = smallest if smallest < low else largest
         require(low <= smallest and largest < high, name, worst, f"{low} <= value < {high}{note}")

@@ -14,10 +14,11 @@ from irlfast.ops.common.checks import (
     check_scaling,
     check_tensor,
     require,
+    savable,
 )
 from irlfast.ops.common.types import HeadInputs
 from irlfast.ops.divergence.mixtures import DIVERGENCES, Mixture
-from irlfast.ops.pair_loss.checks import check_head_inputs
+from irlfast.ops.pair_loss.checks import check_head_inputs, savable_head
 
 
 def check_reference(reference: HeadInputs, policy: HeadInputs) -> HeadInputs:
@@ -27,7 +28,7 @@ def check_reference(reference: HeadInputs, policy: HeadInputs) -> HeadInputs:
     fits = reference.weight.shape[0] == vocabulary
     require(fits, "ref_weight", reference.weight, "{} rows, as weight has", vocabulary)
     hidden, weight, bias = reference
-    return HeadInputs(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+    return savable_head(HeadInputs(hidden.detach(), weight.detach(), None if bias is None else bias.detach()))
 
 
 def check_rows(
@@ -39,7 +40,8 @@ def check_rows(
     ref_count = check_indices(ref_rows, "ref_rows", reference.hidden, "ref_hidden")
     name, chosen = ("ref_hidden", reference.hidden) if ref_rows is None else ("ref_rows", ref_rows)
     require(ref_count == count, name, chosen, "{} rows, as the policy has", count)
-    return None if rows is None else rows.long(), None if ref_rows is None else ref_rows.long()
+    rows, ref_rows = (None if chosen is None else savable(chosen.long()) for chosen in (rows, ref_rows))
+    return rows, ref_rows
 
 
 def check_indices(rows: Tensor | None, name: str, hidden: Tensor, of: str) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.checks import check_positive, choose_backend
+from irlfast.ops.common.checks import check_positive, check_transforms, choose_backend
 from irlfast.ops.common.dtensors import head_tensors
 from irlfast.ops.common.precision import dtype_of_products
 from irlfast.ops.common.types import HeadInputs
@@ -68,6 +68,7 @@ def token_divergence(
       longer prompt has rows of its own.
     - A ``DTensor`` is gathered first, as by :func:`irlfast.ops.pair_loss`.
     - ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"`` and ``"triton"`` never do.
+      Only ``"plain"`` works inside transformations of torch.func and has forward-mode and second derivatives.
     - ``buffer_mb``: the most memory for the logits of both, in MiB (at least one row of each).
 
     Passes over the weights, where ``backend`` is not ``"plain"``: two without gradient, one of each; three where only
@@ -98,6 +99,7 @@ def token_divergence(
         buffer_mb,
     )
     backend = choose_backend(backend, policy.hidden, "hidden", BACKENDS, spec.operands)
+    check_transforms(backend, **policy._asdict())
     with torch.autocast(policy.hidden.device.type, enabled=False):
         if backend == "plain":
             return plain.token_divergence(policy, reference, spec)

@@ -1,6 +1,5 @@
 """Checks of the arguments of ``token_logps`` and ``logits_log_ratio``."""
 
-import torch
 from torch import Tensor
 
 from irlfast.ops.common.checks import (
@@ -12,7 +11,9 @@ from irlfast.ops.common.checks import (
     check_scaling,
     check_targets,
     check_tensor,
+    check_transforms,
     choose_backend,
+    device_of,
     require,
 )
 
@@ -21,7 +22,7 @@ def check_logits(
     logits: Tensor, targets: Tensor, scale: float, softcap: float | None, inplace: bool, backend: str
 ) -> str:
     """Check what both operations take, and return the chosen backend."""
-    device = getattr(logits, "device", torch.device("cpu"))
+    device = device_of(logits, "logits")
     check_tensor(logits, "logits", "[N, V]", FLOATS, device)
     rows, vocabulary = logits.shape
     require(vocabulary > 0, "logits", logits, "[N, V] with V > 0")
@@ -30,6 +31,7 @@ def check_logits(
     check_scaling(scale, softcap)
     check_targets(targets, vocabulary)
     backend = choose_backend(backend, logits, "logits")
+    check_transforms(backend, logits=logits)
     if inplace and backend != "plain":
         check_strides(logits)
     return backend

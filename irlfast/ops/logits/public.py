@@ -16,7 +16,7 @@ Arguments that both operations take; the dimensions are those of :mod:`irlfast.o
   fp32 and bf16, where installation built ``irlfast._cpu``, it reads each row once and makes no such tensor.
   ``"triton"`` and ``"cuda"`` (our own CUDA C++, where installation built it) read each row once, on a GPU, in fp32,
   bf16 or fp16. ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors where it can, else
-  ``"plain"``.
+  ``"plain"``. Only ``"plain"`` works inside transformations of torch.func and has forward-mode and second derivatives.
 
 The gradient has the dtype of ``logits``. It is zero where the target is skipped or the upstream gradient is zero.
 """
@@ -24,7 +24,7 @@ The gradient has the dtype of ``logits``. It is zero where the target is skipped
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.checks import ON_GPU, STATISTICS_BACKENDS, alternatives, require
+from irlfast.ops.common.checks import ON_GPU, STATISTICS_BACKENDS, alternatives, require, savable
 from irlfast.ops.common.sequences import log_ratios, sequence_ids
 from irlfast.ops.common.types import LogRatio, TokenStatistics
 from irlfast.ops.logits import custom_op, plain, statistics_op
@@ -52,6 +52,7 @@ def token_logps(
         RuntimeError: the backend is not installed.
     """
     backend = check_logits(logits, targets, logit_scale, logit_softcap, inplace_backward, backend)
+    targets = savable(targets)
     return score(logits, targets, None, logit_scale, logit_softcap, inplace_backward, backend)[0]
 
 
@@ -79,6 +80,7 @@ def token_statistics(
     """
     require(backend != "cuda", "backend", backend, alternatives(STATISTICS_BACKENDS))
     backend = check_logits(logits, targets, logit_scale, logit_softcap, inplace_backward, backend)
+    targets = savable(targets)
     if backend == "plain":
         with torch.autocast(logits.device.type, enabled=False):
             return TokenStatistics(*plain.token_statistics(logits, targets, logit_scale, logit_softcap))
@@ -120,6 +122,7 @@ def logits_log_ratio(
         RuntimeError: the backend is not installed.
     """
     backend = check_logits(logits, targets, logit_scale, logit_softcap, inplace_backward, backend)
+    targets = savable(targets)
     check_sequences(logits, targets, cu_seqlens)
     check_reference(logits, cu_seqlens, ref_logits, ref_logps)
     logps, computed = score(logits, targets, ref_logits, logit_scale, logit_softcap, inplace_backward, backend)

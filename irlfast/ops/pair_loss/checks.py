@@ -19,7 +19,10 @@ from irlfast.ops.common.checks import (
     check_scaling,
     check_targets,
     check_tensor,
+    device_of,
+    is_traced,
     require,
+    savable,
 )
 from irlfast.ops.common.precision import dtype_of_products
 from irlfast.ops.common.sequences import sequence_ids
@@ -49,8 +52,13 @@ DEFAULT = {
 
 
 def check_policy(policy: HeadInputs) -> HeadInputs:
-    check_head_inputs(policy, "", getattr(policy.hidden, "device", torch.device("cpu")))
-    return policy
+    check_head_inputs(policy, "", device_of(policy.hidden, "hidden"))
+    return savable_head(policy)
+
+
+def savable_head(inputs: HeadInputs) -> HeadInputs:
+    hidden, weight, bias = inputs
+    return HeadInputs(savable(hidden), savable(weight), None if bias is None else savable(bias))
 
 
 def check_reference(
@@ -118,8 +126,8 @@ def check_scored(
     if rows is not None:
         check_range(rows, "rows", 0, hidden.shape[0], ", the rows of hidden")
     return ScoredTokens(
-        targets=targets.long(),
-        rows=None if rows is None else rows.long(),
+        targets=savable(targets.long()),
+        rows=None if rows is None else savable(rows.long()),
         sequence_ids=sequence_ids(cu_seqlens, tokens),
         num_sequences=cu_seqlens.numel() - 1,
         logit_scale=float(logit_scale),
@@ -161,6 +169,8 @@ def check_spec(spec: PairLossSpec, scored: ScoredTokens, has_reference: bool) ->
     """The loss on pairs, with the weights of the pairs detached and in the dtype of the statistics."""
     check_positive(spec.beta, "beta")
     check_loss_types(spec, has_reference)
+    runs = spec.is_named() or not is_traced(scored.targets)
+    require(runs, "loss_type", "a function", "a name for fake tensors and inside a transformation of torch.func")
     check_options(spec)
     fits = isinstance(spec.nll_weight, Real) and 0 <= spec.nll_weight < math.inf
     require(fits, "nll_weight", spec.nll_weight, "a number >= 0")

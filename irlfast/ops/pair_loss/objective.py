@@ -74,8 +74,8 @@ def mixture(log_ratio: Tensor, scored: ScoredTokens, spec: PairLossSpec) -> Pair
 
 def differentiated(function: PairFunction, expert: Tensor, synthetic: Tensor, beta: float) -> PairTerms:
     """The terms of a function that treats every pair by itself, with derivatives by autograd."""
-    with torch.enable_grad():
-        leaves = expert.detach().requires_grad_(), synthetic.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = expert.detach().clone().requires_grad_(), synthetic.detach().clone().requires_grad_()
         total = function(*leaves, beta).sum()
         slopes = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     loss = function(expert, synthetic, beta)
@@ -86,7 +86,7 @@ def differentiated(function: PairFunction, expert: Tensor, synthetic: Tensor, be
 
 def check_each_by_itself(function: PairFunction, expert: Tensor, synthetic: Tensor, beta: float, loss: Tensor) -> None:
     """Check that every second pair's loss stays as it was while the other pairs' log-ratios become 0."""
-    if values_visible(loss.device):
+    if values_visible(loss):
         kept = torch.arange(loss.numel(), dtype=torch.int64, device=loss.device) % 2 == 0
         alone = function(expert.where(kept, 0), synthetic.where(kept, 0), beta)
         same = torch.allclose(alone[kept], loss[kept], equal_nan=True)

@@ -26,6 +26,7 @@ Arguments that both operations take:
 - ``backend``: ``"plain"`` materialises ``[N, V]`` logits and is the oracle; ``"cpu"``, ``"triton"`` and ``"cuda"``
   never do. ``"cuda"`` is the pair slab with our own CUDA C++ between its products, where installation built it.
   ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for others (``"plain"`` in fp64, or without Triton).
+  Only ``"plain"`` works inside transformations of torch.func and has forward-mode and second derivatives.
 - ``buffer_mb``: the most memory for logits, in MiB (at least one row). ``"plain"`` ignores it.
 - ``group``: the process group whose ranks share the vocabulary, as tensor parallelism does. Each rank gives its own
   rows of ``weight``, ``bias``, ``ref_weight`` and ``ref_bias``, in the order of the ranks and any number of them, and
@@ -44,7 +45,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.checks import BACKENDS, STATISTICS_BACKENDS, check_pairs, choose_backend, require
+from irlfast.ops.common.checks import (
+    BACKENDS,
+    STATISTICS_BACKENDS,
+    check_pairs,
+    check_transforms,
+    choose_backend,
+    require,
+    savable,
+)
 from irlfast.ops.common.dtensors import head_tensors
 from irlfast.ops.common.sequences import default_pairs
 from irlfast.ops.common.types import HeadInputs, LogRatio, PairFunction, PairLoss, PairLossSpec, ScoredTokens
@@ -101,6 +110,7 @@ def log_ratio(
     backends = STATISTICS_BACKENDS if token_statistics else BACKENDS
     backend = choose_backend(backend, hidden, "hidden", backends, scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
+    check_transforms(backend, hidden=hidden, weight=weight, bias=bias)
     require(group is None or not token_statistics, "group", group, "None, with token_statistics")
     with torch.autocast(hidden.device.type, enabled=False):
         if token_statistics:
@@ -206,12 +216,13 @@ def pair_loss(
     check_pairs(pairs, cu_seqlens)
     loss_types = (loss_type,) if isinstance(loss_type, str) or callable(loss_type) else tuple(loss_type)
     weights = (1.0,) * len(loss_types) if loss_weights is None else tuple(loss_weights)
-    pairs = default_pairs(scored.num_sequences, hidden.device) if pairs is None else pairs.long()
+    pairs = default_pairs(scored.num_sequences, hidden.device) if pairs is None else savable(pairs.long())
     options = label_smoothing, discopop_tau, simpo_gamma, reward_shift, f_divergence_type, f_alpha_divergence_coef
     spec = PairLossSpec(pairs, beta, loss_types, weights, pair_weights, nll_weight, num_pairs, num_tokens, *options)
     spec = checks.check_spec(spec, scored, has_reference=ref_hidden is not None or ref_logps is not None)
     backend = choose_backend(backend, hidden, "hidden", dtype=scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")
+    check_transforms(backend, hidden=hidden, weight=weight, bias=bias)
     arguments = policy, reference, scored, spec, backend
     with torch.autocast(hidden.device.type, enabled=False):
         result = compute_pair_loss(*arguments) if spec.is_named() else compute_untraced(*arguments)

@@ -30,7 +30,7 @@ def vocabulary_of(group: Any, weight: Tensor, targets: Tensor) -> tuple[int, int
     Raises:
         ValueError: the ranks have different targets.
     """
-    total = int(targets.sum()) if values_visible(targets.device) else 0
+    total = int(targets.sum()) if values_visible(targets) else 0
     mine = torch.tensor([weight.shape[0], targets.numel(), total], dtype=torch.int64, device=weight.device)
     ranks = all_gather(mine, group).tolist()
     own = dist.get_rank(group)

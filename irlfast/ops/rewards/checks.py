@@ -15,7 +15,9 @@ from irlfast.ops.common.checks import (
     check_pairs,
     check_range,
     check_tensor,
+    check_transforms,
     choose_backend,
+    device_of,
     require,
     values_visible,
 )
@@ -35,7 +37,7 @@ def check_heads(
     backend: str,
 ) -> str:
     """Check what both operations take, and return the chosen backend."""
-    device = getattr(hidden, "device", torch.device("cpu"))
+    device = device_of(hidden, "hidden")
     check_tensor(hidden, "hidden", "[R, H]", FLOATS, device)
     check_tensor(head, "head", "[M, H]", FLOATS, device)
     (heads, columns), size = head.shape, hidden.shape[1]
@@ -56,6 +58,8 @@ def check_heads(
         backend = "plain"
     dtype = torch.promote_types(hidden.dtype, head.dtype)
     backend = choose_backend(backend, hidden, "hidden", ("auto", "plain", "cpu", "triton"), dtype)
+    if backend == "triton":
+        check_transforms(backend, hidden=hidden, head=head, bias=bias)
     few = backend != "triton" or heads <= MOST_HEADS
     require(few, "head", head, f"at most {MOST_HEADS} heads by backend 'triton'; 'plain' takes any number")
     return backend
@@ -82,7 +86,7 @@ def check_labels(labels: Tensor | None, cu_seqlens: Tensor, kind: str) -> None:
     check_tensor(labels, "labels", "[S]", (torch.bool, *INTEGERS, *FLOATS), cu_seqlens.device)
     sequences = cu_seqlens.shape[0] - 1
     require(labels.shape[0] == sequences, "labels", labels, "[{}], the sequences of cu_seqlens", sequences)
-    if values_visible(labels.device):
+    if values_visible(labels):
         wrong = labels[(labels != 0) & (labels != 1)]
         require(wrong.numel() == 0, "labels", wrong[0].item() if wrong.numel() else 0, "1 (expert) or 0 (synthetic)")
 
@@ -93,7 +97,7 @@ def check_compared(pairs: Tensor | None, labels: Tensor | None, cu_seqlens: Tens
         return
     require(pooling == "last", "pooling", pooling, f"'last' for kind {kind!r}, which compares sequences")
     check_pairs(pairs, cu_seqlens)
-    if labels is not None and values_visible(cu_seqlens.device):
+    if labels is not None and values_visible(cu_seqlens):
         ordered = labels.view(-1, 2) if pairs is None else labels[pairs]
         agree = bool(((ordered[:, 0] != 0) & (ordered[:, 1] == 0)).all())
         require(agree, "labels", labels, "1 for the first and 0 for the second sequence of every pair")

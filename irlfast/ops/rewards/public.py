@@ -18,7 +18,7 @@ Arguments that the operations take:
 Products, statistics and results are in fp32 (fp64 where ``hidden`` or ``head`` is). No tensor is rounded, under
 autocast too: reading ``hidden`` takes the time, because a head has few rows, and its products do not. So an fp32 head
 on bf16 hidden states keeps its digits. Each gradient has its own tensor's dtype; it is summed in fp32 and rounded once.
-``"triton"`` has no second derivatives.
+``"triton"`` has no second or forward-mode derivatives, and does not work inside transformations of torch.func.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from irlfast.ops.common.checks import FLOATS, require
+from irlfast.ops.common.checks import FLOATS, is_dense, require, savable
 from irlfast.ops.rewards import custom_op, plain
 from irlfast.ops.rewards.checks import check_compared, check_heads, check_labels, check_options, is_paired
 from irlfast.ops.rewards.losses import Options
@@ -121,6 +121,7 @@ def discriminator_loss(
     check_labels(labels, cu_seqlens, kind)
     check_compared(pairs, labels, cu_seqlens, kind, pooling)
     labels = None if is_paired(kind) or labels is None else labels != 0
+    pairs = None if pairs is None else savable(pairs)
     token = pooling == "token"
     if backend == "triton" and custom_op.has_formula(kind):
         loss, logits, reward, _ = custom_op.discriminate(
@@ -137,7 +138,8 @@ def discriminator_reward(
 ) -> Tensor:
     """Reward of discriminator logits of any shape, as :func:`discriminator_loss` gives it; differentiable."""
     options = check_options(Options(kind, alpha=alpha, f_max=f_max, clamp=clamp))
-    require(isinstance(logits, Tensor) and logits.dtype in FLOATS, "logits", logits, "a tensor of floats")
+    fits = isinstance(logits, Tensor) and logits.dtype in FLOATS and is_dense(logits)
+    require(fits, "logits", logits, "a tensor of floats")
     return plain.rewards(logits.to(torch.promote_types(logits.dtype, torch.float32)), options)
 
 
@@ -150,6 +152,7 @@ def head_logits(
     token: bool,
     backend: str,
 ) -> Tensor:
+    hidden, head, rows = savable(hidden), savable(head), None if rows is None else savable(rows)
     if backend == "triton":
         logits: Tensor = custom_op.head_logits(hidden, head, bias, rows, cu_seqlens, token)[0]
         return logits

@@ -174,13 +174,16 @@ def write_gradient(
 
 
 @triton.jit(
-    do_not_specialize=["S"],
+    do_not_specialize=["S", "N"],
     do_not_specialize_on_alignment=["logps", "targets", "cu_seqlens", "ref_logps"],
 )
-def sequence_sums_kernel(logps, targets, cu_seqlens, ref_logps, sums, S, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+def sequence_sums_kernel(
+    logps, targets, cu_seqlens, ref_logps, sums, S, N, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program per sequence. Sums in fp64 lose no digit of their fp32 terms, and neither does their difference."""
     sequence = tl.program_id(0)
-    first, last = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+    first = tl.maximum(tl.load(cu_seqlens + sequence), 0)
+    last = tl.minimum(tl.load(cu_seqlens + sequence + 1), N)
     policy = tl.zeros([BLOCK], tl.float64)
     reference = tl.zeros([BLOCK], tl.float64)
     for start in range(first, last, BLOCK):
@@ -203,7 +206,10 @@ def sequence_sums(
     cu_seqlens: Tensor,  # [S + 1]
     ref_logps: Tensor | None,  # [N] or [S]; a size that is both is per token
 ) -> Tensor:
-    """Log-ratio, policy's and reference's log-probability of every sequence: ``[3, S]`` fp32, in a fixed order."""
+    """Log-ratio, policy's and reference's log-probability of every sequence: ``[3, S]`` fp32, in a fixed order.
+
+    Offsets beyond the tokens are taken for their end: no token that does not exist is read.
+    """
     sequences = cu_seqlens.numel() - 1
     sums = torch.empty(3, sequences, dtype=torch.float32, device=logps.device)
     sequence_sums_kernel[(sequences,)](
@@ -213,6 +219,7 @@ def sequence_sums(
         None if ref_logps is None else ref_logps.contiguous(),
         sums,
         sequences,
+        logps.numel(),
         PER_TOKEN=ref_logps is not None and ref_logps.numel() == logps.numel(),
         BLOCK=1024,
         num_warps=4,

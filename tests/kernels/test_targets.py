@@ -1,5 +1,9 @@
-"""Targets outside the vocabulary on a GPU, where values are not checked: NaN for their rows, and no other change."""
+"""Wrong values on a GPU, where they are not checked.
 
+A target outside the vocabulary gives NaN for its row, and changes nothing else. No token that does not exist is read.
+"""
+
+import itertools
 from typing import Any
 
 import pytest
@@ -8,6 +12,7 @@ import torch
 from irlfast import ops
 from irlfast.ops.common import checks
 from irlfast.ops.common.types import IGNORE
+from irlfast.ops.logits import custom_op
 from tests.helpers.ops_cases import make
 from tests.helpers.tiers import covering_cases
 
@@ -83,6 +88,21 @@ def test_from_logits_only_its_own_row_is_nan(factors, backend):
     assert torch.equal(actual[good], expected[good])
     assert torch.equal(gradient[good], right[good])
     assert not (gradient[~good] > 0).any()  # no token is scored in the place of the target
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("ends", [[-3, 4, 10], [0, 4, 13], [-7, -2, 20], [12, 15, 9], [5, 2, 10], [0, 20, -4]])
+def test_sums_of_sequences_read_no_token_that_does_not_exist(ends, per_token, backend):
+    tokens, bounds = sum(LENGTHS), torch.tensor(ends).clamp(0, sum(LENGTHS)).tolist()
+    around = torch.full((3 * tokens,), float("nan"), device=DEVICE)
+    policy, reference = around.clone()[tokens : 2 * tokens], around.clone()[tokens : 2 * tokens]
+    policy.copy_(torch.arange(tokens)), reference.fill_(0.5)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    targets = torch.zeros(tokens, dtype=torch.int64, device=DEVICE)
+    sums = custom_op.sequence_sums(policy, targets, cu_seqlens, reference if per_token else None, backend)
+    parts = [policy[first:last] for first, last in itertools.pairwise(bounds)]
+    assert sums[1].tolist() == [float(part.sum()) for part in parts]
+    assert sums[2].tolist() == [len(part) / 2 if per_token else 0 for part in parts]
 
 
 @pytest.mark.parametrize("target", OUTSIDE)

@@ -58,7 +58,8 @@ def sequence_sums(
     cu_seqlens: Tensor,  # [S + 1]
     ref_logps: Tensor | None,  # [N] or [S]; a size that is both is per token
 ) -> Tensor:
-    logps, targets, cu_seqlens = logps.contiguous(), targets.long().contiguous(), cu_seqlens.contiguous()
+    logps, targets = logps.contiguous(), targets.long().contiguous()
+    cu_seqlens = cu_seqlens.clamp(0, logps.numel()).contiguous()
     if ref_logps is not None:
         ref_logps = (ref_logps if ref_logps.dtype == torch.float64 else ref_logps.float()).contiguous()
     sequences = cu_seqlens.numel() - 1

@@ -109,6 +109,8 @@ def logits_log_ratio(
     See the module for the arguments. Further ones:
 
     - ``cu_seqlens`` ``[S + 1]`` int32: sequence s is ``targets[cu_seqlens[s]:cu_seqlens[s + 1]]``; it may be empty.
+      On a GPU, where values are not checked, the results for offsets that decrease, or that do not go from 0 to N, are
+      undefined; no token that does not exist is read.
     - The reference never has gradients. It is one of: nothing; ``ref_logits`` ``[N, V]`` of any floating dtype, with
       the policy's scale and soft-cap; or ``ref_logps``, log-probabilities per token ``[N]`` (exact) or per sequence
       ``[S]`` (loses ~1e-3 nats at 1,024 tokens). A size that is both N and S is read as per token.

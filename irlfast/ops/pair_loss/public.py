@@ -15,6 +15,9 @@ Arguments that both operations take:
 - ``cu_seqlens`` ``[S + 1]`` int32: sequence s is ``targets[cu_seqlens[s]:cu_seqlens[s + 1]]``; it may be empty.
 - ``rows`` ``[N]`` int64 or int32: the hidden row that predicts each target. Prompt rows then cost nothing, and two
   answers to one prompt can share its last row. Default: row n predicts target n, and R = N.
+- The values of ``targets``, ``cu_seqlens``, ``rows`` and ``pairs`` are checked on a CPU, and on a GPU where the
+  environment has ``IRLFAST_CHECK=1``. Without checks, a target outside the vocabulary has a log-probability of NaN; the
+  results for others that point outside are undefined, and PyTorch may stop the process.
 - The reference never has gradients. It is one of: nothing; ``ref_hidden`` ``[R, H']``, ``ref_weight`` ``[V, H']`` and
   ``ref_bias`` ``[V]``, with the policy's rows, scale and soft-cap; or ``ref_logps``, log-probabilities per token
   ``[N]`` (as ``token_logps`` of :func:`log_ratio`; exact) or per sequence ``[S]`` (loses ~1e-3 nats at 1,024 tokens).

@@ -15,6 +15,9 @@ Arguments that the operations take:
   fp32, bf16 or fp16, for up to 64 heads. ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors
   where it can, else ``"plain"``.
 
+Values are checked on a CPU, and on a GPU where the environment has ``IRLFAST_CHECK=1``. Elsewhere, ``cu_seqlens``,
+``rows`` and ``pairs`` that point outside are undefined behaviour: ``"triton"`` reads memory out of bounds.
+
 Products, statistics and results are in fp32 (fp64 where ``hidden`` or ``head`` is). No tensor is rounded, under
 autocast too: reading ``hidden`` takes the time, because a head has few rows, and its products do not. So an fp32 head
 on bf16 hidden states keeps its digits. Each gradient has its own tensor's dtype; it is summed in fp32 and rounded once.

@@ -157,10 +157,11 @@ def looped_pair_loss(
 
 
 class Recorder(TorchDispatchMode):
-    """Record the largest tensor that the block makes, and the floating-point operations of its matrix products."""
+    """Record what the block computes."""
 
-    largest = 0
-    operations = 0
+    largest = 0  # elements of the largest tensor that it makes
+    operations = 0  # floating-point operations of its matrix products
+    launches = 0  # operations that compute: on a GPU, each is a kernel
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "irlfast":  # tensors and products inside the operation count too
@@ -171,7 +172,17 @@ class Recorder(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
         name = function.overloadpacket.__name__
+        self.launches += not (shares_memory(function, args, out) or "empty" in name)
         if name in ("mm", "addmm", "addmm_"):
             left, right = [argument for argument in args if isinstance(argument, torch.Tensor)][-2:]
             self.operations += 2 * math.prod(left.shape) * right.shape[1]
         return out
+
+
+def shares_memory(function: Any, args: Any, out: Any) -> bool:
+    """Return whether the result is a view, or several, of the first argument. A cast may be one, or a copy."""
+    if not function.is_view:
+        return False
+    if not isinstance(out, torch.Tensor):
+        return True
+    return out.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()

@@ -1,11 +1,14 @@
 """Which tokens share a slab: whole groups, packed by best fit, and chunks of a group that exceeds the buffer."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from irlfast import ops
 from irlfast.ops.common.types import HeadInputs
 from irlfast.ops.pair_loss import checks, cpu_slab, slab
+from tests.helpers.ops_cases import Recorder, make
 
 sizes_of_groups = st.lists(st.integers(0, 300), max_size=60)
 
@@ -48,11 +51,53 @@ def test_every_scored_token_is_in_one_slab_with_its_whole_group(problem):
     buffer_mb = rows_in_buffer * vocabulary * 4 / 2**20
     scored = checks.check_scored(head, targets, cu_seqlens, None, 1.0, None, buffer_mb)
     coupled = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-    slabs = slab.plan(cpu_slab.EXACT, head, scored, coupled)
-    assert all(1 <= len(chunk) <= rows_in_buffer for chunks in slabs for chunk in chunks)
-    tokens = torch.cat([torch.zeros(0, dtype=torch.long), *(chunk for chunks in slabs for chunk in chunks)])
+    tokens, slabs = slab.plan(cpu_slab.EXACT, head, scored, coupled)
+    assert all(1 <= size <= rows_in_buffer for sizes in slabs for size in sizes)
     assert torch.equal(tokens.sort().values, scored.indices())
-    slab_of = {token: number for number, chunks in enumerate(slabs) for token in torch.cat(chunks).tolist()}
+    slab_of = torch.arange(len(slabs)).repeat_interleave(
+        torch.tensor([sum(sizes) for sizes in slabs], dtype=torch.long)
+    )
     for pair in pairs:
-        numbers = {slab_of[token] for token in tokens.tolist() if scored.sequence_ids[token] in pair}
+        numbers = {
+            number
+            for token, number in zip(tokens.tolist(), slab_of.tolist(), strict=True)
+            if scored.sequence_ids[token] in pair
+        }
         assert len(numbers) <= 1
+
+
+def launches(groups: int, reference: str, **options: object) -> int:
+    """The operations of a call whose groups have a slab each."""
+    case = make([128] * (2 * groups), vocabulary=16, dtype=torch.float32, reference=reference)
+    with Recorder() as recorder:
+        ops.pair_loss(**case, beta=0.1, buffer_mb=slab.SLAB_ROWS * 16 * 4 / 2**20, backend="cpu", **options)
+    return recorder.launches
+
+
+@pytest.mark.parametrize(
+    ("reference", "options", "most"),
+    [
+        ("token", {}, 28),
+        ("none", {}, 27),
+        ("sequence", {}, 29),
+        ("hidden", {}, 29),
+        ("token", {"nll_weight": 0.1}, 29),
+        ("token", {"loss_type": "ipo"}, 26),
+        ("token", {"loss_type": ["sigmoid", "ipo"]}, 38),
+        ("token", {"f_divergence_type": "js_divergence"}, 28),
+    ],
+)
+def test_a_slab_runs_no_more_operations_than_these_beside_its_products_and_softmax(
+    reference, options, most, monkeypatch
+):
+    """On a GPU, a small slab takes as long as its launches. What does not change between slabs is computed once."""
+    values, product = torch.ones(slab.SLAB_ROWS), torch.ones(slab.SLAB_ROWS, 8)
+    free = slab.SlabKernels(
+        slab_mb=1,
+        logits=lambda hidden, weight, out: None,
+        softmax=lambda z, *_: (values, values, z),
+        times_weight=lambda slab, weight: product,
+        add_times_hidden=lambda *_: None,
+    )
+    monkeypatch.setattr(cpu_slab, "kernels", lambda operands: free)
+    assert launches(3, reference, **options) - launches(2, reference, **options) <= most

@@ -50,11 +50,23 @@ def sequence_log_ratio(
 
     Policy and reference are subtracted per token, before the sum. The differences are small, so the sum loses nothing.
     """
+    if ref_logps is not None and ref_logps.numel() == targets.numel():  # also where N = S: the trainer caches per token
+        token_logps = token_logps - known(ref_logps, targets, token_logps.dtype)
+        ref_logps = None
+    return summed_log_ratio(token_logps, ref_logps, ids, sequences, weights)
+
+
+def summed_log_ratio(
+    token_logps: Tensor,  # [N] or, without ``ref_logps``, the differences from the reference's
+    ref_logps: Tensor | None,  # [S]
+    ids: Tensor,
+    sequences: int,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The log-ratios ``[S]``, where the reference is cached per sequence, or subtracted already."""
     dtype = token_logps.dtype
     if ref_logps is None:
         return sum_per_sequence(token_logps, ids, sequences, weights).to(dtype)
-    if ref_logps.numel() == targets.numel():  # also where N = S: the trainer caches per token
-        return sum_per_sequence(token_logps - known(ref_logps, targets, dtype), ids, sequences, weights).to(dtype)
     # Round the policy's sum as the reference's was rounded: equal models then have log-ratios of exactly 0.
     rounded = sum_per_sequence(token_logps, ids, sequences, weights).to(torch.promote_types(ref_logps.dtype, dtype))
     return (rounded.double() - ref_logps).to(dtype)

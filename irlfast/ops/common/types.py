@@ -1,6 +1,6 @@
 """The records that the operations pass on to their backends, and those that they return."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,20 @@ class ScoredTokens(NamedTuple):
     def rows_of(self, tokens: Tensor) -> Tensor:
         """The hidden rows that predict the targets at these indices."""
         return tokens if self.rows is None else self.rows[tokens]
+
+    def only(self, tokens: Tensor) -> "ScoredTokens":
+        """The targets at these indices, without a cached reference."""
+        weights = None if self.token_weights is None else self.token_weights[tokens]
+        ids, rows = self.sequence_ids[tokens], self.rows_of(tokens)
+        return self._replace(
+            targets=self.targets[tokens], rows=rows, sequence_ids=ids, ref_logps=None, token_weights=weights
+        )
+
+    def split(self, sizes: int | Sequence[int]) -> list["ScoredTokens"]:
+        """Consecutive parts of these sizes, as views, of what :meth:`only` returns."""
+        fields = {name: getattr(self, name) for name in ("targets", "rows", "sequence_ids", "token_weights")}
+        parts = {name: tensor.split(sizes) for name, tensor in fields.items() if tensor is not None}
+        return [self._replace(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
 
     def zeros(self) -> Tensor:
         """A log-probability ``[N]`` of 0 for each target."""

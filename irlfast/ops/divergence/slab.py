@@ -37,7 +37,7 @@ def divergences(
 ) -> tuple[Tensor, Tensor | None]:
     """Divergences ``[N]``; with ``keep_slopes``, also their derivatives ``[N, H]`` by the policy's hidden rows."""
     parts = in_parts(kernels, policy, spec)
-    buffers = [new_buffer(policy, spec.dtype, parts) for _ in range(2)]
+    buffers = [new_buffer(policy, spec.dtype, [len(part) for part in parts]) for _ in range(2)]
     values = policy.hidden.new_zeros(num_rows(policy, spec), dtype=spec.dtype)
     slopes = values.new_zeros(len(values), policy.hidden.shape[1]) if keep_slopes else None
     for part in parts:
@@ -58,13 +58,13 @@ def gradients(
 ) -> Gradients:
     """Gradients by the policy. The chunks are computed again."""
     parts = in_parts(kernels, policy, spec)
-    buffers = [new_buffer(policy, spec.dtype, parts) for _ in range(2)]
+    buffers = [new_buffer(policy, spec.dtype, [len(part) for part in parts]) for _ in range(2)]
     sums = new_gradients(policy, spec.dtype, wanted)
     if sums.weight is not None and not parts:
         sums.weight.zero_()
     for number, part in enumerate(parts):
         chunk = compute(kernels, policy, reference, spec, part, buffers, slopes=True)
-        add_gradients(kernels.products, sums, policy, chunk, upstream, new=number == 0)
+        add_gradients(kernels.products, sums, policy, chunk, upstream[part], new=number == 0)
     return sums
 
 
@@ -105,4 +105,4 @@ def compute(
             *(r, reference.bias, spec.ref_logit_scale, spec.ref_logit_softcap),
             *(spec.mixture(), dtype),
         )
-    return Chunk(part, rows, values, hidden, slab, units[:, None] * spec.logit_scale)
+    return Chunk(rows, values, hidden, slab, units[:, None] * spec.logit_scale)

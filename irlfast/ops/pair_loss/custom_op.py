@@ -78,7 +78,7 @@ def kernels_of(backend: str, policy: HeadInputs, scored: ScoredTokens) -> Iterat
 def whole_kernels(backend: str, policy: HeadInputs, operands: torch.dtype) -> Iterator[slab.SlabKernels]:
     """The kernels of a backend, on the policy's device. fp32 operands are multiplied as such."""
     hidden = policy.hidden
-    narrow = operands == torch.bfloat16  # a CPU multiplies these as fp32, see cpu_slab
+    narrow = operands == torch.bfloat16  # cpu_slab.NARROW sets the precision of each product by itself
     products = nullcontext() if narrow else fp32_precision("cuda" if hidden.is_cuda else "mkldnn", "ieee")
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden), products:
         on_gpu = {"triton": triton_slab.KERNELS, "cuda": cuda_slab.KERNELS}

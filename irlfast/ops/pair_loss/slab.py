@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from irlfast.ops.common.types import IGNORE, HeadInputs, PairLossSpec, ScoredTokens
-from irlfast.ops.pair_loss.objective import derivatives
+from irlfast.ops.pair_loss.objective import couplings, derivatives
 
 SLAB_ROWS = 256  # a slab has at least so many rows: with fewer, reading the weight costs more than multiplying by it
 
@@ -77,18 +77,18 @@ def token_logps(
         both = [policy] if reference is None else [policy, reference]
         logps[tokens], *others = kernels.fused_logps(both, scored, tokens)
         return logps, scored.zeros().index_put((tokens,), others[0]) if others else None, None
-    chunks = in_chunks(tokens, slab_rows(kernels, policy, scored))
+    chunks = in_chunks(scored, tokens, slab_rows(kernels, policy, scored))
     # The reference is scored in the policy's chunks: a product of another shape may round differently, and a policy
     # that equals its reference would not have a ratio of exactly 0.
-    ref_logps = None if reference is None else score(kernels, reference, scored, chunks)
+    ref_logps = None if reference is None else placed(scored, tokens, score(kernels, reference, chunks))
     if not keep_slopes:
-        return score(kernels, policy, scored, chunks), ref_logps, None
-    buffer = new_buffer(policy, slab_dtype(kernels, scored), chunks)
+        return placed(scored, tokens, score(kernels, policy, chunks)), ref_logps, None
+    buffer = new_buffer(policy, slab_dtype(kernels, scored), chunk_sizes(chunks))
     slopes = logps.new_zeros(len(logps), policy.hidden.shape[1])
-    for part in chunks:
-        chunk = compute(kernels, policy, scored, part, buffer)
-        logps[part] = chunk.logps
-        slopes[part] = kernels.times_weight(chunk.slab, policy.weight).mul_(chunk.v)
+    for indices, part in zip(tokens.split(chunk_sizes(chunks)), chunks, strict=True):
+        chunk = compute(kernels, policy, part, buffer)
+        logps[indices] = chunk.logps
+        slopes[indices] = kernels.times_weight(chunk.slab, policy.weight).mul_(chunk.v)
     return logps, ref_logps, slopes
 
 
@@ -104,11 +104,11 @@ def gradients(
     sums = new_gradients(policy, scored.dtype, wanted)
     if sums.weight is not None and not len(tokens):
         sums.weight.zero_()
-    chunks = in_chunks(tokens, slab_rows(kernels, policy, scored))
-    buffer = new_buffer(policy, slab_dtype(kernels, scored), chunks)
-    for number, tokens in enumerate(chunks):
-        chunk = compute(kernels, policy, scored, tokens, buffer)
-        add_gradients(kernels, sums, policy, chunk, upstream, new=number == 0)
+    chunks = in_chunks(scored, tokens, slab_rows(kernels, policy, scored))
+    sizes = chunk_sizes(chunks)
+    buffer = new_buffer(policy, slab_dtype(kernels, scored), sizes)
+    for number, (part, g) in enumerate(zip(chunks, upstream[tokens].split(sizes), strict=True)):
+        add_gradients(kernels, sums, policy, compute(kernels, policy, part, buffer), g, new=number == 0)
     return sums
 
 
@@ -125,36 +125,46 @@ def pair_loss(
     The gradients are taken while each slab is in the buffer.
     """
     sums = new_gradients(policy, scored.dtype, wanted)
-    slabs = plan(kernels, policy, scored, spec.pairs)
-    chunks = [tokens for slab in slabs for tokens in slab]
-    computed = None if reference is None else score(kernels, reference, scored, chunks)
+    tokens, slabs = plan(kernels, policy, scored, spec.pairs)
+    sizes = [size for slab in slabs for size in slab]
+    computed = None
+    if reference is not None:
+        chunks = scored.only(tokens).split(sizes)
+        computed = placed(scored, tokens, score(kernels, reference, chunks))
     ref_logps = scored.ref_logps if computed is None else computed
-    buffer = new_buffer(policy, slab_dtype(kernels, scored), chunks)
-    logps = scored.zeros()
+    buffer = new_buffer(policy, slab_dtype(kernels, scored), sizes)
+    logps = []
     if not slabs and sums.weight is not None:
         sums.weight.zero_()
-    for number, (*others, last) in enumerate(slabs):
-        for tokens in others:
-            logps[tokens] = compute(kernels, policy, scored, tokens, buffer, slopes=False).logps
-        chunk = compute(kernels, policy, scored, last, buffer)
-        logps[last] = chunk.logps
-        upstream = derivatives(logps, ref_logps, scored, spec)
-        chunk = without_light_tiles(kernels, chunk, upstream, scored)
-        add_gradients(kernels, sums, policy, chunk, upstream, new=number == 0)  # while it is in the buffer
-        for tokens in others:
-            chunk = compute(kernels, policy, scored, tokens, buffer)
-            chunk = without_light_tiles(kernels, chunk, upstream, scored)
-            add_gradients(kernels, sums, policy, chunk, upstream, new=False)
-    return logps, computed, *sums
+    coupled = couplings(scored, ref_logps, spec, tokens, [sum(slab) for slab in slabs])
+    for number, (slab, coupling) in enumerate(zip(slabs, coupled, strict=True)):
+        *others, last = coupling.scored.split(slab)
+        earlier = [compute(kernels, policy, part, buffer, slopes=False).logps for part in others]
+        chunk = compute(kernels, policy, last, buffer)
+        logps.append(torch.cat([*earlier, chunk.logps]) if others else chunk.logps)
+        *upstream, g = derivatives(logps[-1], coupling, spec).split(slab)
+        chunk = without_light_tiles(kernels, chunk, g, scored)
+        add_gradients(kernels, sums, policy, chunk, g, new=number == 0)  # while it is in the buffer
+        for part, g in zip(others, upstream, strict=True):
+            chunk = without_light_tiles(kernels, compute(kernels, policy, part, buffer), g, scored)
+            add_gradients(kernels, sums, policy, chunk, g, new=False)
+    return placed(scored, tokens, logps), computed, *sums
 
 
-def score(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, chunks: Sequence[Tensor]) -> Tensor:
-    """Log-probabilities ``[N]``, computed in these chunks of tokens."""
-    buffer = new_buffer(inputs, slab_dtype(kernels, scored), chunks)
-    logps = scored.zeros()
-    for tokens in chunks:
-        logps[tokens] = compute(kernels, inputs, scored, tokens, buffer, slopes=False).logps
-    return logps
+def score(kernels: SlabKernels, inputs: HeadInputs, chunks: Sequence[ScoredTokens]) -> list[Tensor]:
+    """The log-probabilities of each chunk."""
+    if not chunks:
+        return []
+    buffer = new_buffer(inputs, slab_dtype(kernels, chunks[0]), chunk_sizes(chunks))
+    return [compute(kernels, inputs, part, buffer, slopes=False).logps for part in chunks]
+
+
+def placed(scored: ScoredTokens, tokens: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """``[N]``: the values of these tokens, given in parts, and 0 where a target is skipped."""
+    values = scored.zeros()
+    if parts:
+        values[tokens] = torch.cat(list(parts))
+    return values
 
 
 # ---------------------------------------------------------------- which tokens share a slab
@@ -181,12 +191,22 @@ def slab_dtype(kernels: SlabKernels, scored: ScoredTokens) -> torch.dtype:
     return kernels.slab_dtype or scored.dtype
 
 
-def in_chunks(tokens: Tensor, rows: int) -> tuple[Tensor, ...]:
-    return tokens.split(rows) if len(tokens) else ()
+def in_chunks(scored: ScoredTokens, tokens: Tensor, rows: int) -> list[ScoredTokens]:
+    """The targets at these indices, in chunks of ``rows`` tokens."""
+    return scored.only(tokens).split(rows) if len(tokens) else []
 
 
-def plan(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, pairs: Tensor) -> list[tuple[Tensor, ...]]:
-    """Slabs of whole groups, each as its chunks of tokens: one chunk, or several where a group exceeds the buffer."""
+def chunk_sizes(chunks: Sequence[ScoredTokens]) -> list[int]:
+    return [len(part.targets) for part in chunks]
+
+
+def plan(
+    kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, pairs: Tensor
+) -> tuple[Tensor, list[list[int]]]:
+    """The scored tokens in the order of their slabs, and for each slab the sizes of its chunks.
+
+    A slab has whole groups. It is one chunk, or several where a group exceeds the buffer.
+    """
     usual, largest = slab_rows(kernels, inputs, scored), buffer_rows(kernels, inputs, scored)
     mask = scored.targets != IGNORE
     lengths = pairs.new_zeros(scored.num_sequences).index_add(0, scored.sequence_ids, mask.long())
@@ -202,7 +222,11 @@ def plan(kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, pairs: 
         slabs[number] += count
     numbers = torch.tensor(slab_of, dtype=torch.long, device=pairs.device)[scored.sequence_ids]
     tokens = torch.where(mask, numbers, len(slabs)).argsort(stable=True)[: sum(slabs)]
-    return [slab.split(len(slab) if len(slab) <= largest else usual) for slab in tokens.split(slabs) if len(slab)]
+    return tokens, [sizes_of_chunks(rows, rows if rows <= largest else usual) for rows in slabs if rows]
+
+
+def sizes_of_chunks(tokens: int, rows: int) -> list[int]:
+    return [min(rows, tokens - start) for start in range(0, tokens, rows)]
 
 
 def best_fit(sizes: Sequence[int], usual: int) -> list[int]:
@@ -240,7 +264,6 @@ def groups(members: list[int], count: int) -> list[int]:
 class Chunk(NamedTuple):
     """Tokens whose logits are in the buffer: their log-probabilities, and what the gradient needs."""
 
-    tokens: Tensor  # [n]
     rows: Tensor  # [n] of the hidden states
     logps: Tensor  # [n]
     hidden: Tensor  # [n, H]
@@ -249,33 +272,35 @@ class Chunk(NamedTuple):
     tile_weights: Any = None  # what ``exponentials`` leave for ``without_light_tiles``
 
 
-def new_buffer(inputs: HeadInputs, dtype: torch.dtype, chunks: Sequence[Tensor]) -> Tensor:
-    """Memory ``[n, V]`` for the logits of the largest chunk."""
-    rows, vocabulary = max((len(tokens) for tokens in chunks), default=0), inputs.weight.shape[0]
+def new_buffer(inputs: HeadInputs, dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
+    """Memory ``[n, V]`` for the logits of the largest chunk, of chunks of these sizes."""
+    rows, vocabulary = max(sizes, default=0), inputs.weight.shape[0]
     width = -(-vocabulary // 16) * 16  # rows are aligned for wide loads and stores, which may go beyond V
     return torch.empty(rows, width, dtype=dtype, device=inputs.weight.device)[:, :vocabulary]
 
 
 def compute(
-    kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, tokens: Tensor, buffer: Tensor, slopes: bool = True
+    kernels: SlabKernels, inputs: HeadInputs, scored: ScoredTokens, buffer: Tensor, slopes: bool = True
 ) -> Chunk:
-    rows = scored.rows_of(tokens)
-    hidden, targets = inputs.hidden[rows], scored.targets[tokens]
-    z, tile_weights = buffer[: len(tokens)], None
+    """Score a chunk: ``scored`` has its tokens alone."""
+    targets, rows = scored.targets, scored.rows
+    assert rows is not None  # see ScoredTokens.only
+    hidden = inputs.hidden[rows]
+    z, tile_weights = buffer[: len(targets)], None
     if kernels.exponentials:
         logps, v, slab, tile_weights = kernels.exponentials(hidden, targets, inputs, scored, z, slopes)
     else:
         kernels.logits(hidden, inputs.weight, z)
         logps, v, slab = kernels.softmax(z, targets, inputs, scored, slopes)
     v = v[:, None] if scored.logit_scale == 1 else v[:, None] * scored.logit_scale
-    return Chunk(tokens, rows, logps, hidden, slab, v, tile_weights)
+    return Chunk(rows, logps, hidden, slab, v, tile_weights)
 
 
-def without_light_tiles(kernels: SlabKernels, chunk: Chunk, upstream: Tensor, scored: ScoredTokens) -> Chunk:
+def without_light_tiles(kernels: SlabKernels, chunk: Chunk, g: Tensor, scored: ScoredTokens) -> Chunk:
     """The chunk with the tiles of its slab that weigh more than ``scored.skip_mass``, where the kernels can."""
     if not scored.skip_mass or kernels.without_light_tiles is None:
         return chunk
-    return chunk._replace(slab=kernels.without_light_tiles(chunk, upstream[chunk.tokens], scored))
+    return chunk._replace(slab=kernels.without_light_tiles(chunk, g, scored))
 
 
 # ---------------------------------------------------------------- gradients
@@ -302,29 +327,30 @@ def add_gradients(
     sums: Gradients,
     inputs: HeadInputs,
     chunk: Chunk,
-    upstream: Tensor,  # [N] the loss's derivatives by the log-probabilities
+    g: Tensor,  # [n] the loss's derivatives by the chunk's log-probabilities
     new: bool,
 ) -> None:
     """Add a chunk's part of the gradients; the weight's is written, not added, where its sum is ``new``."""
-    g = upstream[chunk.tokens, None]
     # Tokens in no pair, or beyond the hinge, add nothing. A GPU is not asked: the host would wait for it.
     if g.device.type == "cpu" and not g.any():
         if new and sums.weight is not None:
             sums.weight.zero_()
         return
-    factor = chunk.v * g
+    factor = chunk.v * g[:, None]
     if sums.hidden is not None:
         d_hidden = kernels.times_weight(chunk.slab, inputs.weight).mul_(factor)
         sums.hidden.index_add_(0, chunk.rows, d_hidden)
     unit = unit_of(factor, chunk.slab.dtype)
+    if unit != 1:
+        factor = factor / unit
     if sums.weight is not None:
         narrow = torch.empty_like(chunk.hidden, dtype=chunk.slab.dtype)
-        torch.mul(chunk.hidden, factor / unit, out=narrow)
+        torch.mul(chunk.hidden, factor, out=narrow)
         with in_units(sums.weight, unit, new):
             kernels.add_times_hidden(sums.weight, chunk.slab, narrow, new)
     if sums.bias is not None:
         with in_units(sums.bias, unit, False):
-            kernels.add_times_hidden(sums.bias[:, None], chunk.slab, factor / unit, False)
+            kernels.add_times_hidden(sums.bias[:, None], chunk.slab, factor, False)
 
 
 def unit_of(factor: Tensor, dtype: torch.dtype) -> float:

@@ -17,7 +17,6 @@ from irlfast.ops.pair_loss.slab import (
     Gradients,
     SlabKernels,
     add_gradients,
-    in_chunks,
     new_buffer,
     new_gradients,
     slab_rows,
@@ -42,7 +41,7 @@ def token_statistics(
 def score(
     kernels: StatisticsKernels, inputs: HeadInputs, scored: ScoredTokens, chunks: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    buffer = new_buffer(inputs, scored.dtype, chunks)
+    buffer = new_buffer(inputs, scored.dtype, [len(tokens) for tokens in chunks])
     results = scored.zeros(), scored.zeros(), scored.zeros()
     for tokens in chunks:
         z = logits(kernels, inputs, scored, tokens, buffer)
@@ -62,10 +61,11 @@ def gradients(
     wanted: Sequence[bool],
 ) -> Gradients:
     chunks = statistics_chunks(kernels, policy, scored)
-    buffer, sums = new_buffer(policy, scored.dtype, chunks), new_gradients(policy, scored.dtype, wanted)
+    sizes = [len(tokens) for tokens in chunks]
+    buffer, sums = new_buffer(policy, scored.dtype, sizes), new_gradients(policy, scored.dtype, wanted)
     if sums.weight is not None and not chunks:
         sums.weight.zero_()
-    slopes = new_buffer(policy, scored.operands, chunks) if kernels.narrow_slopes else buffer
+    slopes = new_buffer(policy, scored.operands, sizes) if kernels.narrow_slopes else buffer
     row_factors = torch.stack(factors(*upstream, entropies))
     units = row_factors.abs().amax(0).clamp(min=1e-30)  # without which 16 bits would lose small derivatives
     row_factors = row_factors / units
@@ -75,8 +75,8 @@ def gradients(
         scaling = scored.logit_scale, scored.logit_softcap
         kernels.rows.write_gradient(slab, z, scored.targets[tokens], lses[tokens], *row_factors[:, tokens], *scaling)
         rows = scored.rows_of(tokens)
-        chunk = Chunk(tokens, rows, lses[tokens], policy.hidden[rows], slab, units[tokens, None])
-        add_gradients(kernels.products, sums, policy, chunk, torch.ones_like(units), new=number == 0)
+        chunk = Chunk(rows, lses[tokens], policy.hidden[rows], slab, units[tokens, None])
+        add_gradients(kernels.products, sums, policy, chunk, torch.ones_like(chunk.logps), new=number == 0)
     return sums
 
 
@@ -84,7 +84,8 @@ def statistics_chunks(kernels: StatisticsKernels, policy: HeadInputs, scored: Sc
     """The scored tokens in chunks, whose logits and narrow derivatives fit the buffer together."""
     share = 2 / 3 if kernels.narrow_slopes else 1
     rows = slab_rows(kernels.products, policy, scored._replace(buffer_mb=share * scored.buffer_mb))
-    return in_chunks(scored.indices(), rows)
+    tokens = scored.indices()
+    return tokens.split(rows) if len(tokens) else ()
 
 
 def logits(

@@ -16,6 +16,7 @@ from irlfast.ops.common.records import rebuild, schema_of
 from irlfast.ops.common.types import HeadInputs
 from irlfast.ops.divergence import cpu_rows, slab
 from irlfast.ops.divergence.mixtures import DivergenceSpec
+from irlfast.ops.pair_loss import cpu_slab
 from irlfast.ops.pair_loss.custom_op import filled, needs_gradient, rounded, whole_kernels
 from irlfast.ops.pair_loss.slab import new_gradients
 
@@ -38,6 +39,7 @@ def divergence_kernels(backend: str, policy: HeadInputs, spec: DivergenceSpec) -
 
             yield slab.DivergenceKernels(products, divergence, narrow_slopes=True)
         else:
+            products = products._replace(times_weight=cpu_slab.times_weight_in_fp32)
             yield slab.DivergenceKernels(products, cpu_rows.divergence, narrow_slopes=False)
 
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.logits.statistics_op import functions_of
-from irlfast.ops.pair_loss import slab, statistics
+from irlfast.ops.pair_loss import cpu_slab, slab, statistics
 from irlfast.ops.pair_loss.custom_op import (
     NO_REFERENCE,
     POLICY,
@@ -38,6 +38,8 @@ def statistics_kernels(
     backend: str, policy: HeadInputs, scored: ScoredTokens
 ) -> Iterator[statistics.StatisticsKernels]:
     with whole_kernels(backend, policy, scored.operands) as products:
+        if backend == "cpu":
+            products = products._replace(times_weight=cpu_slab.times_weight_in_fp32)
         yield statistics.StatisticsKernels(products, functions_of(backend), narrow_slopes=backend == "triton")
 
 

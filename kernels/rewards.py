@@ -283,7 +283,7 @@ def forward(
 # ---------------------------------------------------------------- backward
 
 
-@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["slopes", "upstream"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["upstream"])
 def backward_kernel(
     hidden, head, slopes, upstream, d_hidden, d_head, d_bias, R, H, M, per_part,
     BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HEADS: tl.constexpr,

@@ -46,9 +46,9 @@ def exponentials_of(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.
     return *(result.cpu() for result in results), slab.cpu()
 
 
-@pytest.mark.parametrize("below", first_then_full([0, 30, 70, -20, -200]))
+@pytest.mark.parametrize("below", first_then_full([0, 30, 60, -20, -200]))
 def test_log_probabilities_are_exact_to_6e_6_wherever_the_target_lies(below):
-    """The target's logit is ``below`` the others', or above them."""
+    """The target's logit is ``below`` the others', or above them, and less than 88 below the largest."""
     random = torch.Generator().manual_seed(0)
     logits = (torch.randn(40, 1000, generator=random) * 3).bfloat16().double()
     targets = torch.randint(1000, (40,), generator=random)

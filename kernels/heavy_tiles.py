@@ -17,6 +17,7 @@ from irlfast.kernels.exponentials import COLUMNS, UNIT
 
 BLOCK = 64  # tokens: with fewer per block, more tiles are light
 HIDDEN = 128  # columns of hidden rows per program
+SIZES = {"COLUMNS": COLUMNS.value, "BLOCK": BLOCK, "HIDDEN": HIDDEN, "num_stages": 3, "num_warps": 8}  # of the products
 
 
 class HeavyTiles(NamedTuple):
@@ -152,7 +153,7 @@ def times_weight(slab: Tensor, weight: Tensor, heavy: HeavyTiles) -> Tensor:
     blocks, tiles = heavy.of_block.shape
     times_weight_kernel[(triton.cdiv(size, HIDDEN), blocks)](
         *(slab, weight, heavy.of_block, heavy.count_of_block, product, n, vocabulary, size, tiles, slab.stride(0)),
-        **sizes(num_stages=3),
+        **SIZES,
     )
     return product
 
@@ -164,10 +165,5 @@ def add_times_hidden(total: Tensor, slab: Tensor, hidden: Tensor, heavy: HeavyTi
     add_times_hidden_kernel[(triton.cdiv(size, HIDDEN), tiles)](
         *(total, slab, hidden, heavy.of_tile, heavy.count_of_tile, n, vocabulary, size, blocks, slab.stride(0)),
         NEW=new,
-        **sizes(num_stages=3),
+        **SIZES,
     )
-
-
-def sizes(num_stages: int) -> dict[str, int]:
-    block = {"COLUMNS": COLUMNS.value, "BLOCK": BLOCK, "HIDDEN": HIDDEN}
-    return block | {"num_stages": num_stages, "num_warps": 8}

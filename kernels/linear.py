@@ -174,7 +174,7 @@ def token_logps(
 ) -> Tensor:
     """Log-probabilities ``[models, n]`` of targets, in fp32.
 
-    Both are NaN where the target is outside the vocabulary, or the row outside ``hidden``, which is never read.
+    They are NaN where the target is outside the vocabulary, or the row outside ``hidden``, which is never read.
 
     Logits are ``softcap(scale · (hidden[rows] @ weightᵀ + bias))``.
     """

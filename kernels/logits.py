@@ -106,8 +106,6 @@ def token_logps(
     n, vocabulary = logits.shape
     logps, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     ref_logps = None if ref_logits is None else torch.empty_like(logps)
-    width = triton.next_power_of_2(vocabulary)
-    lanes = min(width, VECTORS // logits.itemsize)
     token_logps_kernel[(n, 1 if ref_logits is None else 2)](
         logits,
         ref_logits,
@@ -121,11 +119,17 @@ def token_logps(
         scale,
         softcap,
         FOLDED=softcap is None and scale > 0,
-        ROUNDS=min(width // lanes, 4),  # vectors that each thread loads at once
-        LANES=lanes,
-        num_warps=max(1, lanes * logits.itemsize // 512),
+        **sizes_of_rows(logits),
     )
     return logps, lse, ref_logps
+
+
+def sizes_of_rows(logits: Tensor) -> dict[str, int]:
+    """The sizes with which a program reads a row."""
+    width = triton.next_power_of_2(logits.shape[1])
+    lanes = min(width, VECTORS // logits.itemsize)
+    rounds = min(width // lanes, 4)  # vectors that each thread loads at once
+    return {"ROUNDS": rounds, "LANES": lanes, "num_warps": max(1, lanes * logits.itemsize // 512)}
 
 
 @triton.jit(do_not_specialize_on_alignment=["targets", "lse", "upstream"])

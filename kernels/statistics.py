@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irlfast.kernels.logits import BLOCK, IGNORE, VECTORS, exp, final_logits
+from irlfast.kernels.logits import BLOCK, IGNORE, exp, final_logits, sizes_of_rows
 from irlfast.kernels.softmax import base_of, index_in
 
 
@@ -69,14 +69,10 @@ def token_statistics(
     """Log-probabilities, entropies and log-sum-exps, each ``[N]`` fp32, 0 where skipped."""
     n, vocabulary = logits.shape
     logps, entropies, lses = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
-    width = triton.next_power_of_2(vocabulary)
-    lanes = min(width, VECTORS // logits.itemsize)
     if n:
         statistics_kernel[(n,)](
             *(logits, targets.contiguous(), logps, entropies, lses, vocabulary, logits.stride(0), scale, softcap),
-            ROUNDS=min(width // lanes, 4),  # vectors that each thread loads at once
-            LANES=lanes,
-            num_warps=max(1, lanes * logits.itemsize // 512),
+            **sizes_of_rows(logits),
         )
     return logps, entropies, lses
 

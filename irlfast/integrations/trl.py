@@ -23,6 +23,7 @@ from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from irlfast import ops
 from irlfast.ops.common.heads import body_of
+from irlfast.ops.logits.plain import final_logits
 
 # TRL's losses that pair_loss computes, "sft" beside one of them. The others sort the log-ratios of a batch.
 IN_THREE_PASSES = (
@@ -136,7 +137,7 @@ class DPOTrainer(trl.DPOTrainer):
 
 
 def keys_of(inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What the model takes of a batch, and the labels of its answers."""
+    """Return the arguments of the model's forward for a batch, with the labels of the answers."""
     keys = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
     return keys | {"labels": inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)}
 
@@ -212,9 +213,8 @@ def statistics(hidden: Tensor, head: ops.Head, targets: Tensor) -> dict[str, Ten
 
 
 def chunk_statistics(hidden: Tensor, targets: Tensor, head: ops.Head) -> dict[str, Tensor]:
-    logits = head.logit_scale * linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    if head.logit_softcap is not None:
-        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
+    products = linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    logits = final_logits(products, head.logit_scale, head.logit_softcap)
     logps = logits.log_softmax(-1)
     probabilities = logps.exp()
     return {

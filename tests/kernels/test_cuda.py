@@ -8,8 +8,8 @@ from irlfast.ops.common.types import HeadInputs, ScoredTokens
 from irlfast.ops.logits import cuda_rows
 from irlfast.ops.pair_loss import cpu_slab, cuda_slab
 from tests.helpers.tiers import sweep
+from tests.kernels.device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARIES = [1, 2, 7, 9, 16, 31, 64, 1000, 5001]
 
 

@@ -16,20 +16,11 @@ from tests.helpers.divergence_cases import (
 )
 from tests.helpers.ops_cases import converted, gradients
 from tests.helpers.tiers import covering_cases, full, sweep
+from tests.kernels.device import DEVICE, on_device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # No kernel multiplies fp64: one of hidden and weight is of another dtype.
 NO_FP64 = DTYPES | {"weight": [dtype for dtype in DTYPES["weight"] if dtype != torch.float64]}
 SMALL = FACTORS | {"vocabulary": [1, 7, 1000, 4100]}
-
-
-def on_device(case: dict) -> dict:
-    return {
-        name: value.detach().to(DEVICE).requires_grad_(value.requires_grad)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in case.items()
-    }
 
 
 @pytest.mark.parametrize("factors", covering_cases(SMALL, beyond=full, drawn=60))

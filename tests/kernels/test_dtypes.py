@@ -5,8 +5,8 @@ import torch
 
 from tests.helpers.mixed_dtypes import FACTORS, HEAD_FACTORS, check_mixed, check_mixed_heads
 from tests.helpers.tiers import covering_cases
+from tests.kernels.device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # No kernel multiplies fp64: one of hidden and weight is of another dtype, and both of a reward head.
 LINEAR = FACTORS | {"weight": [dtype for dtype in FACTORS["weight"] if dtype != torch.float64]}
 HEADS = HEAD_FACTORS | {

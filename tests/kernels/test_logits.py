@@ -8,9 +8,8 @@ from irlfast.ops.common import checks
 from irlfast.ops.logits import custom_op
 from tests.helpers.ops_cases import sequences
 from tests.helpers.tiers import sweep
+from tests.kernels.device import DEVICE
 from tests.ops.test_logits import LENGTHS, OPTIONS, REFERENCES, check_against_fp64, combined, in_fp64, make
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @sweep(vocabulary=[1, 7, 1000, 32000, 50304], dtype=[torch.float32, torch.bfloat16, torch.float16], options=OPTIONS)

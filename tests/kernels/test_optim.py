@@ -8,11 +8,10 @@ import torch
 from irlfast import native
 from irlfast.optim import FusedRMSprop, module_for
 from tests.helpers.tiers import sweep
+from tests.kernels.device import DEVICE
 from tests.ops.test_optim import FORMS, SHAPES, parameters, set_gradients
 
 needs_cpu_module = pytest.mark.skipif(native.cpu is None, reason="irlfast._cpu is not built here")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)

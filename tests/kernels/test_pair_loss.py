@@ -13,8 +13,8 @@ from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from tests.helpers.ops_cases import converted, gradients, make, random_pairs
 from tests.helpers.pair_loss_oracles import PAIR_LOSS_ORACLES
 from tests.helpers.tiers import covering_cases, full
+from tests.kernels.device import DEVICE, on_device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [5, 3, 0, 7, 1, 0, 4, 6]
 FACTORS = {
     "dtype": [torch.float32, torch.bfloat16],
@@ -34,15 +34,6 @@ FACTORS = {
 }
 LOSS = ("loss_type", "nll_weight", "coupling", "rows_in_buffer")
 STATISTICS = ("log_ratio", "policy_logps", "ref_logps")
-
-
-def on_device(case: dict) -> dict:
-    return {
-        name: value.detach().to(DEVICE).requires_grad_(value.requires_grad)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in case.items()
-    }
 
 
 @pytest.mark.parametrize("factors", covering_cases(FACTORS, drawn=60))

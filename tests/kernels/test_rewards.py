@@ -12,9 +12,9 @@ from irlfast.ops.rewards.losses import Options
 from tests.helpers.ops_cases import random_pairs, sequences
 from tests.helpers.reward_cases import FORMS, LENGTHS, PAIRED, POOLINGS, gradients, in_fp64, labels_of, make, options_of
 from tests.helpers.tiers import full, sweep
+from tests.kernels.device import DEVICE
 from tests.ops.test_rewards import check_autocast_and_checkpointing, check_bf16, check_compiled
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -1,12 +1,11 @@
 """Every operation on a GPU, on inputs drawn from the space that :mod:`tests.helpers.space` describes."""
 
 import pytest
-import torch
 
 from tests.helpers.space import OPERATIONS, SETTINGS, check_call
 from tests.helpers.tiers import covering_cases
+from tests.kernels.device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WITHOUT_CUDA = (
     *("reward_head", "discriminator_loss", "token_divergence"),
     *("token_statistics", "log_ratio with token_statistics"),

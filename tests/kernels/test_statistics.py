@@ -6,8 +6,7 @@ import torch
 from irlfast import ops
 from tests.helpers.statistics_cases import FACTORS, LOGITS_FACTORS, check_hidden, check_logits
 from tests.helpers.tiers import covering_cases, full
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernels.device import DEVICE
 
 
 @pytest.mark.parametrize("factors", covering_cases(LOGITS_FACTORS, beyond=full, drawn=60))

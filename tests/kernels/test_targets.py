@@ -15,8 +15,8 @@ from irlfast.ops.common.types import IGNORE
 from irlfast.ops.logits import custom_op
 from tests.helpers.ops_cases import make
 from tests.helpers.tiers import covering_cases
+from tests.kernels.device import DEVICE, on_device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [3, 2, 1, 4]
 VOCABULARY = 40
 # Those beyond 32 bits look like a token, or like a skipped one, in their lower 32 bits.
@@ -42,15 +42,6 @@ def unchecked(monkeypatch):
 
 def with_targets(case: dict, target: int) -> dict:
     return case | {"targets": case["targets"].index_fill(0, BAD.to(case["targets"].device), target)}
-
-
-def on_device(case: dict) -> dict:
-    return {
-        name: value.detach().to(DEVICE).requires_grad_(value.requires_grad)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in case.items()
-    }
 
 
 @pytest.mark.parametrize("factors", covering_cases(LINEAR, drawn=20))

@@ -25,35 +25,21 @@ def log_ratios(
     sequences: int,  # S
     weights: Tensor | None = None,  # [N] 0 where skipped
 ) -> LogRatio:
-    """Statistics of the sequences, in the dtype of ``token_logps``: sums of values per token times ``weights``."""
-    policy = sum_per_sequence(token_logps, ids, sequences, weights)
-    ratio = sequence_log_ratio(token_logps, ref_logps, targets, ids, sequences, weights)
-    if ref_logps is None:
-        reference = torch.zeros_like(policy)
-    elif ref_logps.numel() == targets.numel():
-        reference = sum_per_sequence(known(ref_logps, targets, token_logps.dtype), ids, sequences, weights)
-    else:
-        reference = ref_logps
-    dtype = token_logps.dtype
-    return LogRatio(ratio, policy.to(dtype), reference.to(dtype), token_logps)
-
-
-def sequence_log_ratio(
-    token_logps: Tensor,
-    ref_logps: Tensor | None,
-    targets: Tensor,
-    ids: Tensor,
-    sequences: int,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """The log-ratios ``[S]`` alone, of the arguments of :func:`log_ratios`.
+    """Statistics of the sequences, in the dtype of ``token_logps``: sums of values per token times ``weights``.
 
     Policy and reference are subtracted per token, before the sum. The differences are small, so the sum loses nothing.
     """
-    if ref_logps is not None and ref_logps.numel() == targets.numel():  # also where N = S: the trainer caches per token
-        token_logps = token_logps - known(ref_logps, targets, token_logps.dtype)
-        ref_logps = None
-    return summed_log_ratio(token_logps, ref_logps, ids, sequences, weights)
+    dtype = token_logps.dtype
+    policy = sum_per_sequence(token_logps, ids, sequences, weights)
+    if ref_logps is None:
+        ratio, reference = policy, torch.zeros_like(policy)
+    elif ref_logps.numel() == targets.numel():  # also where N = S: the trainer caches per token
+        cached = known(ref_logps, targets, dtype)
+        ratio = sum_per_sequence(token_logps - cached, ids, sequences, weights)
+        reference = sum_per_sequence(cached, ids, sequences, weights)
+    else:
+        ratio, reference = minus_cached(policy, ref_logps, dtype), ref_logps
+    return LogRatio(ratio.to(dtype), policy.to(dtype), reference.to(dtype), token_logps)
 
 
 def summed_log_ratio(
@@ -65,11 +51,16 @@ def summed_log_ratio(
 ) -> Tensor:
     """The log-ratios ``[S]``, where the reference is cached per sequence, or subtracted already."""
     dtype = token_logps.dtype
-    if ref_logps is None:
-        return sum_per_sequence(token_logps, ids, sequences, weights).to(dtype)
-    # Round the policy's sum as the reference's was rounded: equal models then have log-ratios of exactly 0.
-    rounded = sum_per_sequence(token_logps, ids, sequences, weights).to(torch.promote_types(ref_logps.dtype, dtype))
-    return (rounded.double() - ref_logps).to(dtype)
+    policy = sum_per_sequence(token_logps, ids, sequences, weights)
+    return (policy if ref_logps is None else minus_cached(policy, ref_logps, dtype)).to(dtype)
+
+
+def minus_cached(policy: Tensor, ref_logps: Tensor, dtype: torch.dtype) -> Tensor:
+    """The policy's sums ``[S]`` in fp64 minus the reference's, in fp64.
+
+    The policy's are rounded as the reference's were: equal models then have log-ratios of exactly 0.
+    """
+    return policy.to(torch.promote_types(ref_logps.dtype, dtype)).double() - ref_logps
 
 
 def known(ref_logps: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:

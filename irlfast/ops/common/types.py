@@ -62,6 +62,10 @@ class ScoredTokens(NamedTuple):
         parts = {name: tensor.split(sizes) for name, tensor in fields.items() if tensor is not None}
         return [self._replace(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
 
+    def without_tensors(self) -> "ScoredTokens":
+        """The options alone, for a context that saves the tensors by itself."""
+        return self._replace(targets=None, rows=None, sequence_ids=None, ref_logps=None, token_weights=None)  # type: ignore[arg-type]
+
     def zeros(self) -> Tensor:
         """A log-probability ``[N]`` of 0 for each target."""
         return torch.zeros(self.targets.shape, dtype=self.dtype, device=self.targets.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from irlfast.ops.divergence.mixtures import Mixture
+from irlfast.ops.pair_loss.cpu_slab import final_logits_
 
 TILE = 2**16  # logits at a time: the results of the elementwise steps then stay in the cache
 
@@ -74,15 +75,6 @@ def mixed(
     s = torch.where(above, (1 - w) + w * ratio, w + (1 - w) * ratio)  # of m to the larger
     log_s = s.log()
     return log_s - log_ratio.clamp(max=0), log_s + log_ratio.clamp(min=0), torch.where(above, 1, ratio).div_(s)
-
-
-def final_logits_(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
-    if bias is not None:
-        z += bias.to(z.dtype)
-    if scale != 1:
-        z *= scale
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
 
 
 def normaliser(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from irlfast.ops.common.types import HeadInputs
 from irlfast.ops.divergence import cpu_rows, slab
 from irlfast.ops.divergence.mixtures import DivergenceSpec
 from irlfast.ops.pair_loss import cpu_slab
-from irlfast.ops.pair_loss.custom_op import filled, needs_gradient, rounded, whole_kernels
+from irlfast.ops.pair_loss.custom_op import by_hidden, filled, needs_gradient, rounded, whole_kernels
 from irlfast.ops.pair_loss.slab import new_gradients
 
 ARGUMENTS = f"{schema_of(HeadInputs)}, {schema_of(HeadInputs, prefix='ref_')}, {schema_of(DivergenceSpec)}"
@@ -99,10 +99,7 @@ def differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None
     slopes, rows, ref_rows, *inputs = ctx.saved_tensors
     others = [None] * ctx.num_others
     if ctx.keep_slopes:
-        d_hidden = upstream[:, None] * slopes
-        if rows is not None:
-            d_hidden = d_hidden.new_zeros(ctx.height, d_hidden.shape[1]).index_add(0, rows, d_hidden)
-        return d_hidden.to(ctx.dtype), None, None, *others
+        return by_hidden(upstream, slopes, rows, ctx.height).to(ctx.dtype), None, None, *others
     spec = ctx.spec._replace(rows=rows, ref_rows=ref_rows)
     wanted = list(ctx.needs_input_grad[: len(HeadInputs._fields)])
     results = backward(upstream, *inputs, *spec, ctx.backend, wanted)

@@ -4,33 +4,23 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from irlfast.ops.common.precision import operand
 from irlfast.ops.common.types import HeadInputs
 from irlfast.ops.divergence.mixtures import DivergenceSpec
+from irlfast.ops.logits.plain import final_logits
+from irlfast.ops.pair_loss.plain import products
 
 
 def token_divergence(policy: HeadInputs, reference: HeadInputs, spec: DivergenceSpec) -> Tensor:
     """The divergence ``[N]`` of every row, differentiable in the policy."""
-    q = log_probabilities(policy, spec.rows, spec.logit_scale, spec.logit_softcap, spec.operands)
-    r = log_probabilities(reference, spec.ref_rows, spec.ref_logit_scale, spec.ref_logit_softcap, spec.operands)
+    z, ref_z = products(policy, spec.rows, spec.operands), products(reference, spec.ref_rows, spec.operands)
+    q = final_logits(z, spec.logit_scale, spec.logit_softcap).log_softmax(-1)
+    r = final_logits(ref_z, spec.ref_logit_scale, spec.ref_logit_softcap).log_softmax(-1)
     if spec.top_k:
         top = (r if spec.top_k_of == "reference" else q).topk(spec.top_k).indices
         q, r = (over_top_k(logps, top, spec.tail) for logps in (q, r))
     m = log_mixture(r, q, spec.ref_share)
     return spec.by_ref * kl(r, m) + spec.by_policy * kl(q, m)
-
-
-def log_probabilities(
-    inputs: HeadInputs, rows: Tensor | None, scale: float, softcap: float | None, operands: torch.dtype
-) -> Tensor:
-    """``[N, V]``"""
-    # Cast before selecting: the gradients of a row that is used twice then add up in fp32.
-    hidden, weight = operand(inputs.hidden, operands), operand(inputs.weight, operands)
-    bias = None if inputs.bias is None else inputs.bias.to(hidden.dtype)
-    logits = linear(hidden if rows is None else hidden[rows], weight, bias) * scale
-    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
 
 
 def over_top_k(logps: Tensor, top: Tensor, tail: bool) -> Tensor:

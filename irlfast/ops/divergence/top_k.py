@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from irlfast.ops.divergence.cpu_rows import final_logits_, normaliser, tiles
+from irlfast.ops.divergence.cpu_rows import normaliser, tiles
 from irlfast.ops.divergence.mixtures import DivergenceSpec
+from irlfast.ops.pair_loss.cpu_slab import final_logits_
 
 Divergence = Callable[..., tuple[Tensor, Tensor, Tensor]]  # that of cpu_rows.py or of kernels/divergence.py
 

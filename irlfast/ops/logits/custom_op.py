@@ -73,12 +73,18 @@ def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(logits, targets, lse)
 
 
-@once_differentiable
-def differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def saved_once(ctx: Any) -> Any:
+    """The saved tensors; a second time only where the first backward did not write over the logits."""
     if ctx.overwritten:
         raise RuntimeError("inplace_backward=True: the first backward wrote over the logits, there is no second")
-    logits, targets, lse = ctx.saved_tensors
+    saved = ctx.saved_tensors
     ctx.overwritten = ctx.inplace
+    return saved
+
+
+@once_differentiable
+def differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    logits, targets, lse = saved_once(ctx)
     grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
     write_gradient(grad, logits, targets, lse, upstream, ctx.scale, ctx.softcap, ctx.backend)
     return grad, *[None] * ctx.num_others

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from irlfast.ops.logits import cpu_statistics
+from irlfast.ops.logits.custom_op import saved_once
 
 
 def functions_of(backend: str) -> Any:
@@ -72,10 +73,7 @@ def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 @once_differentiable
 def differentiate(ctx: Any, by_logp: Tensor, by_entropy: Tensor, by_lse: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.overwritten:
-        raise RuntimeError("inplace_backward=True: the first backward wrote over the logits, there is no second")
-    logits, targets, entropies, lses = ctx.saved_tensors
-    ctx.overwritten = ctx.inplace
+    logits, targets, entropies, lses = saved_once(ctx)
     grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
     row_factors = factors(by_logp, by_entropy, by_lse, entropies)
     write_gradient(grad, logits, targets, lses, *row_factors, ctx.scale, ctx.softcap, ctx.backend)

@@ -35,13 +35,8 @@ def softmax(
     """The slab is computed with or without ``slopes``: here it is a by-product of the sums."""
     if native.cpu is not None and z.dtype == torch.float32:
         return native_softmax(z, targets, inputs, scored)
-    if inputs.bias is not None:
-        z += inputs.bias.to(z.dtype)
-    if scored.logit_scale != 1:
-        z *= scored.logit_scale
     cap = scored.logit_softcap
-    if cap is not None:
-        z.div_(cap).tanh_().mul_(cap)
+    final_logits_(z, inputs.bias, scored.logit_scale, cap)
     picked, peak = z.gather(1, targets[:, None]), z.amax(1, keepdim=True)
     norm = exp_(z, peak, cap)
     at_target = -norm if cap is None else norm * ((picked / cap) ** 2 - 1)
@@ -64,6 +59,16 @@ def native_softmax(
         torch.get_num_threads(),
     )
     return logps, -1 / sums, z
+
+
+def final_logits_(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
+    """Replace products z ``[n, V]`` by the logits ``softcap(scale · (z + bias))``."""
+    if bias is not None:
+        z += bias.to(z.dtype)
+    if scale != 1:
+        z *= scale
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
 
 
 def exp_(z: Tensor, peak: Tensor, cap: float | None) -> Tensor:

@@ -163,8 +163,7 @@ def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(ref_logps, kept)
     ctx.height, ctx.dtype = policy.hidden.shape[0], policy.hidden.dtype
     ctx.num_others = len(inputs) - len(policy)
-    # without tensors
-    ctx.scored = scored._replace(targets=None, rows=None, sequence_ids=None, ref_logps=None, token_weights=None)
+    ctx.scored = scored.without_tensors()
     needed = NO_REFERENCE if ctx.keep_slopes else policy
     ctx.save_for_backward(kept, scored.targets, scored.rows, scored.sequence_ids, *needed)
 
@@ -174,14 +173,19 @@ def differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None
     kept, targets, rows, sequence_ids, *policy = ctx.saved_tensors
     others = [None] * ctx.num_others
     if ctx.keep_slopes:
-        d_hidden = upstream[:, None] * kept
-        if rows is not None:
-            d_hidden = d_hidden.new_zeros(ctx.height, d_hidden.shape[1]).index_add(0, rows, d_hidden)
-        return d_hidden.to(ctx.dtype), None, None, *others
+        return by_hidden(upstream, kept, rows, ctx.height).to(ctx.dtype), None, None, *others
     scored = ctx.scored._replace(targets=targets, rows=rows, sequence_ids=sequence_ids)
     wanted = list(ctx.needs_input_grad[: len(policy)])
     gradients = backward(upstream, *policy, *NO_REFERENCE, *scored, ctx.backend, wanted)
     return *(gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)), *others
+
+
+def by_hidden(upstream: Tensor, slopes: Tensor, rows: Tensor | None, height: int) -> Tensor:
+    """The gradient ``[R, H]`` by hidden, from the derivatives ``[N, H]`` that the forward of a frozen head kept."""
+    d_hidden = upstream[:, None] * slopes
+    if rows is None:
+        return d_hidden
+    return d_hidden.new_zeros(height, d_hidden.shape[1]).index_add(0, rows, d_hidden)
 
 
 forward.register_autograd(differentiate, setup_context=save_forward)
@@ -243,8 +247,7 @@ def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if factor == 1:
         return sums.to(dtype)
     out = torch.empty_like(sums, dtype=dtype)
-    for part, rows in zip(
-        out.split(4096), sums.split(4096), strict=True
-    ):  # a CPU multiplies, then copies what it casts
+    # A CPU multiplies, and then copies the product that it casts: a few rows at a time, so that the copy is small.
+    for part, rows in zip(out.split(4096), sums.split(4096), strict=True):
         torch.mul(rows, factor, out=part)
     return out

@@ -36,7 +36,7 @@ def token_statistics(
     """
     tokens = scored.indices()
     options = scored.targets[tokens], scored.logit_scale, scored.logit_softcap
-    values = plain.token_statistics(products(policy, scored, tokens), *options)
+    values = plain.token_statistics(products(policy, scored.rows_of(tokens), scored.operands), *options)
     logps, entropies, lses = (scored.zeros().index_put((tokens,), value) for value in values)
     if reference is None:
         return logps, entropies, lses, scored.ref_logps
@@ -46,14 +46,14 @@ def token_statistics(
 
 def score(inputs: HeadInputs, scored: ScoredTokens) -> Tensor:
     tokens = scored.indices()
-    logits = products(inputs, scored, tokens)
+    logits = products(inputs, scored.rows_of(tokens), scored.operands)
     logps = plain.token_logps(logits, scored.targets[tokens], scored.logit_scale, scored.logit_softcap)
     return scored.zeros().index_put((tokens,), logps)
 
 
-def products(inputs: HeadInputs, scored: ScoredTokens, tokens: Tensor) -> Tensor:
-    """Logits ``[n, V]`` of these tokens, before scale and soft-cap."""
+def products(inputs: HeadInputs, rows: Tensor | None, operands: torch.dtype) -> Tensor:
+    """Logits ``[n, V]`` of these hidden rows, or of all, before scale and soft-cap; operands are of this dtype."""
     # Cast before selecting: the gradients of a row that is used twice then add up in fp32.
-    hidden, weight = operand(inputs.hidden, scored.operands), operand(inputs.weight, scored.operands)
-    bias = None if inputs.bias is None else inputs.bias.to(scored.dtype)
-    return torch.nn.functional.linear(hidden[scored.rows_of(tokens)], weight, bias)
+    hidden, weight = operand(inputs.hidden, operands), operand(inputs.weight, operands)
+    bias = None if inputs.bias is None else inputs.bias.to(hidden.dtype)
+    return torch.nn.functional.linear(hidden if rows is None else hidden[rows], weight, bias)

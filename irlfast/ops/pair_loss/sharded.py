@@ -14,7 +14,7 @@ from torch import Tensor
 
 from irlfast.ops.common.checks import require, values_visible
 from irlfast.ops.common.types import HeadInputs, ScoredTokens
-from irlfast.ops.pair_loss.cpu_slab import exp_
+from irlfast.ops.pair_loss.cpu_slab import exp_, final_logits_
 from irlfast.ops.pair_loss.slab import SlabKernels
 
 
@@ -57,13 +57,8 @@ def softmax(
     z: Tensor, targets: Tensor, inputs: HeadInputs, scored: ScoredTokens, slopes: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :attr:`SlabKernels.softmax`; z has the rank's columns. The slab is the derivative itself: v is 1."""
-    if inputs.bias is not None:
-        z += inputs.bias.to(z.dtype)
-    if scored.logit_scale != 1:
-        z *= scored.logit_scale
     cap = scored.logit_softcap
-    if cap is not None:
-        z.div_(cap).tanh_().mul_(cap)
+    final_logits_(z, inputs.bias, scored.logit_scale, cap)
     at = targets - scored.first_token
     owned = (at >= 0) & (at < z.shape[1])
     column = torch.where(owned, at, 0)[:, None]

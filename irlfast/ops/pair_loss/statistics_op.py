@@ -92,7 +92,7 @@ def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     _, entropies, lses, ref_logps = output
     ctx.mark_non_differentiable(ref_logps)
     ctx.num_others = len(inputs) - len(policy)
-    ctx.scored = scored._replace(targets=None, rows=None, sequence_ids=None, ref_logps=None, token_weights=None)
+    ctx.scored = scored.without_tensors()
     ctx.save_for_backward(entropies, lses, scored.targets, scored.rows, scored.sequence_ids, *policy)
 
 

@@ -40,7 +40,10 @@ class HeavySlab(NamedTuple):
 
     exponentials: Tensor  # [n, V]
     heavy: Any  # irlfast.kernels.heavy_tiles.HeavyTiles
-    dtype: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.exponentials.dtype
 
 
 def times_weight(slope: Tensor | HeavySlab, weight: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ def without_light_tiles(chunk: slab.Chunk, upstream: Tensor, scored: ScoredToken
     sums, targets = chunk.tile_weights
     factor = chunk.v[:, 0] * upstream
     heavy = heavy_tiles(sums, chunk.logps, targets, factor, upstream, scored.logit_scale, scored.skip_mass)
-    return HeavySlab(chunk.slab, heavy, chunk.slab.dtype)
+    return HeavySlab(chunk.slab, heavy)
 
 
 KERNELS = slab.SlabKernels(

@@ -20,7 +20,7 @@ SKIP_MASSES = (2**-20, 2**-16, 2**-12, 2**-8)
 
 @torch.no_grad()
 def weights_of_tiles(inputs: Inputs) -> Tensor:
-    """What each tile weighs, over max |g|: ``[blocks of tokens, V / COLUMNS]``."""
+    """Return the weight of each tile, divided by max |g|: ``[blocks of tokens, V / COLUMNS]``."""
     expert, synthetic = irlfast(inputs).log_ratio.chunk(2)
     g = torch.sigmoid(-BETA * (expert - synthetic))  # the derivatives' common factors cancel
     parts = []

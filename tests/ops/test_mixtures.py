@@ -127,7 +127,7 @@ def test_simpo_is_the_length_normalised_sigmoid_of_a_policy_without_reference():
 
 
 def test_triplets_of_tspin_are_pairs_with_weights():
-    """Of each prompt, an expert's answer, a synthetic one, and the first policy's."""
+    """Each prompt has an expert's answer, a synthetic one, and one of the first policy."""
     case = make([3, 2, 4, 1, 5, 2])
     pairs, weights = torch.tensor([[0, 1], [3, 4], [1, 2], [4, 5]]), torch.tensor([1.0, 1.0, 0.3, 0.3])
     result = ops.pair_loss(**case, beta=0.5, pairs=pairs, pair_weights=weights, num_pairs=2)

@@ -33,7 +33,10 @@ def set_levels(values: tuple[str, ...]) -> None:
 
 
 def answers() -> list[list[str]]:
-    """What the levels tell, then and after each of the levels above is changed: it shows which setting is inherited."""
+    """Return the setting that each level tells, at first and after each change of a level above.
+
+    A level whose answer changes with a level above inherits its setting.
+    """
     told = [[get_precision(*level) for level in LEVELS]]
     for level, value in itertools.product(LEVELS[:2], VALUES):
         set_precision(*level, value)

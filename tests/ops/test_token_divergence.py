@@ -114,7 +114,7 @@ def test_top_k_with_a_tail_is_at_most_the_full_divergence_and_tends_to_it(backen
 
 @sweep(kind=KINDS, top_k=TOP_K, dtype=[torch.float32, torch.bfloat16], frozen=[False, True], share=[0.5, 0.1, 0.3])
 def test_equal_distributions_have_divergence_0_and_no_gradient(kind, top_k, dtype, frozen, share):
-    """Of dtypes other than fp64, where 0.1 + 0.9 need not be 1."""
+    """fp64 is left out: 0.1 + 0.9 need not be 1 there."""
     case = identical(
         make(kind=kind, share=share, top_k=top_k, dtype=dtype, frozen=frozen, vocabulary=500, size=64)
         | {"logit_scale": 1.1, "logit_softcap": 30.0, "temperature": 1.3}

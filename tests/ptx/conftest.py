@@ -28,6 +28,6 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(params=ARCHITECTURES, ids="sm_{}".format)
 def session(request: pytest.FixtureRequest, on_gpu: Any) -> Iterator[Session]:
-    """What Triton compiles and launches during a test, on each architecture."""
+    """The record of the kernels that Triton compiles and launches during a test, on each architecture."""
     with on_gpu(request.param) as session:
         yield session

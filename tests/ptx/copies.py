@@ -145,7 +145,7 @@ def addition(
 
 
 def values_before(rows: Array, at: Array, values: Array) -> Array:
-    """What each lane of an atomic addition finds in memory: earlier lanes may have added to the same place."""
+    """Return the value in memory before each lane of an atomic addition: earlier lanes may have added to its place."""
     if len(np.unique(at)) == len(at):
         return rows[at, 0]
     rows, before = rows.copy(), np.empty(len(at), rows.dtype)

@@ -1,4 +1,4 @@
-"""What a run counts: bytes by allocation, sectors, instructions by class, products of tensor cores, bank conflicts.
+"""The counts of a run: bytes by allocation, sectors, instructions by class, products of tensor cores, bank conflicts.
 
 The counts are those of the PTX. A GPU's compiler may merge, split or remove instructions.
 """

@@ -36,7 +36,7 @@ OTHERS: dict[str, Callable[[Instruction, Modifiers], Operation]] = {
 
 
 def decode(instruction: Instruction) -> Operation:
-    """What an instruction does to a batch of blocks, without its guard."""
+    """Return the operation that an instruction performs on a batch of blocks, without its guard."""
     modifiers = Modifiers(instruction)
     if instruction.opcode in LANEWISE:
         operation = lanewise(instruction, LANEWISE[instruction.opcode](modifiers), modifiers)

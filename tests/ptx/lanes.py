@@ -45,7 +45,7 @@ class Active:
         return self._indices
 
     def where(self, condition: Array) -> "Active":
-        """Those of the lanes for which a condition holds."""
+        """Return the lanes for which a condition holds."""
         if condition.size == 1:
             return self if condition.item() else Active(np.zeros_like(self.mask))
         if self.full:

@@ -40,7 +40,7 @@ class Allocation(NamedTuple):
 
 
 class Access(NamedTuple):
-    """What lanes do at once: each touches ``size`` bytes at its own offset."""
+    """One access by several lanes at once: each touches ``size`` bytes at its own offset."""
 
     instruction: Instruction
     offsets: Array  # [k] in bytes

@@ -1,4 +1,4 @@
-"""What each Triton kernel reads, writes and computes, counted from its PTX; and a model of its time.
+"""Count the bytes and operations of each Triton kernel from its PTX, and model its time.
 
 ``python -m tests.ptx.roofline`` writes the tables of ``docs/ptx.md``.
 """

@@ -1,4 +1,4 @@
-"""What a run counts, against figures that follow from the kernel by hand."""
+"""The counts of a run are those that follow from the kernel by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What kernels read and write: each number as often as its kernel promises. The page has the counts of today."""
+"""Kernels read and write each number as often as they promise. The page has the counts of today."""
 
 import pytest
 import torch

@@ -11,51 +11,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from irlfast.config.methods import METHOD_FACTS, MethodFacts
-
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-PairLossName = Literal[
-    "sigmoid",
-    "hinge",
-    "linear",
-    "cdpo",
-    "robust",
-    "exo_pair",
-    "discopop",
-    "ipo",
-    "sigmoid_norm",
-    "nca_pair",
-    "bco_pair",
-    "space",
-    "kto_pair",
-    "apo_zero",
-    "apo_down",
-    "sppo_hard",
-]
+from irlfast.config.types import Columns, Count, Datasets, NotNegative, PairLossName, Positive
 
 
 def key(default: Any, description: str) -> Any:
     return Field(default=default, description=description)
-
-
-Columns = dict[Literal["prompt", "answer", "rejected", "messages", "text", "system", "tools", "label"], str]
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Dataset:
-    """One of several sources of ``dataset_name``. The keys of the run stand in for fields that are left out."""
-
-    name: str
-    weight: Positive | None = None
-    split: str | None = None
-    config: str | None = None
-    columns: Columns | None = None
-
-
-Datasets = str | list[str | Dataset]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from irlfast.common.files import COMPRESSIONS, ENDINGS, InputError, find_path, is_glob, is_local, row_file_ending
-from irlfast.config.schema import Config, Dataset
+from irlfast.config.schema import Config
+from irlfast.config.types import Dataset
 from irlfast.data.counts import SourceCounts
 from irlfast.data.file_formats import drop_null_keys, read_file
 from irlfast.data.rows import BadRow

@@ -6,7 +6,7 @@ import typing
 import pytest
 import torch
 
-from irlfast.config.schema import PairLossName
+from irlfast.config.types import PairLossName
 from irlfast.data.packing import PromptGroup
 from irlfast.losses.pairs import irft_loss
 from irlfast.sampling.generation import Sampling, generate_batch

@@ -6,7 +6,7 @@ import typing
 import pytest
 import torch
 
-from irlfast.config.schema import PairLossName
+from irlfast.config.types import PairLossName
 from irlfast.ops.pair_loss.divergences import F_DIVERGENCES
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES, PairTerms
 from irlfast.ops.rewards.losses import REWARD_LOSSES

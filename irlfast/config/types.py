@@ -1,0 +1,46 @@
+"""Types of the values of keys: numbers within bounds, names of losses, sources of rows."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+PairLossName = Literal[
+    "sigmoid",
+    "hinge",
+    "linear",
+    "cdpo",
+    "robust",
+    "exo_pair",
+    "discopop",
+    "ipo",
+    "sigmoid_norm",
+    "nca_pair",
+    "bco_pair",
+    "space",
+    "kto_pair",
+    "apo_zero",
+    "apo_down",
+    "sppo_hard",
+]
+
+Columns = dict[Literal["prompt", "answer", "rejected", "messages", "text", "system", "tools", "label"], str]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Dataset:
+    """One of several sources of ``dataset_name``. The keys of the run stand in for fields that are left out."""
+
+    name: str
+    weight: Positive | None = None
+    split: str | None = None
+    config: str | None = None
+    columns: Columns | None = None
+
+
+Datasets = str | list[str | Dataset]

@@ -5,7 +5,8 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from irlfast.config import schema, types
+from irlfast.config import schema
+from irlfast.config.types import Dataset
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "keys.md"
@@ -18,7 +19,7 @@ A configuration is flat YAML, and the command line overrides it: `key=value`, `-
 """
 BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}"}
 NAMES = {
-    types.Dataset: "mapping",
+    Dataset: "mapping",
     str: "text",
     int: "integer",
     float: "number",

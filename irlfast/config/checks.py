@@ -119,6 +119,13 @@ def check_reward(config: Any) -> None:
         raise InputError(f"reward_data: found 'none', expected pairs to learn from for method {config.method}")
     if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
         raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
+    if config.reward_every == "round" and config.reward_data != "policy_demo":
+        raise InputError(
+            f"reward_every: found 'round' with reward_data {config.reward_data}, which no round changes; expected "
+            "reward_data: policy_demo"
+        )
+    if config.reward_every == "round" and config.history:
+        raise InputError(f"history: found {config.history} with reward_every 'round', expected 0")
     if config.reward_loss in ("bradley_terry", "linear") and config.reward_level == "token":
         raise InputError(
             f"reward_level: found 'token' with reward_loss {config.reward_loss}, which compares whole answers"

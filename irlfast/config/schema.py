@@ -193,6 +193,11 @@ class Config:
         "rewards, or their mean less reward_std_weight standard deviations.",
     )
     reward_std_weight: NotNegative = key(1.0, "Number of standard deviations that mean_std takes off.")
+    reward_every: Literal["stage", "round"] = key(
+        "stage",
+        "When a reward learns from the policy's answers: at the start of each stage; or at the start of the first, and "
+        "then in every round, from the answers that it judges in that round.",
+    )
     reward_frozen_layers: Annotated[int, Field(ge=0)] = key(
         0, "First layers of the reward's backbone that are not trained. All layers: heads on the policy's own backbone."
     )

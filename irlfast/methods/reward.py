@@ -12,6 +12,7 @@ from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.leaks import find_leaks, log_leaks
 from irlfast.data.packing import PromptGroup
+from irlfast.data.store import Example
 from irlfast.engine.fit import fit
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.rewards import reward_loss
@@ -19,6 +20,9 @@ from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import (
     Phase,
     make_pairs,
+    round_folder,
+    round_name,
+    round_sampling,
     sampling,
     stage_examples,
     stage_name,
@@ -46,20 +50,72 @@ def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
     folder = run.output / stage_name(stage) / "reward"
     if not (folder / "DONE").exists():
         pairs = reward_pairs(run, stage, policy)
-        if dist.is_main() and not (folder / "leaks.json").exists():
-            leaks = find_leaks(pairs, run.encoder, config.max_new_tokens)
-            write_json(folder / "leaks.json", leaks)
-            log_leaks(leaks, stage_name(stage))
-        dist.barrier()
+        check_leaks(run, folder, pairs)
         start = run.output / stage_name(stage - 1) / "reward" / "model" if stage else policy
-        fit(run, folder, start, pairs, loss_of(config), reward_plan(config, stage, len(pairs)))
+        fit(run, folder, start, pairs, loss_of(config), reward_plan(config, [stage], len(pairs)))
     evaluate_reward(run, folder, policy)
     return folder / "model"
 
 
+def learn_reward_in_round(run: Run, stage: int, number: int, policy: Path | str, examples: list[Example]) -> Path:
+    """Train the reward model further on the answers that a round aligns the policy with, and return its folder.
+
+    Each of the n answers to a prompt is compared with the prompt's demonstration. The first round of the first stage
+    continues the model of :func:`learn_reward`, and each other round that of the round before.
+    """
+    config, place = run.config, run.output / round_folder(stage, number)
+    folder = place / "reward"
+    if not (folder / "DONE").exists():
+        begun = time.perf_counter()
+        rollouts = run.output / round_name(config, stage, number) / "rollouts"
+        repeated = [example for example in examples for _ in range(config.num_generations)]
+        answers = sample(run, policy, repeated, rollouts, round_sampling(config, stage, number))
+        pairs, counts = make_pairs(run, stage, repeated, answers, keep_identical=not compares(config))
+        write_counts(place, counts, begun)
+        plan = reward_plan(config, [stage, number + 1], len(pairs))
+        fit(run, folder, reward_before(run, stage, number), pairs, loss_of(config), plan)
+    if number == config.align_rounds - 1:
+        evaluate_reward(run, folder, policy)
+    return folder / "model"
+
+
+def reward_before(run: Run, stage: int, number: int) -> Path:
+    """Return the reward model that a round continues."""
+    if number:
+        place = round_folder(stage, number - 1)
+    else:
+        place = round_folder(stage - 1, run.config.align_rounds - 1) if stage else stage_name(0)
+    return run.output / place / "reward" / "model"
+
+
 def learns_in(config: Config, stage: int) -> bool:
-    """Return whether a stage trains a reward model: every stage on the policy's answers, else only the first."""
-    return config.reward_data == "policy_demo" or (config.reward_data != "none" and stage == 0)
+    """Return whether a reward model is trained at the start of a stage.
+
+    That is so in every stage where it learns from the policy's answers. It is so in the first stage alone where it
+    does not, or where it learns further in each round.
+    """
+    each_stage = config.reward_data == "policy_demo" and config.reward_every == "stage"
+    return each_stage or (config.reward_data != "none" and stage == 0)
+
+
+def compares(config: Config) -> bool:
+    """Return whether the reward's loss is of the difference of a pair, so that two identical answers teach nothing."""
+    return config.reward_loss == "bradley_terry" or config.reward_data == "preference"
+
+
+def check_leaks(run: Run, folder: Path, pairs: list[PromptGroup]) -> None:
+    """Write ``leaks.json``, and print which trivial features tell the experts' answers apart."""
+    if dist.is_main() and not (folder / "leaks.json").exists():
+        leaks = find_leaks(pairs, run.encoder, run.config.max_new_tokens)
+        write_json(folder / "leaks.json", leaks)
+        log_leaks(leaks, folder.parent.name)
+    dist.barrier()
+
+
+def write_counts(place: Path, counts: dict[str, int], begun: float) -> None:
+    """Write ``pairs.json``: the counts of the pairs, and the seconds since ``begun`` that their answers took."""
+    if dist.is_main() and not (place / "pairs.json").exists():
+        write_json(place / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
 
 
 def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
@@ -78,10 +134,8 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
     if config.reward_data == "init_sft":
         better = sample(run, policy, examples, folder / "better", sampling(config, stage))
         examples = [x._replace(answer_ids=ids) for x, ids in zip(examples, better, strict=True)]
-    compares = config.reward_loss == "bradley_terry" or config.reward_data == "preference"
-    pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not compares)
-    if dist.is_main() and not (folder / "pairs.json").exists():
-        write_json(folder / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
+    pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not compares(config))
+    write_counts(folder, counts, begun)
     return pairs
 
 
@@ -96,8 +150,9 @@ def loss_of(config: Config) -> functools.partial:
     )
 
 
-def reward_plan(config: Config, stage: int, count: int) -> Plan:
-    """Plan the steps of a stage's reward model over ``count`` pairs."""
+def reward_plan(config: Config, at: list[int], count: int) -> Plan:
+    """Plan the steps of a reward model over ``count`` pairs, ``at`` a stage, or at a stage and a round from 1."""
+    stage = at[0]
     return plan_phase(
         config,
         count,
@@ -106,7 +161,7 @@ def reward_plan(config: Config, stage: int, count: int) -> Plan:
         steps=config.reward_steps,
         learning_rate=config.reward_learning_rate or config.at("learning_rate", stage),
         optim=config.reward_optim or config.optim,
-        seed=[3, stage],
+        seed=[3, *at],
         reward=recipe(config),
     )
 
@@ -119,8 +174,18 @@ def reward_phases(config: Config, rows: int) -> Iterator[Phase]:
 
 def reward_phase(config: Config, stage: int, size: int) -> Phase:
     """Describe the phase that trains a stage's reward model on ``size`` pairs."""
-    plan, files = functools.partial(reward_plan, config, stage, size), (f"{stage_name(stage)}/pairs.json",)
+    plan, files = functools.partial(reward_plan, config, [stage], size), (f"{stage_name(stage)}/pairs.json",)
     return Phase(f"{stage_name(stage)}/reward", plan, answers=2, sampled=size, files=files)
+
+
+def round_reward_phase(config: Config, stage: int, number: int, prompts: int) -> Phase:
+    """Describe the phase that trains the reward model further in a round, whose answers the round's own phase counts.
+
+    Each of the ``prompts`` gives as many pairs as it has answers.
+    """
+    plan = functools.partial(reward_plan, config, [stage, number + 1], prompts * config.num_generations)
+    place = round_folder(stage, number)
+    return Phase(f"{place}/reward", plan, answers=2, sampled=0, files=(f"{place}/pairs.json",))
 
 
 def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any]:

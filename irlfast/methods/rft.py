@@ -22,9 +22,18 @@ from irlfast.data.store import Example
 from irlfast.engine.fit import fit
 from irlfast.losses.policy import POLICY_LOSSES, align_loss
 from irlfast.losses.sft import sft_loss
-from irlfast.methods.reward import learn_reward, learns_in, reward_phase
+from irlfast.methods.reward import learn_reward, learn_reward_in_round, learns_in, reward_phase, round_reward_phase
 from irlfast.methods.sft import sft_phases
-from irlfast.methods.stages import Phase, policy_plan, sampling, stage_examples, stage_name, stage_size
+from irlfast.methods.stages import (
+    Phase,
+    policy_plan,
+    round_folder,
+    round_name,
+    round_sampling,
+    stage_examples,
+    stage_name,
+    stage_size,
+)
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import Sampling, sample_groups
 from irlfast.sampling.rewards import complete, rewards_of
@@ -32,25 +41,25 @@ from irlfast.sampling.scoring import log_ratios, score
 
 
 def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path | str:
-    """Learn a reward that tells the experts' answers from others, then raise it in rounds of fresh samples."""
+    """Learn a reward that tells the experts' answers from others, then raise it in rounds of fresh samples.
+
+    With ``reward_every: round``, the reward also learns in each round, from the answers that it then judges.
+    """
     config = run.config
     learned = [learn_reward(run, stage, policy)] if config.reward_data != "none" else []
     examples = stage_examples(run.train, config, stage)
     for number, part in enumerate(np.array_split(np.arange(len(examples)), config.align_rounds)):
-        folder = run.output / round_name(config, stage, number)
+        folder, share = run.output / round_name(config, stage, number), [examples[i] for i in part]
         if not (folder / "DONE").exists():
-            align(run, stage, number, policy, reference, learned, [examples[i] for i in part])
+            if config.reward_every == "round":
+                learned = [learn_reward_in_round(run, stage, number, policy, share)]
+            align(run, stage, number, policy, reference, learned, share)
         if number and dist.is_main():
             remove(run.output / round_name(config, stage, number - 1) / "policy")
+            remove(run.output / round_folder(stage, number - 1) / "reward" / "model")
         dist.barrier()
         policy = folder / "policy"
     return policy
-
-
-def round_name(config: Config, stage: int, number: int) -> str:
-    """Return the name of a round's phase. The last round of a stage has the name of the stage."""
-    last = number == config.align_rounds - 1
-    return stage_name(stage) if last else f"{stage_name(stage)}/round-{number:02d}"
 
 
 class Rollouts(NamedTuple):
@@ -74,9 +83,7 @@ def align(
 ) -> None:
     """Do one round: sample n answers to each prompt, score them, and make the better answers likelier."""
     config, folder = run.config, run.output / round_name(run.config, stage, number)
-    how = sampling(config, stage)
-    how = how._replace(seed=how.seed + 50_000 + 1000 * number)
-    rollouts = roll_out(run, policy, reference, learned, examples, folder, how)
+    rollouts = roll_out(run, policy, reference, learned, examples, folder, round_sampling(config, stage, number))
     reward = rollouts.reward - penalties(rollouts.groups, config, run.encoder.ends)
     plan = policy_plan(config, stage, len(rollouts.groups))
     if POLICY_LOSSES[config.align].loss is None:
@@ -173,6 +180,8 @@ def rft_phases(config: Config, rows: int) -> Iterator[Phase]:
             yield reward_phase(config, stage, size)
         for number in range(config.align_rounds):
             share = len(range(number, size, config.align_rounds))
+            if config.reward_every == "round":
+                yield round_reward_phase(config, stage, number, share)
             name = round_name(config, stage, number)
             files = (f"{name}/eval.json",) if name == stage_name(stage) else ()
             plan = functools.partial(policy_plan, config, stage, share)

@@ -29,6 +29,16 @@ def stage_name(stage: int) -> str:
     return f"stage-{stage:02d}"
 
 
+def round_folder(stage: int, number: int) -> str:
+    """Return the folder of a round's answers and reward."""
+    return f"{stage_name(stage)}/round-{number:02d}"
+
+
+def round_name(config: Config, stage: int, number: int) -> str:
+    """Return the name of a round's phase. The last round of a stage has the name of the stage."""
+    return stage_name(stage) if number == config.align_rounds - 1 else round_folder(stage, number)
+
+
 def stage_size(config: Config, rows: int, stage: int) -> int:
     """Return the number of examples that :func:`stage_examples` returns for a stage."""
     return rows if config.prompts_per_stage == "all" else len(range(stage, rows, config.stages))
@@ -61,6 +71,12 @@ def sampling(config: Config, stage: int) -> Sampling:
     """Return how a stage's answers are sampled."""
     seed = (config.seed * 1000 + stage) * 100_000  # a shard adds its number
     return Sampling(config.at("temperature", stage), config.top_p, config.top_k, seed)
+
+
+def round_sampling(config: Config, stage: int, number: int) -> Sampling:
+    """Return how the answers of a round of alignment are sampled."""
+    how = sampling(config, stage)
+    return how._replace(seed=how.seed + 50_000 + 1000 * number)
 
 
 def make_pairs(

@@ -10,6 +10,7 @@ from irlfast.config.schema import Config
 from irlfast.losses.policy import POLICY_LOSSES
 from irlfast.methods import METHODS
 from irlfast.ops.rewards.losses import REWARD_LOSSES
+from irlfast.reports.files import phase_order
 
 
 def values_of(key: str) -> tuple[str, ...]:
@@ -67,3 +68,21 @@ def test_a_reward_that_does_not_depend_on_the_policy_is_learned_once():
         "stage-01/round-00",
         "stage-01",
     ]
+
+
+def test_a_reward_that_learns_in_every_round_is_warmed_up_once():
+    keys = {"dataset_name": __file__, "model_name_or_path": ".", "method": "rft", "stages": 2, "align_rounds": 2}
+    phases = list(METHODS["rft"].phases(make_config(keys | {"reward_every": "round", "num_generations": 4}), 96))
+    assert [phase.name for phase in phases] == [
+        "stage-00/reward",
+        "stage-00/round-00/reward",
+        "stage-00/round-00",
+        "stage-00/round-01/reward",
+        "stage-00",
+        "stage-01/round-00/reward",
+        "stage-01/round-00",
+        "stage-01/round-01/reward",
+        "stage-01",
+    ]
+    assert [len(phase.plan().steps) for phase in phases[:3]] == [6, 12, 3]  # 48 pairs, 24 prompts of 4 answers
+    assert sorted((phase.name for phase in phases), key=phase_order) == [phase.name for phase in phases]

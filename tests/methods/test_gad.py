@@ -1,0 +1,84 @@
+"""A reward that learns in every round, as a user runs it: files, metrics, a kill at any moment."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from irlfast.reports.files import TIMES, read_metrics, read_phases, split_time
+from tests.helpers.runs import contents, run, run_killed_at
+from tests.helpers.tiers import full, one_run_or_each_its_own
+
+ROUNDS = {
+    "method": "rft",
+    "reward_every": "round",
+    "stages": 1,
+    "align_rounds": 2,
+    "num_generations": 3,
+    "reward_steps": 4,
+    "reward_learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory):
+    output = tmp_path_factory.mktemp("rounds") / "run"
+    return output, *run(output, **ROUNDS)
+
+
+def test_the_reward_learns_in_every_round_from_the_answers_that_it_then_judges(rounds):
+    output, _, _ = rounds
+    stage = output / "stage-00"
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows if row["step"] == 2] == [
+        "sft",
+        "stage-00/reward",
+        "stage-00/round-00/reward",
+        "stage-00/round-00",
+        "stage-00/round-01/reward",
+        "stage-00",
+    ]
+    for place, answers in (("round-00", "round-00/rollouts"), ("round-01", "rollouts")):
+        counts = json.loads((stage / place / "pairs.json").read_text())
+        drawn = [json.loads(line) for path in (stage / answers).glob("*.jsonl") for line in path.open()]
+        assert counts["pairs"] + counts["dropped_identical"] + counts["dropped_empty"] == len(drawn) == 48 * 3
+        assert counts["synthetic_tokens"] == sum(len(row["answer_ids"]) for row in drawn)
+    assert not (stage / "round-00" / "reward" / "model").exists()  # the next round's took its place
+    first, last = (load_file(stage / name / "model/model.safetensors") for name in ("reward", "round-01/reward"))
+    assert not [name for name in first if torch.equal(first[name], last[name])]
+    assert json.loads((stage / "round-01/reward/eval.json").read_text())["reward_pairs"] > 0
+
+
+def test_the_report_counts_the_sampling_of_a_round_once(rounds):
+    output, _, _ = rounds
+    pairs, seconds = (read_phases(output, name, []) for name in ("pairs.json", "round.json"))
+    times = split_time(read_metrics(output, TIMES, []), pairs, seconds)
+    assert list(times)[1:] == [
+        "stage-00/reward",
+        "stage-00/round-00/reward",
+        "stage-00/round-00",
+        "stage-00/round-01/reward",
+        "stage-00",
+    ]
+    assert times["stage-00/round-00/reward"][0] == pairs["stage-00/round-00"]["sample_seconds"]
+    assert times["stage-00/round-00"][0] < 0.2 * times["stage-00/round-00/reward"][0]
+    assert "Missing from this run" not in (output / "report.html").read_text()
+
+
+MOMENTS = [
+    "stage-00/reward/model",
+    "stage-00/round-00/rollouts/00000.jsonl",
+    "stage-00/round-00/reward/checkpoint/progress.json",
+    "stage-00/round-00/reward/DONE",
+    "stage-00/round-00/DONE",
+    "stage-00/round-01/reward/DONE",
+]
+
+
+@full
+@pytest.mark.parametrize("moments", one_run_or_each_its_own(MOMENTS))
+def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_bytes(rounds, tmp_path, moments):
+    run_killed_at(tmp_path / "run", moments, **ROUNDS)
+    run(tmp_path / "run", **ROUNDS)
+    assert contents(tmp_path / "run" / "final") == contents(rounds[0] / "final")

@@ -27,6 +27,7 @@ def check(config: Any) -> None:
     check_phases(config)
     check_pair_loss(config)
     check_lengths(config)
+    check_teacher(config)
     check_engine(config)
     check_offloading(config)
     check_4bit(config)
@@ -198,6 +199,20 @@ def check_alignment(config: Any) -> None:
             "kl_in: found 'reward' with reference 'stage' and align_rounds 1, where the policy that samples is the "
             "reference and its KL is 0; expected kl_in: loss, more rounds, reference: initial, or kl_in: none"
         )
+
+
+def check_teacher(config: Any) -> None:
+    """Check the keys of a method that has a teacher."""
+    if config.sync_ref_model and not config.facts.has_teacher:
+        raise InputError(f"sync_ref_model: found true with method {config.method}, which has no teacher")
+    if config.facts.has_teacher and config.zero_stage == 3:
+        raise InputError("zero_stage: found 3 with a teacher, which is a whole model in each process; expected 0 to 2")
+    if config.sync_ref_model:
+        return
+    for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+        value, default = getattr(config, name), type(config).__pydantic_fields__[name].default
+        if value != default:
+            raise InputError(f"{name}: found {value} without sync_ref_model, which freezes the teacher")
 
 
 def check_engine(config: Any) -> None:

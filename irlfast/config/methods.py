@@ -15,6 +15,7 @@ class MethodFacts:
     has_stages: bool = True  # False: the method is SFT alone
     learns_reward: bool = False  # the method trains a reward model on the pairs that `reward_data` names
     aligns: bool = False  # the policy answers each prompt n times, and learns from the rewards of its answers
+    has_teacher: bool = False  # a second model in training that gets no gradient
     needs_rejected: bool = False  # the rows must have a chosen and a rejected answer
     leaves_policy: bool = True  # False: `final/` is a reward model
 

@@ -240,6 +240,15 @@ class Config:
     missing_eos_penalty: NotNegative = key(0.0, "Subtracted from the reward of an answer that was cut.")
     length_penalty: float = key(0.0, "Subtracted from the reward per token of the answer.")
 
+    # The teacher: a second model in training without a gradient, for the methods that have one
+    sync_ref_model: bool = key(
+        False, "Let the teacher follow the policy: teacher = alpha policy + (1 - alpha) teacher (false: frozen)."
+    )
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = key(
+        0.6, "Alpha of sync_ref_model. 1 at every step is the policy itself, without a second model."
+    )
+    ref_model_sync_steps: Count = key(512, "Optimiser steps from one synchronisation to the next.")
+
     # Optimisation
     learning_rate: Positive | list[Positive] = key(5e-7, "Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = key(

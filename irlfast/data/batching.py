@@ -8,7 +8,15 @@ import numpy as np
 from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.config import Config
-from irlfast.data.packing import Layout, PromptGroup, count_tokens, piece_length, pieces_of, token_counts
+from irlfast.data.packing import (
+    Layout,
+    PromptGroup,
+    count_tokens,
+    piece_length,
+    pieces_of,
+    readings,
+    token_counts,
+)
 
 CPU_TOKENS = 1024  # per micro-batch: more is no faster on a CPU, and takes memory
 
@@ -71,7 +79,8 @@ def first_fit(step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout
 
 def similar_lengths(step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout, limit: int) -> list[list[int]]:
     """Fill micro-batches from the longest group on: as many as fit into ``limit`` when padded to the first's length."""
-    longest = {i: max(piece_length(piece, layout) for piece in pieces_of(groups[i], layout)) for i in step}
+    pieces = {i: [piece for group in readings(groups[i]) for piece in pieces_of(group, layout)] for i in step}
+    longest = {i: max(piece_length(piece, layout) for piece in pieces[i]) for i in step}
     rows = 1 if layout.shared else len(groups[step[0]].answers)
     batches: list[list[int]] = []
     width = 0

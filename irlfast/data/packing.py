@@ -29,6 +29,7 @@ class PromptGroup(NamedTuple):
     old_logps: tuple[Tensor, ...] = ()  # the same, of the policy that sampled the answer
     advantages: tuple[float, ...] = ()  # per answer
     learned: Sequence[int] | None = None  # tokens of a single answer that the loss is on; None: all of them
+    teacher_prompt: Sequence[int] | None = None  # the prompt that the teacher reads; None: the same
     row: int = -1  # the example's line in data/rows.jsonl
 
 
@@ -78,6 +79,7 @@ class Batch(NamedTuple):
     ref_logps: Tensor | None  # [N] fp32
     old_logps: Tensor | None  # [N] fp32
     advantages: Tensor | None  # [S] fp32
+    teacher: "Batch | None" = None  # the same answers behind the teacher's own prompts, in the same order
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to ``device``; a copy from pinned memory does not wait."""
@@ -91,11 +93,11 @@ class Batch(NamedTuple):
         """Return the same tokens without targets: such a batch has neither a loss nor a gradient."""
         names = ("rows", "targets", "ref_logps", "old_logps", "advantages")
         none = {name: value[:0] for name, value in self._asdict().items() if name in names and value is not None}
-        return self._replace(**none, cu_seqlens=self.cu_seqlens[:1])
+        return self._replace(**none, cu_seqlens=self.cu_seqlens[:1], teacher=self.teacher and self.teacher.unscored())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         changed: dict[str, Any] = {name: change(v) for name, v in self._asdict().items() if isinstance(v, Tensor)}
-        return self._replace(**changed)
+        return self._replace(**changed, teacher=self.teacher and self.teacher.map(change))
 
 
 def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
@@ -142,7 +144,18 @@ def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
         ref_logps=joined([group.ref_logps for group in groups]),
         old_logps=joined([group.old_logps for group in groups]),
         advantages=torch.tensor(advantages, dtype=torch.float32) if advantages else None,
+        teacher=pack([*map(for_teacher, groups)], layout) if groups[0].teacher_prompt is not None else None,
     )
+
+
+def for_teacher(group: PromptGroup) -> PromptGroup:
+    """Return a group that has a ``teacher_prompt`` as the teacher reads it: the same answers behind this prompt."""
+    return PromptGroup(group.teacher_prompt or (), group.answers, learned=group.learned)
+
+
+def readings(group: PromptGroup) -> list[PromptGroup]:
+    """Return the group, and the group as the teacher reads it where that is another text."""
+    return [group] if group.teacher_prompt is None else [group, for_teacher(group)]
 
 
 def pieces_of(group: PromptGroup, layout: Layout) -> list[PromptGroup]:
@@ -183,8 +196,8 @@ def piece_length(piece: PromptGroup, layout: Layout) -> int:
 
 
 def count_tokens(group: PromptGroup, layout: Layout = SHARED) -> int:
-    """Return how many tokens of a batch the group takes, without padding."""
-    return sum(piece_length(piece, layout) for piece in pieces_of(group, layout))
+    """Return how many tokens of a forward pass the group takes, without padding: the policy's or the teacher's."""
+    return max(sum(piece_length(piece, layout) for piece in pieces_of(read, layout)) for read in readings(group))
 
 
 def token_counts(groups: Sequence[PromptGroup], layout: Layout) -> Counter[str]:

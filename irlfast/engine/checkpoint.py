@@ -11,19 +11,24 @@ from irlfast.common.files import read_json, remove, write, write_json
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.encoding import Encoder
+from irlfast.engine.teacher import load_averages, save_averages
 from irlfast.models.load import load_to_train, save_pretrained
 from irlfast.models.lora import base_and_adapter, merge, revision_of, save_lora
 from irlfast.models.padding import add_unique_padding
 
+AVERAGES = "teacher.safetensors"
+
 
 def save_checkpoint(engine: Any, folder: Path, step: int, config: Config) -> None:
     """Write everything that the next step needs, then ``progress.json``, which names it; remove older checkpoints."""
-    tag = f"step-{step}"
+    tag, teacher = f"step-{step}", engine.module.teacher
     engine.save_checkpoint(
         str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=leaves_out_base(engine, config)
     )
     dist.barrier()
     if dist.is_main():
+        if teacher and teacher.followed:
+            save_averages(teacher, folder / tag / AVERAGES)
         write_json(folder / "progress.json", {"step": step, "tag": tag, "processes": dist.world_size()})
         for old in folder.glob("step-*"):
             if old.name != tag:
@@ -43,6 +48,9 @@ def resume(engine: Any, folder: Path, config: Config) -> int:
         )
         return 0
     engine.load_checkpoint(str(folder), tag=progress["tag"], load_module_strict=not leaves_out_base(engine, config))
+    teacher = engine.module.teacher
+    if teacher and teacher.followed:
+        load_averages(teacher, folder / progress["tag"] / AVERAGES)
     return progress["step"]
 
 
@@ -63,9 +71,7 @@ def save_model(
     if not dist.is_main():
         return
     if config.use_peft and not reward:
-        base, _ = base_and_adapter(start)
-        at = revision_of(start, config)
-        write(folder, lambda temporary: save_lora(temporary, model, state, base, at, encoder.tokenizer))
+        save_adapter(model, state, start, folder, encoder, config)
         return
     if config.use_peft:
         adapted = load_to_train(start, config, reward=reward)
@@ -74,6 +80,27 @@ def save_model(
         state = model.state_dict()
     tokenizer = add_unique_padding(model, encoder, state) if reward else encoder.tokenizer
     write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))
+
+
+def save_teacher(engine: Any, start: Path | str, folder: Path, encoder: Encoder, config: Config) -> None:
+    """Write a teacher that follows the policy as :func:`save_model` writes the policy."""
+    teacher = engine.module.teacher
+    model, state = teacher.prepared.model, {name: x.teacher.cpu() for name, x in teacher.followed.items()}
+    if not dist.is_main():
+        return
+    if config.use_peft:
+        save_adapter(model, state, start, folder, encoder, config)
+    else:
+        write(folder, lambda temporary: save_pretrained(temporary, model, encoder.tokenizer))
+
+
+def save_adapter(
+    model: Any, state: dict[str, Tensor], start: Path | str, folder: Path, encoder: Encoder, config: Config
+) -> None:
+    """Write the adapter in ``state``, on the base of the model ``start``."""
+    base, _ = base_and_adapter(start)
+    at = revision_of(start, config)
+    write(folder, lambda temporary: save_lora(temporary, model, state, base, at, encoder.tokenizer))
 
 
 def gather_state(engine: Any, trained_only: bool) -> dict[str, Tensor]:

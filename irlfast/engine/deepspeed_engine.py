@@ -16,12 +16,20 @@ from irlfast.engine.layers import arrange_layers
 from irlfast.engine.module import Policy
 from irlfast.engine.optim import make_optimizer, make_scheduler
 from irlfast.engine.plan import Plan
+from irlfast.engine.teacher import prepare_teacher
 from irlfast.losses.inputs import Loss
 from irlfast.models.moe import check_router
 from irlfast.models.prepare import prepare_to_train
 
 
-def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config, groups: Sequence[PromptGroup]) -> Any:
+def make_engine(
+    policy: Path | str,
+    loss: Loss,
+    plan: Plan,
+    config: Config,
+    groups: Sequence[PromptGroup],
+    teacher: Path | str | None = None,
+) -> Any:
     """Return an engine around the policy (an :class:`irlfast.engine.module.Policy`), with a new optimiser."""
     import deepspeed
 
@@ -33,10 +41,11 @@ def make_engine(policy: Path | str, loss: Loss, plan: Plan, config: Config, grou
     offload = config.activation_offloading and dist.device().type != "cpu"
     if config.activation_offloading and not offload:
         log("activation_offloading: activations are in host memory already, on a CPU")
+    taught_by = prepare_teacher(teacher, prepared, config, groups) if teacher else None
     kept = float32_parameters(prepared, config)
     optimizer = make_optimizer(prepared.model, plan, config)
     engine = deepspeed.initialize(
-        model=Policy(prepared, loss, offload, router_aux_loss_coef),
+        model=Policy(prepared, loss, offload, router_aux_loss_coef, taught_by),
         optimizer=optimizer,
         lr_scheduler=make_scheduler(optimizer, plan, config),
         config=deepspeed_settings(config),

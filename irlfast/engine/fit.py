@@ -13,13 +13,14 @@ from irlfast.common import dist
 from irlfast.common.files import InputError, remove, write_text
 from irlfast.common.messages import Progress, log
 from irlfast.data.packing import PromptGroup
-from irlfast.engine.checkpoint import resume, save_checkpoint, save_model
+from irlfast.engine.checkpoint import resume, save_checkpoint, save_model, save_teacher
 from irlfast.engine.deepspeed_engine import make_engine
 from irlfast.engine.deepspeed_patches import release_zero3_engines, timed_collectives
 from irlfast.engine.memory import OutOfMemory, TokenLimit, out_of_memory, phase_limit
 from irlfast.engine.meters import Stopwatch, meters, profiled
 from irlfast.engine.plan import Plan
 from irlfast.engine.step import add, prepare_steps, train_step
+from irlfast.engine.teacher import follow
 from irlfast.losses.inputs import Loss, Metrics
 from irlfast.runs.run import Run
 
@@ -30,8 +31,19 @@ DROP_WARNING = (
 )
 
 
-def fit(run: Run, folder: Path, policy: Path | str, groups: Sequence[PromptGroup], loss: Loss, plan: Plan) -> Path:
+def fit(
+    run: Run,
+    folder: Path,
+    policy: Path | str,
+    groups: Sequence[PromptGroup],
+    loss: Loss,
+    plan: Plan,
+    teacher: Path | str | None = None,
+) -> Path:
     """Train ``policy`` as planned and return the result's folder: ``folder/policy``, or ``folder/model`` for a reward.
+
+    With a ``teacher``, the model that it begins as, the loss gets the teacher's hidden states, too
+    (:mod:`irlfast.engine.teacher`). A teacher that follows the policy is left in ``folder/teacher``.
 
     A killed run loses at most ``save_steps`` steps: the same call continues from the last checkpoint in ``folder``.
     A single process that runs out of memory with ``max_tokens_per_batch: auto`` continues from there by itself, with
@@ -42,7 +54,7 @@ def fit(run: Run, folder: Path, policy: Path | str, groups: Sequence[PromptGroup
     """
     while not (folder / "DONE").exists():
         with contextlib.suppress(OutOfMemory):
-            train_phase(run, folder, policy, groups, loss, plan)
+            train_phase(run, folder, policy, groups, loss, plan, teacher)
         release_zero3_engines()
         dist.free_memory()
     return folder / result_name(plan)
@@ -53,11 +65,17 @@ def result_name(plan: Plan) -> str:
 
 
 def train_phase(
-    run: Run, folder: Path, policy: Path | str, groups: Sequence[PromptGroup], loss: Loss, plan: Plan
+    run: Run,
+    folder: Path,
+    policy: Path | str,
+    groups: Sequence[PromptGroup],
+    loss: Loss,
+    plan: Plan,
+    teacher: Path | str | None,
 ) -> None:
     """Train from the last checkpoint, or from the start, to the end of the phase; save the model."""
     config, checkpoint = run.config, folder / "checkpoint"
-    engine = make_engine(policy, loss, plan, config, groups)
+    engine = make_engine(policy, loss, plan, config, groups, teacher)
     limit = phase_limit(config, groups, engine.module.prepared.layout, plan.micro_batch, checkpoint)
     done = resume(engine, checkpoint, config)
     try:
@@ -65,6 +83,8 @@ def train_phase(
     except torch.OutOfMemoryError as error:
         raise out_of_memory(limit, checkpoint) from error
     save_model(engine, policy, folder / result_name(plan), run.encoder, plan.reward, config)
+    if engine.module.teacher and engine.module.teacher.followed:
+        save_teacher(engine, policy, folder / "teacher", run.encoder, config)
     engine.destroy()
     if dist.is_main():
         write_text(folder / "DONE", "")
@@ -90,6 +110,8 @@ def train_steps(
     ):
         for step, prepared in enumerate(steps, done + 1):
             metrics, grad_norm = train_step(engine, prepared, config.max_grad_norm, watch)
+            if engine.module.teacher:
+                follow(engine.module.teacher, step, config)
             limit.fit_to_memory(step - done, prepared.largest())
             sums, counts = add(sums, metrics), counts + prepared.counts
             profile_step()

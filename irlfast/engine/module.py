@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from irlfast.data.packing import Batch
+from irlfast.engine.teacher import TeacherModel, teach
 from irlfast.losses.inputs import Loss, Metrics, Normalisers
 from irlfast.models.forward import body_output
 from irlfast.models.moe import balancing_loss
@@ -19,7 +20,12 @@ class Policy(torch.nn.Module):
     """A language or reward model with a loss on its hidden states: one module, so that ZeRO-3 gathers its head too."""
 
     def __init__(
-        self, prepared: PreparedModel, loss: Loss, offload: bool = False, router_aux_loss_coef: float = 0.0
+        self,
+        prepared: PreparedModel,
+        loss: Loss,
+        offload: bool = False,
+        router_aux_loss_coef: float = 0.0,
+        teacher: TeacherModel | None = None,
     ) -> None:
         super().__init__()
         self.prepared = prepared
@@ -27,14 +33,16 @@ class Policy(torch.nn.Module):
         self.loss = loss
         self.offload = offload
         self.router_aux_loss_coef = router_aux_loss_coef
+        self.teacher = teacher  # in a tuple, so that it is no part of this module, and DeepSpeed leaves it alone
 
     def forward(self, batch: Batch, normalisers: Normalisers) -> tuple[Tensor, Metrics]:
         """Return the batch's part of the step's loss, and metrics summed over its prompt groups."""
+        taught = {"teacher": teach(self.teacher, batch)} if self.teacher else {}
         balanced = {"output_router_logits": True} if self.router_aux_loss_coef else {}
         with offloaded(self.model) if self.offload else contextlib.nullcontext():
             output = body_output(self.model, batch, **balanced)
         hidden = output.last_hidden_state.flatten(0, 1)
-        loss, metrics = self.loss(hidden, self.prepared.head(), batch, normalisers)
+        loss, metrics = self.loss(hidden, self.prepared.head(), batch, normalisers, **taught)
         if not balanced:
             return loss, metrics
         auxiliary = balancing_loss(self.model, output.router_logits, batch) * metrics["count"]

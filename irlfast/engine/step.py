@@ -29,8 +29,9 @@ class PreparedStep(NamedTuple):
     counts: Counter[str]  # of all processes: see token_counts
 
     def largest(self) -> int:
-        """Return the number of tokens of the largest micro-batch, padding included."""
-        return max(batch.input_ids.numel() for batch in self.batches)
+        """Return the number of tokens of the largest forward pass, padding included."""
+        passes = [read for batch in self.batches for read in (batch, batch.teacher) if read is not None]
+        return max(read.input_ids.numel() for read in passes)
 
 
 def prepare_steps(

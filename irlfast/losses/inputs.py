@@ -1,7 +1,8 @@
 """The arguments and results that all losses share.
 
 A loss takes the hidden states, the head, the batch and the normalisers of a micro-batch. It returns the micro-batch's
-share of the step's loss, and metrics: sums over prompt groups, which the engine divides by their ``count``.
+share of the step's loss, and metrics: sums over prompt groups, which the engine divides by their ``count``. In a phase
+with a teacher, it takes the keyword ``teacher``, too.
 """
 
 from collections.abc import Callable
@@ -21,8 +22,16 @@ class Normalisers(NamedTuple):
     tokens: float  # expert tokens
 
 
+class Teacher(NamedTuple):
+    """The teacher's reading of a micro-batch's answers. Nothing here has a gradient."""
+
+    hidden: Tensor  # [R', H]
+    head: Head
+    rows: Tensor  # [N] int64: the row of ``hidden`` that predicts each target
+
+
 Metrics = dict[str, Tensor]
-Loss = Callable[[Tensor, Head, Batch, Normalisers], tuple[Tensor, Metrics]]
+Loss = Callable[..., tuple[Tensor, Metrics]]
 
 
 def arguments(head: Head, batch: Batch) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from irlfast.common import dist
 from irlfast.common.command import run_command, writing_to
-from irlfast.common.files import write, write_json, write_jsonl
+from irlfast.common.files import InputError, write, write_json, write_jsonl
 from irlfast.common.messages import log
 from irlfast.config import Config, load_config
 from irlfast.data.store import Example
@@ -44,6 +44,8 @@ ANSWERS = 2**17  # answers in memory at a time
 
 def best_of_n(config: Config) -> None:
     """Sample, score and choose for one part of the prompts at a time, then compute the curve."""
+    if config.prompt_dataset_name:
+        raise InputError("prompt_dataset_name: best of n answers the prompts of dataset_name; expected these alone")
     given: dict[str, Any] = {"stages": 1, "align_rounds": 1, "push_to_hub": False}
     run = prepare(dataclasses.replace(config, **given), prompts_only=True)
     size = max(1, ANSWERS // config.num_generations)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irlfast.common.files import InputError, find_path, is_glob, is_local
-from irlfast.config.methods import OWN_KL
+from irlfast.config.methods import METHOD_FACTS, OWN_KL
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
 PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")  # a list has one value per stage
@@ -51,8 +51,14 @@ def check_model(config: Any) -> None:
 def check_data(config: Any) -> None:
     if not config.dataset_name:
         raise InputError("dataset_name: found nothing, expected a file of demonstrations or a hub dataset")
-    for name in ("dataset_name", "eval_dataset_name"):
+    for name in ("dataset_name", "eval_dataset_name", "prompt_dataset_name"):
         check_datasets(name, getattr(config, name))
+    if config.prompt_dataset_name and not config.facts.aligns:
+        methods = ", ".join(name for name, facts in METHOD_FACTS.items() if facts.aligns)
+        raise InputError(
+            f"prompt_dataset_name: found {config.prompt_dataset_name!r} with method {config.method}, which needs a "
+            f"demonstration for every prompt; expected one of the methods {methods}"
+        )
     if config.dataset_test_split == config.dataset_train_split and not config.eval_dataset_name:
         raise InputError(
             f"dataset_test_split: found {config.dataset_test_split!r}, which the run learns from; expected another"

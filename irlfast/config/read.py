@@ -163,7 +163,11 @@ def describe(error: ValidationError, given: dict[str, Any]) -> str:
         wanted = problem["msg"].replace("Input should be ", "").split(", unable")[0]
         expected.setdefault(name, []).append(wanted)
         inputs[name] = problem["input"]
-    for name in expected.keys() & {"dataset_name", "eval_dataset_name"}:  # pydantic would list a dozen alternatives
+    for name in expected.keys() & {
+        "dataset_name",
+        "eval_dataset_name",
+        "prompt_dataset_name",
+    }:  # pydantic would list a dozen alternatives
         expected[name] = ["a name, or a list of names or of {name, weight, split, config, columns}, weights above 0"]
         inputs[name] = given[name]
     return "; ".join(f"{name}: found {inputs[name]!r}, expected {' or '.join(expected[name])}" for name in expected)

@@ -88,6 +88,11 @@ class Config:
     dataset_train_split: str = key("train", "The split to learn from. A single file is the split train.")
     dataset_test_split: str | None = key(None, "The split to hold out (default: a share of the training rows).")
     eval_dataset_name: Datasets | None = key(None, "Held-out demonstrations from another source, or from several.")
+    prompt_dataset_name: Datasets | None = key(
+        None,
+        "Prompts without answers, which the policy of rft, afd or gad answers beside those of the demonstrations. A "
+        "reward does not learn from them.",
+    )
     columns: Columns = key(
         {},
         "Names in the file of prompt, answer, rejected, messages, text, system, tools or label, as {prompt: question}.",

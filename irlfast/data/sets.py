@@ -13,19 +13,22 @@ from irlfast.data.counts import SetCounts, SourceCounts
 from irlfast.data.encoding import Encoder, Ids, encode
 from irlfast.data.read import read_demonstrations
 from irlfast.data.rows import Demonstration
-from irlfast.data.sources import sources_of
+from irlfast.data.sources import prompt_sources_of, sources_of
 from irlfast.data.store import Example, make_examples
 
 
 class Sets(NamedTuple):
     train: list[Example]
     held_out: list[Example]
-    set_counts: dict[str, SetCounts]  # "train", and "eval" if the held-out set is another source
+    prompts: list[Example]  # without answers, from ``prompt_dataset_name``
+    set_counts: dict[
+        str, SetCounts
+    ]  # "train"; "eval" if the held-out set is another source; "prompts" if there are any
     source_counts: list[SourceCounts]
 
 
 def read_sets(config: Config, encoder: Encoder, lines: IO[str] | None = None, prompts_only: bool = False) -> Sets:
-    """Read and encode both sets. Write every kept row to ``lines``; an example's ``row`` is the number of its line.
+    """Read and encode all sets. Write every kept row to ``lines``; an example's ``row`` is the number of its line.
 
     The held-out set is another source, another split, or a share of the rows. With ``prompts_only`` the held-out set
     is empty, and rows need no answer.
@@ -46,6 +49,7 @@ def read_sets(config: Config, encoder: Encoder, lines: IO[str] | None = None, pr
         sources = sources_of(config, held_out=True)
         rows = read_demonstrations(config, sources, source_counts, limit=config.max_eval_samples)
         held_out = collect_examples(encode(rows, encoder, config, set_counts["eval"]), lines, len(train))
+    written = len(train) + len(held_out)
     if not train:
         raise InputError(f"dataset {source_names(config)}: no training row is left; expected some")
     if has_own_source and not held_out:
@@ -54,7 +58,21 @@ def read_sets(config: Config, encoder: Encoder, lines: IO[str] | None = None, pr
         held_out = remove_overlap(config, train, held_out, set_counts["eval"].counts)
     elif not prompts_only:
         train, held_out = split_held_out(config, train)
-    return Sets(train, held_out, set_counts, source_counts)
+    sets = Sets(train, held_out, [], set_counts, source_counts)
+    return add_prompts(sets, config, encoder, lines, written) if config.prompt_dataset_name else sets
+
+
+def add_prompts(sets: Sets, config: Config, encoder: Encoder, lines: IO[str] | None, first: int) -> Sets:
+    """Add the prompts of ``prompt_dataset_name``. An answer that a row has is not read. ``first`` is the first line.
+
+    Raises:
+        InputError: a bad row, or no prompt is left.
+    """
+    sets.set_counts["prompts"] = counts = SetCounts()
+    rows = read_demonstrations(config, prompt_sources_of(config), sets.source_counts, prompts_only=True)
+    alone = (row._replace(answer=None, rejected=None) for row in rows)
+    prompts = collect_examples(encode(alone, encoder, config, counts), lines, first)
+    return sets._replace(prompts=fresh_prompts(config, prompts, sets.train, sets.held_out, counts.counts))
 
 
 def source_names(config: Config, held_out: bool = False) -> str:
@@ -113,3 +131,24 @@ def remove_overlap(
             raise InputError(f"dataset {source_names(config, held_out=True)}: all its rows are also training rows")
     counts["prompts_also_in_train"] = sum(hash(bytes(x.prompt_ids)) in prompts for x in held_out)
     return held_out
+
+
+def fresh_prompts(
+    config: Config, prompts: list[Example], train: list[Example], held_out: list[Example], counts: Counter[str]
+) -> list[Example]:
+    """Leave out prompts that demonstrations have. Refuse, drop or allow held-out ones, as ``eval_overlap`` says."""
+    names = ", ".join(source.name for source in prompt_sources_of(config))
+    answered, evaluated = ({hash(bytes(x.prompt_ids)) for x in examples} for examples in (train, held_out))
+    unanswered = [x for x in prompts if hash(bytes(x.prompt_ids)) not in answered]
+    fresh = [x for x in unanswered if hash(bytes(x.prompt_ids)) not in evaluated]
+    counts["also_demonstrations"] = len(prompts) - len(unanswered)
+    counts["also_held_out"] = overlap = len(unanswered) - len(fresh)
+    if overlap and config.eval_overlap == "refuse":
+        raise InputError(
+            f"prompt_dataset_name {names}: {overlap:,} of {len(prompts):,} prompts are also held out; expected other "
+            "prompts, or eval_overlap: drop, which leaves them out, or allow"
+        )
+    kept = unanswered if config.eval_overlap == "allow" else fresh
+    if not kept:
+        raise InputError(f"prompt_dataset_name {names}: no prompt is left; expected some without a demonstration")
+    return kept

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from irlfast.common.files import COMPRESSIONS, ENDINGS, InputError, find_path, is_glob, is_local, row_file_ending
 from irlfast.config.schema import Config
-from irlfast.config.types import Dataset
+from irlfast.config.types import Dataset, Datasets
 from irlfast.data.counts import SourceCounts
 from irlfast.data.file_formats import drop_null_keys, read_file
 from irlfast.data.rows import BadRow
@@ -51,14 +51,25 @@ def sources_of(config: Config, held_out: bool = False) -> list[Source]:
     The held-out sources are ``eval_dataset_name``, or else the test split of ``dataset_name``.
     """
     given = config.eval_dataset_name if held_out and config.eval_dataset_name else config.dataset_name
-    items = given if isinstance(given, list) else [given] if given else []
-    entries = [Dataset(item) if isinstance(item, str) else item for item in items]
     split = config.dataset_test_split if held_out else config.dataset_train_split
     ignore_own_split = held_out and not config.eval_dataset_name  # a source's own split is the one to learn from
+    sources = named_sources(config, given, split)
+    return [source._replace(split=split) for source in sources] if ignore_own_split else sources
+
+
+def prompt_sources_of(config: Config) -> list[Source]:
+    """Return the sources of prompts without answers."""
+    return named_sources(config, config.prompt_dataset_name, config.dataset_train_split)
+
+
+def named_sources(config: Config, given: Datasets | None, split: str | None) -> list[Source]:
+    """Return the sources that a key names; those that name no split of their own have ``split``."""
+    items = given if isinstance(given, list) else [given] if given else []
+    entries = [Dataset(item) if isinstance(item, str) else item for item in items]
     return [
         Source(
             entry.name,
-            split if ignore_own_split else entry.split or split,
+            entry.split or split,
             entry.weight,
             entry.config or config.dataset_config,
             entry.columns or config.columns,

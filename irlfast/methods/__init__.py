@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from irlfast.config import Config
 from irlfast.methods.dpo import dpo_stage
 from irlfast.methods.irft import irft_phases, irft_stage
 from irlfast.methods.reward import reward_phases, reward_stage
@@ -19,8 +18,9 @@ class Method(NamedTuple):
 
     # Train one stage: (run, stage, policy, reference) -> the new policy, or the reward model. None for SFT alone.
     stage: Callable[[Run, int, Path | str, Path | str], Path | str] | None
-    # List the phases of a whole run in order: (config, number of rows) -> phases.
-    phases: Callable[[Config, int], Iterator[Phase]]
+    # List the phases of a whole run in order: (config, number of rows) -> phases. Where the policy answers prompts
+    # without demonstrations, too, their number is a third argument.
+    phases: Callable[..., Iterator[Phase]]
 
 
 METHODS: dict[str, Method] = {

@@ -60,8 +60,8 @@ def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
 def learn_reward_in_round(run: Run, stage: int, number: int, policy: Path | str, examples: list[Example]) -> Path:
     """Train the reward model further on the answers that a round aligns the policy with, and return its folder.
 
-    Each of the n answers to a prompt is compared with the prompt's demonstration. The first round of the first stage
-    continues the model of :func:`learn_reward`, and each other round that of the round before.
+    Each of the n answers to a prompt is compared with the prompt's demonstration, if there is one. The first round of
+    the first stage continues the model of :func:`learn_reward`, and each other round that of the round before.
     """
     config, place = run.config, run.output / round_folder(stage, number)
     folder = place / "reward"
@@ -70,7 +70,9 @@ def learn_reward_in_round(run: Run, stage: int, number: int, policy: Path | str,
         rollouts = run.output / round_name(config, stage, number) / "rollouts"
         repeated = [example for example in examples for _ in range(config.num_generations)]
         answers = sample(run, policy, repeated, rollouts, round_sampling(config, stage, number))
-        pairs, counts = make_pairs(run, stage, repeated, answers, keep_identical=not compares(config))
+        both = [(example, ids) for example, ids in zip(repeated, answers, strict=True) if example.answer_ids]
+        shown, synthetic = [example for example, _ in both], [ids for _, ids in both]
+        pairs, counts = make_pairs(run, stage, shown, synthetic, keep_identical=not compares(config))
         write_counts(place, counts, begun)
         plan = reward_plan(config, [stage, number + 1], len(pairs))
         fit(run, folder, reward_before(run, stage, number), pairs, loss_of(config), plan)

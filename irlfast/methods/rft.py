@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +26,10 @@ from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import (
     Phase,
     policy_plan,
+    round_examples,
     round_folder,
     round_name,
     round_sampling,
-    stage_examples,
     stage_name,
     stage_size,
 )
@@ -47,13 +46,16 @@ def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -
     """
     config = run.config
     learned = [learn_reward(run, stage, policy)] if config.reward_data != "none" else []
-    examples = stage_examples(run.train, config, stage)
-    for number, part in enumerate(np.array_split(np.arange(len(examples)), config.align_rounds)):
-        folder, share = run.output / round_name(config, stage, number), [examples[i] for i in part]
+    for number in range(config.align_rounds):
+        folder = run.output / round_name(config, stage, number)
         if not (folder / "DONE").exists():
+            examples = [
+                *round_examples(run.train, config, stage, number),
+                *round_examples(run.prompts, config, stage, number),
+            ]
             if config.reward_every == "round":
-                learned = [learn_reward_in_round(run, stage, number, policy, share)]
-            align(run, stage, number, policy, reference, learned, share)
+                learned = [learn_reward_in_round(run, stage, number, policy, examples)]
+            align(run, stage, number, policy, reference, learned, examples)
         if number and dist.is_main():
             remove(run.output / round_name(config, stage, number - 1) / "policy")
             remove(run.output / round_folder(stage, number - 1) / "reward" / "model")
@@ -169,8 +171,11 @@ def advantages_of(values: Tensor, config: Config) -> Tensor:
     return advantages / (advantages.std() + 1e-8) if config.whiten_rewards else advantages
 
 
-def rft_phases(config: Config, rows: int) -> Iterator[Phase]:
-    """List the phases of a run on ``rows`` demonstrations: SFT if asked for, then per stage a reward and its rounds."""
+def rft_phases(config: Config, rows: int, prompts: int = 0) -> Iterator[Phase]:
+    """List the phases of a run: SFT if asked for, then per stage a reward and its rounds.
+
+    The reward learns from ``rows`` demonstrations, and the rounds also answer ``prompts`` that have none.
+    """
     yield from sft_phases(config, rows)
     n = config.num_generations
     trained = 1 if POLICY_LOSSES[config.align].loss is None else n
@@ -182,6 +187,7 @@ def rft_phases(config: Config, rows: int) -> Iterator[Phase]:
             share = len(range(number, size, config.align_rounds))
             if config.reward_every == "round":
                 yield round_reward_phase(config, stage, number, share)
+            share += len(range(number, stage_size(config, prompts, stage), config.align_rounds))
             name = round_name(config, stage, number)
             files = (f"{name}/eval.json",) if name == stage_name(stage) else ()
             plan = functools.partial(policy_plan, config, stage, share)

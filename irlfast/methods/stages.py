@@ -44,12 +44,18 @@ def stage_size(config: Config, rows: int, stage: int) -> int:
     return rows if config.prompts_per_stage == "all" else len(range(stage, rows, config.stages))
 
 
-def stage_examples(examples: list[Example], config: Config, stage: int) -> list[Example]:
+def stage_examples(examples: Sequence[Example], config: Config, stage: int) -> list[Example]:
     """Return all examples, or the stage's share of them in the order of a seeded shuffle."""
     if config.prompts_per_stage == "all":
-        return examples
+        return list(examples)
     order = np.random.default_rng([config.seed, 1]).permutation(len(examples))
     return [examples[i] for i in np.array_split(order, config.stages)[stage]]
+
+
+def round_examples(examples: Sequence[Example], config: Config, stage: int, number: int) -> list[Example]:
+    """Return a round's share of a stage's examples, in their order."""
+    chosen = stage_examples(examples, config, stage)
+    return [chosen[i] for i in np.array_split(np.arange(len(chosen)), config.align_rounds)[number]]
 
 
 def with_rejected(examples: list[Example]) -> tuple[list[Example], list[TokenIds]]:

@@ -1,5 +1,6 @@
 """The record that every part of a run is given."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,3 +19,4 @@ class Run(NamedTuple):
     held_out: list[Example]
     metrics_log: MetricsLog
     rows: Rows | None  # the rows of data/rows.jsonl that the examples were made from; None where no reward reads them
+    prompts: Sequence[Example] = ()  # without answers; the policy answers them beside those of the demonstrations

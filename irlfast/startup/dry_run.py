@@ -50,15 +50,16 @@ def show(config: Config) -> None:
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"[bold]configuration[/]\n{escape(dump(config))}")
     size, train, encoder = model_size(config), None, None
+    prompts: list[Example] = []
     if size:
         check_model(config)
     try:
         encoder = read_encoder(config, datetime.datetime.now())
         sets = read_sets(config, encoder)
-        train = sets.train
+        train, prompts = sets.train, sets.prompts
         if config.model_name_or_path:
-            check_rows(config, encoder, [*train, *sets.held_out])
-        check_sizes(config, train, sets.held_out)
+            check_rows(config, encoder, [*train, *sets.held_out, *sets.prompts])
+        check_sizes(config, train, [*sets.held_out, *sets.prompts])
         out.print(f"[bold]data[/]\n{escape(describe(sets))}\n")
         show_examples(out, train[:EXAMPLES], encoder)
         size = model_size(config, len(encoder.tokenizer))
@@ -72,7 +73,7 @@ def show(config: Config) -> None:
     rate, how = (
         rate_of(config, encoder, train, size) if train and encoder and size else (matrix_rate(config), BY_MATRICES)
     )
-    show_estimates(out, config, train, size, rate, how)
+    show_estimates(out, config, train, len(prompts), size, rate, how)
 
 
 def show_examples(out: Console, examples: list[Example], encoder: Encoder) -> None:
@@ -86,7 +87,13 @@ def show_examples(out: Console, examples: list[Example], encoder: Encoder) -> No
 
 
 def show_estimates(
-    out: Console, config: Config, train: list[Example] | None, size: Size | None, rate: float, how: str
+    out: Console,
+    config: Config,
+    train: list[Example] | None,
+    prompts: int,
+    size: Size | None,
+    rate: float,
+    how: str,
 ) -> None:
     rows = len(train) if train else config.max_train_samples
     if not rows:
@@ -97,7 +104,7 @@ def show_estimates(
     out.print(
         f"[bold]phases[/] (at most; {dist.world_size()} process, {length_note}; {rate / 1e12:.3f} TFLOP/s, {how})"
     )
-    for phase in METHODS[config.method].phases(config, rows):
+    for phase in METHODS[config.method].phases(config, rows, *[prompts] * bool(prompts)):
         steps = phase.plan().steps
         sequences = len(steps) * steps[0].size * phase.answers
         line = f"{phase.name}: {len(steps):,} optimiser steps of {steps[0].size}, {sequences:,} sequences"

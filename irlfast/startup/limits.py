@@ -20,7 +20,7 @@ from irlfast.sampling.scoring import MAX_ANSWERS
 from irlfast.sampling.vllm_sampler import GET_VLLM, environment
 
 
-def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -> None:
+def check_sizes(config: Config, train: list[Example], others: list[Example]) -> None:
     """Check that every stage has rows to learn from, and that their prompt groups fit into a batch.
 
     Raises:
@@ -46,7 +46,7 @@ def check_sizes(config: Config, train: list[Example], held_out: list[Example]) -
                 "expected at least one row per round"
             )
     if config.max_tokens_per_batch != "auto":
-        longest = max(count_tokens(group) for row in [*train, *held_out] for group in groups_of(config, row))
+        longest = max(count_tokens(group) for row in [*train, *others] for group in groups_of(config, row))
         if longest > config.max_tokens_per_batch:
             raise InputError(
                 f"max_tokens_per_batch: found {config.max_tokens_per_batch}, but a prompt with its answers can have "

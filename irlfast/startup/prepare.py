@@ -55,10 +55,11 @@ def prepare(config: Config, prompts_only: bool = False) -> Run:
     written = write_data(config, output, prompts_only) if dist.is_main() else None
     init_process_group()
     encoder, lines = dist.broadcast_object(written)
-    train, held_out = (load_examples(output / "data" / f"{name}.safetensors") for name in ("train", "eval"))
+    names = ("train", "eval", *["prompts"] * bool(config.prompt_dataset_name))
+    train, held_out, *more = (load_examples(output / "data" / f"{name}.safetensors") for name in names)
     log(lines)
     initial, rows = starting_policy(config, output, encoder), Rows(output / "data" / "rows.jsonl")
-    return Run(config, output, initial, encoder, train, held_out, MetricsLog(output, config), rows)
+    return Run(config, output, initial, encoder, train, held_out, MetricsLog(output, config), rows, *more)
 
 
 def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Encoder, str]:
@@ -69,21 +70,22 @@ def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Encode
     with tempfile.TemporaryFile("w+", encoding="utf-8") as rows:
         sets = read_sets(config, encoder, rows, prompts_only)
         if config.model_name_or_path:
-            check_rows(config, encoder, [*sets.train, *sets.held_out])
-        check_sizes(config, sets.train, sets.held_out)
+            check_rows(config, encoder, [*sets.train, *sets.held_out, *sets.prompts])
+        check_sizes(config, sets.train, [*sets.held_out, *sets.prompts])
         lock(output)
         rows.seek(0)
         write(output / "data" / "rows.jsonl", lambda temporary: copy_lines(rows, temporary))
     facts = {
         "begun": begun.isoformat(),  # the time that the chat template writes
-        "fingerprint": fingerprint(sets.train, sets.held_out),
+        "fingerprint": fingerprint(sets.train, sets.held_out, sets.prompts),
         "remarks": describe(sets).splitlines(),
         **{name: dict(tally.counts) for name, tally in sets.set_counts.items()},
     }
     if earlier and earlier["fingerprint"] != facts["fingerprint"]:
         raise InputError(f"output_dir {output}: its run began with other demonstrations; expected a new output_dir")
     write_text(output / "config.yaml", dump(config))
-    for name, examples in (("train", sets.train), ("eval", sets.held_out)):
+    examples_of = {"train": sets.train, "eval": sets.held_out} | ({"prompts": sets.prompts} if sets.prompts else {})
+    for name, examples in examples_of.items():
         save_examples(output / "data" / f"{name}.safetensors", examples)
     dropped = [*dropped_rows(sets.source_counts), *(row for tally in sets.set_counts.values() for row in tally.dropped)]
     write_jsonl(output / "data" / "dropped.jsonl", dropped)
@@ -186,7 +188,7 @@ def starting_policy(config: Config, output: Path, encoder: Encoder) -> Path | st
 def describe(sets: Sets) -> str:
     """Describe what was read, kept, cut and left out, one line each."""
     lines = [describe_source(source) for source in sets.source_counts]
-    labels = {"train": "demonstrations", "eval": "held out"}
+    labels = {"train": "demonstrations", "eval": "held out", "prompts": "prompts without answers"}
     for name, tally in sets.set_counts.items():
         counts = tally.counts
         losses = [f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key not in KEPT and counts[key]]
@@ -196,7 +198,7 @@ def describe(sets: Sets) -> str:
             + (f" ({', '.join(losses)})" if losses else "")
         )
         lines += [f"{labels[name]}: {count:,} {remark}" for remark, count in tally.remarks.items() if count]
-    if len(sets.set_counts) < 2 and sets.held_out:
+    if "eval" not in sets.set_counts and sets.held_out:
         lines.append(f"held out: {len(sets.held_out):,} of these rows")
     return "\n".join(lines)
 

@@ -112,6 +112,9 @@ WRONG = {
     "max_prompt_length: found 99": {"max_prompt_length": 99, "max_length": 99},
     "zero_stage: found 0 with dtype bfloat16": {"dtype": "bfloat16", "zero_stage": 0},
     "divergence: found 'gail' with reward_loss bradley_terry": {"method": "rft", "divergence": "gail"},
+    "prompt_dataset_name: found .* with method irft, which needs a demonstration for every prompt": {
+        "prompt_dataset_name": __file__
+    },
     "reward_every: found 'round' with reward_data init_demo": {"reward_every": "round", "reward_data": "init_demo"},
     "history: found 1 with reward_every 'round', expected 0": {"reward_every": "round", "history": 1},
     "implicit_reward_reference: found 1, expected none or one per": {"implicit_reward_reference": "gpt2"},

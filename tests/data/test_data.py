@@ -179,6 +179,42 @@ def test_held_out_rows_that_are_also_training_rows_are_refused_dropped_or_allowe
         assert sets.set_counts["eval"].counts["also_in_train"] == (2 if overlap == "drop" else 0)
 
 
+@pytest.mark.parametrize("overlap", ["refuse", "drop", "allow"])
+def test_more_prompts_are_read_without_their_answers_and_held_out_ones_are_refused_dropped_or_allowed(
+    tmp_path, config, overlap
+):
+    for name, numbers in (("train", range(6)), ("test", range(6, 8)), ("more", range(4, 12))):
+        rows = [f'{{"prompt": "p{i}", "completion": "c"}}\n' for i in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    (tmp_path / "more.jsonl").open("a").write('{"prompt": "alone"}\n{"prompt": "p11", "completion": "d"}\n')
+    names = {"dataset_name": "train", "eval_dataset_name": "test", "prompt_dataset_name": "more"}
+    given = {key: str(tmp_path / f"{name}.jsonl") for key, name in names.items()}
+    run = config(**given, eval_overlap=overlap, method="rft")
+    encoder = make_encoder(FAMILIES["pythia"](), run)
+    if overlap == "refuse":
+        with pytest.raises(InputError, match=r"more.jsonl: 2 of 9 prompts are also held out; expected other prompts"):
+            read_sets(run, encoder)
+        return
+    rows = tmp_path / "kept.jsonl"
+    with rows.open("w") as lines:
+        sets = read_sets(run, encoder, lines)
+    assert (len(sets.train), len(sets.held_out)) == (6, 2)
+    asked = [Rows(rows)[example.row]["messages"][0]["content"] for example in sets.prompts]
+    assert asked == ["p6", "p7"] * (overlap == "allow") + ["p8", "p9", "p10", "p11", "alone"]
+    assert not any(example.answer_ids or example.rejected_ids for example in sets.prompts)
+    counts = sets.set_counts["prompts"].counts
+    assert (counts["duplicates"], counts["also_demonstrations"], counts["also_held_out"]) == (1, 2, 2)
+
+
+def test_prompts_that_all_have_a_demonstration_are_refused(tmp_path, config):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "p{i}", "completion": "c"}}\n' for i in range(40)))
+    (tmp_path / "more.jsonl").write_text('{"prompt": "p1"}\n')
+    given = {"dataset_name": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.03}
+    run = config(**given, prompt_dataset_name=str(tmp_path / "more.jsonl"), method="rft", seed=1)
+    with pytest.raises(InputError, match=r"more.jsonl: no prompt is left; expected some without a demonstration"):
+        read_sets(run, make_encoder(FAMILIES["pythia"](), run))
+
+
 def test_a_prompt_without_any_token_is_refused_in_one_sentence(config):
     with pytest.raises(InputError, match="the prompt has no token, and the tokenizer no BOS"):
         encode_one("pythia", config(prompt_template="{}"), prompt="")

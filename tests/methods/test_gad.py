@@ -23,12 +23,15 @@ ROUNDS = {
 
 @pytest.fixture(scope="module")
 def rounds(tmp_path_factory):
-    output = tmp_path_factory.mktemp("rounds") / "run"
-    return output, *run(output, **ROUNDS)
+    folder = tmp_path_factory.mktemp("rounds")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{hour} o'clock at night"}) + "\n" for hour in range(12)))
+    keys = ROUNDS | {"prompt_dataset_name": prompts}
+    return folder / "run", keys, *run(folder / "run", **keys)
 
 
 def test_the_reward_learns_in_every_round_from_the_answers_that_it_then_judges(rounds):
-    output, _, _ = rounds
+    output, *_ = rounds
     stage = output / "stage-00"
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["phase"] for row in rows if row["step"] == 2] == [
@@ -42,16 +45,29 @@ def test_the_reward_learns_in_every_round_from_the_answers_that_it_then_judges(r
     for place, answers in (("round-00", "round-00/rollouts"), ("round-01", "rollouts")):
         counts = json.loads((stage / place / "pairs.json").read_text())
         drawn = [json.loads(line) for path in (stage / answers).glob("*.jsonl") for line in path.open()]
-        assert counts["pairs"] + counts["dropped_identical"] + counts["dropped_empty"] == len(drawn) == 48 * 3
-        assert counts["synthetic_tokens"] == sum(len(row["answer_ids"]) for row in drawn)
+        shown = [row for row in drawn if "o'clock at night" not in row["prompt"]]
+        assert len(drawn) - len(shown) == 6 * 3
+        assert counts["pairs"] + counts["dropped_identical"] + counts["dropped_empty"] == len(shown) == 48 * 3
+        assert counts["synthetic_tokens"] == sum(len(row["answer_ids"]) for row in shown)
     assert not (stage / "round-00" / "reward" / "model").exists()  # the next round's took its place
     first, last = (load_file(stage / name / "model/model.safetensors") for name in ("reward", "round-01/reward"))
     assert not [name for name in first if torch.equal(first[name], last[name])]
     assert json.loads((stage / "round-01/reward/eval.json").read_text())["reward_pairs"] > 0
 
 
+def test_prompts_without_answers_are_answered_in_every_round_and_teach_no_reward(rounds):
+    output, _, out, err = rounds
+    samples = [json.loads(line) for line in (output / "stage-00/samples/00000.jsonl").open()]
+    assert len(samples) == 96
+    assert not any("o'clock at night" in row["prompt"] for row in samples)
+    assert "prompts without answers: 12 of 12 rows" in out + err
+    assert json.loads((output / "data.json").read_text())["prompts"]["kept"] == 12
+    for place in ("stage-00/round-00", "stage-00"):
+        assert json.loads((output / place / "round.json").read_text())["answers"] == (48 + 6) * 3
+
+
 def test_the_report_counts_the_sampling_of_a_round_once(rounds):
-    output, _, _ = rounds
+    output, *_ = rounds
     pairs, seconds = (read_phases(output, name, []) for name in ("pairs.json", "round.json"))
     times = split_time(read_metrics(output, TIMES, []), pairs, seconds)
     assert list(times)[1:] == [
@@ -79,6 +95,6 @@ MOMENTS = [
 @full
 @pytest.mark.parametrize("moments", one_run_or_each_its_own(MOMENTS))
 def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_bytes(rounds, tmp_path, moments):
-    run_killed_at(tmp_path / "run", moments, **ROUNDS)
-    run(tmp_path / "run", **ROUNDS)
+    run_killed_at(tmp_path / "run", moments, **rounds[1])
+    run(tmp_path / "run", **rounds[1])
     assert contents(tmp_path / "run" / "final") == contents(rounds[0] / "final")

@@ -27,7 +27,7 @@ class PromptGroup(NamedTuple):
     answers: tuple[Sequence[int], ...]
     ref_logps: tuple[Tensor, ...] = ()  # per answer, the reference's log-probability of each token, fp32
     old_logps: tuple[Tensor, ...] = ()  # the same, of the policy that sampled the answer
-    advantages: tuple[float, ...] = ()  # per answer
+    advantages: tuple[Tensor, ...] = ()  # per answer, the advantage of each token, fp32
     learned: Sequence[int] | None = None  # tokens of a single answer that the loss is on; None: all of them
     teacher_prompt: Sequence[int] | None = None  # the prompt that the teacher reads; None: the same
     row: int = -1  # the example's line in data/rows.jsonl
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor  # [S + 1] int32
     ref_logps: Tensor | None  # [N] fp32
     old_logps: Tensor | None  # [N] fp32
-    advantages: Tensor | None  # [S] fp32
+    advantages: Tensor | None  # [N] fp32
     teacher: "Batch | None" = None  # the same answers behind the teacher's own prompts, in the same order
 
     def to(self, device: torch.device) -> "Batch":
@@ -129,7 +129,6 @@ def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
             targets += learned(answer, piece)
             lengths.append(len(learned(answer, piece)))
             end += len(kept)
-    advantages = [advantage for group in groups for advantage in group.advantages]
     return Batch(
         input_ids=torch.from_numpy(input_ids.reshape(shape)),
         position_ids=torch.from_numpy(position_ids.reshape(shape)),
@@ -143,7 +142,7 @@ def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         ref_logps=joined([group.ref_logps for group in groups]),
         old_logps=joined([group.old_logps for group in groups]),
-        advantages=torch.tensor(advantages, dtype=torch.float32) if advantages else None,
+        advantages=joined([group.advantages for group in groups]),
         teacher=pack([*map(for_teacher, groups)], layout) if groups[0].teacher_prompt is not None else None,
     )
 
@@ -180,9 +179,9 @@ def learned(values: Sequence[int], group: PromptGroup) -> Sequence[int]:
     return values if group.learned is None else [values[token] for token in group.learned]
 
 
-def joined(logps: Sequence[tuple[Tensor, ...]]) -> Tensor | None:
-    """Concatenate the log-probabilities ``[N]`` of all answers; None where the groups have none."""
-    answers = [answer for group in logps for answer in group]
+def joined(values: Sequence[tuple[Tensor, ...]]) -> Tensor | None:
+    """Concatenate the values of all answers' tokens to ``[N]``; None where the groups have none."""
+    answers = [answer for group in values for answer in group]
     return torch.cat(answers) if answers else None
 
 

@@ -16,34 +16,32 @@ from irlfast.ops import Head
 
 
 class SampledAnswers(NamedTuple):
-    """Answers that the policy sampled, with their log-probabilities and advantages."""
+    """Answers that the policy sampled, with the log-probability and the advantage of each token."""
 
-    logps: Tensor  # [S] log π(y), which carries the gradient
     token_logps: Tensor  # [N] log π(y_t), which carries the gradient
     old_logps: Tensor  # [N] log π_old(y_t) of the policy that sampled the answers
     cu_seqlens: Tensor  # [S + 1]
-    advantages: Tensor  # [S]
+    advantages: Tensor  # [N] A_t; the same for all tokens of an answer where its reward is not split among them
     n: int
     beta: float
     clip_range: float
 
 
 def rloo(x: SampledAnswers) -> Tensor:
-    """Return −A·log π(y) (arXiv 2402.14740, eq. 7): the policy gradient, unbiased at the policy that sampled."""
-    return -x.advantages * x.logps
+    """Return −Σ_t A_t·log π(y_t) (arXiv 2402.14740, eq. 7): the gradient is unbiased at the policy that sampled."""
+    return per_sequence(-x.advantages * x.token_logps, x.cu_seqlens)
 
 
 def ppo(x: SampledAnswers) -> Tensor:
-    """Return −Σ_t min(r_t·A, clip(r_t, 1 ± ``clip_range``)·A), r_t = π(y_t)/π_old(y_t) (arXiv 1707.06347, eq. 7).
+    """Return −Σ_t min(r_t·A_t, clip(r_t, 1 ± ``clip_range``)·A_t), r_t = π(y_t)/π_old(y_t) (arXiv 1707.06347, eq. 7).
 
     At the policy that sampled, the gradient is that of :func:`rloo`.
     """
-    advantages = x.advantages.repeat_interleave(x.cu_seqlens.diff(), output_size=len(x.token_logps))  # [N]
-    return per_sequence(clipped(x.token_logps - x.old_logps, advantages, x.clip_range), x.cu_seqlens)
+    return per_sequence(clipped(x.token_logps - x.old_logps, x.advantages, x.clip_range), x.cu_seqlens)
 
 
 def clipped(change: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """Return PPO's loss ``[N]`` of each token, from log r_t and A."""
+    """Return PPO's loss ``[N]`` of each token, from log r_t and A_t."""
     ratio = change.exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
 
@@ -52,8 +50,10 @@ def apa(x: SampledAnswers) -> Tensor:
     """Return β/2·(ρ − A/β − mean over the prompt's answers)², ρ = log π(y)/π_old(y) (arXiv 2306.02231, eq. 4).
 
     The mean stands for the log of the normaliser, which is unknown. The loss is least at π ∝ π_old·exp(A/β).
+    All tokens of an answer have its advantage A.
     """
-    gap = (per_sequence(x.token_logps - x.old_logps, x.cu_seqlens) - x.advantages / x.beta).view(-1, x.n)  # [P, n]
+    advantages = x.advantages[x.cu_seqlens[:-1]]  # [S]
+    gap = (per_sequence(x.token_logps - x.old_logps, x.cu_seqlens) - advantages / x.beta).view(-1, x.n)  # [P, n]
     return x.beta / 2 * (gap - gap.mean(1, keepdim=True)).flatten() ** 2
 
 
@@ -95,7 +95,6 @@ def align_loss(
     loss_of = POLICY_LOSSES[align].loss
     assert loss_of and batch.advantages is not None and batch.old_logps is not None
     sampled = SampledAnswers(
-        logps=result.policy_logps,
         token_logps=result.token_logps,
         old_logps=batch.old_logps,
         cu_seqlens=batch.cu_seqlens,

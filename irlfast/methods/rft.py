@@ -93,9 +93,9 @@ def align(
         return
     beta, kl_in = config.at("beta", stage), kl_place(config)
     advantages = advantages_of(reward - beta * rollouts.kl if kl_in == "reward" else reward, config)
-    each = zip(rollouts.groups, rollouts.old_logps, rollouts.ref_logps, advantages.tolist(), strict=True)
+    each = zip(rollouts.groups, rollouts.old_logps, rollouts.ref_logps, advantages.float(), strict=True)
     groups = [
-        x._replace(old_logps=old, ref_logps=ref if kl_in == "loss" else (), advantages=tuple(a))
+        x._replace(old_logps=old, ref_logps=ref if kl_in == "loss" else (), advantages=of_tokens(a, x))
         for x, old, ref, a in each
     ]
     loss = functools.partial(
@@ -169,6 +169,11 @@ def advantages_of(values: Tensor, config: Config) -> Tensor:
         return centred
     advantages = centred * (values.shape[1] / (values.shape[1] - 1))
     return advantages / (advantages.std() + 1e-8) if config.whiten_rewards else advantages
+
+
+def of_tokens(advantages: Tensor, group: PromptGroup) -> tuple[Tensor, ...]:
+    """Return the advantage of each token of each answer, from those ``[n]`` of whole answers."""
+    return tuple(a.expand(len(answer)) for a, answer in zip(advantages, group.answers, strict=True))
 
 
 def rft_phases(config: Config, rows: int, prompts: int = 0) -> Iterator[Phase]:

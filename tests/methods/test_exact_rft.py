@@ -12,7 +12,7 @@ from irlfast.engine.module import Policy
 from irlfast.losses.inputs import Normalisers
 from irlfast.losses.policy import align_loss
 from irlfast.losses.rewards import reward_loss
-from irlfast.methods.rft import advantages_of
+from irlfast.methods.rft import advantages_of, of_tokens
 from irlfast.ops import Head
 from tests.helpers.exact import ANSWERS, PROMPTS, answer_logps, flat_gradient, model
 from tests.helpers.prepared import prepared
@@ -124,7 +124,7 @@ def groups_of(policy, reference, chosen: list[tuple[int, ...]], reward: torch.Te
     index = torch.tensor(chosen)
     values = reward[index] - (BETA * (old - ref)[index] if kl_in == "reward" else 0)
     config = SimpleNamespace(align=align, whiten_rewards=False)
-    advantages = advantages_of(values, config).tolist()
+    advantages = advantages_of(values, config).float()
     scored = {m: tokens_of(m) for m in (policy, reference)}
     return [
         PromptGroup(
@@ -132,7 +132,7 @@ def groups_of(policy, reference, chosen: list[tuple[int, ...]], reward: torch.Te
             tuple(ANSWERS[i] for i in group),
             old_logps=tuple(scored[policy][i] for i in group),
             ref_logps=tuple(scored[reference][i] for i in group) if kl_in == "loss" else (),
-            advantages=tuple(values),
+            advantages=of_tokens(values, PromptGroup(PROMPT, tuple(ANSWERS[i] for i in group))),
         )
         for group, values in zip(chosen, advantages, strict=True)
     ]

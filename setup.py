@@ -108,6 +108,7 @@ setup(
         "triton": ["triton>=3.5"],
         "flash": ["flash-attn>=2"],
         "vllm": ["vllm>=0.32"],
+        "generate": ["openai>=2"],
         "report": ["tensorboard", "wandb"],
         "bench": ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "trl==1.16.0", "build"],

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("irlfast.train", "train a policy or a reward from demonstrations"),
     "bon": ("irlfast.bon", "sample n answers per prompt, and keep the answer with the highest reward"),
     "select": ("irlfast.data.select", "keep the demonstrations with the highest reward"),
+    "generate": ("irlfast.generate", "let a stronger model write demonstrations, by an OpenAI-compatible endpoint"),
     "report": ("irlfast.report", "write the page with a run's metrics and samples"),
     "chat": ("irlfast.chat", "talk with a model, or with the policy of a run"),
     "recipes": ("irlfast.recipes", "list the recipes, or print one"),

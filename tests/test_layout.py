@@ -39,6 +39,7 @@ ORDER = [
     "train",
     "bon",
     "data.select",
+    "generate",
     "report",
     "recipes",
     "doctor",

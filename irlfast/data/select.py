@@ -4,7 +4,8 @@
 
 The command reads the rows as training does and scores them in shards, which it keeps in ``OUTPUT.jsonl.scores/``: after
 a kill, the same command resumes. It writes the ``--keep`` rows with the highest reward, unchanged and in their order,
-each with its ``reward``. Only the rewards are held in memory.
+each with its ``reward``. It prints reward, length and diversity of these rows' answers, and of as many rows at random:
+a reward that favours one kind of answer shows there.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from irlfast.common.command import run_command, writing_to
 from irlfast.common.files import InputError, read_jsonl, write_jsonl
 from irlfast.common.messages import Progress
 from irlfast.config import Config
+from irlfast.data.diversity import describe_answers
 from irlfast.data.read import read_demonstrations
 from irlfast.data.sources import sources_of
 from irlfast.sampling.reward_external import load_external
@@ -52,9 +54,19 @@ def select(dataset: str, split: str, reward: str, output: Path, keep: int, batch
     if not rewards:
         raise InputError(f"dataset {dataset}, split {split!r}: found no rows, expected demonstrations")
     chosen = {*np.argsort(-np.array(rewards), kind="stable")[:keep].tolist()}
-    numbered = enumerate(read_demonstrations(config, sources_of(config), []))  # a second pass over the files
-    write_jsonl(output, ({**row.row, "reward": rewards[i]} for i, row in numbered if i in chosen))
+    drawn = {*np.random.default_rng(0).choice(len(rewards), len(chosen), replace=False).tolist()}
+    kept: list[dict] = []
+    answers: dict[int, str] = {}
+    for i, demonstration in enumerate(read_demonstrations(config, sources_of(config), [])):  # a second pass
+        if i in chosen:
+            kept.append({**demonstration.row, "reward": rewards[i]})
+        if demonstration.answer and (i in chosen or i in drawn):
+            answers[i] = demonstration.answer.get("content", "")
+    write_jsonl(output, kept)
     print(f"{len(chosen):,} of {len(rewards):,} rows: {output} (reward from {min(rewards[i] for i in chosen):.3f})")
+    for name, numbers in (("selected", chosen), ("at random", drawn)):
+        mean = np.mean([rewards[i] for i in numbers])
+        print(f"{name}: reward {mean:.3f}, {describe_answers([answers[i] for i in numbers])}")
 
 
 def command() -> None:

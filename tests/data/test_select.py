@@ -1,11 +1,13 @@
 """Demonstrations are selected by a small external reward model, with a tokenizer trained on the rows."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from irlfast.data.diversity import describe_answers, distinct
 from irlfast.models.tokenizers import train_tokenizer
 from tests.helpers.runs import PYTHON, printed
 
@@ -42,7 +44,10 @@ def select(*given, how=1, code: int = 0) -> tuple[str, str]:
 def test_the_best_rows_are_kept_unchanged_and_a_killed_run_keeps_its_scores(dataset, reward, tmp_path):
     folder, tokenizer, model = reward
     output = tmp_path / "best.jsonl"
-    assert "100 of 2,500 rows" in select(dataset, folder, output, "--keep", 100, how=PYTHON)[0]
+    said, _ = select(dataset, folder, output, "--keep", 100, how=PYTHON)
+    assert "100 of 2,500 rows" in said
+    [selected, at_random] = re.findall(r"^(?:selected|at random): reward (\S+), 2.0 words per answer", said, re.M)
+    assert float(selected) > float(at_random)
     kept = [json.loads(line) for line in output.open()]
     with torch.no_grad():
         texts = [row["prompt"] + row["completion"] for row in ROWS]
@@ -94,3 +99,10 @@ def test_an_external_reward_without_a_template_scores_prompt_and_answer_joined(r
     bon(tmp_path / "two", 2, **keys)
     scores = [load_file(tmp_path / name / "part-00000" / "scores.safetensors")["rewards"] for name in ("bon", "two")]
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)
+
+
+def test_diversity_is_the_share_of_ngrams_that_differ():
+    answers = ["a b c", "a b d", "a b"]
+    words = [answer.split() for answer in answers]
+    assert [distinct(words, n) for n in (1, 2, 3, 4)] == [4 / 8, 3 / 5, 2 / 2, 0]
+    assert describe_answers(answers) == "2.7 words per answer, distinct words 0.500, 2-grams 0.600, 3-grams 1.000"

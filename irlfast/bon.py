@@ -115,20 +115,31 @@ def best_of_each(rewards: np.ndarray, exact: np.ndarray, known: np.ndarray) -> l
     count = rewards.shape[1]
     order = rewards.argsort(1, kind="stable")
     ranked, right = (np.take_along_axis(values, order, 1) for values in (rewards, exact))
-    sizes = sorted({*(2**k for k in range(count.bit_length()) if 2**k <= count), count})
     rows = []
-    for n in sizes:
-        # The i-th lowest of N answers is the best of n where the other n − 1 are among the i lower ones.
-        weights = np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
+    for n in sizes_up_to(count):
+        shares = best_shares(n, count)
         rows.append(
             {
                 "n": n,
                 "kl_bound": math.log(n) - (n - 1) / n,
-                "reward": float((ranked @ weights).mean()),
-                "exact_match": float((right @ weights)[known].mean()) if known.any() else None,
+                "reward": float((ranked @ shares).mean()),
+                "exact_match": float((right @ shares)[known].mean()) if known.any() else None,
             }
         )
     return rows
+
+
+def sizes_up_to(count: int) -> list[int]:
+    """Return 1, 2, 4, … and ``count`` itself."""
+    return sorted({*(2**k for k in range(count.bit_length()) if 2**k <= count), count})
+
+
+def best_shares(n: int, count: int) -> np.ndarray:
+    """Return, for each answer by rising reward, the share of all choices of n of ``count`` answers that it is best of.
+
+    The i-th lowest answer is the best of n where the other n − 1 are among the i lower answers.
+    """
+    return np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
 
 
 def show(curve: list[dict[str, Any]]) -> None:

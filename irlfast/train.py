@@ -36,9 +36,8 @@ def train(config: Config) -> None:
     policy = run.initial
     if not wants_sft(config) or (train_stage is None and config.model_name_or_path):
         hold_out("initial", policy)
-    if wants_sft(config):
-        policy = sft(run, policy)
-        hold_out("sft", policy)
+    for phase, policy in sft(run, run.initial):
+        hold_out(phase, policy)
     initial = policy
     if train_stage and not config.facts.leaves_policy:
         finish_reward(run, Path(train_stage(run, 0, policy, initial)))

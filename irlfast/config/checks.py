@@ -83,6 +83,8 @@ def check_phases(config: Any) -> None:
         value = getattr(config, name)
         if isinstance(value, list) and len(value) != config.stages:
             raise InputError(f"{name}: found {len(value)} values, expected one or one per stage ({config.stages})")
+    if config.sft_nll_steps and not (config.sft_epochs or config.sft_steps):
+        raise InputError("sft_nll_steps: found steps before those of SFT, but no SFT; expected sft_epochs or sft_steps")
     if not config.facts.has_stages:
         check_sft_alone(config)
 

@@ -134,6 +134,14 @@ class Config:
     # SFT: the whole of method sft, a warm start of the others
     sft_epochs: NotNegative | None = key(None, "Passes of SFT (default: 1 for method sft, else none).")
     sft_steps: Annotated[int, Field(ge=0)] | None = key(None, "Optimiser steps of SFT, in place of sft_epochs.")
+    sft_loss_type: Literal["nll", "dft", "iw_sft"] = key(
+        "nll",
+        "The loss of SFT: -log pi(y), by token (nll); the same, times the token's probability (dft) or, by answer, "
+        "pi / pi_ref (iw_sft).",
+    )
+    sft_nll_steps: Annotated[int, Field(ge=0)] = key(
+        0, "Optimiser steps with nll before those with sft_loss_type. pi_ref is the policy after them."
+    )
     sft_learning_rate: Positive | None = key(None, "Peak learning rate of SFT (default: learning_rate).")
     sft_optim: Literal["rmsprop", "adamw_torch"] | None = key(None, "Optimiser of SFT (default: optim).")
     sft_per_device_train_batch_size: Count | None = key(

@@ -1,34 +1,107 @@
-"""Maximum likelihood of the demonstrations."""
+"""Losses on the demonstrations' own tokens: one function per ``sft_loss_type``, all in ``SFT_LOSSES``.
+
+Dimensions: N tokens that are learned, S demonstrations.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from irlfast import ops
 from irlfast.data.packing import Batch
-from irlfast.losses.inputs import Metrics, Normalisers, arguments
+from irlfast.losses.inputs import Metrics, Normalisers, arguments, per_sequence
 from irlfast.ops import Head
+
+MAX_IMPORTANCE_WEIGHT = 16.0  # of iw_sft, in its authors' code
+
+
+class ExpertTokens(NamedTuple):
+    """The demonstrations' tokens, with their log-probabilities."""
+
+    logps: Tensor  # [N] log π(y_t), which carries the gradient
+    ref_logps: Tensor | None  # [N] log π_ref(y_t)
+    cu_seqlens: Tensor  # [S + 1]
+
+
+Values = dict[str, Tensor]  # [N] each, values of every token whose means are logged
+
+
+def nll(x: ExpertTokens) -> tuple[Tensor, Values]:
+    """Return −log π(y_t): the forward KL to the expert."""
+    return -x.logps, {}
+
+
+def dft(x: ExpertTokens) -> tuple[Tensor, Values]:
+    """Return −sg(π(y_t))·log π(y_t), where sg stops the gradient (arXiv 2508.05629, eq. 9; TRL's ``dft``).
+
+    The gradient is −∇π(y_t): the policy gradient with a reward of 1 for the expert's token.
+    """
+    weights = x.logps.detach().exp()
+    return -weights * x.logps, {"weight": weights}
+
+
+def iw_sft(x: ExpertTokens) -> tuple[Tensor, Values]:
+    """Return −w(y)·log π(y_t), w = sg(exp(mean_t(log π(y_t) − log π_ref(y_t)))), at most 16 (arXiv 2507.12856).
+
+    The paper weighs a demonstration by q(y)/π_ref(y). As in its authors' code, q is the policy of this step, the ratio
+    is its geometric mean over the tokens, and π_ref is the policy before training.
+    """
+    assert x.ref_logps is not None
+    lengths = x.cu_seqlens.diff()
+    means = per_sequence(x.logps.detach() - x.ref_logps, x.cu_seqlens) / lengths  # [S]
+    weights = means.exp().clamp(max=MAX_IMPORTANCE_WEIGHT).repeat_interleave(lengths, output_size=len(x.logps))
+    return -weights * x.logps, {"weight": weights}
+
+
+class SftLoss(NamedTuple):
+    """A loss on the demonstrations' tokens, and what it needs beside the policy."""
+
+    loss: Callable[[ExpertTokens], tuple[Tensor, Values]]  # a loss [N] per token, and values to log
+    paper: str
+    scores_reference: bool = False  # the policy before training scores the demonstrations once
+
+
+SFT_LOSSES: dict[str, SftLoss] = {
+    "nll": SftLoss(nll, "maximum likelihood"),
+    "dft": SftLoss(dft, "DFT, arXiv 2508.05629, eq. 9"),
+    "iw_sft": SftLoss(iw_sft, "iw-SFT, arXiv 2507.12856", scores_reference=True),
+}
 
 
 def sft_loss(
-    hidden: Tensor, head: Head, batch: Batch, normalisers: Normalisers, *, remaining: bool = False
+    hidden: Tensor,
+    head: Head,
+    batch: Batch,
+    normalisers: Normalisers,
+    *,
+    loss_type: str = "nll",
+    remaining: bool = False,
 ) -> tuple[Tensor, Metrics]:
-    """Compute the mean of −log π(y_t) over the step's answer tokens: the forward KL to the expert.
+    """Compute the mean of a loss over the step's answer tokens.
 
-    ``remaining`` makes it the forward KL of states and actions (Inverse-RLignment, arXiv 2405.15624): token k of T,
-    counted from 0, has the weight (T − k)/T, because all later states are reached through it.
+    ``remaining`` weighs token k of T, counted from 0, by (T − k)/T, because all later states are reached through it:
+    with ``nll``, the forward KL of states and actions (Inverse-RLignment, arXiv 2405.15624).
     """
     result = ops.log_ratio(hidden, **arguments(head, batch))
-    logps, lengths = result.policy_logps, batch.cu_seqlens.diff()
-    loss = -logps.sum() / normalisers.tokens
+    losses, values = SFT_LOSSES[loss_type].loss(ExpertTokens(result.token_logps, batch.ref_logps, batch.cu_seqlens))
     if remaining:
-        size = len(batch.targets)
-        ends, whole = (x.repeat_interleave(lengths, output_size=size) for x in (batch.cu_seqlens[1:], lengths))
-        left = ends - torch.arange(size, dtype=torch.int64, device=hidden.device)
-        loss = -(result.token_logps * left / whole).sum() / normalisers.tokens
-    metrics = {
+        losses = losses * remaining_shares(batch.cu_seqlens, len(losses))
+    loss = losses.sum() / normalisers.tokens
+    values |= {"loss": losses, "nll_loss": -result.token_logps}
+    lengths = batch.cu_seqlens.diff()
+    metrics = {name: value.detach().sum() * normalisers.pairs / normalisers.tokens for name, value in values.items()}
+    metrics |= {
         "count": lengths.new_full((), lengths.numel()),
-        "loss": loss.detach() * normalisers.pairs,
-        "logps/chosen": logps.detach().sum(),
+        "logps/chosen": result.policy_logps.detach().sum(),
         "length/chosen": lengths.sum(),
     }
     return loss, metrics
+
+
+def remaining_shares(cu_seqlens: Tensor, size: int) -> Tensor:
+    """Return (T − k)/T ``[N]`` of token k of each answer of T tokens, N = ``size``."""
+    lengths = cu_seqlens.diff()
+    ends, whole = (x.repeat_interleave(lengths, output_size=size) for x in (cu_seqlens[1:], lengths))
+    return (ends - torch.arange(size, dtype=torch.int64, device=cu_seqlens.device)) / whole

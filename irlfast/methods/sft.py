@@ -6,20 +6,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from irlfast.config import Config
-from irlfast.data.packing import PromptGroup
+from irlfast.data.packing import PromptGroup, learned
 from irlfast.data.store import Example
 from irlfast.engine.fit import fit
 from irlfast.engine.plan import Plan, plan_phase
-from irlfast.losses.sft import sft_loss
+from irlfast.losses.sft import SFT_LOSSES, sft_loss
 from irlfast.methods.stages import Phase
 from irlfast.runs.run import Run
+from irlfast.sampling.scoring import score
 
 
-def sft(run: Run, policy: Path | str) -> Path:
-    """Maximise the likelihood of the demonstrations, which minimises KL(π_E ‖ π_θ). Return the new policy."""
+def sft(run: Run, policy: Path | str) -> Iterator[tuple[str, Path]]:
+    """Train on the demonstrations, if the configuration asks for it. Yield each phase with the new policy."""
+    config = run.config
+    if not wants_sft(config):
+        return
     groups = [group_of(example) for example in run.train]
-    loss = functools.partial(sft_loss, remaining=run.config.token_weighting == "remaining")
-    return fit(run, run.output / "sft", policy, groups, loss, sft_plan(run.config, len(groups)))
+    loss = functools.partial(sft_loss, remaining=config.token_weighting == "remaining")
+    if config.sft_nll_steps:
+        policy = fit(run, run.output / "sft-nll", policy, groups, loss, nll_plan(config, len(groups)))
+        yield "sft-nll", policy
+    folder = run.output / "sft"
+    if SFT_LOSSES[config.sft_loss_type].scores_reference:
+        groups = with_reference(run, policy, groups, folder / "reference.safetensors")
+    loss = functools.partial(loss, loss_type=config.sft_loss_type)
+    yield "sft", fit(run, folder, policy, groups, loss, sft_plan(config, len(groups)))
 
 
 def group_of(example: Example) -> PromptGroup:
@@ -28,21 +39,39 @@ def group_of(example: Example) -> PromptGroup:
         return PromptGroup(example.prompt_ids, (example.answer_ids,))
     first, prompt = max(1, example.earlier[0]), len(example.prompt_ids)
     rest = array("i", [*example.prompt_ids[first:], *example.answer_ids])
-    learned = [at - first for at in [*example.earlier, *range(prompt, prompt + len(example.answer_ids))] if at >= first]
-    return PromptGroup(example.prompt_ids[:first], (rest,), learned=learned)
+    tokens = [*example.earlier, *range(prompt, prompt + len(example.answer_ids))]
+    return PromptGroup(example.prompt_ids[:first], (rest,), learned=[at - first for at in tokens if at >= first])
+
+
+def with_reference(run: Run, reference: Path | str, groups: list[PromptGroup], path: Path) -> list[PromptGroup]:
+    """Add the reference's log-probabilities of the tokens that are learned. They are kept in the file ``path``."""
+    scores = score(run, reference, groups, path, in_4bit=run.config.load_in_4bit)
+    return [
+        group._replace(ref_logps=(logps[list(learned(range(len(logps)), group))],))
+        for group, (logps,) in zip(groups, scores, strict=True)
+    ]
 
 
 def sft_plan(config: Config, count: int) -> Plan:
     """Plan the steps of SFT over ``count`` prompt groups."""
+    return plan_sft(config, count, config.sft_epochs, config.sft_steps, seed=[0])
+
+
+def nll_plan(config: Config, count: int) -> Plan:
+    """Plan the steps of plain SFT that come before, over ``count`` prompt groups."""
+    return plan_sft(config, count, None, config.sft_nll_steps, seed=[0, 1])
+
+
+def plan_sft(config: Config, count: int, epochs: float | None, steps: int | None, seed: list[int]) -> Plan:
     return plan_phase(
         config,
         count,
         stage=None,
-        epochs=config.sft_epochs,
-        steps=config.sft_steps,
+        epochs=epochs,
+        steps=steps,
         learning_rate=config.sft_learning_rate or config.at("learning_rate", 0),
         optim=config.sft_optim or config.optim,
-        seed=[0],
+        seed=seed,
         micro_batch=config.sft_per_device_train_batch_size,
     )
 
@@ -52,6 +81,7 @@ def wants_sft(config: Config) -> bool:
 
 
 def sft_phases(config: Config, rows: int) -> Iterator[Phase]:
-    """List the phase of SFT on ``rows`` demonstrations, if the configuration asks for SFT."""
-    if wants_sft(config):
-        yield Phase("sft", functools.partial(sft_plan, config, rows), answers=1, sampled=0, files=("sft/eval.json",))
+    """List the phases of SFT on ``rows`` demonstrations, if the configuration asks for SFT."""
+    plans = {"sft-nll": nll_plan, "sft": sft_plan} if config.sft_nll_steps else {"sft": sft_plan}
+    for name, plan in plans.items() if wants_sft(config) else ():
+        yield Phase(name, functools.partial(plan, config, rows), answers=1, sampled=0, files=(f"{name}/eval.json",))

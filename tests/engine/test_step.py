@@ -19,7 +19,7 @@ from irlfast.engine.step import prepare_steps
 from irlfast.losses.pairs import irft_loss
 from irlfast.losses.policy import align_loss
 from irlfast.losses.rewards import reward_loss
-from irlfast.losses.sft import sft_loss
+from irlfast.losses.sft import SFT_LOSSES, sft_loss
 from irlfast.models.forward import hidden_states
 from tests.data.test_packing import model_of, ragged
 from tests.helpers.runs import printed, run
@@ -39,6 +39,7 @@ ALIGN = {"answers": 2, "beta": 0.1, "kl_in_loss": True, "clip_range": 0.2}
 REWARD = {"level": "sequence", "alpha": 0.5, "regularization": 0.1}
 LOSSES = {
     "sft": partial(sft_loss, remaining=True),
+    **{f"sft, {name}": partial(sft_loss, loss_type=name) for name in SFT_LOSSES},
     "irft": partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1),
     **{align: partial(align_loss, align=align, **ALIGN) for align in ("rloo", "ppo", "apa")},
     **{kind: partial(reward_loss, kind=kind, **REWARD) for kind in ("linear", "gail", "bradley_terry")},
@@ -52,7 +53,7 @@ def test_a_process_without_prompt_groups_adds_nothing_to_loss_and_gradients(name
     monkeypatch.setattr(dist, "rank", lambda: 1)
     model, heads = model_of("Llama"), torch.nn.Linear(32, 2)
     logps = torch.full((4,), -1.0)
-    groups = [PromptGroup([1, 2], ([3] * 4, [4] * 4), (logps, logps), (logps, logps), (1.0, -1.0))]
+    groups = [PromptGroup([1, 2], ([3] * 4, [4] * 4), (logps, logps), (logps, logps), (logps, -logps))]
     [prepared] = prepare_steps([np.array([0])], groups, Layout(), TokenLimit(8, auto=False))
     [batch] = prepared.batches
     head = ops.Head(heads.weight, heads.bias, 1.0, None) if LOSSES[name].func is reward_loss else ops.lm_head(model)

@@ -8,6 +8,7 @@ from irlfast.config import make_config
 from irlfast.config.methods import METHOD_FACTS, OWN_KL
 from irlfast.config.schema import Config
 from irlfast.losses.policy import POLICY_LOSSES
+from irlfast.losses.sft import SFT_LOSSES
 from irlfast.methods import METHODS
 from irlfast.ops.rewards.losses import REWARD_LOSSES
 from irlfast.reports.files import phase_order
@@ -26,6 +27,10 @@ def test_each_method_that_the_schema_takes_has_facts_and_functions():
 def test_each_alignment_that_the_schema_takes_has_a_policy_loss():
     assert set(values_of("align")) == POLICY_LOSSES.keys()
     assert set(OWN_KL) == {name for name, loss in POLICY_LOSSES.items() if loss.has_own_kl or loss.loss is None}
+
+
+def test_each_loss_of_sft_that_the_schema_takes_has_a_function():
+    assert set(values_of("sft_loss_type")) == SFT_LOSSES.keys()
 
 
 def test_reward_losses_and_divergences_have_the_names_that_ops_has():

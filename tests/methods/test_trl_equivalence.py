@@ -1,4 +1,4 @@
-"""Stage 0 of SPIN is DPO with the expert's answer chosen and the synthetic one rejected: TRL must agree."""
+"""Losses that TRL has, too: SFT and DFT, and stage 0 of SPIN, which is DPO against a synthetic answer."""
 
 import copy
 import functools
@@ -7,15 +7,17 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from irlfast import ops
 from irlfast.config import make_config
 from irlfast.data.encoding import make_encoder
 from irlfast.data.packing import PromptGroup, pack
+from irlfast.data.store import Example
 from irlfast.engine.module import Policy
 from irlfast.losses.inputs import Normalisers, arguments
 from irlfast.losses.pairs import irft_loss
+from irlfast.losses.sft import sft_loss
 from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
 from tests.helpers.prepared import prepared
@@ -46,12 +48,15 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
     return other
 
 
-def irlfast_loss(policy, reference, tokenizer, file) -> torch.Tensor:
+def examples(tokenizer, file, answer: int) -> list[Example]:
+    """The prompts of ROWS with the expert's answers (1) or the synthetic ones (2)."""
     config = make_config({"dataset_name": str(file), "model_name_or_path": str(file.parent), "prompt_template": "{}"})
-    encoder = make_encoder(tokenizer, config)
-    experts, _ = examples_of([pair(prompt, expert) for prompt, expert, _ in ROWS], encoder, config)
-    synthetic, _ = examples_of([pair(prompt, answer) for prompt, _, answer in ROWS], encoder, config)
-    pairs = [PromptGroup(y.prompt_ids, (y.answer_ids, z.answer_ids)) for y, z in zip(experts, synthetic, strict=True)]
+    return examples_of([pair(row[0], row[answer]) for row in ROWS], make_encoder(tokenizer, config), config)[0]
+
+
+def irlfast_loss(policy, reference, tokenizer, file) -> torch.Tensor:
+    both = zip(examples(tokenizer, file, 1), examples(tokenizer, file, 2), strict=True)
+    pairs = [PromptGroup(y.prompt_ids, (y.answer_ids, z.answer_ids)) for y, z in both]
     batch = pack(pairs)
     with torch.no_grad():
         hidden = hidden_states(reference, batch)
@@ -92,6 +97,39 @@ def test_spin_stage_0_has_dpos_loss_and_gradients(tmp_path, config_class):
     expected.backward()
     assert abs(loss.item() - 0.6931) > 0.01, "the reference must differ, or the test sees nothing"
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    same_gradients(ours, theirs)
+
+
+def same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     for (name, ours_), theirs_ in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         scale = theirs_.grad.abs().max().item()
         torch.testing.assert_close(ours_.grad, theirs_.grad, rtol=1e-4, atol=1e-5 * max(scale, 1), msg=name)
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_sft_has_trls_loss_and_gradients(tmp_path, loss_type):
+    tokenizer = pythia()
+    tokenizer.pad_token = tokenizer.eos_token
+    (tmp_path / "config.json").write_text("{}")
+    ours = tiny(LlamaConfig, len(tokenizer))
+    theirs = copy.deepcopy(ours)
+    groups = [PromptGroup(x.prompt_ids, (x.answer_ids,)) for x in examples(tokenizer, tmp_path / "config.json", 1)]
+    policy = Policy(prepared(ours), functools.partial(sft_loss, loss_type=loss_type))
+    loss, _ = policy(pack(groups), Normalisers(len(groups), sum(len(group.answers[0]) for group in groups)))
+    loss.backward()
+    rows = [{"prompt": prompt, "completion": expert} for prompt, expert, _ in ROWS]
+    arguments_ = SFTConfig(
+        output_dir=str(tmp_path),
+        loss_type=loss_type,
+        per_device_train_batch_size=len(ROWS),
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = SFTTrainer(theirs, args=arguments_, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    [batch] = trainer.get_train_dataloader()
+    expected = trainer.compute_loss(trainer.model, batch)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    same_gradients(ours, theirs)

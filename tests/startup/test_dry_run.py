@@ -32,7 +32,10 @@ def test_the_default_shows_examples_with_the_mask_steps_memory_and_time(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "configs").glob("*-*.yaml")))
+PUBLISHED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if "irlfast/demo" not in path.read_text())
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipe_is_valid_and_names_what_needs_a_download(recipe):
     out, err = dry(f"configs/{recipe}")
     assert "not checked: " in out

@@ -197,6 +197,20 @@ def check_alignment(config: Any) -> None:
             f"temperature: found 0 with num_generations {config.num_generations}, whose answers would all be the same; "
             "expected more than 0"
         )
+    if config.reward_credit == "token" and config.align in OWN_KL:
+        raise InputError(
+            f"reward_credit: found 'token' with align {config.align}, which weighs whole answers; expected align "
+            "rloo or ppo"
+        )
+    if config.reward_credit == "token" and config.reward_combine != "mean":
+        raise InputError(
+            f"reward_credit: found 'token' with reward_combine {config.reward_combine!r}, which is of whole "
+            "answers; expected reward_combine: mean"
+        )
+    if config.gamma != 1 and config.reward_credit == "sequence":
+        raise InputError(
+            f"gamma: found {config.gamma} with reward_credit 'sequence', expected 1 or reward_credit: token"
+        )
     if config.kl_in != "loss" and config.align in OWN_KL:
         raise InputError(
             f"kl_in: found {config.kl_in!r} with align {config.align}; expected it left out: the loss of apa has a KL "

@@ -248,6 +248,14 @@ class Config:
         "loss",
         "Where rloo and ppo subtract beta KL(pi || pi_ref). In the reward it is the KL of the policy that sampled.",
     )
+    reward_credit: Literal["sequence", "token"] = key(
+        "sequence",
+        "sequence gives all tokens of an answer the advantage of its whole reward. token gives each token that of the "
+        "rewards from it on, where a reward is one of tokens (reward_level: token, implicit rewards, kl_in: reward).",
+    )
+    gamma: Annotated[float, Field(ge=0, le=1)] = key(
+        1.0, "Discount per token of the later rewards, where reward_credit is token."
+    )
     whiten_rewards: bool = key(False, "Divide the advantages of rloo and ppo by their standard deviation.")
     cliprange: Positive = key(0.2, "Clip range of ppo.")
     missing_eos_penalty: NotNegative = key(0.0, "Subtracted from the reward of an answer that was cut.")

@@ -31,7 +31,7 @@ from irlfast.methods.stages import (
 )
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import DRAWN, sample
-from irlfast.sampling.rewards import combine, recipe, reward_of
+from irlfast.sampling.rewards import combine, recipe, reward_of, summed
 
 
 def reward_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
@@ -210,7 +210,7 @@ def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any
         pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, ids)) for x, ids in both if ids and ids != x.answer_ids]
         if pairs:
             heads = reward_of(run, str(folder / "model"), pairs, folder / part / "reward.safetensors")
-            rewards = combine([heads], run.config).view(-1, 2)
+            rewards = combine([summed(heads)], run.config).view(-1, 2)
             metrics[f"{name}_accuracy"] = (rewards[:, 0] > rewards[:, 1]).double().mean().item()
             metrics[f"{name}_margin"] = (rewards[:, 0] - rewards[:, 1]).mean().item()
             metrics[f"{name}_pairs"] = len(pairs)

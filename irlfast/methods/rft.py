@@ -21,6 +21,7 @@ from irlfast.data.store import Example
 from irlfast.engine.fit import fit
 from irlfast.losses.policy import POLICY_LOSSES, align_loss
 from irlfast.losses.sft import sft_loss
+from irlfast.methods.credit import advantages_of, less_kl, less_penalties, totals
 from irlfast.methods.reward import learn_reward, learn_reward_in_round, learns_in, reward_phase, round_reward_phase
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import (
@@ -35,8 +36,8 @@ from irlfast.methods.stages import (
 )
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import Sampling, sample_groups
-from irlfast.sampling.rewards import complete, rewards_of
-from irlfast.sampling.scoring import log_ratios, score
+from irlfast.sampling.rewards import complete, token_rewards
+from irlfast.sampling.scoring import Scores, log_ratios, score
 
 
 def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path | str:
@@ -68,10 +69,9 @@ class Rollouts(NamedTuple):
     """The answers that the policy samples in one round: n to each of P prompts."""
 
     groups: list[PromptGroup]
-    reward: Tensor  # [P, n]
-    old_logps: list[tuple[Tensor, ...]]  # per prompt and answer, each token's under the policy that sampled
-    ref_logps: list[tuple[Tensor, ...]]  # the same under the reference
-    kl: Tensor  # [P, n] the log-ratio of the two, whose mean is the KL of the policy that sampled
+    rewards: Scores  # of each token of each answer, fp64; with reward_credit sequence, all at the last token
+    old_logps: Scores  # each token's under the policy that sampled
+    ref_logps: Scores  # the same under the reference
 
 
 def align(
@@ -86,17 +86,18 @@ def align(
     """Do one round: sample n answers to each prompt, score them, and make the better answers likelier."""
     config, folder = run.config, run.output / round_name(run.config, stage, number)
     rollouts = roll_out(run, policy, reference, learned, examples, folder, round_sampling(config, stage, number))
-    reward = rollouts.reward - penalties(rollouts.groups, config, run.encoder.ends)
+    rewards = less_penalties(rollouts.rewards, rollouts.groups, config, run.encoder.ends)
     plan = policy_plan(config, stage, len(rollouts.groups))
     if POLICY_LOSSES[config.align].loss is None:
-        fit(run, folder, policy, best_answers(rollouts.groups, reward), sft_loss, plan)
+        fit(run, folder, policy, best_answers(rollouts.groups, totals(rewards)), sft_loss, plan)
         return
     beta, kl_in = config.at("beta", stage), kl_place(config)
-    advantages = advantages_of(reward - beta * rollouts.kl if kl_in == "reward" else reward, config)
-    each = zip(rollouts.groups, rollouts.old_logps, rollouts.ref_logps, advantages.float(), strict=True)
+    if kl_in == "reward":
+        rewards = less_kl(rewards, beta, rollouts.old_logps, rollouts.ref_logps)
+    advantages = advantages_of(rewards, config)
+    each = zip(rollouts.groups, rollouts.old_logps, rollouts.ref_logps, advantages, strict=True)
     groups = [
-        x._replace(old_logps=old, ref_logps=ref if kl_in == "loss" else (), advantages=of_tokens(a, x))
-        for x, old, ref, a in each
+        x._replace(old_logps=old, ref_logps=ref if kl_in == "loss" else (), advantages=a) for x, old, ref, a in each
     ]
     loss = functools.partial(
         align_loss,
@@ -123,21 +124,21 @@ def roll_out(
     begun = time.perf_counter()
     groups = sample_groups(run, policy, examples, n, folder / "rollouts", how)
     sampled = time.perf_counter()
-    reward = rewards_of(run, learned, groups, folder).view(-1, n)
-    kept = complete(reward)
-    groups, reward = [groups[i] for i in kept], reward[kept]
+    rewards = token_rewards(run, learned, groups, folder)
+    kept = complete(totals(rewards))
+    groups, rewards = [groups[i] for i in kept], [rewards[i] for i in kept]
     old = score(run, policy, groups, folder / "old.safetensors", in_4bit=config.load_in_4bit)
     ref = old
     if reference != policy:
         ref = score(run, reference, groups, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
-    kl = torch.stack([log_ratios(*both) for both in zip(old, ref, strict=True)])
     if dist.is_main() and not (folder / "round.json").exists():
+        reward, kl = totals(rewards), torch.cat([log_ratios(*both) for both in zip(old, ref, strict=True)])
         ended = [answer[-1] in run.encoder.ends for group in groups for answer in group.answers]
         metrics = {"reward": reward.mean().item(), "reward_std": reward.std(1).mean().item(), "kl": kl.mean().item()}
         metrics |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
         write_json(folder / "round.json", metrics | seconds)
-    return Rollouts(groups, reward, old, ref, kl)
+    return Rollouts(groups, rewards, old, ref)
 
 
 def kl_place(config: Config) -> str:
@@ -149,31 +150,6 @@ def best_answers(groups: Sequence[PromptGroup], reward: Tensor) -> list[PromptGr
     """Return each prompt with the answer that has the highest reward ``[P, n]``."""
     best = reward.argmax(1).tolist()
     return [PromptGroup(x.prompt, (x.answers[i],)) for x, i in zip(groups, best, strict=True)]
-
-
-def penalties(groups: Sequence[PromptGroup], config: Config, ends: Sequence[int]) -> Tensor:
-    """Return the penalty ``[P, n]`` of each answer: for its length, and for an end that was cut off."""
-    lengths = torch.tensor([[len(answer) for answer in group.answers] for group in groups], dtype=torch.float64)
-    unended = torch.tensor([[answer[-1] not in ends for answer in group.answers] for group in groups]).double()
-    return config.length_penalty * lengths + config.missing_eos_penalty * unended
-
-
-def advantages_of(values: Tensor, config: Config) -> Tensor:
-    """Subtract a baseline from values ``[P, n]``: the mean of the prompt's other answers (arXiv 2402.14740, eq. 8).
-
-    For a loss without ``leave_one_out`` the baseline is the mean of all answers to the prompt. ``whiten_rewards``
-    divides the others by their standard deviation over all prompts.
-    """
-    centred = values - values.mean(1, keepdim=True)
-    if not POLICY_LOSSES[config.align].leave_one_out:
-        return centred
-    advantages = centred * (values.shape[1] / (values.shape[1] - 1))
-    return advantages / (advantages.std() + 1e-8) if config.whiten_rewards else advantages
-
-
-def of_tokens(advantages: Tensor, group: PromptGroup) -> tuple[Tensor, ...]:
-    """Return the advantage of each token of each answer, from those ``[n]`` of whole answers."""
-    return tuple(a.expand(len(answer)) for a, answer in zip(advantages, group.answers, strict=True))
 
 
 def rft_phases(config: Config, rows: int, prompts: int = 0) -> Iterator[Phase]:

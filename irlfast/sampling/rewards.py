@@ -12,7 +12,7 @@ Every answer is scored once, and the scores are kept in files. A reward is one o
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from irlfast.ops import Head
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_external import external_rewards
 from irlfast.sampling.reward_function import function_rewards
-from irlfast.sampling.scoring import log_ratios, score
+from irlfast.sampling.scoring import Scores, score
 
 POLICY_ENDINGS = ("ForCausalLM", "LMHeadModel")  # of the names of architectures
 # How reward models that an earlier version saved spell their divergence.
@@ -50,22 +50,54 @@ def rewards_of(run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup],
     Raises:
         InputError: ``reward_combine`` asks for an ensemble, but there is one reward of one head.
     """
+    return combine([summed(values) for values in weighted(run, learned, groups, folder)], run.config)
+
+
+def token_rewards(run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], folder: Path) -> Scores:
+    """Return the reward of each token of every answer, fp64; their sums are those of :func:`rewards_of`.
+
+    With ``reward_credit: sequence``, the whole reward of an answer is at its last token. With ``token``, so is a reward
+    that judges whole answers, and a reward of tokens is at each of them.
+    """
+    lengths = [len(answer) for group in groups for answer in group.answers]
+    if run.config.reward_credit == "sequence":
+        flat = at_ends(rewards_of(run, learned, groups, folder).split(1), lengths)
+    else:
+        flat = combine([at_ends(values, lengths) for values in weighted(run, learned, groups, folder)], run.config)
+    answers = iter(flat.split(lengths))
+    return [tuple(next(answers) for _ in group.answers) for group in groups]
+
+
+def weighted(run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], folder: Path) -> list[Sequence[Tensor]]:
+    """Return the values of each reward, times its weight: of every answer ``[k, M]``, as :func:`reward_of` has them."""
     config = run.config
     models = [*map(str, learned), *config.reward_model_name_or_path]
     implicit = zip_longest(config.implicit_reward_policy, config.implicit_reward_reference)
-    by_models = [
+    scorers: list[Callable[..., Sequence[Tensor]]] = [
         *(functools.partial(reward_of, run, model) for model in models),
         *(functools.partial(implicit_reward, run, *both) for both in implicit),
     ]
-    by_functions = [functools.partial(function_rewards, run, name) for name in config.reward_function]
-    scorers = [*by_models, *by_functions]
-    weights = config.reward_weights or [1.0] * len(scorers)
-    each = [scorer(groups, folder / f"reward-{number}.safetensors") for number, scorer in enumerate(scorers)]
-    if config.reward_combine != "mean" and sum(values.shape[1] for values in each) < 2:
+    paths = [folder / f"reward-{number}.safetensors" for number in range(len(scorers) + len(config.reward_function))]
+    of_models = [scorer(groups, path) for scorer, path in zip(scorers, paths, strict=False)]
+    functions = zip(config.reward_function, paths[len(scorers) :], strict=True)
+    of_functions = [function_rewards(run, name, groups, path) for name, path in functions]
+    if config.reward_combine != "mean" and sum(v[0].shape[1] for v in of_models) + len(of_functions) < 2:
         raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
-    of_models, of_functions = each[: len(by_models)], each[len(by_models) :]
-    each = [*of_models, *without_none(of_functions, alone=not of_models, combined=config.reward_combine)]
-    return combine([weight * values for weight, values in zip(weights, each, strict=True)], config)
+    heard = without_none(of_functions, alone=not of_models, combined=config.reward_combine)
+    each = [*of_models, *(values.split(1) for values in heard)]
+    weights = config.reward_weights or [1.0] * len(each)
+    return [[weight * v for v in values] for weight, values in zip(weights, each, strict=True)]
+
+
+def summed(values: Sequence[Tensor]) -> Tensor:
+    """Sum the values ``[k, M]`` of each answer: ``[S, M]``."""
+    return torch.stack([v.sum(0) for v in values])
+
+
+def at_ends(values: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """Put the k values of each answer at its last k tokens, and 0 at the tokens before: ``[N, …]``."""
+    zeros = [v.new_zeros(length - len(v), *v.shape[1:]) for v, length in zip(values, lengths, strict=True)]
+    return torch.cat([part for both in zip(zeros, values, strict=True) for part in both])
 
 
 def without_none(rewards: Sequence[Tensor], alone: bool, combined: str) -> list[Tensor]:
@@ -102,8 +134,10 @@ def complete(rewards: Tensor) -> list[int]:
     return numbers
 
 
-def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) -> Tensor:
-    """Return the rewards ``[S, M]`` fp64 of every answer by the M heads of a reward model; ``path`` keeps them.
+def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) -> Sequence[Tensor]:
+    """Return the rewards of every answer by the M heads of a reward model, fp64; ``path`` keeps them.
+
+    An answer has the rewards ``[k, M]`` of its k tokens, or those ``[1, M]`` of the whole answer.
 
     Raises:
         InputError: there is no such reward model, or a learned one has another tokenizer than the policy.
@@ -111,11 +145,11 @@ def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) 
     config = reward_config(reward, run.config)
     how = getattr(config, "irlfast_reward", None)
     if how is None:
-        return external_rewards(run, reward, groups, path)
+        return external_rewards(run, reward, groups, path).split(1)
     check_tokenizer(run, reward)
     measure = functools.partial(head_rewards, **how)
     scores = score(run, reward, groups, path, measure, heads=config.num_labels)
-    return torch.stack([answer[0] for answers in scores for answer in answers]).double()
+    return [answer.double() for answers in scores for answer in answers]
 
 
 def reward_config(reward: str, config: Config) -> Any:
@@ -158,7 +192,7 @@ def any_config(model: str, config: Config) -> Any:
 def head_rewards(
     hidden: Tensor, head: Head, batch: Batch, *, level: str, divergence: str, alpha: float
 ) -> Sequence[Tensor]:
-    """Return the reward ``[1, M]`` of each answer from its heads' logits, summed over tokens at the level ``token``.
+    """Return the reward ``[1, M]`` of each answer from its heads' logits, or at the level ``token`` that of each token.
 
     Source: docs/design.md §3; f-MAX (arXiv 1911.02256), see :mod:`irlfast.ops.rewards.losses`.
     """
@@ -166,11 +200,11 @@ def head_rewards(
     logits = ops.reward_head(hidden, head.weight, batch.cu_seqlens, rows=batch.rows, bias=head.bias, pooling=pooling)
     rewards = ops.discriminator_reward(logits, kind=EARLIER.get(divergence, divergence), alpha=alpha).cpu()
     lengths = batch.cu_seqlens.diff().tolist() if level == "token" else [1] * (len(batch.cu_seqlens) - 1)
-    return [part.sum(0, keepdim=True) for part in rewards.split(lengths)]
+    return rewards.split(lengths)
 
 
 def combine(rewards: Sequence[Tensor], config: Config) -> Tensor:
-    """Combine rewards ``[S, M]`` into one reward ``[S]``.
+    """Combine rewards ``[S, M]`` into one reward ``[S]``, or those ``[N, M]`` of tokens into one ``[N]``.
 
     ``mean`` adds the rewards up, each the mean of its heads. The other two take all heads of all rewards as one
     ensemble: ``min`` is the least reward, ``mean_std`` is the mean minus k standard deviations.
@@ -183,8 +217,12 @@ def combine(rewards: Sequence[Tensor], config: Config) -> Tensor:
     return every.mean(1) - config.reward_std_weight * every.std(1, correction=min(1, every.shape[1] - 1))
 
 
-def implicit_reward(run: Run, policy: str, reference: str | None, groups: Sequence[PromptGroup], path: Path) -> Tensor:
-    """Return β·Σ_t log π(y_t)/π_ref(y_t) of every answer, ``[S, 1]`` fp64; without a reference β·log π(y).
+def implicit_reward(
+    run: Run, policy: str, reference: str | None, groups: Sequence[PromptGroup], path: Path
+) -> Sequence[Tensor]:
+    """Return β·log π(y_t)/π_ref(y_t) of the k tokens of every answer, ``[k, 1]`` fp64.
+
+    Without a reference, the values are β·log π(y_t).
 
     Raises:
         InputError: policy or reference have another tokenizer than the run's policy.
@@ -197,7 +235,8 @@ def implicit_reward(run: Run, policy: str, reference: str | None, groups: Sequen
         old = score(run, reference, groups, path.with_name(f"{path.stem}-reference.safetensors"))
     else:
         old = [tuple(torch.zeros_like(logps) for logps in answers) for answers in new]
-    return run.config.at("beta", 0) * torch.cat([log_ratios(*both) for both in zip(new, old, strict=True)])[:, None]
+    pairs = ((a, b) for both in zip(new, old, strict=True) for a, b in zip(*both, strict=True))
+    return [run.config.at("beta", 0) * (a.double() - b.double())[:, None] for a, b in pairs]
 
 
 def check_tokenizer(run: Run, policy: str) -> None:

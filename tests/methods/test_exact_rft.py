@@ -12,7 +12,7 @@ from irlfast.engine.module import Policy
 from irlfast.losses.inputs import Normalisers
 from irlfast.losses.policy import align_loss
 from irlfast.losses.rewards import reward_loss
-from irlfast.methods.rft import advantages_of, of_tokens
+from irlfast.methods.credit import advantages_of
 from irlfast.ops import Head
 from tests.helpers.exact import ANSWERS, PROMPTS, answer_logps, flat_gradient, model
 from tests.helpers.prepared import prepared
@@ -123,8 +123,12 @@ def groups_of(policy, reference, chosen: list[tuple[int, ...]], reward: torch.Te
     old, ref = (answer_logps(m, PROMPT).detach() for m in (policy, reference))
     index = torch.tensor(chosen)
     values = reward[index] - (BETA * (old - ref)[index] if kl_in == "reward" else 0)
-    config = SimpleNamespace(align=align, whiten_rewards=False)
-    advantages = advantages_of(values, config).float()
+    config = SimpleNamespace(align=align, whiten_rewards=False, reward_credit="sequence", gamma=1.0)
+    ends = [
+        tuple(at_the_end(r, ANSWERS[i]) for r, i in zip(*both, strict=True))
+        for both in zip(values, chosen, strict=True)
+    ]
+    advantages = advantages_of(ends, config)
     scored = {m: tokens_of(m) for m in (policy, reference)}
     return [
         PromptGroup(
@@ -132,10 +136,15 @@ def groups_of(policy, reference, chosen: list[tuple[int, ...]], reward: torch.Te
             tuple(ANSWERS[i] for i in group),
             old_logps=tuple(scored[policy][i] for i in group),
             ref_logps=tuple(scored[reference][i] for i in group) if kl_in == "loss" else (),
-            advantages=of_tokens(values, PromptGroup(PROMPT, tuple(ANSWERS[i] for i in group))),
+            advantages=values,
         )
         for group, values in zip(chosen, advantages, strict=True)
     ]
+
+
+def at_the_end(reward: torch.Tensor, answer: list[int]) -> torch.Tensor:
+    """The rewards of an answer's tokens where the last one has them all."""
+    return torch.tensor([0.0] * (len(answer) - 1) + [reward.item()], dtype=torch.float64)
 
 
 def tokens_of(policy) -> list[torch.Tensor]:

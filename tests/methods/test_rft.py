@@ -97,7 +97,14 @@ def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_bytes(rft, tmp_p
 
 
 OPTIONS = {
-    "afd-gail-token-ppo": {"method": "afd", "divergence": "gail", "reward_level": "token", "align": "ppo"},
+    "afd-gail-token-ppo": {
+        "method": "afd",
+        "divergence": "gail",
+        "reward_level": "token",
+        "reward_credit": "token",
+        "gamma": 0.9,
+        "align": "ppo",
+    },
     "afd-alpha-apa-lora": {
         "method": "afd",
         "reward_loss": "alpha",

@@ -11,7 +11,14 @@ from irlfast.common.files import InputError, find_path, is_glob, is_local
 from irlfast.config.methods import METHOD_FACTS, OWN_KL
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
-PER_STAGE = ("learning_rate", "beta", "temperature", "inner_epochs", "inner_steps")  # a list has one value per stage
+# A list has one value per stage.
+PER_STAGE = ("learning_rate", "beta", "renyi_alpha", "temperature", "inner_epochs", "inner_steps")
+LOSS_OPTIONS = {  # the values of loss_type that use each of these keys
+    "label_smoothing": ("cdpo", "robust", "exo_pair"),
+    "discopop_tau": ("discopop",),
+    "reward_shift": ("bco_pair", "space", "kto_pair"),
+    "renyi_alpha": ("iris",),
+}
 
 
 def check(config: Any) -> None:
@@ -26,6 +33,7 @@ def check(config: Any) -> None:
     check_alignment(config)
     check_phases(config)
     check_pair_loss(config)
+    check_triplets(config)
     check_lengths(config)
     check_teacher(config)
     check_engine(config)
@@ -114,12 +122,27 @@ def check_pair_loss(config: Any) -> None:
         raise InputError(
             f"loss_weights: found {len(config.loss_weights)} numbers, expected one per loss of loss_type ({len(names)})"
         )
-    for key, users in {"label_smoothing": ("cdpo", "robust", "exo_pair"), "discopop_tau": ("discopop",)}.items():
+    for key, users in LOSS_OPTIONS.items():
         value, default = getattr(config, key), type(config).__pydantic_fields__[key].default
         if value != default and not set(users) & set(names):
             raise InputError(f"{key}: found {value}, which loss_type {', '.join(names)} does not use")
     if "exo_pair" in names and not config.label_smoothing:
         raise InputError("label_smoothing: found 0, expected more than 0 with loss_type exo_pair (its paper has 0.001)")
+
+
+def check_triplets(config: Any) -> None:
+    """Check the keys of a method that learns from the first policy's answers, too, and has no reference."""
+    if not config.facts.triplets:
+        return
+    if config.prompts_per_stage != "all":
+        raise InputError(
+            f"prompts_per_stage: found {config.prompts_per_stage!r} with method {config.method}, which compares the "
+            "answers of all stages to the same prompts; expected all"
+        )
+    for name in ("history", "nll_weight", "max_expert_drop"):
+        value, default = getattr(config, name), type(config).__pydantic_fields__[name].default
+        if value != default:
+            raise InputError(f"{name}: found {value} with method {config.method}, which has none; expected it left out")
 
 
 def check_reward(config: Any) -> None:

@@ -17,6 +17,7 @@ class MethodFacts:
     aligns: bool = False  # the policy answers each prompt n times, and learns from the rewards of its answers
     has_teacher: bool = False  # a second model in training that gets no gradient
     needs_rejected: bool = False  # the rows must have a chosen and a rejected answer
+    triplets: bool = False  # the first policy's answers are learned from, too, and there is no reference
     leaves_policy: bool = True  # False: `final/` is a reward model
 
 
@@ -25,6 +26,7 @@ METHOD_FACTS: dict[str, MethodFacts] = {
     "spin": MethodFacts(
         preset={"prompts_per_stage": "all", "history": 1, "loss_type": "sigmoid", "reference": "stage"},
     ),
+    "t_spin": MethodFacts(preset={"prompts_per_stage": "all", "beta": 1.0}, triplets=True),
     "dpo": MethodFacts(preset={"prompts_per_stage": "all", "stages": 1}, needs_rejected=True),
     "rft": MethodFacts(learns_reward=True, aligns=True),
     "afd": MethodFacts(preset={"reward_loss": "bce"}, learns_reward=True, aligns=True),

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from irlfast.config.methods import METHOD_FACTS, MethodFacts
-from irlfast.config.types import Columns, Count, Datasets, NotNegative, PairLossName, Positive
+from irlfast.config.types import Columns, Count, Datasets, NotNegative, Order, PairLossName, Positive
 
 
 def key(default: Any, description: str) -> Any:
@@ -23,9 +23,10 @@ class Config:
     """Every key of a run (flat YAML; TRL's name where TRL has one)."""
 
     # The run
-    method: Literal["irft", "spin", "dpo", "rft", "afd", "reward", "sft"] = key(
+    method: Literal["irft", "spin", "t_spin", "dpo", "rft", "afd", "reward", "sft"] = key(
         "irft",
-        "The algorithm: irft; spin (irft with the defaults of SPIN); dpo (chosen against rejected answers); rft (learn "
+        "The algorithm: irft; spin (irft with the defaults of SPIN); t_spin (spin without a reference, also against "
+        "the first policy's answers); dpo (chosen against rejected answers); rft (learn "
         "a reward, then align the policy to it); afd (rft with a discriminator); reward (a reward model alone); sft.",
     )
     output_dir: str = key("runs/irft", "The folder of the run. The same command resumes the run that it holds.")
@@ -169,6 +170,13 @@ class Config:
         0.0, "Share of pairs that are the wrong way round, for loss_type cdpo, robust and exo_pair."
     )
     discopop_tau: Annotated[float, Field(ge=1e-6)] = key(0.05, "Temperature of loss_type discopop.")
+    reward_shift: Annotated[float, Field(ge=-80, le=80)] = key(
+        0.0, "Subtracted from the rewards of loss_type space (log mu of its paper), bco_pair and kto_pair."
+    )
+    renyi_alpha: Order | list[Order] = key(0.5, "Order alpha of the Renyi divergence of loss_type iris.")
+    historical_weight: NotNegative = key(
+        0.1, "t_spin: weight of the loss on the policy's answer above the first policy's, from the second stage on."
+    )
     beta: Positive | list[Positive] = key(
         0.1, "Scale of the log-ratio. In rft and afd, weight of the KL to the reference (1: the learned reward's own)."
     )

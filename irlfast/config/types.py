@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Order = Annotated[float, Field(ge=0, le=80)]
 
 
 PairLossName = Literal[
@@ -23,6 +24,7 @@ PairLossName = Literal[
     "nca_pair",
     "bco_pair",
     "space",
+    "iris",
     "kto_pair",
     "apo_zero",
     "apo_down",

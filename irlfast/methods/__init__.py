@@ -10,6 +10,7 @@ from irlfast.methods.reward import reward_phases, reward_stage
 from irlfast.methods.rft import rft_phases, rft_stage
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import Phase
+from irlfast.methods.t_spin import t_spin_phases, t_spin_stage
 from irlfast.runs.run import Run
 
 
@@ -26,6 +27,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "irft": Method(irft_stage, irft_phases),
     "spin": Method(irft_stage, irft_phases),
+    "t_spin": Method(t_spin_stage, t_spin_phases),
     "dpo": Method(dpo_stage, irft_phases),
     "rft": Method(rft_stage, rft_phases),
     "afd": Method(rft_stage, rft_phases),

@@ -4,6 +4,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from irlfast.common import dist
 from irlfast.common.files import write_json
@@ -48,16 +49,15 @@ def fit_pairs(
     if dist.is_main() and not (folder / "pairs.json").exists():
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
         write_json(folder / "pairs.json", counts | seconds)
-    loss = functools.partial(
-        irft_loss,
-        beta=config.at("beta", stage),
-        loss_type=config.loss_type,
-        nll_weight=config.nll_weight,
-        loss_weights=config.loss_weights,
-        label_smoothing=config.label_smoothing,
-        discopop_tau=config.discopop_tau,
-    )
+    loss = functools.partial(irft_loss, nll_weight=config.nll_weight, **pair_options(config, stage))
     return fit(run, folder, policy, pairs, loss, policy_plan(config, stage, len(pairs)))
+
+
+def pair_options(config: Config, stage: int) -> dict[str, Any]:
+    """Return the options of a stage's loss on pairs, as :func:`irlfast.ops.pair_loss` takes them."""
+    per_stage = {name: config.at(name, stage) for name in ("beta", "renyi_alpha")}
+    names = ("loss_type", "loss_weights", "label_smoothing", "discopop_tau", "reward_shift")
+    return per_stage | {name: getattr(config, name) for name in names}
 
 
 def irft_phases(config: Config, rows: int) -> Iterator[Phase]:

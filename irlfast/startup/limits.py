@@ -60,6 +60,8 @@ def groups_of(config: Config, row: Example) -> list[PromptGroup]:
     answers: list[tuple[Sequence[int], ...]] = [(row.answer_ids, sampled)]
     if row.rejected_ids:
         answers.append((row.answer_ids, row.rejected_ids))
+    if config.facts.triplets:
+        answers.append((row.answer_ids, sampled, sampled))
     if config.facts.aligns:
         n = config.num_generations
         trained = n if POLICY_LOSSES[config.align].loss else 1  # the others are scored, MAX_ANSWERS at a time

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 
-OPTIONS = {"label_smoothing": 0.1, "discopop_tau": 0.5, "simpo_gamma": 0.7, "reward_shift": 0.4}
+OPTIONS = {"label_smoothing": 0.1, "discopop_tau": 0.5, "simpo_gamma": 0.7, "reward_shift": 0.4, "renyi_alpha": 0.7}
 MU = math.exp(0.4)
 PER_TOKEN = {"ipo", "sigmoid_norm", "simpo"}
 
@@ -60,6 +60,7 @@ PAIR_LOSS_ORACLES = {
         # an answer is real with probability 1 / (1 + μ·exp(−reward)), where μ of 1 + μ answers are not
         (1 + MU * (-beta * y).exp()).log() + MU * (1 + (beta * s).exp() / MU).log()
     ),
+    "iris": lambda y, s, beta: ((-0.3 * beta * y).exp() - 1) / 0.3 + ((0.7 * beta * s).exp() - 1) / 0.7,
     "kto_pair": lambda y, s, beta: 1 - sigma(beta * y - 0.4) + 1 - sigma(0.4 - beta * s),
     "apo_zero": lambda y, s, beta: 1 - sigma(beta * y) + sigma(beta * s),
     "apo_down": lambda y, s, beta: sigma(beta * y) + 1 - sigma(beta * (y - s)),

@@ -42,6 +42,7 @@ def test_reward_losses_and_divergences_have_the_names_that_ops_has():
 PHASES = {
     "irft": ["sft", "stage-00", "stage-01"],
     "spin": ["sft", "stage-00", "stage-01"],
+    "t_spin": ["sft", "stage-00", "stage-01"],
     "dpo": ["sft", "stage-00", "stage-01"],
     "rft": ["sft", "stage-00/reward", "stage-00", "stage-01/reward", "stage-01"],
     "afd": ["sft", "stage-00/reward", "stage-00", "stage-01/reward", "stage-01"],

@@ -93,6 +93,7 @@ class PairLossSpec(NamedTuple):
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
     reward_shift: float = 0.0
+    renyi_alpha: float = 0.5
     f_divergence_type: str = "reverse_kl"  # a key of irlfast.ops.pair_loss.divergences.F_DIVERGENCES
     f_alpha_divergence_coef: float = 0.5
 

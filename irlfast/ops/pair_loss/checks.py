@@ -36,6 +36,7 @@ BOUNDS = {
     "discopop_tau": (1e-6, math.inf, "a number >= 1e-6"),
     "simpo_gamma": (-80.0, 80.0, "a number from -80 to 80"),
     "reward_shift": (-80.0, 80.0, "a number from -80 to 80"),
+    "renyi_alpha": (-80.0, 80.0, "a number from -80 to 80"),
 }
 
 # What is expected, as text that torch.compile need not put together

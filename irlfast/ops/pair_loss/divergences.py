@@ -20,23 +20,27 @@ class Reward(NamedTuple):
     slope: Tensor
 
 
+def power(ratio: Tensor, exponent: float) -> Reward:
+    """(exp(k·ρ) − 1) / k, where k is the exponent of exp ρ; ρ for k = 0"""
+    if abs(exponent) < 1e-6:
+        return Reward(ratio, torch.ones_like(ratio))
+    scaled = (exponent * ratio).clamp(max=LARGEST)
+    return Reward(scaled.expm1() / exponent, torch.where(exponent * ratio > LARGEST, 0, scaled.exp()))
+
+
 def reverse_kl(ratio: Tensor, coefficient: float) -> Reward:
     """ρ"""
-    return Reward(ratio, torch.ones_like(ratio))
+    return power(ratio, 0.0)
 
 
 def alpha_divergence(ratio: Tensor, coefficient: float) -> Reward:
     """(exp((α − 1)·ρ) − 1) / (α − 1), which is ρ for α = 1"""
-    power = coefficient - 1
-    if abs(power) < 1e-6:
-        return reverse_kl(ratio, coefficient)
-    exponent = (power * ratio).clamp(max=LARGEST)
-    return Reward(exponent.expm1() / power, torch.where(power * ratio > LARGEST, 0, exponent.exp()))
+    return power(ratio, coefficient - 1)
 
 
 def forward_kl(ratio: Tensor, coefficient: float) -> Reward:
     """1 − exp(−ρ)"""
-    return alpha_divergence(ratio, 0.0)
+    return power(ratio, -1.0)
 
 
 def js_divergence(ratio: Tensor, coefficient: float) -> Reward:

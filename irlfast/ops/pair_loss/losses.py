@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from irlfast.ops.pair_loss.divergences import power
+
 
 class PairTerms(NamedTuple):
     """The loss of each pair, and its derivatives by the two log-ratios."""
@@ -121,6 +123,11 @@ def space(expert: Tensor, synthetic: Tensor, beta: float, reward_shift: float) -
     return PairTerms(loss, -beta * torch.sigmoid(-a), beta * noise * torch.sigmoid(b))
 
 
+def iris(expert: Tensor, synthetic: Tensor, beta: float, renyi_alpha: float) -> PairTerms:
+    a, b = power(beta * expert, renyi_alpha - 1), power(beta * synthetic, renyi_alpha)
+    return PairTerms(b.value - a.value, -beta * a.slope, beta * b.slope)
+
+
 def kto_pair(expert: Tensor, synthetic: Tensor, beta: float, reward_shift: float) -> PairTerms:
     a, b = beta * expert - reward_shift, beta * synthetic - reward_shift
     return PairTerms(torch.sigmoid(-a) + torch.sigmoid(b), -beta * sigmoid_slope(a), beta * sigmoid_slope(b))
@@ -226,6 +233,12 @@ PAIR_LOSSES = {
         formula="−log σ(a − δ) − μ·log σ(δ − b), μ = exp(δ), δ = `reward_shift`",
         source="SPACE, arXiv 2512.07175: noise contrastive estimation, μ synthetic answers to one expert; β is 1",
         options=("reward_shift",),
+    ),
+    "iris": PairLossKind(
+        iris,
+        formula="e_α(b) − e_{α − 1}(a), e_k(x) = (exp(k·x) − 1)/k and e_0(x) = x, α = `renyi_alpha`",
+        source="IRIS, arXiv 2604.20933, without the logarithm of each mean, so that each pair has its own loss; β is 1",
+        options=("renyi_alpha",),
     ),
     "kto_pair": PairLossKind(
         kto_pair,

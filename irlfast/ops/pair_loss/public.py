@@ -147,6 +147,7 @@ def pair_loss(
     discopop_tau: float = 0.05,
     simpo_gamma: float = 0.5,
     reward_shift: float = 0.0,
+    renyi_alpha: float = 0.5,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
     nll_weight: float = 0.0,
@@ -180,7 +181,7 @@ def pair_loss(
       other pairs' log-ratios are not yet known. Compiled code calls it between two graphs. Or a sequence of these: the
       mixture that ``loss_weights`` weighs (default: 1 each). TRL's ``aot`` and ``aot_unpaired`` sort the log-ratios of
       a batch: they are losses of :func:`log_ratio`.
-    - ``label_smoothing``, ``discopop_tau``, ``simpo_gamma``, ``reward_shift``: options of some of these losses.
+    - ``label_smoothing``, ``discopop_tau``, ``simpo_gamma``, ``reward_shift``, ``renyi_alpha``: options of some losses.
     - ``f_divergence_type`` (arXiv 2309.16240): the reward that takes the place of ρ, for losses of the margin:
       ``reverse_kl`` ρ, ``forward_kl`` 1 − exp(−ρ), ``js_divergence`` log 2 + log σ(ρ), ``alpha_divergence``
       (exp((α − 1)·ρ) − 1) / (α − 1) with ``f_alpha_divergence_coef`` α.
@@ -220,8 +221,10 @@ def pair_loss(
     loss_types = (loss_type,) if isinstance(loss_type, str) or callable(loss_type) else tuple(loss_type)
     weights = (1.0,) * len(loss_types) if loss_weights is None else tuple(loss_weights)
     pairs = default_pairs(scored.num_sequences, hidden.device) if pairs is None else savable(pairs.long())
-    options = label_smoothing, discopop_tau, simpo_gamma, reward_shift, f_divergence_type, f_alpha_divergence_coef
-    spec = PairLossSpec(pairs, beta, loss_types, weights, pair_weights, nll_weight, num_pairs, num_tokens, *options)
+    options = label_smoothing, discopop_tau, simpo_gamma, reward_shift, renyi_alpha
+    divergence = f_divergence_type, f_alpha_divergence_coef
+    counts = num_pairs, num_tokens
+    spec = PairLossSpec(pairs, beta, loss_types, weights, pair_weights, nll_weight, *counts, *options, *divergence)
     spec = checks.check_spec(spec, scored, has_reference=ref_hidden is not None or ref_logps is not None)
     backend = choose_backend(backend, hidden, "hidden", dtype=scored.operands)
     require(group is None or backend != "plain", "group", group, "None, by backend 'plain'")

@@ -1,0 +1,72 @@
+"""One stage of T-SPIN (arXiv 2601.08198, algorithm 1): SPIN without a reference, also against the first policy."""
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from irlfast.common import dist
+from irlfast.common.files import InputError, write_json
+from irlfast.config import Config
+from irlfast.data.packing import PromptGroup
+from irlfast.data.store import Example, TokenIds
+from irlfast.engine.fit import fit
+from irlfast.losses.pairs import t_spin_loss
+from irlfast.methods.irft import pair_options
+from irlfast.methods.sft import sft_phases
+from irlfast.methods.stages import Phase, policy_plan, sampling, stage_examples, stage_name
+from irlfast.runs.run import Run
+from irlfast.sampling.generation import read_samples, sample
+
+
+def t_spin_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
+    """Sample answers ỹ ~ π_θ, then train on (y, ỹ) and on (ỹ, ỹ₀), where ỹ₀ is the first policy's answer.
+
+    The answers of stage 0 are those of the first policy. There ỹ = ỹ₀, so that the stage learns from (y, ỹ) alone, as
+    in the paper's experiments. Return the new policy. ``reference`` has no effect.
+    """
+    config, folder = run.config, run.output / stage_name(stage)
+    if (folder / "DONE").exists():
+        return folder / "policy"
+    begun = time.perf_counter()
+    examples = stage_examples(run.train, config, stage)
+    answers = [sample(run, policy, examples, folder / "samples", sampling(config, stage))]
+    weight = historical_weight(config, stage)
+    if weight:
+        answers.append(read_samples(run.output / stage_name(0) / "samples"))
+    groups, counts = make_groups(stage, examples, answers)
+    if dist.is_main() and not (folder / "pairs.json").exists():
+        write_json(folder / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
+    loss = functools.partial(t_spin_loss, historical_weight=weight, **pair_options(config, stage))
+    return fit(run, folder, policy, groups, loss, policy_plan(config, stage, len(groups)))
+
+
+def historical_weight(config: Config, stage: int) -> float:
+    return config.historical_weight if stage else 0.0
+
+
+def make_groups(
+    stage: int, examples: list[Example], answers: Sequence[Sequence[TokenIds]]
+) -> tuple[list[PromptGroup], dict[str, int]]:
+    """Make the prompt groups (prompt, (y, ỹ)) or (prompt, (y, ỹ, ỹ₀)), without those with an empty answer; count them.
+
+    Identical answers stay, because the other pair of a triplet has a gradient.
+
+    Raises:
+        InputError: no group is left.
+    """
+    groups = [PromptGroup(x.prompt_ids, (x.answer_ids, *own)) for x, *own in zip(examples, *answers, strict=True)]
+    kept = [group for group in groups if all(group.answers)]
+    if not kept:
+        raise InputError(f"{stage_name(stage)}: all {len(groups)} prompts have an empty answer; expected some without")
+    tokens = sum(map(len, answers[0]))
+    return kept, {"pairs": len(kept), "dropped_empty": len(groups) - len(kept), "synthetic_tokens": tokens}
+
+
+def t_spin_phases(config: Config, rows: int) -> Iterator[Phase]:
+    """List the phases of a run on ``rows`` demonstrations: SFT if asked for, then a phase per stage."""
+    yield from sft_phases(config, rows)
+    for stage in range(config.stages):
+        name, plan = stage_name(stage), functools.partial(policy_plan, config, stage, rows)
+        answers = 3 if historical_weight(config, stage) else 2
+        yield Phase(name, plan, answers=answers, sampled=rows, files=(f"{name}/pairs.json", f"{name}/eval.json"))

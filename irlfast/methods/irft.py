@@ -14,6 +14,7 @@ from irlfast.engine.fit import fit
 from irlfast.losses.pairs import irft_loss
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import Phase, make_pairs, policy_plan, sampling, stage_examples, stage_name, stage_size
+from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import sample
 from irlfast.sampling.scoring import score
@@ -42,7 +43,7 @@ def fit_pairs(
     """Score the pairs (y, ỹ) under the reference, then make K steps on their loss. The stage began at ``begun``."""
     config, folder = run.config, run.output / stage_name(stage)
     sampled = time.perf_counter()
-    pairs, counts = make_pairs(run, stage, examples, answers)
+    pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not compares(config))
     # In 4 bits the reference has the quantised base of the policy in training, so that the log-ratio starts at 0.
     ref_logps = score(run, reference, pairs, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
     pairs = [pair._replace(ref_logps=logps) for pair, logps in zip(pairs, ref_logps, strict=True)]
@@ -51,6 +52,12 @@ def fit_pairs(
         write_json(folder / "pairs.json", counts | seconds)
     loss = functools.partial(irft_loss, nll_weight=config.nll_weight, **pair_options(config, stage))
     return fit(run, folder, policy, pairs, loss, policy_plan(config, stage, len(pairs)))
+
+
+def compares(config: Config) -> bool:
+    """Return whether the loss is of differences alone, so that a pair of identical answers has no gradient."""
+    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    return all(PAIR_LOSSES[name].of_margin for name in names)
 
 
 def pair_options(config: Config, stage: int) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def make_pairs(
     """Make the prompt groups (prompt, (expert, synthetic)) of a stage and of ``history`` earlier ones; count them.
 
     Pairs whose synthetic answer is empty are left out. So are pairs of two identical answers, whose gradient is zero
-    in a loss of differences. A discriminator must see identical answers (``keep_identical``): without them it would
-    learn another density.
+    in a loss of differences. A discriminator, and a loss of each reward alone, must see identical answers
+    (``keep_identical``): without them they would learn another density.
 
     Raises:
         InputError: no pair is left.

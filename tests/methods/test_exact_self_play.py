@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from irlfast.config import make_config
 from irlfast.data.packing import PromptGroup
 from irlfast.losses.pairs import irft_loss, t_spin_loss
+from irlfast.methods.irft import compares
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from tests.helpers.exact import ANSWERS, PROMPTS, answer_logps, flat_gradient, loss_of, model, scored
 
+GIVEN = {"dataset_name": __file__, "model_name_or_path": "."}
 PROMPT = PROMPTS[0]
 ALL = list(itertools.product(range(len(ANSWERS)), repeat=2))
 ORDERS = [0.0, 0.5, 1.0, 2.0]
@@ -33,9 +36,13 @@ def probabilities(seed: int) -> Tensor:
     return answer_logps(model(seed), PROMPT).detach().exp()
 
 
-def trainers_expectation(policy, reference, expert_probs: Tensor, synthetic_probs: Tensor, **options) -> Tensor:
+def trainers_expectation(
+    policy, reference, expert_probs: Tensor, synthetic_probs: Tensor, identical: bool = True, **options
+) -> Tensor:
     """E_y E_ỹ of the trainer's loss on (y, ỹ): all pairs of answers, each with its probability as a weight."""
     weights = torch.outer(expert_probs, synthetic_probs).flatten()
+    if not identical:
+        weights = weights * torch.tensor([i != j for i, j in ALL])
     pairs = scored(reference, [PromptGroup(PROMPT, (ANSWERS[i], ANSWERS[j])) for i, j in ALL])
     loss = functools.partial(irft_loss, beta=1.0, pair_weights=weights * len(ALL), **options)
     return loss_of(policy, loss, pairs)[0]
@@ -92,6 +99,14 @@ def test_the_expert_is_stationary_for_answers_of_any_policy(bed, options, sample
     assert flat_gradient(value, expert).norm() < 1e-9
     value = trainers_expectation(policy, reference, probabilities(1), probabilities(sampler), **options)
     assert flat_gradient(value, policy).norm() > 0.05
+
+
+@pytest.mark.parametrize("options", [SELF_PLAY[0], SPACES[0], RENYIS[1]], ids=lambda options: options["loss_type"])
+def test_without_pairs_of_identical_answers_a_loss_of_each_reward_alone_learns_another_policy(bed, options):
+    expert, reference, _ = bed
+    value = trainers_expectation(expert, reference, probabilities(1), probabilities(2), identical=False, **options)
+    unchanged = flat_gradient(value, expert).norm() < 1e-9
+    assert unchanged == compares(make_config(GIVEN | options)) == (options["loss_type"] == "sigmoid")
 
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0])

@@ -252,12 +252,30 @@ def check_teacher(config: Any) -> None:
         raise InputError(f"sync_ref_model: found true with method {config.method}, which has no teacher")
     if config.facts.has_teacher and config.zero_stage == 3:
         raise InputError("zero_stage: found 3 with a teacher, which is a whole model in each process; expected 0 to 2")
-    if config.sync_ref_model:
-        return
-    for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-        value, default = getattr(config, name), type(config).__pydantic_fields__[name].default
-        if value != default:
-            raise InputError(f"{name}: found {value} without sync_ref_model, which freezes the teacher")
+    if config.facts.has_teacher:
+        check_distillation(config)
+
+
+def check_distillation(config: Any) -> None:
+    """Check the keys of a policy that learns from itself with the demonstration in its prompt."""
+    if config.distillation_mode == "sampled_token" and config.distillation_alpha != 1:
+        raise InputError(
+            f"distillation_alpha: found {config.distillation_alpha} with distillation_mode sampled_token, which "
+            "estimates the reverse KL alone; expected 1"
+        )
+    if 0 in (config.temperature if isinstance(config.temperature, list) else [config.temperature]):
+        raise InputError("temperature: found 0, which leaves policy and teacher no distributions; expected more than 0")
+    template, places = config.teacher_prompt_template, ("{prompt}", "{privileged_context}")
+    try:
+        template.format(prompt="", privileged_context="")
+        fits = all(place in template for place in places)
+    except (KeyError, IndexError, ValueError):
+        fits = False
+    if not fits:
+        raise InputError(
+            f"teacher_prompt_template: found {template!r}, expected a text with {' and '.join(places)}, and no other "
+            "braces"
+        )
 
 
 def check_engine(config: Any) -> None:

@@ -15,7 +15,7 @@ class MethodFacts:
     has_stages: bool = True  # False: the method is SFT alone
     learns_reward: bool = False  # the method trains a reward model on the pairs that `reward_data` names
     aligns: bool = False  # the policy answers each prompt n times, and learns from the rewards of its answers
-    has_teacher: bool = False  # a second model in training that gets no gradient
+    has_teacher: bool = False  # a second model in training, without a gradient, reads the demonstration in its prompt
     needs_rejected: bool = False  # the rows must have a chosen and a rejected answer
     triplets: bool = False  # the first policy's answers are learned from, too, and there is no reference
     leaves_policy: bool = True  # False: `final/` is a reward model
@@ -30,6 +30,17 @@ METHOD_FACTS: dict[str, MethodFacts] = {
     "dpo": MethodFacts(preset={"prompts_per_stage": "all", "stages": 1}, needs_rejected=True),
     "rft": MethodFacts(learns_reward=True, aligns=True),
     "afd": MethodFacts(preset={"reward_loss": "bce"}, learns_reward=True, aligns=True),
+    "sdft": MethodFacts(
+        preset={
+            "stages": 1,
+            "prompts_per_stage": "all",
+            "reference": "initial",
+            "sync_ref_model": True,
+            "ref_model_mixup_alpha": 0.01,
+            "ref_model_sync_steps": 1,
+        },
+        has_teacher=True,
+    ),
     "reward": MethodFacts(
         preset={"prompts_per_stage": "all", "stages": 1, "reward_data": "init_demo"},
         learns_reward=True,

@@ -23,11 +23,12 @@ class Config:
     """Every key of a run (flat YAML; TRL's name where TRL has one)."""
 
     # The run
-    method: Literal["irft", "spin", "t_spin", "dpo", "rft", "afd", "reward", "sft"] = key(
+    method: Literal["irft", "spin", "t_spin", "dpo", "rft", "afd", "sdft", "reward", "sft"] = key(
         "irft",
         "The algorithm: irft; spin (irft with the defaults of SPIN); t_spin (spin without a reference, also against "
-        "the first policy's answers); dpo (chosen against rejected answers); rft (learn "
-        "a reward, then align the policy to it); afd (rft with a discriminator); reward (a reward model alone); sft.",
+        "the first policy's answers); dpo (chosen against rejected answers); rft (learn a reward, then align the "
+        "policy to it); afd (rft with a discriminator); sdft (learn from itself with the demonstration in its prompt); "
+        "reward (a reward model alone); sft.",
     )
     output_dir: str = key("runs/irft", "The folder of the run. The same command resumes the run that it holds.")
     seed: Annotated[int, Field(ge=0)] = key(0, "Seed of new weights, shuffling and sampling.")
@@ -277,6 +278,23 @@ class Config:
         0.6, "Alpha of sync_ref_model. 1 at every step is the policy itself, without a second model."
     )
     ref_model_sync_steps: Count = key(512, "Optimiser steps from one synchronisation to the next.")
+    teacher_prompt_template: str = key(
+        "{prompt}\n\nThis is an example for a response to the question:\n{privileged_context}\n\nNow answer with a "
+        "response of your own, including the thinking process.",
+        "The last turn of the teacher's prompt in sdft; {privileged_context} is the demonstration.",
+    )
+    distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = key(
+        "full_logits", "Where sdft compares policy and teacher: at the sampled token, all tokens or the policy's top k."
+    )
+    distillation_alpha: Annotated[float, Field(ge=0, le=1)] = key(
+        1.0, "The divergence of sdft: 0 is forward KL (teacher || policy), 1 reverse KL, between them Jensen-Shannon."
+    )
+    distillation_topk: Count = key(100, "k of topk_logits.")
+    distillation_add_tail: bool = key(False, "Count the tokens outside the top k as one more token.")
+    distillation_is_clip: Positive | None = key(
+        None, "Weigh a token by pi / pi_old, at most this, where pi_old sampled it (default: no weights)."
+    )
+    num_loss_tokens_to_skip: Annotated[int, Field(ge=0)] = key(0, "First tokens of an answer that sdft does not learn.")
 
     # Optimisation
     learning_rate: Positive | list[Positive] = key(5e-7, "Peak learning rate.")

@@ -114,9 +114,7 @@ def encode(
     Raises:
         InputError: the template refuses a row, and ``bad_rows`` is refuse. The message names the row.
     """
-    template_text = encoder.template.header + encoder.template.after
-    control = control_tokens(encoder.tokenizer, template_text) if config.split_special_tokens else []
-    tokenizer, kept = make_safe_tokenizer(encoder.tokenizer, control), set[int]()
+    tokenizer, kept = safe_tokenizer(encoder, config), set[int]()
     stream = iter(rows)
     while batch := list(itertools.islice(stream, BATCH)):
         counts.counts["rows"] += len(batch)
@@ -137,6 +135,13 @@ def encode(
                 counts.counts["prompt_tokens"] += len(fitted.prompt)
                 counts.counts["answer_tokens"] += len(fitted.answer)
                 yield row, fitted
+
+
+def safe_tokenizer(encoder: Encoder, config: Config) -> SafeTokenizer:
+    """Return the tokenizer of rendered texts; with ``split_special_tokens``, tokens that users spell are text to it."""
+    template_text = encoder.template.header + encoder.template.after
+    control = control_tokens(encoder.tokenizer, template_text) if config.split_special_tokens else []
+    return make_safe_tokenizer(encoder.tokenizer, control)
 
 
 def is_empty(answer: Message, ids: list[int]) -> bool:

@@ -8,6 +8,7 @@ from irlfast.methods.dpo import dpo_stage
 from irlfast.methods.irft import irft_phases, irft_stage
 from irlfast.methods.reward import reward_phases, reward_stage
 from irlfast.methods.rft import rft_phases, rft_stage
+from irlfast.methods.sdft import sdft_phases, sdft_stage
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import Phase
 from irlfast.methods.t_spin import t_spin_phases, t_spin_stage
@@ -31,6 +32,7 @@ METHODS: dict[str, Method] = {
     "dpo": Method(dpo_stage, irft_phases),
     "rft": Method(rft_stage, rft_phases),
     "afd": Method(rft_stage, rft_phases),
+    "sdft": Method(sdft_stage, sdft_phases),
     "reward": Method(reward_stage, reward_phases),
     "sft": Method(None, sft_phases),
 }

@@ -40,7 +40,7 @@ def check_sizes(config: Config, train: list[Example], others: list[Example]) -> 
                 f"{stage_name(stage)}: found no row with a rejected answer to the prompt; expected rows of chosen and "
                 "rejected"
             )
-        if facts.aligns and len(rows) < config.align_rounds:
+        if (facts.aligns or facts.has_teacher) and len(rows) < config.align_rounds:
             raise InputError(
                 f"align_rounds: found {config.align_rounds}, but {stage_name(stage)} has {len(rows)} rows; "
                 "expected at least one row per round"

@@ -114,6 +114,11 @@ def check_model(config: Config) -> None:
         raise InputError(f"router_aux_loss_coef: found {balancing}, but a {text.model_type} has no router; expected 0")
     positions = getattr(text, "max_position_embeddings", None)
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
+    if positions and config.facts.has_teacher and config.max_length + config.max_new_tokens > positions:
+        raise InputError(
+            f"max_length: found {config.max_length}, but the model has {positions} positions; expected at most "
+            f"{positions - config.max_new_tokens}, so that a sampled answer fits behind the teacher's prompt"
+        )
     if positions and longest > positions:
         raise InputError(
             f"max_length {config.max_length}, or max_prompt_length {config.max_prompt_length} + max_new_tokens "

@@ -141,6 +141,18 @@ WRONG = {
     "gamma: found 0.9 with reward_credit 'sequence'": {"method": "rft", "gamma": 0.9},
     "kl_in: found 'reward' with align bon; expected it left out": {"method": "rft", "align": "bon", "kl_in": "reward"},
     "kl_in: found 'reward' with reference 'stage' and align_rounds 1": {"method": "rft", "kl_in": "reward"},
+    "sync_ref_model: found true with method irft, which has no teacher": {"sync_ref_model": True},
+    "zero_stage: found 3 with a teacher": {"method": "sdft", "zero_stage": 3},
+    "distillation_alpha: found 0.5 with distillation_mode sampled_token": {
+        "method": "sdft",
+        "distillation_mode": "sampled_token",
+        "distillation_alpha": 0.5,
+    },
+    "temperature: found 0, which leaves policy and teacher no": {"method": "sdft", "temperature": 0},
+    "teacher_prompt_template: found '{prompt} {x}', expected": {
+        "method": "sdft",
+        "teacher_prompt_template": "{prompt} {x}",
+    },
     "load_in_4bit: found true without use_peft": {"load_in_4bit": True},
     "load_in_4bit: found true with zero_stage 3": {"load_in_4bit": True, "use_peft": True, "zero_stage": 3},
     "bnb_4bit_quant_type: found 'int4', expected 'nf4' or 'fp4'": {"bnb_4bit_quant_type": "int4"},

@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from irlfast import ops
 from irlfast.common import dist
 from irlfast.config import Config, make_config
-from irlfast.config.methods import METHOD_FACTS, MethodFacts
 from irlfast.data.packing import PromptGroup
 from irlfast.engine.checkpoint import resume, save_checkpoint
 from irlfast.engine.deepspeed_engine import make_engine
@@ -32,7 +31,6 @@ from irlfast.startup.prepare import quiet
 
 STEPS, BATCH = 6, 4
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-METHOD_FACTS["spin"] = MethodFacts(has_teacher=True)
 KEYS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "averaged": {"sync_ref_model": True, "ref_model_mixup_alpha": 0.05, "ref_model_sync_steps": 1},
@@ -94,7 +92,7 @@ def case(folder: Path, keys: dict[str, Any]) -> dict[str, Any]:
     given = {"dataset_name": ".", "model_name_or_path": str(folder / "model"), "max_tokens_per_batch": 64}
     own = folder / f"{dist.rank()}.json"
     own.write_text(json.dumps({"zero_optimization": {"stage": keys["zero_stage"]}}))
-    config = make_config(given | {"deepspeed": str(own), "method": "spin"} | keys)
+    config = make_config(given | {"deepspeed": str(own), "method": "sdft", "sync_ref_model": False} | keys)
     engine, history, metrics = trained(config, folder, 0, STEPS)
     teacher = engine.module.teacher.prepared.model
     ends, wanted = weights(teacher), expected(history, config)

@@ -46,6 +46,7 @@ PHASES = {
     "dpo": ["sft", "stage-00", "stage-01"],
     "rft": ["sft", "stage-00/reward", "stage-00", "stage-01/reward", "stage-01"],
     "afd": ["sft", "stage-00/reward", "stage-00", "stage-01/reward", "stage-01"],
+    "sdft": ["sft", "stage-00", "stage-01"],
     "reward": ["sft", "stage-00/reward"],
     "sft": ["sft"],
 }

@@ -52,7 +52,7 @@ def check_model(config: Any) -> None:
         )
     if config.train_tokenizer and not config.config_name:
         raise InputError("train_tokenizer: a given model has a tokenizer of its own; expected config_name, a new model")
-    for name in ("config_name", "model_name_or_path"):
+    for name in ("config_name", "model_name_or_path", "reward_backbone"):
         check_path(name, getattr(config, name))
 
 
@@ -151,6 +151,11 @@ def check_reward(config: Any) -> None:
         raise InputError(f"reward_data: found 'none', expected pairs to learn from for method {config.method}")
     if config.reward_data in ("init_sft", "sft_demo") and not (config.sft_epochs or config.sft_steps):
         raise InputError(f"reward_data: {config.reward_data} needs an SFT policy; expected sft_epochs or sft_steps")
+    if config.reward_backbone and not (config.facts.learns_reward and config.reward_data != "none"):
+        raise InputError(
+            f"reward_backbone: found {config.reward_backbone!r}, but the run learns no reward; expected method rft, "
+            "afd, gad or reward, with pairs to learn from (reward_data)"
+        )
     if config.reward_every == "round" and config.reward_data != "policy_demo":
         raise InputError(
             f"reward_every: found 'round' with reward_data {config.reward_data}, which no round changes; expected "

@@ -30,6 +30,20 @@ METHOD_FACTS: dict[str, MethodFacts] = {
     "dpo": MethodFacts(preset={"prompts_per_stage": "all", "stages": 1}, needs_rejected=True),
     "rft": MethodFacts(learns_reward=True, aligns=True),
     "afd": MethodFacts(preset={"reward_loss": "bce"}, learns_reward=True, aligns=True),
+    "gad": MethodFacts(
+        preset={
+            "sft_epochs": 1.0,
+            "stages": 1,
+            "prompts_per_stage": "all",
+            "reward_every": "round",
+            "align_rounds": 8,
+            "align": "grpo",
+            "num_generations": 8,
+            "beta": 0.001,
+        },
+        learns_reward=True,
+        aligns=True,
+    ),
     "sdft": MethodFacts(
         preset={
             "stages": 1,

@@ -23,12 +23,12 @@ class Config:
     """Every key of a run (flat YAML; TRL's name where TRL has one)."""
 
     # The run
-    method: Literal["irft", "spin", "t_spin", "dpo", "rft", "afd", "sdft", "reward", "sft"] = key(
+    method: Literal["irft", "spin", "t_spin", "dpo", "rft", "afd", "gad", "sdft", "reward", "sft"] = key(
         "irft",
         "The algorithm: irft; spin (irft with the defaults of SPIN); t_spin (spin without a reference, also against "
         "the first policy's answers); dpo (chosen against rejected answers); rft (learn a reward, then align the "
-        "policy to it); afd (rft with a discriminator); sdft (learn from itself with the demonstration in its prompt); "
-        "reward (a reward model alone); sft.",
+        "policy to it); afd (rft with a discriminator); gad (rft whose reward learns in every round, with GRPO); sdft "
+        "(learn from itself with the demonstration in its prompt); reward (a reward model alone); sft.",
     )
     output_dir: str = key("runs/irft", "The folder of the run. The same command resumes the run that it holds.")
     seed: Annotated[int, Field(ge=0)] = key(0, "Seed of new weights, shuffling and sampling.")
@@ -220,6 +220,10 @@ class Config:
         "When a reward learns from the policy's answers: at the start of each stage; or at the start of the first, and "
         "then in every round, from the answers that it judges in that round.",
     )
+    reward_backbone: str | None = key(
+        None,
+        "The model that a reward starts from: a folder or hub name with the policy's tokenizer (default: the policy).",
+    )
     reward_frozen_layers: Annotated[int, Field(ge=0)] = key(
         0, "First layers of the reward's backbone that are not trained. All layers: heads on the policy's own backbone."
     )
@@ -248,14 +252,14 @@ class Config:
     )
 
     # RFT and AfD: aligning the policy to it
-    align: Literal["rloo", "ppo", "apa", "bon"] = key(
-        "rloo", "The policy loss: rloo, ppo or apa, or bon, which is SFT on the best of the n answers."
+    align: Literal["rloo", "ppo", "grpo", "apa", "bon"] = key(
+        "rloo", "The policy loss: rloo, ppo, grpo or apa, or bon, which is SFT on the best of the n answers."
     )
     num_generations: Annotated[int, Field(ge=2)] = key(4, "n: answers per prompt.")
     align_rounds: Count = key(1, "Rounds per stage. Each samples answers anew, to the next share of the prompts.")
     kl_in: Literal["loss", "reward", "none"] = key(
         "loss",
-        "Where rloo and ppo subtract beta KL(pi || pi_ref). In the reward it is the KL of the policy that sampled.",
+        "Where rloo, ppo and grpo subtract beta KL(pi || pi_ref). In the reward it is that of the policy that sampled.",
     )
     reward_credit: Literal["sequence", "token"] = key(
         "sequence",
@@ -266,7 +270,7 @@ class Config:
         1.0, "Discount per token of the later rewards, where reward_credit is token."
     )
     whiten_rewards: bool = key(False, "Divide the advantages of rloo and ppo by their standard deviation.")
-    cliprange: Positive = key(0.2, "Clip range of ppo.")
+    cliprange: Positive = key(0.2, "Clip range of ppo and grpo.")
     missing_eos_penalty: NotNegative = key(0.0, "Subtracted from the reward of an answer that was cut.")
     length_penalty: float = key(0.0, "Subtracted from the reward per token of the answer.")
 

@@ -40,6 +40,11 @@ def ppo(x: SampledAnswers) -> Tensor:
     return per_sequence(clipped(x.token_logps - x.old_logps, x.advantages, x.clip_range), x.cu_seqlens)
 
 
+def grpo(x: SampledAnswers) -> Tensor:
+    """Return :func:`ppo`'s loss per token of the answer (GRPO, arXiv 2402.03300, eq. 3, without its KL)."""
+    return ppo(x) / x.cu_seqlens.diff()
+
+
 def clipped(change: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """Return PPO's loss ``[N]`` of each token, from log r_t and A_t."""
     ratio = change.exp()
@@ -64,11 +69,13 @@ class PolicyLoss(NamedTuple):
     paper: str
     has_own_kl: bool = False  # the loss holds the policy to the one that sampled; the KL to π_ref is in the reward
     leave_one_out: bool = True  # the baseline of an answer is the mean of the other answers, not of all
+    divides_by_std: bool = False  # advantages are divided by the standard deviation of the prompt's answers
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "rloo": PolicyLoss(rloo, "RLOO, arXiv 2402.14740, eq. 7 and 8"),
     "ppo": PolicyLoss(ppo, "PPO, arXiv 1707.06347, eq. 7, with RLOO's advantages"),
+    "grpo": PolicyLoss(grpo, "GRPO, arXiv 2402.03300, eq. 3", leave_one_out=False, divides_by_std=True),
     "apa": PolicyLoss(apa, "APA, arXiv 2306.02231, eq. 4", has_own_kl=True, leave_one_out=False),
     "bon": PolicyLoss(None, "SFT on the best of n, Inverse-RLignment, arXiv 2405.15624"),
 }

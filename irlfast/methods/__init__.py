@@ -32,6 +32,7 @@ METHODS: dict[str, Method] = {
     "dpo": Method(dpo_stage, irft_phases),
     "rft": Method(rft_stage, rft_phases),
     "afd": Method(rft_stage, rft_phases),
+    "gad": Method(rft_stage, rft_phases),
     "sdft": Method(sdft_stage, sdft_phases),
     "reward": Method(reward_stage, reward_phases),
     "sft": Method(None, sft_phases),

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
-from irlfast.losses.policy import POLICY_LOSSES
+from irlfast.losses.policy import POLICY_LOSSES, PolicyLoss
 from irlfast.sampling.scoring import Scores
 
 BLOCK = 1024  # prompts whose answers are padded to the longest of them at a time
@@ -25,12 +25,13 @@ def advantages_of(rewards: Scores, config: Config) -> Scores:
     cannot change, are left out.
 
     The baseline is the mean of the prompt's other answers at the same position (arXiv 2402.14740, eq. 8), or of all
-    answers for a loss without ``leave_one_out``. ``whiten_rewards`` divides by the standard deviation over all prompts.
+    answers for a loss without ``leave_one_out``. GRPO divides by the standard deviation of the prompt's answers (arXiv
+    2402.03300, section 4.1.2), ``whiten_rewards`` by that over all prompts.
     """
     loss, whole = POLICY_LOSSES[config.align], config.reward_credit == "sequence"
     values = [tuple(r.sum(0, keepdim=True) if whole else r for r in answers) for answers in rewards]
     blocks = [values[start : start + BLOCK] for start in range(0, len(values), BLOCK)]
-    advantages = [a for block in blocks for a in centred_returns(block, config.gamma, loss.leave_one_out)]
+    advantages = [a for block in blocks for a in centred_returns(block, config.gamma, loss)]
     if config.whiten_rewards and loss.leave_one_out:
         scale = torch.cat(advantages).std() + 1e-8
         advantages = [a / scale for a in advantages]
@@ -38,8 +39,10 @@ def advantages_of(rewards: Scores, config: Config) -> Scores:
     return [tuple(next(each).float().expand(len(r)) for r in answers) for answers in rewards]
 
 
-def centred_returns(rewards: Scores, gamma: float, leave_one_out: bool) -> list[Tensor]:
+def centred_returns(rewards: Scores, gamma: float, loss: PolicyLoss) -> list[Tensor]:
     """Return the rewards-to-go of each answer's tokens, less the mean of the prompt's answers at the same position.
+
+    ``loss`` says whether an answer's own value counts in the mean, and whether the standard deviation divides.
 
     An answer that has ended keeps the return of its last token: where the whole reward is there and ``gamma`` is 1,
     all tokens of an answer have the same advantage, that of the answer.
@@ -52,7 +55,9 @@ def centred_returns(rewards: Scores, gamma: float, leave_one_out: bool) -> list[
     position = torch.minimum(torch.arange(returns.shape[1]), lengths[:, None] - 1)
     values = returns.gather(1, position).view(len(rewards), n, -1)
     centred = values - values.mean(1, keepdim=True)
-    if leave_one_out:
+    if loss.divides_by_std:
+        centred = centred / (values.std(1, keepdim=True) + 1e-4)  # the constant is TRL's
+    if loss.leave_one_out:
         centred = centred * (n / (n - 1))
     return [a[:length] for a, length in zip(centred.flatten(0, 1), lengths.tolist(), strict=True)]
 

@@ -40,9 +40,10 @@ def reward_stage(run: Run, stage: int, policy: Path | str, reference: Path | str
 
 
 def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
-    """Train the reward model of a stage, from that of the stage before, and return its folder.
+    """Train the reward model of a stage, and return its folder.
 
-    All stages share the first stage's reward model where its pairs do not depend on the policy.
+    The first stage starts from ``reward_backbone``, or else from the policy; each later stage from the reward model of
+    the stage before. All stages share the first one's model where its pairs do not depend on the policy.
     """
     config = run.config
     if not learns_in(config, stage):
@@ -51,7 +52,7 @@ def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
     if not (folder / "DONE").exists():
         pairs = reward_pairs(run, stage, policy)
         check_leaks(run, folder, pairs)
-        start = run.output / stage_name(stage - 1) / "reward" / "model" if stage else policy
+        start = run.output / stage_name(stage - 1) / "reward" / "model" if stage else config.reward_backbone or policy
         fit(run, folder, start, pairs, loss_of(config), reward_plan(config, [stage], len(pairs)))
     evaluate_reward(run, folder, policy)
     return folder / "model"

@@ -24,6 +24,7 @@ from irlfast import ops
 from irlfast.common.files import InputError, find_path
 from irlfast.common.messages import first_sentence, log
 from irlfast.config import Config
+from irlfast.data.encoding import Encoder
 from irlfast.data.packing import Batch, PromptGroup
 from irlfast.models.lora import base_and_adapter
 from irlfast.ops import Head
@@ -146,7 +147,7 @@ def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) 
     how = getattr(config, "irlfast_reward", None)
     if how is None:
         return external_rewards(run, reward, groups, path).split(1)
-    check_tokenizer(run, reward)
+    check_tokenizer(f"reward model {reward}", reward, run.encoder, run.config)
     measure = functools.partial(head_rewards, **how)
     scores = score(run, reward, groups, path, measure, heads=config.num_labels)
     return [answer.double() for answers in scores for answer in answers]
@@ -229,7 +230,7 @@ def implicit_reward(
     """
     for model in (policy, reference):
         if model:
-            check_tokenizer(run, model)
+            check_tokenizer(f"implicit reward {model}", model, run.encoder, run.config)
     new = score(run, policy, groups, path)
     if reference:
         old = score(run, reference, groups, path.with_name(f"{path.stem}-reference.safetensors"))
@@ -239,19 +240,19 @@ def implicit_reward(
     return [run.config.at("beta", 0) * (a.double() - b.double())[:, None] for a, b in pairs]
 
 
-def check_tokenizer(run: Run, policy: str) -> None:
-    """Check that a reward reads the same token ids as the run's policy; the padding token may differ.
+def check_tokenizer(what: str, model: str, encoder: Encoder, config: Config) -> None:
+    """Check that a model reads the same token ids as the run's policy; the padding token may differ.
 
     Raises:
-        InputError: the reward's tokenizer cannot be loaded, or is another one.
+        InputError: the model's tokenizer cannot be loaded, or is another one; the message begins with ``what``.
     """
     import transformers
 
-    name = str(find_path(policy) or policy)
+    name = str(find_path(model) or model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=run.config.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"reward model {policy}: its tokenizer cannot be loaded ({first_sentence(error)})") from error
-    padding = {(each.pad_token, each.pad_token_id) for each in (tokenizer, run.encoder.tokenizer)}
-    if (tokenizer.get_vocab().items() ^ run.encoder.tokenizer.get_vocab().items()) - padding:
-        raise InputError(f"reward model {policy}: found another tokenizer than the policy's; expected the same")
+        raise InputError(f"{what}: its tokenizer cannot be loaded ({first_sentence(error)})") from error
+    padding = {(each.pad_token, each.pad_token_id) for each in (tokenizer, encoder.tokenizer)}
+    if (tokenizer.get_vocab().items() ^ encoder.tokenizer.get_vocab().items()) - padding:
+        raise InputError(f"{what}: found another tokenizer than the policy's; expected the same")

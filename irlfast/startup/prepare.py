@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from irlfast.runs.hub import create_repository
 from irlfast.runs.metrics_log import MetricsLog
 from irlfast.runs.output import check_output, lock
 from irlfast.runs.run import Run
+from irlfast.sampling.rewards import check_tokenizer
 from irlfast.startup.limits import check_lora, check_rewards, check_sizes, check_vllm
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -106,20 +108,22 @@ def check_model(config: Config) -> None:
     """
     model_config = load_model_config(config)
     text = model_config.get_text_config()
-    frozen, layers = config.reward_frozen_layers, text.num_hidden_layers
+    backbone = config.reward_backbone
+    judge = load_model_config(config, backbone).get_text_config() if backbone else text
+    frozen, layers = config.reward_frozen_layers, judge.num_hidden_layers
     if frozen > layers:
         raise InputError(f"reward_frozen_layers: found {frozen}, but the model has {layers} layers")
     balancing = config.router_aux_loss_coef
     if balancing and not hasattr(text, "output_router_logits"):
         raise InputError(f"router_aux_loss_coef: found {balancing}, but a {text.model_type} has no router; expected 0")
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = min(getattr(each, "max_position_embeddings", None) or math.inf for each in (text, judge))
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
-    if positions and config.facts.has_teacher and config.max_length + config.max_new_tokens > positions:
+    if config.facts.has_teacher and config.max_length + config.max_new_tokens > positions:
         raise InputError(
             f"max_length: found {config.max_length}, but the model has {positions} positions; expected at most "
             f"{positions - config.max_new_tokens}, so that a sampled answer fits behind the teacher's prompt"
         )
-    if positions and longest > positions:
+    if longest > positions:
         raise InputError(
             f"max_length {config.max_length}, or max_prompt_length {config.max_prompt_length} + max_new_tokens "
             f"{config.max_new_tokens}: found up to {longest} tokens, but the model has {positions} positions"
@@ -150,7 +154,10 @@ def check_weights(config: Config) -> None:
 def read_encoder(config: Config, begun: datetime.datetime) -> Encoder:
     """Load the run's tokenizer, or train it, and make the encoder of conversations."""
     tokenizer = load_tokenizer(config, tokenizer_texts(config) if config.train_tokenizer else [])
-    return make_encoder(tokenizer, config, begun, stop_tokens(config))
+    encoder = make_encoder(tokenizer, config, begun, stop_tokens(config))
+    if config.reward_backbone:
+        check_tokenizer(f"reward_backbone {config.reward_backbone}", config.reward_backbone, encoder, config)
+    return encoder
 
 
 def check_rows(config: Config, encoder: Encoder, examples: list[Example]) -> None:

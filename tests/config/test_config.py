@@ -115,6 +115,7 @@ WRONG = {
     "prompt_dataset_name: found .* with method irft, which needs a demonstration for every prompt": {
         "prompt_dataset_name": __file__
     },
+    "reward_backbone: found .* but the run learns no reward": {"reward_backbone": "gpt2"},
     "reward_every: found 'round' with reward_data init_demo": {"reward_every": "round", "reward_data": "init_demo"},
     "history: found 1 with reward_every 'round', expected 0": {"reward_every": "round", "history": 1},
     "implicit_reward_reference: found 1, expected none or one per": {"implicit_reward_reference": "gpt2"},

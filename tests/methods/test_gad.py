@@ -1,18 +1,18 @@
-"""A reward that learns in every round, as a user runs it: files, metrics, a kill at any moment."""
+"""GAD as a user runs it: a reward that learns in every round, prompts without answers, a backbone of its own."""
 
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.reports.files import TIMES, read_metrics, read_phases, split_time
 from tests.helpers.runs import contents, run, run_killed_at
 from tests.helpers.tiers import full, one_run_or_each_its_own
 
 ROUNDS = {
-    "method": "rft",
-    "reward_every": "round",
+    "method": "gad",
     "stages": 1,
     "align_rounds": 2,
     "num_generations": 3,
@@ -98,3 +98,34 @@ def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_bytes(rounds, tm
     run_killed_at(tmp_path / "run", moments, **rounds[1])
     run(tmp_path / "run", **rounds[1])
     assert contents(tmp_path / "run" / "final") == contents(rounds[0] / "final")
+
+
+@pytest.fixture(scope="module")
+def backbone(rounds, tmp_path_factory):
+    """A model that is deeper and wider than the policy, with the policy's tokenizer."""
+    folder, policy = tmp_path_factory.mktemp("backbone") / "model", rounds[0] / "sft" / "policy"
+    config = AutoConfig.from_pretrained(policy)
+    config.num_hidden_layers, config.layer_types = config.num_hidden_layers + 1, None
+    config.hidden_size, config.intermediate_size = 2 * config.hidden_size, 2 * config.intermediate_size
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_can_have_a_backbone_of_its_own_that_is_larger_than_the_policy(rounds, backbone, tmp_path):
+    keys = {"align_rounds": 1, "reward_backbone": backbone, "reward_steps": 2, "inner_steps": 2, "sft_steps": 1}
+    run(tmp_path / "run", **{**ROUNDS, **keys})
+    given = load_file(backbone / "model.safetensors")
+    for place in ("reward", "round-00/reward"):
+        learned = load_file(tmp_path / "run" / "stage-00" / place / "model" / "model.safetensors")
+        assert {name for name in learned if name not in given} == {"score.weight"}
+        shared = [name for name in learned if name in given]
+        assert not [name for name in shared if torch.equal(learned[name][: len(given[name])], given[name])]
+    policy = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert policy["model.norm.weight"].shape == (given["model.norm.weight"].shape[0] // 2,)
+
+
+def test_a_backbone_with_another_tokenizer_is_refused_before_anything_is_written(backbone, tmp_path):
+    _, err = run(tmp_path / "run", code=2, **{**ROUNDS, "train_tokenizer": 290}, reward_backbone=backbone)
+    assert f"reward_backbone {backbone}: found another tokenizer than the policy's; expected the same" in err
+    assert not (tmp_path / "run").exists()

@@ -39,6 +39,13 @@ def test_reward_losses_and_divergences_have_the_names_that_ops_has():
     assert {name for value in values_of("divergence") for name in get_args(value)} == divergences
 
 
+def rounds_of(stage: int, rounds: int) -> list[str]:
+    """Return the phases of a stage's rounds where the reward learns in each."""
+    names = [f"stage-{stage:02d}/round-{number:02d}" for number in range(rounds)]
+    policies = [*names[:-1], f"stage-{stage:02d}"]
+    return [phase for name, policy in zip(names, policies, strict=True) for phase in (f"{name}/reward", policy)]
+
+
 PHASES = {
     "irft": ["sft", "stage-00", "stage-01"],
     "spin": ["sft", "stage-00", "stage-01"],
@@ -46,6 +53,11 @@ PHASES = {
     "dpo": ["sft", "stage-00", "stage-01"],
     "rft": ["sft", "stage-00/reward", "stage-00", "stage-01/reward", "stage-01"],
     "afd": ["sft", "stage-00/reward", "stage-00", "stage-01/reward", "stage-01"],
+    "gad": [
+        "sft",
+        "stage-00/reward",
+        *(name for stage in range(2) for name in rounds_of(stage, 8)),
+    ],
     "sdft": ["sft", "stage-00", "stage-01"],
     "reward": ["sft", "stage-00/reward"],
     "sft": ["sft"],
@@ -80,16 +92,6 @@ def test_a_reward_that_does_not_depend_on_the_policy_is_learned_once():
 def test_a_reward_that_learns_in_every_round_is_warmed_up_once():
     keys = {"dataset_name": __file__, "model_name_or_path": ".", "method": "rft", "stages": 2, "align_rounds": 2}
     phases = list(METHODS["rft"].phases(make_config(keys | {"reward_every": "round", "num_generations": 4}), 96))
-    assert [phase.name for phase in phases] == [
-        "stage-00/reward",
-        "stage-00/round-00/reward",
-        "stage-00/round-00",
-        "stage-00/round-01/reward",
-        "stage-00",
-        "stage-01/round-00/reward",
-        "stage-01/round-00",
-        "stage-01/round-01/reward",
-        "stage-01",
-    ]
+    assert [phase.name for phase in phases] == ["stage-00/reward", *rounds_of(0, 2), *rounds_of(1, 2)]
     assert [len(phase.plan().steps) for phase in phases[:3]] == [6, 12, 3]  # 48 pairs, 24 prompts of 4 answers
     assert sorted((phase.name for phase in phases), key=phase_order) == [phase.name for phase in phases]

@@ -196,6 +196,13 @@ def check_added_rewards(config: Any) -> None:
             f"implicit_reward_reference: found {len(references)}, expected none or one per implicit_reward_policy "
             f"({len(policies)})"
         )
+    for name in {*policies, *references}:
+        steps = {"sft": config.sft_epochs or config.sft_steps, "sft-nll": config.sft_nll_steps}
+        if name in steps and not steps[name]:
+            raise InputError(
+                f"implicit_reward_policy, implicit_reward_reference: found {name!r}, a policy of the run itself, "
+                f"without {'sft_steps' if name == 'sft' else 'sft_nll_steps'}; expected both"
+            )
     for name in config.reward_function:
         check_function(name)
     if config.reward_weights and len(config.reward_weights) != learned + added:

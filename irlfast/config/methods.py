@@ -55,6 +55,22 @@ METHOD_FACTS: dict[str, MethodFacts] = {
         },
         has_teacher=True,
     ),
+    "r_airl": MethodFacts(
+        preset={
+            "stages": 1,
+            "prompts_per_stage": "all",
+            "reward_loss": "bce",
+            "reward_level": "token",
+            "reward_every": "round",
+            "align_rounds": 8,
+            "align": "ppo",
+            "num_generations": 8,
+            "reward_credit": "token",
+            "gamma": 0.9,
+        },
+        learns_reward=True,
+        aligns=True,
+    ),
     "reward": MethodFacts(
         preset={"prompts_per_stage": "all", "stages": 1, "reward_data": "init_demo"},
         learns_reward=True,
@@ -62,6 +78,9 @@ METHOD_FACTS: dict[str, MethodFacts] = {
     ),
     "sft": MethodFacts(preset={"learn_turns": "all", "sft_epochs": 1.0}, has_stages=False),
 }
+
+# The policies of a run that an implicit reward can name: those before the first stage, by phase.
+OWN_POLICIES = ("initial", "sft-nll", "sft")
 
 # The values of `align` for which `kl_in` has no meaning: the loss of apa has a KL of its own, and bon has none.
 OWN_KL = ("apa", "bon")

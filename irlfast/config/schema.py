@@ -23,12 +23,13 @@ class Config:
     """Every key of a run (flat YAML; TRL's name where TRL has one)."""
 
     # The run
-    method: Literal["irft", "spin", "t_spin", "dpo", "rft", "afd", "gad", "sdft", "reward", "sft"] = key(
+    method: Literal["irft", "spin", "t_spin", "dpo", "rft", "afd", "gad", "r_airl", "sdft", "reward", "sft"] = key(
         "irft",
         "The algorithm: irft; spin (irft with the defaults of SPIN); t_spin (spin without a reference, also against "
         "the first policy's answers); dpo (chosen against rejected answers); rft (learn a reward, then align the "
-        "policy to it); afd (rft with a discriminator); gad (rft whose reward learns in every round, with GRPO); sdft "
-        "(learn from itself with the demonstration in its prompt); reward (a reward model alone); sft.",
+        "policy to it); afd (rft with a discriminator); gad (rft whose reward learns in every round, with GRPO); "
+        "r_airl (gad with a discriminator, rewards and advantages per token); sdft (learn from itself with the "
+        "demonstration in its prompt); reward (a reward model alone); sft.",
     )
     output_dir: str = key("runs/irft", "The folder of the run. The same command resumes the run that it holds.")
     seed: Annotated[int, Field(ge=0)] = key(0, "Seed of new weights, shuffling and sampling.")
@@ -236,10 +237,12 @@ class Config:
         "cut", "Texts over the limit of an added reward model: cut keeps their end, drop leaves their prompts out."
     )
     implicit_reward_policy: list[str] = key(
-        [], "Policies whose implicit rewards, beta (log pi - log pi_ref) of an answer, are added: folders or hub names."
+        [],
+        "Policies whose implicit rewards, beta (log pi - log pi_ref) of an answer, are added: folders, hub names, or "
+        "policies of the run itself: initial, sft-nll, sft.",
     )
     implicit_reward_reference: list[str] = key(
-        [], "pi_ref of each implicit reward (default: none, so that the reward is beta log pi)."
+        [], "pi_ref of each implicit reward, by the same names (default: none, so that the reward is beta log pi)."
     )
     reward_function: list[str] = key(
         [],

@@ -34,6 +34,7 @@ METHODS: dict[str, Method] = {
     "afd": Method(rft_stage, rft_phases),
     "gad": Method(rft_stage, rft_phases),
     "sdft": Method(sdft_stage, sdft_phases),
+    "r_airl": Method(rft_stage, rft_phases),
     "reward": Method(reward_stage, reward_phases),
     "sft": Method(None, sft_phases),
 }

@@ -7,7 +7,8 @@ Every answer is scored once, and the scores are kept in files. A reward is one o
 - any other ``AutoModelForSequenceClassification`` with its tokenizer: its logit of the conversation
   (:mod:`irlfast.sampling.reward_external`);
 - the implicit reward β·Σ_t log π(y_t)/π_ref(y_t) of a policy and its reference, which IRFT, SPIN and SFT learn
-  (arXiv 2405.17888, section 4). Without a reference it is β·log π(y): the reference of maximum-entropy IRL is uniform;
+  (arXiv 2405.17888, section 4). Without a reference it is β·log π(y): the reference of maximum-entropy IRL is uniform.
+  Both may be policies of the run itself, such as SFT's and that of its first part (arXiv 2510.02493);
 - a Python function (:mod:`irlfast.sampling.reward_function`).
 """
 
@@ -24,6 +25,7 @@ from irlfast import ops
 from irlfast.common.files import InputError, find_path
 from irlfast.common.messages import first_sentence, log
 from irlfast.config import Config
+from irlfast.config.methods import OWN_POLICIES
 from irlfast.data.encoding import Encoder
 from irlfast.data.packing import Batch, PromptGroup
 from irlfast.models.lora import base_and_adapter
@@ -229,15 +231,22 @@ def implicit_reward(
         InputError: policy or reference have another tokenizer than the run's policy.
     """
     for model in (policy, reference):
-        if model:
+        if model and model not in OWN_POLICIES:
             check_tokenizer(f"implicit reward {model}", model, run.encoder, run.config)
-    new = score(run, policy, groups, path)
+    new = score(run, policy_of(run, policy), groups, path)
     if reference:
-        old = score(run, reference, groups, path.with_name(f"{path.stem}-reference.safetensors"))
+        old = score(run, policy_of(run, reference), groups, path.with_name(f"{path.stem}-reference.safetensors"))
     else:
         old = [tuple(torch.zeros_like(logps) for logps in answers) for answers in new]
     pairs = ((a, b) for both in zip(new, old, strict=True) for a, b in zip(*both, strict=True))
     return [run.config.at("beta", 0) * (a.double() - b.double())[:, None] for a, b in pairs]
+
+
+def policy_of(run: Run, name: str) -> Path | str:
+    """Return the policy of an implicit reward: one of the run's own, or that in a folder or on the hub."""
+    if name not in OWN_POLICIES:
+        return name
+    return run.initial if name == "initial" else run.output / name / "policy"
 
 
 def check_tokenizer(what: str, model: str, encoder: Encoder, config: Config) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from irlfast.common.files import InputError
 from irlfast.config import Config
+from irlfast.config.methods import OWN_POLICIES
 from irlfast.data.packing import PromptGroup, count_tokens
 from irlfast.data.store import Example
 from irlfast.losses.policy import POLICY_LOSSES
@@ -82,7 +83,7 @@ def check_rewards(config: Config) -> None:
         if not learned_here and model_config.num_labels != 1:
             raise InputError(f"reward model {name}: found {model_config.num_labels} labels, expected 1")
         heads += model_config.num_labels if learned_here else 1
-    for name in [*config.implicit_reward_policy, *config.implicit_reward_reference]:
+    for name in {*config.implicit_reward_policy, *config.implicit_reward_reference}.difference(OWN_POLICIES):
         check_policy(name, config)
     heads += len(config.implicit_reward_policy)
     for name in config.reward_function:

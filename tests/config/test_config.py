@@ -132,6 +132,11 @@ WRONG = {
     "activation_offloading: found true with torch_compile": {"activation_offloading": True, "torch_compile": True},
     "activation_offloading: found true with zero_stage 3": {"activation_offloading": True, "zero_stage": 3},
     "reward_combine: found 'min' with one head": {"method": "rft", "reward_combine": "min"},
+    "implicit_reward_reference: found 'sft-nll', a policy of the run itself, without sft_nll_steps": {
+        "method": "rft",
+        "implicit_reward_policy": "initial",
+        "implicit_reward_reference": "sft-nll",
+    },
     "reward_credit: found 'token' with align apa": {"method": "rft", "align": "apa", "reward_credit": "token"},
     "reward_credit: found 'token' with reward_combine 'min'": {
         "method": "rft",

@@ -1,9 +1,11 @@
 """Credit per token: advantages from rewards-to-go, on the exact test bed and in a run."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from irlfast import ops
 from irlfast.data.packing import PromptGroup, pack
@@ -12,6 +14,8 @@ from irlfast.losses.policy import SampledAnswers, ppo, rloo
 from irlfast.methods.credit import advantages_of, less_kl, less_penalties, totals
 from irlfast.models.forward import hidden_states
 from tests.helpers.exact import ANSWERS, PROMPTS, answer_logps, flat_gradient, model
+from tests.helpers.runs import contents, run, run_killed_at
+from tests.helpers.tiers import full, one_run_or_each_its_own
 
 BETA = 0.7
 PROMPT = PROMPTS[0]
@@ -198,3 +202,50 @@ def kl_at(expert, policy) -> float:
 def split_like(gradient: torch.Tensor, policy) -> list[torch.Tensor]:
     sizes = [parameter.numel() for parameter in policy.parameters()]
     return [g.view_as(p) for g, p in zip(gradient.split(sizes), policy.parameters(), strict=True)]
+
+
+# ---------------------------------------------------------------- in a run
+
+KEYS = {
+    "method": "rft",
+    "stages": 1,
+    "align_rounds": 2,
+    "num_generations": 3,
+    "sft_nll_steps": 6,
+    "reward_data": "none",
+    "implicit_reward_policy": "sft",
+    "implicit_reward_reference": "sft-nll",
+    "reward_credit": "token",
+    "kl_in": "reward",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("credit") / "run"
+    run(output, **KEYS)
+    return output
+
+
+def test_the_rewards_of_a_run_are_log_ratios_of_its_own_two_policies(finished):
+    stage = finished / "stage-00"
+    new, old = (load_file(stage / f"{name}.safetensors")["values"] for name in ("reward-0", "reward-0-reference"))
+    metrics = json.loads((stage / "round.json").read_text())
+    ratio = 0.5 * (new.double() - old.double()).sum().item()  # beta is 0.5
+    assert metrics["reward"] == pytest.approx(ratio / metrics["answers"], rel=1e-6)
+    assert metrics["kl"] != 0  # the second round's policy is no longer that of SFT
+
+
+MOMENTS = [
+    "stage-00/round-00/reward-0.safetensors",
+    "stage-00/round-00/DONE",
+    "stage-00/reward-0-reference.safetensors",
+]
+
+
+@full
+@pytest.mark.parametrize("moments", one_run_or_each_its_own(MOMENTS))
+def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_bytes(finished, tmp_path, moments):
+    run_killed_at(tmp_path / "run", moments, **KEYS)
+    run(tmp_path / "run", **KEYS)
+    assert contents(tmp_path / "run" / "final") == contents(finished / "final")

@@ -58,6 +58,7 @@ PHASES = {
         "stage-00/reward",
         *(name for stage in range(2) for name in rounds_of(stage, 8)),
     ],
+    "r_airl": ["sft", "stage-00/reward", *rounds_of(0, 8), *rounds_of(1, 8)],
     "sdft": ["sft", "stage-00", "stage-01"],
     "reward": ["sft", "stage-00/reward"],
     "sft": ["sft"],

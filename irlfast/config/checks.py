@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irlfast.common.files import InputError, find_path, is_glob, is_local
-from irlfast.config.methods import METHOD_FACTS, OWN_KL
+from irlfast.config.methods import METHOD_FACTS, OWN_KL, SFT_TEACHERS
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
 # A list has one value per stage.
@@ -91,10 +91,19 @@ def check_phases(config: Any) -> None:
         value = getattr(config, name)
         if isinstance(value, list) and len(value) != config.stages:
             raise InputError(f"{name}: found {len(value)} values, expected one or one per stage ({config.stages})")
-    if config.sft_nll_steps and not (config.sft_epochs or config.sft_steps):
-        raise InputError("sft_nll_steps: found steps before those of SFT, but no SFT; expected sft_epochs or sft_steps")
+    check_sft(config)
     if not config.facts.has_stages:
         check_sft_alone(config)
+
+
+def check_sft(config: Any) -> None:
+    """Check that no key of SFT is without an effect."""
+    for name in ("sft_loss_type", "sft_nll_steps", "sft_kl_weight"):
+        value, default = getattr(config, name), type(config).__pydantic_fields__[name].default
+        if value != default and not (config.sft_epochs or config.sft_steps):
+            raise InputError(f"{name}: found {value} without SFT; expected sft_epochs or sft_steps")
+        if name == "sft_kl_weight" and value != default and config.sft_loss_type != "asft":
+            raise InputError(f"{name}: found {value}, which sft_loss_type {config.sft_loss_type} does not use")
 
 
 def check_sft_alone(config: Any) -> None:
@@ -259,10 +268,17 @@ def check_alignment(config: Any) -> None:
 
 
 def check_teacher(config: Any) -> None:
-    """Check the keys of a method that has a teacher."""
-    if config.sync_ref_model and not config.facts.has_teacher:
+    """Check the keys of a method, or of a loss of SFT, that has a teacher."""
+    in_sft = config.sft_loss_type in SFT_TEACHERS
+    if in_sft and config.facts.has_teacher:
+        raise InputError(
+            f"sft_loss_type: found {config.sft_loss_type!r} with method {config.method}, whose own teacher "
+            "sync_ref_model is about; expected nll, dft or iw_sft"
+        )
+    has_teacher = in_sft or config.facts.has_teacher
+    if config.sync_ref_model and not has_teacher:
         raise InputError(f"sync_ref_model: found true with method {config.method}, which has no teacher")
-    if config.facts.has_teacher and config.zero_stage == 3:
+    if has_teacher and config.zero_stage == 3:
         raise InputError("zero_stage: found 3 with a teacher, which is a whole model in each process; expected 0 to 2")
     if config.facts.has_teacher:
         check_distillation(config)

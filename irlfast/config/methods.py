@@ -82,5 +82,12 @@ METHOD_FACTS: dict[str, MethodFacts] = {
 # The policies of a run that an implicit reward can name: those before the first stage, by phase.
 OWN_POLICIES = ("initial", "sft-nll", "sft")
 
+# The values of `sft_loss_type` that need a teacher, with their own defaults. In psft the teacher is the policy of up to
+# 8 steps before, as in its authors' code.
+SFT_TEACHERS: dict[str, dict[str, Any]] = {
+    "psft": {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 8},
+    "asft": {},
+}
+
 # The values of `align` for which `kl_in` has no meaning: the loss of apa has a KL of its own, and bon has none.
 OWN_KL = ("apa", "bon")

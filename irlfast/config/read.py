@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from irlfast.common.files import InputError
 from irlfast.config.checks import IN_PLACE_OF, check
-from irlfast.config.methods import METHOD_FACTS, MethodFacts
+from irlfast.config.methods import METHOD_FACTS, SFT_TEACHERS, MethodFacts
 from irlfast.config.recipes import recipe
 from irlfast.config.schema import FIELDS, Config
 
@@ -141,9 +141,10 @@ def resolved(config: Config) -> Config:
 
 
 def preset(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the method's own defaults, without the epochs that given steps replace."""
+    """Return the defaults of the method and of its SFT loss, without the epochs that given steps replace."""
     facts = METHOD_FACTS.get(str(given.get("method")), MethodFacts())
-    return {name: value for name, value in facts.preset.items() if given.get(IN_PLACE_OF.get(name, "")) is None}
+    own = facts.preset | SFT_TEACHERS.get(str(given.get("sft_loss_type")), {})
+    return {name: value for name, value in own.items() if given.get(IN_PLACE_OF.get(name, "")) is None}
 
 
 def unknown_key(name: str, where: str) -> str:

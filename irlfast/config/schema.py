@@ -137,11 +137,12 @@ class Config:
     # SFT: the whole of method sft, a warm start of the others
     sft_epochs: NotNegative | None = key(None, "Passes of SFT (default: 1 for method sft, else none).")
     sft_steps: Annotated[int, Field(ge=0)] | None = key(None, "Optimiser steps of SFT, in place of sft_epochs.")
-    sft_loss_type: Literal["nll", "dft", "iw_sft"] = key(
+    sft_loss_type: Literal["nll", "dft", "psft", "asft", "iw_sft"] = key(
         "nll",
-        "The loss of SFT: -log pi(y), by token (nll); the same, times the token's probability (dft) or, by answer, "
-        "pi / pi_ref (iw_sft).",
+        "The loss of SFT: -log pi by token (nll); this times the token's probability (dft), with the KL to pi_ref "
+        "(asft); this times pi / pi_ref by answer (iw_sft); or pi / pi_old, clipped (psft).",
     )
+    sft_kl_weight: NotNegative = key(0.1, "Weight of the KL to pi_ref in sft_loss_type asft.")
     sft_nll_steps: Annotated[int, Field(ge=0)] = key(
         0, "Optimiser steps with nll before those with sft_loss_type. pi_ref is the policy after them."
     )
@@ -273,7 +274,7 @@ class Config:
         1.0, "Discount per token of the later rewards, where reward_credit is token."
     )
     whiten_rewards: bool = key(False, "Divide the advantages of rloo and ppo by their standard deviation.")
-    cliprange: Positive = key(0.2, "Clip range of ppo and grpo.")
+    cliprange: Positive = key(0.2, "Clip range of ppo and grpo, and of sft_loss_type psft.")
     missing_eos_penalty: NotNegative = key(0.0, "Subtracted from the reward of an answer that was cut.")
     length_penalty: float = key(0.0, "Subtracted from the reward per token of the answer.")
 

@@ -11,18 +11,22 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.data.packing import Batch
-from irlfast.losses.inputs import Metrics, Normalisers, arguments, per_sequence
+from irlfast.losses.inputs import Metrics, Normalisers, Teacher, arguments, per_sequence
+from irlfast.losses.policy import clipped
 from irlfast.ops import Head
 
 MAX_IMPORTANCE_WEIGHT = 16.0  # of iw_sft, in its authors' code
 
 
 class ExpertTokens(NamedTuple):
-    """The demonstrations' tokens, with their log-probabilities."""
+    """The demonstrations' tokens, with their log-probabilities, and the options of the losses."""
 
     logps: Tensor  # [N] log π(y_t), which carries the gradient
     ref_logps: Tensor | None  # [N] log π_ref(y_t)
+    taught: Tensor | None  # [N], see SftLoss.teacher
     cu_seqlens: Tensor  # [S + 1]
+    clip_range: float
+    kl_weight: float
 
 
 Values = dict[str, Tensor]  # [N] each, values of every token whose means are logged
@@ -42,6 +46,24 @@ def dft(x: ExpertTokens) -> tuple[Tensor, Values]:
     return -weights * x.logps, {"weight": weights}
 
 
+def psft(x: ExpertTokens) -> tuple[Tensor, Values]:
+    """Return −min(r_t, 1 + ``clip_range``), r_t = π(y_t)/π_old(y_t) (arXiv 2508.17784).
+
+    This is PPO's loss with the advantage 1. A token whose probability is more than 1 + ``clip_range`` times that under
+    π_old, the policy of some steps before, has no gradient. At π_old the gradient is that of ``nll``.
+    """
+    assert x.taught is not None
+    losses = clipped(x.logps - x.taught, torch.ones_like(x.logps), x.clip_range)
+    return losses, {"clip_ratio": (x.logps - x.taught).detach().exp() > 1 + x.clip_range}
+
+
+def asft(x: ExpertTokens) -> tuple[Tensor, Values]:
+    """Return DFT's loss plus ``kl_weight``·KL(π ‖ π_ref) of the next token's distributions (arXiv 2509.23753)."""
+    assert x.taught is not None
+    losses, values = dft(x)
+    return losses + x.kl_weight * x.taught, values | {"kl_per_token": x.taught}
+
+
 def iw_sft(x: ExpertTokens) -> tuple[Tensor, Values]:
     """Return −w(y)·log π(y_t), w = sg(exp(mean_t(log π(y_t) − log π_ref(y_t)))), at most 16 (arXiv 2507.12856).
 
@@ -55,17 +77,42 @@ def iw_sft(x: ExpertTokens) -> tuple[Tensor, Values]:
     return -weights * x.logps, {"weight": weights}
 
 
+def teacher_logps(hidden: Tensor, head: Head, batch: Batch, teacher: Teacher) -> Tensor:
+    """Return the log-probabilities ``[N]`` of the tokens under the teacher."""
+    return ops.log_ratio(teacher.hidden, **arguments(teacher.head, batch._replace(rows=teacher.rows))).token_logps
+
+
+def kl_to_teacher(hidden: Tensor, head: Head, batch: Batch, teacher: Teacher) -> Tensor:
+    """Return KL(π ‖ teacher) ``[N]`` of the next token's distributions, over the whole vocabulary."""
+    return ops.token_divergence(
+        hidden,
+        head.weight,
+        ref_hidden=teacher.hidden,
+        ref_weight=teacher.head.weight,
+        kind="reverse_kl",
+        rows=batch.rows,
+        ref_rows=teacher.rows,
+        bias=head.bias,
+        ref_bias=teacher.head.bias,
+        logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+    )
+
+
 class SftLoss(NamedTuple):
     """A loss on the demonstrations' tokens, and what it needs beside the policy."""
 
     loss: Callable[[ExpertTokens], tuple[Tensor, Values]]  # a loss [N] per token, and values to log
     paper: str
     scores_reference: bool = False  # the policy before training scores the demonstrations once
+    teacher: Callable[[Tensor, Head, Batch, Teacher], Tensor] | None = None  # [N], what the loss needs of a teacher
 
 
 SFT_LOSSES: dict[str, SftLoss] = {
     "nll": SftLoss(nll, "maximum likelihood"),
     "dft": SftLoss(dft, "DFT, arXiv 2508.05629, eq. 9"),
+    "psft": SftLoss(psft, "PSFT, arXiv 2508.17784", teacher=teacher_logps),
+    "asft": SftLoss(asft, "ASFT, arXiv 2509.23753", teacher=kl_to_teacher),
     "iw_sft": SftLoss(iw_sft, "iw-SFT, arXiv 2507.12856", scores_reference=True),
 }
 
@@ -78,14 +125,20 @@ def sft_loss(
     *,
     loss_type: str = "nll",
     remaining: bool = False,
+    clip_range: float = 0.2,
+    kl_weight: float = 0.1,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Compute the mean of a loss over the step's answer tokens.
 
     ``remaining`` weighs token k of T, counted from 0, by (T − k)/T, because all later states are reached through it:
-    with ``nll``, the forward KL of states and actions (Inverse-RLignment, arXiv 2405.15624).
+    with ``nll``, the forward KL of states and actions (Inverse-RLignment, arXiv 2405.15624). The ``teacher`` is π_old
+    in ``psft``, and π_ref in ``asft``.
     """
-    result = ops.log_ratio(hidden, **arguments(head, batch))
-    losses, values = SFT_LOSSES[loss_type].loss(ExpertTokens(result.token_logps, batch.ref_logps, batch.cu_seqlens))
+    result, kind = ops.log_ratio(hidden, **arguments(head, batch)), SFT_LOSSES[loss_type]
+    taught = kind.teacher(hidden, head, batch, teacher) if kind.teacher and teacher else None
+    tokens = ExpertTokens(result.token_logps, batch.ref_logps, taught, batch.cu_seqlens, clip_range, kl_weight)
+    losses, values = kind.loss(tokens)
     if remaining:
         losses = losses * remaining_shares(batch.cu_seqlens, len(losses))
     loss = losses.sum() / normalisers.tokens

@@ -5,6 +5,8 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
+from irlfast.common import dist
+from irlfast.common.files import remove
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup, learned
 from irlfast.data.store import Example
@@ -26,11 +28,17 @@ def sft(run: Run, policy: Path | str) -> Iterator[tuple[str, Path]]:
     if config.sft_nll_steps:
         policy = fit(run, run.output / "sft-nll", policy, groups, loss, nll_plan(config, len(groups)))
         yield "sft-nll", policy
-    folder = run.output / "sft"
-    if SFT_LOSSES[config.sft_loss_type].scores_reference:
+    folder, kind = run.output / "sft", SFT_LOSSES[config.sft_loss_type]
+    if kind.scores_reference:
         groups = with_reference(run, policy, groups, folder / "reference.safetensors")
-    loss = functools.partial(loss, loss_type=config.sft_loss_type)
-    yield "sft", fit(run, folder, policy, groups, loss, sft_plan(config, len(groups)))
+    loss = functools.partial(
+        loss, loss_type=config.sft_loss_type, clip_range=config.cliprange, kl_weight=config.sft_kl_weight
+    )
+    teacher = policy if kind.teacher else None
+    policy = fit(run, folder, policy, groups, loss, sft_plan(config, len(groups)), teacher)
+    if dist.is_main():
+        remove(folder / "teacher")  # the policy of some steps before, in psft
+    yield "sft", policy
 
 
 def group_of(example: Example) -> PromptGroup:

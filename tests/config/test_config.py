@@ -61,6 +61,9 @@ def test_defaults_that_follow_from_other_keys(given):
     assert make_config(given | {"method": "afd", "divergence": "gail"}).reward_loss == "bce"
     assert make_config(given | {"method": "sft"}).sft_epochs == 1
     assert make_config(given | {"method": "sft", "sft_steps": 9}).sft_epochs is None
+    psft = make_config(given | {"method": "sft", "sft_loss_type": "psft"})
+    assert (psft.sync_ref_model, psft.ref_model_mixup_alpha, psft.ref_model_sync_steps) == (True, 1.0, 8)
+    assert make_config(given | {"sft_steps": 9, "sft_loss_type": "psft", "ref_model_sync_steps": 4}).sync_ref_model
 
 
 def test_save_steps_are_rounded_up_to_logged_steps_and_a_line_says_so(given, capsys):
@@ -123,6 +126,15 @@ WRONG = {
         "reward_model_name_or_path": "a,b"
     },
     "sft_steps: found 0 with method sft": {"method": "sft", "sft_steps": 0},
+    "sft_loss_type: found dft without SFT; expected sft_epochs or sft_steps": {"sft_loss_type": "dft"},
+    "sft_nll_steps: found 9 without SFT": {"sft_nll_steps": 9},
+    "sft_kl_weight: found 0.5, which sft_loss_type dft does not use": {
+        "sft_steps": 1,
+        "sft_loss_type": "dft",
+        "sft_kl_weight": 0.5,
+    },
+    "sft_loss_type: found 'psft' with method sdft": {"method": "sdft", "sft_steps": 1, "sft_loss_type": "psft"},
+    "zero_stage: found 3 with a teacher, which is a whole": {"sft_steps": 1, "sft_loss_type": "asft", "zero_stage": 3},
     "method sft takes sft_steps": {"method": "sft", "inner_steps": 3},
     "gradient_checkpointing: found 'x', expected a valid boolean.* or 'selective'": {"gradient_checkpointing": "x"},
     "activation_offloading: found true with gradient_checkpointing 'selective'": {

@@ -11,11 +11,13 @@ from deepspeed.comm import comm
 
 from irlfast import ops
 from irlfast.common import dist
+from irlfast.config.methods import SFT_TEACHERS
 from irlfast.data.packing import Layout, PromptGroup, pack, token_counts
 from irlfast.engine.deepspeed_patches import timed_collectives
 from irlfast.engine.memory import TokenLimit
 from irlfast.engine.meters import Stopwatch
 from irlfast.engine.step import prepare_steps
+from irlfast.losses.inputs import Teacher
 from irlfast.losses.pairs import irft_loss
 from irlfast.losses.policy import align_loss
 from irlfast.losses.rewards import reward_loss
@@ -57,7 +59,10 @@ def test_a_process_without_prompt_groups_adds_nothing_to_loss_and_gradients(name
     [prepared] = prepare_steps([np.array([0])], groups, Layout(), TokenLimit(8, auto=False))
     [batch] = prepared.batches
     head = ops.Head(heads.weight, heads.bias, 1.0, None) if LOSSES[name].func is reward_loss else ops.lm_head(model)
-    loss, metrics = LOSSES[name](hidden_states(model, batch), head, batch, prepared.normalisers)
+    hidden = hidden_states(model, batch)
+    has_teacher = LOSSES[name].keywords.get("loss_type") in SFT_TEACHERS
+    taught = {"teacher": Teacher(hidden.detach(), head, batch.rows)} if has_teacher else {}
+    loss, metrics = LOSSES[name](hidden, head, batch, prepared.normalisers, **taught)
     loss.backward()
     assert loss == 0 and all(value == 0 for value in metrics.values())
     trained = [parameter.grad for parameter in model.base_model.parameters()]

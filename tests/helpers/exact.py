@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from irlfast import ops
 from irlfast.data.packing import PromptGroup, pack
 from irlfast.engine.module import Policy
+from irlfast.engine.teacher import TeacherModel
 from irlfast.losses.inputs import Loss, Normalisers, arguments
 from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
@@ -52,10 +53,12 @@ def scored(reference: GPT2LMHeadModel, pairs: Sequence[PromptGroup]) -> list[Pro
     return [pair._replace(ref_logps=tuple(next(each) for _ in pair.answers)) for pair in pairs]
 
 
-def loss_of(policy: GPT2LMHeadModel, loss: Loss, pairs: Sequence[PromptGroup]) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(
+    policy: GPT2LMHeadModel, loss: Loss, pairs: Sequence[PromptGroup], teacher: TeacherModel | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The trainer's own loss of a batch: what its engine calls."""
     expert_tokens = sum(len(pair.answers[0]) for pair in pairs)
-    return Policy(prepared(policy), loss)(pack(pairs), Normalisers(len(pairs), expert_tokens))
+    return Policy(prepared(policy), loss, teacher=teacher)(pack(pairs), Normalisers(len(pairs), expert_tokens))
 
 
 def flat_gradient(value: Tensor, policy: GPT2LMHeadModel) -> Tensor:

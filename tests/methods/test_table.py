@@ -5,7 +5,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from irlfast.config import make_config
-from irlfast.config.methods import METHOD_FACTS, OWN_KL
+from irlfast.config.methods import METHOD_FACTS, OWN_KL, SFT_TEACHERS
 from irlfast.config.schema import Config
 from irlfast.losses.policy import POLICY_LOSSES
 from irlfast.losses.sft import SFT_LOSSES
@@ -31,6 +31,7 @@ def test_each_alignment_that_the_schema_takes_has_a_policy_loss():
 
 def test_each_loss_of_sft_that_the_schema_takes_has_a_function():
     assert set(values_of("sft_loss_type")) == SFT_LOSSES.keys()
+    assert SFT_TEACHERS.keys() == {name for name, loss in SFT_LOSSES.items() if loss.teacher}
 
 
 def test_reward_losses_and_divergences_have_the_names_that_ops_has():

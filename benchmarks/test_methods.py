@@ -6,9 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from benchmarks.methods import arms_of
+from benchmarks.protocol.arms import ARMS, START
 from benchmarks.protocol.generate import column_addition, is_right_sum, modes_of, sums, two_modes, with_wrong_answers
-from benchmarks.protocol.jobs import schedule
+from benchmarks.protocol.jobs import Job, keys_of, schedule
 from benchmarks.protocol.statistics import holm, paired_gain
+from benchmarks.protocol.tasks import SIZES, TASKS, write_files
+from benchmarks.small import write_data
+from irlfast.config.read import make_config
 
 
 @pytest.mark.parametrize("by_seed, by_prompt", [(1.0, 0.0), (0.3, 1.0), (0.0, 1.0), (0.0, 0.0)])
@@ -77,9 +82,22 @@ def test_the_share_of_wrong_answers_is_exact_and_they_are_answers_to_other_promp
 
 
 def test_a_schedule_has_the_planned_prompts_and_takes_new_ones_while_there_are_some():
-    assert schedule({"method": "sft"}, 2048, 500, 64) == {"sft_steps": 32}
+    assert schedule({"method": "sft"}, 2048, 500, 64) == {"sft_steps": 32, "max_train_samples": 500}
     split = schedule({"method": "irft"}, 512, 600, 32)
     assert split == {"stages": 2, "inner_steps": 8, "prompts_per_stage": "split", "max_train_samples": 512}
     again = schedule({"method": "irft"}, 2048, 500, 32)
     assert again["prompts_per_stage"] == "all" and again["stages"] * again["inner_steps"] * 32 == 2048 + 32
     assert schedule({"method": "rft"}, 128, 500, 16)["reward_steps"] == 4
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_keys_of_every_arm_of_a_task_are_a_configuration(task, tmp_path):
+    write_data(tmp_path)
+    size = SIZES["quick"]
+    write_files(task, size, 0, tmp_path, tmp_path / "runs")
+    for arm in (START, *arms_of(task)):
+        if not ARMS[arm].of:
+            job = Job(task, size, 0, tmp_path / "runs", tmp_path, arm, 1e-4, 200)
+            job.folder.mkdir(parents=True)
+            job.start.mkdir(parents=True, exist_ok=True)
+            make_config(keys_of(job))

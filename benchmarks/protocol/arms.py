@@ -19,6 +19,10 @@ PAIRS = {"method": "irft", "beta": 0.5, "nll_weight": 0.2}
 ALONE = PAIRS | {"beta": 1.0}  # losses of each reward alone, without a difference of two
 RFT = {"method": "rft", "beta": 1.0, "num_generations": 4, "reward_learning_rate": 3e-4}
 AFD = RFT | {"method": "afd", "history": 1}
+ROUNDS = {"stages": 1, "align_rounds": 2, "num_generations": 4, "reward_learning_rate": 3e-4}
+# Half of the steps are SFT's. The reward is the log-ratio of its policy to the start.
+OF_SFT = ROUNDS | {"method": "rft", "beta": 1.0, "sft_steps": 1, "reward_data": "none", "kl_in": "reward"}
+OF_SFT |= {"reward_credit": "token", "implicit_reward_policy": ["sft"], "implicit_reward_reference": ["initial"]}
 
 # An arm has the optimiser, the schedule and the answers per step of all arms (jobs.py). Its other keys are not tuned.
 ARMS = {
@@ -28,6 +32,8 @@ ARMS = {
     "SFT continued, likeliest of 8": Arm(of=CONTINUED, best_of=8, judges=("words", "sums")),
     "DFT": Arm({"method": "sft", "sft_loss_type": "dft"}),
     "iw-SFT": Arm({"method": "sft", "sft_loss_type": "iw_sft"}),
+    "PSFT": Arm({"method": "sft", "sft_loss_type": "psft", "ref_model_sync_steps": 8, "cliprange": 0.28}),
+    "ASFT": Arm({"method": "sft", "sft_loss_type": "asft"}),
     "IRFT, sigmoid": Arm(PAIRS, answers=2),
     "IRFT, linear": Arm(PAIRS | {"loss_type": "linear"}, answers=2),
     "SPIN": Arm({"method": "spin", "beta": 0.5}, answers=2),
@@ -38,7 +44,8 @@ ARMS = {
     "RFT, best of 4": Arm(RFT | {"align": "bon"}, answers=4),
     "AfD, reverse KL": Arm(AFD | {"divergence": "airl"}, answers=4),
     "AfD, JS": Arm(AFD | {"divergence": "gail"}, answers=4),
-    "AfD, reverse KL, credit per token": Arm(
-        AFD | {"divergence": "airl", "reward_level": "token", "reward_credit": "token"}, answers=4
-    ),
+    "R-AIRL": Arm(ROUNDS | {"method": "r_airl", "beta": 1.0, "kl_in": "reward"}, answers=4),
+    "GAD": Arm(ROUNDS | {"method": "gad", "beta": 0.1, "sft_epochs": 0}, answers=4),
+    "rewards per token of SFT": Arm(OF_SFT, answers=4),
+    "SDFT": Arm({"method": "sdft", "teacher_prompt_template": "{prompt}: {privileged_context}"}),
 }

@@ -142,7 +142,7 @@ def keys_of(job: Job) -> dict[str, Any]:
     keys = common(job, "pool") | {"model_name_or_path": str(job.start), "train_tokenizer": None}
     keys |= {"learning_rate": job.rate, "per_device_train_batch_size": batch_of(arm), "max_eval_samples": 32}
     pool = sum(1 for _ in read_jsonl(Path(keys["dataset_name"])))
-    keys |= schedule(arm.keys, job.prompts, pool, batch_of(arm)) | arm.keys
+    keys |= arm.keys | schedule(arm.keys, job.prompts, pool, batch_of(arm))
     if TASKS[job.task].unanswered and METHOD_FACTS[arm.keys["method"]].aligns:
         keys |= without_answers(job, keys)
     return keys
@@ -155,7 +155,8 @@ def without_answers(job: Job, keys: dict[str, Any]) -> dict[str, Any]:
     rows = (row for _, row in read_jsonl(files_of(job.task, job.seed, job.root)["prompts"]))
     write_jsonl(path, itertools.islice(rows, every - answered))
     learned = max(1, round((1 - UNANSWERED) * keys["inner_steps"]))
-    return {"max_train_samples": answered, "prompt_dataset_name": str(path), "reward_steps": learned}
+    own = {"max_train_samples": answered, "prompt_dataset_name": str(path)}
+    return own | ({"reward_steps": learned} if "reward_steps" in keys else {})
 
 
 def new_policy(job: Job, part: str, steps: int) -> dict[str, Any]:
@@ -175,36 +176,38 @@ def common(job: Job, part: str) -> dict[str, Any]:
 
 
 def schedule(keys: dict[str, Any], prompts: int, pool: int, batch: int) -> dict[str, Any]:
-    """Return the keys that spread ``prompts`` over stages and over steps of ``batch`` prompts.
+    """Return the keys that spread ``prompts`` over stages, rounds and steps of ``batch`` prompts.
 
     Every stage takes other prompts of the ``pool``, while it has enough. Else every stage takes the same prompts, and
-    there are as many stages as the pool asks for.
+    there are as many stages as the pool asks for. SFT before the stages, where ``keys`` ask for it, has as many steps.
     """
     if keys["method"] == "sft":
-        return {"sft_steps": max(1, round(prompts / batch))}
-    stages = keys.get("stages", STAGES)
+        steps = max(1, round(prompts / batch))
+        return {"sft_steps": steps, "max_train_samples": min(pool, steps * batch)}
+    stages, rounds = keys.get("stages", STAGES), keys.get("align_rounds", 1)
     if prompts > pool:
         stages = max(stages, math.ceil(prompts / pool))
-    steps = max(1, round(prompts / stages / batch))
+    steps = max(1, round(prompts / stages / rounds / batch))
     own: dict[str, Any] = {"stages": stages, "inner_steps": steps}
-    if METHOD_FACTS[keys["method"]].learns_reward:
+    if METHOD_FACTS[keys["method"]].learns_reward and keys.get("reward_data") != "none":
         own["reward_steps"] = steps
-    if stages * steps * batch <= pool and keys["method"] != "spin":
-        return own | {"prompts_per_stage": "split", "max_train_samples": stages * steps * batch}
-    return own | {"prompts_per_stage": "all", "max_train_samples": min(pool, steps * batch)}
+    if keys.get("sft_steps"):
+        own |= {"sft_steps": stages * rounds * steps, "sft_per_device_train_batch_size": ANSWERS}
+    share = rounds * steps * batch
+    if stages * share <= pool and keys["method"] not in ("spin", "t_spin"):
+        return own | {"prompts_per_stage": "split", "max_train_samples": stages * share}
+    return own | {"prompts_per_stage": "all", "max_train_samples": min(pool, share)}
 
 
 def trained(config: Config) -> Path:
     """Do the phases of ``irlfast train``, without held-out figures and report. Return the last policy."""
     from irlfast.methods import METHODS
-    from irlfast.methods.sft import sft, wants_sft
+    from irlfast.methods.sft import sft
     from irlfast.startup.prepare import prepare
 
     run = prepare(config)
-    policy, train_stage = run.initial, METHODS[config.method].stage
-    if wants_sft(config):
-        policy = sft(run, policy)
-    initial = policy
+    *_, initial = [run.initial, *(policy for _, policy in sft(run, run.initial))]
+    policy, train_stage = initial, METHODS[config.method].stage
     for stage in range(config.stages if train_stage else 0):
         policy = train_stage(run, stage, policy, policy if config.reference == "stage" else initial)
     return Path(policy)

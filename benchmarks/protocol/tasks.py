@@ -161,8 +161,9 @@ def read_rows(task: Task, size: Size, seed: int, data: Path | None) -> dict[str,
     wanted = task.start + (task.pool or 0) + task.unanswered
     train, held_out = SOURCES[task.source](task, wanted, size, seed, data)
     rng = random.Random(seed)
-    start = train[: task.start]
-    pool = train[task.start :][: task.pool] if task.pool else start
+    cut = task.start * len(train) // wanted if len(train) < wanted else task.start  # a small file has less of each
+    start = train[:cut]
+    pool = train[cut:][: task.pool] if task.pool else start
     if task.wrong:
         start = pool = with_wrong_answers(start, task.wrong, rng)
     rows = {"start": start, "pool": pool, "all": start if pool is start else start + pool}

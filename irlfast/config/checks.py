@@ -31,6 +31,7 @@ def check(config: Any) -> None:
     check_reward(config)
     check_added_rewards(config)
     check_alignment(config)
+    check_features(config)
     check_phases(config)
     check_pair_loss(config)
     check_triplets(config)
@@ -187,10 +188,11 @@ def check_added_rewards(config: Any) -> None:
     """Check the rewards that a run is given, and how they are combined."""
     learned = config.reward_data != "none"
     added = len(config.reward_model_name_or_path) + len(config.implicit_reward_policy) + len(config.reward_function)
+    added += bool(config.feature_reward)
     if config.facts.aligns and not learned and not added:
         raise InputError(
-            "reward_model_name_or_path, implicit_reward_policy, reward_function: found none, and reward_data: none; "
-            "expected a reward"
+            "reward_model_name_or_path, implicit_reward_policy, feature_reward, reward_function: found none, and "
+            "reward_data: none; expected a reward"
         )
     for name in config.reward_model_name_or_path:
         if "," in name and not find_path(name):  # a folder may have a comma in its name
@@ -236,7 +238,7 @@ def check_function(name: str) -> None:
 def check_alignment(config: Any) -> None:
     """Check how the policy is aligned to the rewards."""
     temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
-    if config.facts.aligns and 0 in temperatures:
+    if (config.facts.aligns or config.facts.thinks) and 0 in temperatures:
         raise InputError(
             f"temperature: found 0 with num_generations {config.num_generations}, whose answers would all be the same; "
             "expected more than 0"
@@ -303,6 +305,23 @@ def check_distillation(config: Any) -> None:
         raise InputError(
             f"teacher_prompt_template: found {template!r}, expected a text with {' and '.join(places)}, and no other "
             "braces"
+        )
+
+
+def check_features(config: Any) -> None:
+    """Check what the reward of features needs: a demonstration per prompt, and the baseline that it is made for."""
+    if not config.feature_reward:
+        return
+    if config.align not in ("rloo", "ppo") or config.num_generations < 3 or config.reward_credit == "token":
+        raise InputError(
+            f"feature_reward: found align {config.align}, num_generations {config.num_generations} and reward_credit "
+            f"{config.reward_credit}, expected rloo or ppo, 3 or more, and sequence: the price of similar answers is "
+            "set for the leave-one-out baseline of whole answers"
+        )
+    if config.prompt_dataset_name:
+        raise InputError(
+            f"feature_reward: found prompts without answers ({config.prompt_dataset_name}), expected a demonstration "
+            "of each prompt, whose features an answer can match"
         )
 
 

@@ -16,6 +16,7 @@ class MethodFacts:
     learns_reward: bool = False  # the method trains a reward model on the pairs that `reward_data` names
     aligns: bool = False  # the policy answers each prompt n times, and learns from the rewards of its answers
     has_teacher: bool = False  # a second model in training, without a gradient, reads the demonstration in its prompt
+    thinks: bool = False  # the policy samples a thought to each prompt, and answers after it
     needs_rejected: bool = False  # the rows must have a chosen and a rejected answer
     triplets: bool = False  # the first policy's answers are learned from, too, and there is no reference
     leaves_policy: bool = True  # False: `final/` is a reward model
@@ -71,6 +72,7 @@ METHOD_FACTS: dict[str, MethodFacts] = {
         learns_reward=True,
         aligns=True,
     ),
+    "reasoning": MethodFacts(thinks=True),
     "reward": MethodFacts(
         preset={"prompts_per_stage": "all", "stages": 1, "reward_data": "init_demo"},
         learns_reward=True,

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from irlfast.config.methods import METHOD_FACTS, MethodFacts
-from irlfast.config.types import Columns, Count, Datasets, NotNegative, Order, PairLossName, Positive
+from irlfast.config.types import Columns, Count, Datasets, MethodName, NotNegative, Order, PairLossName, Positive
 
 
 def key(default: Any, description: str) -> Any:
@@ -23,13 +23,13 @@ class Config:
     """Every key of a run (flat YAML; TRL's name where TRL has one)."""
 
     # The run
-    method: Literal["irft", "spin", "t_spin", "dpo", "rft", "afd", "gad", "r_airl", "sdft", "reward", "sft"] = key(
+    method: MethodName = key(
         "irft",
         "The algorithm: irft; spin (irft with the defaults of SPIN); t_spin (spin without a reference, also against "
         "the first policy's answers); dpo (chosen against rejected answers); rft (learn a reward, then align the "
         "policy to it); afd (rft with a discriminator); gad (rft whose reward learns in every round, with GRPO); "
         "r_airl (gad with a discriminator, rewards and advantages per token); sdft (learn from itself with the "
-        "demonstration in its prompt); reward (a reward model alone); sft.",
+        "demonstration in its prompt); reasoning (think before the demonstration); reward (a reward model alone); sft.",
     )
     output_dir: str = key("runs/irft", "The folder of the run. The same command resumes the run that it holds.")
     seed: Annotated[int, Field(ge=0)] = key(0, "Seed of new weights, shuffling and sampling.")
@@ -252,8 +252,16 @@ class Config:
     )
     reward_weights: list[float] = key(
         [],
-        "Weights of all rewards (default: 1): the learned one, the reward models, the implicit rewards, the functions.",
+        "Weights of all rewards (default: 1): the learned one, the reward models, the implicit rewards, that of "
+        "features, the functions.",
     )
+    feature_reward: list[Annotated[float, Field(ge=0, le=1)]] = key(
+        [],
+        "EBFT: reward answers whose hidden states match the demonstration's, at these depths of the first stage's "
+        "policy (0: embedding, 1: last layer).",
+    )
+    feature_whitening: bool = key(False, "Whiten the features of a prompt's answers by their second moment.")
+    feature_diversity: NotNegative = key(1.0, "Price of an answer's similarity to the prompt's other answers.")
 
     # RFT and AfD: aligning the policy to it
     align: Literal["rloo", "ppo", "grpo", "apa", "bon"] = key(
@@ -303,6 +311,15 @@ class Config:
         None, "Weigh a token by pi / pi_old, at most this, where pi_old sampled it (default: no weights)."
     )
     num_loss_tokens_to_skip: Annotated[int, Field(ge=0)] = key(0, "First tokens of an answer that sdft does not learn.")
+
+    # Hidden reasoning
+    thought_reward: Literal["logprob", "prob", "jensen"] = key(
+        "logprob",
+        "The objective of n thoughts z: the mean of log pi(y|x,z) (logprob), of pi(y|x,z) (prob: VeriFree), or the log "
+        "of the mean of pi(y|x,z) (jensen: JEPO).",
+    )
+    thought_mark: str = key("</think>", "The text that ends a thought; one token. It should not occur in answers.")
+    max_thought_tokens: Count = key(256, "Most tokens of a thought, its mark included.")
 
     # Optimisation
     learning_rate: Positive | list[Positive] = key(5e-7, "Peak learning rate.")

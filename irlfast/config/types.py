@@ -10,6 +10,20 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Order = Annotated[float, Field(ge=0, le=80)]
 
+MethodName = Literal[
+    "irft",
+    "spin",
+    "t_spin",
+    "dpo",
+    "rft",
+    "afd",
+    "gad",
+    "r_airl",
+    "sdft",
+    "reasoning",
+    "reward",
+    "sft",
+]
 
 PairLossName = Literal[
     "sigmoid",

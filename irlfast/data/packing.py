@@ -28,6 +28,7 @@ class PromptGroup(NamedTuple):
     ref_logps: tuple[Tensor, ...] = ()  # per answer, the reference's log-probability of each token, fp32
     old_logps: tuple[Tensor, ...] = ()  # the same, of the policy that sampled the answer
     advantages: tuple[Tensor, ...] = ()  # per answer, the advantage of each token, fp32
+    thoughts: tuple[int, ...] = ()  # per answer, how many of its first tokens are a thought
     learned: Sequence[int] | None = None  # tokens of a single answer that the loss is on; None: all of them
     teacher_prompt: Sequence[int] | None = None  # the prompt that the teacher reads; None: the same
     row: int = -1  # the example's line in data/rows.jsonl
@@ -79,6 +80,7 @@ class Batch(NamedTuple):
     ref_logps: Tensor | None  # [N] fp32
     old_logps: Tensor | None  # [N] fp32
     advantages: Tensor | None  # [N] fp32
+    thoughts: Tensor | None  # [S] int64, how many of an answer's first tokens are a thought
     teacher: "Batch | None" = None  # the same answers behind the teacher's own prompts, in the same order
 
     def to(self, device: torch.device) -> "Batch":
@@ -91,7 +93,7 @@ class Batch(NamedTuple):
 
     def unscored(self) -> "Batch":
         """Return the same tokens without targets: such a batch has neither a loss nor a gradient."""
-        names = ("rows", "targets", "ref_logps", "old_logps", "advantages")
+        names = ("rows", "targets", "ref_logps", "old_logps", "advantages", "thoughts")
         none = {name: value[:0] for name, value in self._asdict().items() if name in names and value is not None}
         return self._replace(**none, cu_seqlens=self.cu_seqlens[:1], teacher=self.teacher and self.teacher.unscored())
 
@@ -129,6 +131,7 @@ def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
             targets += learned(answer, piece)
             lengths.append(len(learned(answer, piece)))
             end += len(kept)
+    thoughts = [length for group in groups for length in group.thoughts]
     return Batch(
         input_ids=torch.from_numpy(input_ids.reshape(shape)),
         position_ids=torch.from_numpy(position_ids.reshape(shape)),
@@ -143,6 +146,7 @@ def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
         ref_logps=joined([group.ref_logps for group in groups]),
         old_logps=joined([group.old_logps for group in groups]),
         advantages=joined([group.advantages for group in groups]),
+        thoughts=torch.tensor(thoughts, dtype=torch.int64) if thoughts else None,
         teacher=pack([*map(for_teacher, groups)], layout) if groups[0].teacher_prompt is not None else None,
     )
 

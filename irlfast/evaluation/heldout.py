@@ -10,10 +10,11 @@ from torch import Tensor
 from irlfast.common import dist
 from irlfast.common.files import read_json, write_json, write_jsonl
 from irlfast.data.packing import PromptGroup
-from irlfast.data.store import TokenIds
+from irlfast.data.store import Example, TokenIds
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import DRAWN, GREEDY, prompt_of, sample
+from irlfast.sampling.generation import DRAWN, GREEDY, Sampling, prompt_of, sample
 from irlfast.sampling.scoring import log_ratios, score
+from irlfast.sampling.thoughts import answering, think
 
 
 def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, Any]:
@@ -27,19 +28,25 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
     - With rejected answers, ``preference_gap``: log π(chosen) − log π(rejected) in nats, and
       ``preference_accuracy``: the share of pairs whose margin to the first policy is positive.
 
+    A method that thinks samples a thought to each prompt first, and what is measured follows the thought: a greedy one
+    before the greedy answer, a drawn one before the likelihoods. ``nll`` is then a bound, whose expectation is at least
+    the policy's own: E_z[−log π(y|x,z)] ≥ −log E_z[π(y|x,z)].
+
     ``reports/metrics.py`` lists the metrics that the report shows.
     """
     path = folder / "eval.json"
     if path.exists():
         return read_json(path)
     begun = time.perf_counter()
-    greedy = sample(run, policy, run.held_out, folder / "greedy", GREEDY)
-    drawn = sample(run, first, run.held_out, first_folder / "drawn", DRAWN)
-    pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(run.held_out, drawn, strict=True)]
+    asked = examples_for(run, policy, folder / "greedy-thoughts", GREEDY)
+    greedy = sample(answering(run), policy, asked, folder / "greedy", GREEDY)
+    first_examples = examples_for(run, first, first_folder / "drawn-thoughts", DRAWN)
+    drawn = sample(answering(run), first, first_examples, first_folder / "drawn", DRAWN)
+    pairs = pairs_of(examples_for(run, policy, folder / "drawn-thoughts", DRAWN), drawn)
     scores = score(run, policy, pairs, folder / "held_out.safetensors")
     answers = [
-        {"prompt": prompt_of(run, example), "expert": text(run, example.answer_ids), "answer": text(run, answer)}
-        for example, answer in zip(run.held_out, greedy, strict=True)
+        {"prompt": prompt_of(run, example), "expert": text(run, told.answer_ids), "answer": text(run, answer)}
+        for example, told, answer in zip(run.held_out, asked, greedy, strict=True)
     ]
     metrics: dict[str, Any] = {
         "phase": folder.name,
@@ -52,7 +59,7 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
         "count": len(answers),
     }
     if folder != first_folder:
-        ref_scores = score(run, first, pairs, first_folder / "held_out.safetensors")
+        ref_scores = score(run, first, pairs_of(first_examples, drawn), first_folder / "held_out.safetensors")
         differ = [pair.answers[0] != pair.answers[1] for pair in pairs]
         margins = [margin(*both) for *both, differs in zip(scores, ref_scores, differ, strict=True) if differs]
         if margins:
@@ -64,6 +71,16 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
         write_json(path, metrics | {"seconds": time.perf_counter() - begun})
     dist.barrier()
     return metrics
+
+
+def examples_for(run: Run, policy: Path | str, folder: Path, how: Sampling) -> list[Example]:
+    """Return the held-out examples; if the method thinks, with a thought of the policy at the end of each prompt."""
+    return think(run, policy, run.held_out, folder, how) if run.config.facts.thinks else run.held_out
+
+
+def pairs_of(examples: list[Example], answers: list[TokenIds]) -> list[PromptGroup]:
+    """Make the prompt groups (prompt, (expert, answer))."""
+    return [PromptGroup(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(examples, answers, strict=True)]
 
 
 def preferences(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, float]:

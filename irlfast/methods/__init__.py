@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from irlfast.methods.dpo import dpo_stage
 from irlfast.methods.irft import irft_phases, irft_stage
+from irlfast.methods.reasoning import reasoning_phases, reasoning_stage
 from irlfast.methods.reward import reward_phases, reward_stage
 from irlfast.methods.rft import rft_phases, rft_stage
 from irlfast.methods.sdft import sdft_phases, sdft_stage
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
     "gad": Method(rft_stage, rft_phases),
     "sdft": Method(sdft_stage, sdft_phases),
     "r_airl": Method(rft_stage, rft_phases),
+    "reasoning": Method(reasoning_stage, reasoning_phases),
     "reward": Method(reward_stage, reward_phases),
     "sft": Method(None, sft_phases),
 }

@@ -16,6 +16,7 @@ from irlfast.losses.sft import SFT_LOSSES, sft_loss
 from irlfast.methods.stages import Phase
 from irlfast.runs.run import Run
 from irlfast.sampling.scoring import score
+from irlfast.sampling.thoughts import with_thoughts
 
 
 def sft(run: Run, policy: Path | str) -> Iterator[tuple[str, Path]]:
@@ -23,7 +24,7 @@ def sft(run: Run, policy: Path | str) -> Iterator[tuple[str, Path]]:
     config = run.config
     if not wants_sft(config):
         return
-    groups = [group_of(example) for example in run.train]
+    groups = [group_of(example) for example in (with_thoughts(run) if config.facts.thinks else run.train)]
     loss = functools.partial(sft_loss, remaining=config.token_weighting == "remaining")
     if config.sft_nll_steps:
         policy = fit(run, run.output / "sft-nll", policy, groups, loss, nll_plan(config, len(groups)))

@@ -1,7 +1,9 @@
 """The forward pass of a packed batch: hidden states under the head, with the mask that the model's attention takes."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from irlfast.data.packing import Batch
@@ -13,6 +15,13 @@ from irlfast.ops.common.heads import body_of, unwrapped
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """Return the last hidden states ``[B*L, H]`` of a packed batch, after the final norm."""
     return body_output(model, batch).last_hidden_state.flatten(0, 1)
+
+
+def states_at(model: Any, batch: Batch, depths: Sequence[float]) -> Tensor:
+    """Return the hidden states ``[B*L, k, H]`` of a packed batch at k depths: 0 is the embedding, 1 the last layer."""
+    states = body_output(model, batch, output_hidden_states=True).hidden_states
+    chosen = [states[round(depth * (len(states) - 1))] for depth in depths]
+    return torch.stack(chosen, 2).flatten(0, 1)
 
 
 def body_output(model: Any, batch: Batch, **options: Any) -> Any:

@@ -9,6 +9,7 @@ Every answer is scored once, and the scores are kept in files. A reward is one o
 - the implicit reward β·Σ_t log π(y_t)/π_ref(y_t) of a policy and its reference, which IRFT, SPIN and SFT learn
   (arXiv 2405.17888, section 4). Without a reference it is β·log π(y): the reference of maximum-entropy IRL is uniform.
   Both may be policies of the run itself, such as SFT's and that of its first part (arXiv 2510.02493);
+- the match of an answer's features with the demonstration's (:mod:`irlfast.sampling.features`);
 - a Python function (:mod:`irlfast.sampling.reward_function`).
 """
 
@@ -31,6 +32,7 @@ from irlfast.data.packing import Batch, PromptGroup
 from irlfast.models.lora import base_and_adapter
 from irlfast.ops import Head
 from irlfast.runs.run import Run
+from irlfast.sampling.features import feature_rewards
 from irlfast.sampling.reward_external import external_rewards
 from irlfast.sampling.reward_function import function_rewards
 from irlfast.sampling.scoring import Scores, score
@@ -79,6 +81,7 @@ def weighted(run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], f
     scorers: list[Callable[..., Sequence[Tensor]]] = [
         *(functools.partial(reward_of, run, model) for model in models),
         *(functools.partial(implicit_reward, run, *both) for both in implicit),
+        *([functools.partial(feature_rewards, run)] if config.feature_reward else []),
     ]
     paths = [folder / f"reward-{number}.safetensors" for number in range(len(scorers) + len(config.reward_function))]
     of_models = [scorer(groups, path) for scorer, path in zip(scorers, paths, strict=False)]

@@ -21,7 +21,7 @@ from irlfast.config import Config
 from irlfast.data.batching import longest_of, micro_batches, token_limit
 from irlfast.data.packing import Batch, PromptGroup, pack
 from irlfast.losses.inputs import arguments
-from irlfast.models.forward import hidden_states
+from irlfast.models.forward import hidden_states, states_at
 from irlfast.models.prepare import prepare_to_score
 from irlfast.ops import Head
 from irlfast.runs.run import Run
@@ -46,8 +46,11 @@ def score(
     measure: Measure = token_logps,
     heads: int = 0,
     in_4bit: bool = False,
+    depths: Sequence[float] = (),
 ) -> Scores:
     """Return what ``measure`` computes of every answer under ``model``; with ``heads``, the model is a reward model.
+
+    With ``depths``, ``measure`` gets the hidden states ``[R, k, H]`` at these k depths of the model.
 
     The scores are kept in the file ``path``: ``values`` of all answers, one after the other, and the ``lengths`` of the
     answers' values. Each process scores its share.
@@ -56,7 +59,8 @@ def score(
         starts = ((group, first) for group in groups for first in range(0, len(group.answers), MAX_ANSWERS))
         pieces = [PromptGroup(group.prompt, group.answers[first : first + MAX_ANSWERS]) for group, first in starts]
         scores: dict[int, list[np.ndarray]] = {}
-        for share in dist.all_gather_object(score_share(run.config, model, pieces, path, measure, heads, in_4bit)):
+        own = score_share(run.config, model, pieces, path, measure, heads, in_4bit, depths)
+        for share in dist.all_gather_object(own):
             scores |= share
         if dist.is_main():
             write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(pieces))]))
@@ -80,6 +84,7 @@ def score_share(
     measure: Measure,
     heads: int,
     in_4bit: bool,
+    depths: Sequence[float] = (),
 ) -> dict[int, list[np.ndarray]]:
     """Return the scores of this process's share of the prompt groups, by the groups' numbers.
 
@@ -98,7 +103,8 @@ def score_share(
             chosen = todo.pop()
             batch = pack([groups[i] for i in chosen], layout).to(dist.device())
             try:
-                answers = iter(measure(hidden_states(prepared.model, batch), prepared.head(), batch))
+                hidden = states_at(prepared.model, batch, depths) if depths else hidden_states(prepared.model, batch)
+                answers = iter(measure(hidden, prepared.head(), batch))
             except torch.OutOfMemoryError as error:
                 half = len(chosen) // 2
                 if not half:

@@ -63,6 +63,9 @@ def groups_of(config: Config, row: Example) -> list[PromptGroup]:
         answers.append((row.answer_ids, row.rejected_ids))
     if config.facts.triplets:
         answers.append((row.answer_ids, sampled, sampled))
+    if config.facts.thinks:
+        whole: Any = range(config.max_thought_tokens + 1 + len(row.answer_ids))
+        answers.append((whole,) * config.num_generations)
     if config.facts.aligns:
         n = config.num_generations
         trained = n if POLICY_LOSSES[config.align].loss else 1  # the others are scored, MAX_ANSWERS at a time

@@ -27,6 +27,7 @@ from irlfast.runs.metrics_log import MetricsLog
 from irlfast.runs.output import check_output, lock
 from irlfast.runs.run import Run
 from irlfast.sampling.rewards import check_tokenizer
+from irlfast.sampling.thoughts import mark_of
 from irlfast.startup.limits import check_lora, check_rewards, check_sizes, check_vllm
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -117,7 +118,8 @@ def check_model(config: Config) -> None:
     if balancing and not hasattr(text, "output_router_logits"):
         raise InputError(f"router_aux_loss_coef: found {balancing}, but a {text.model_type} has no router; expected 0")
     positions = min(getattr(each, "max_position_embeddings", None) or math.inf for each in (text, judge))
-    longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
+    thought = config.max_thought_tokens + 1 if config.facts.thinks else 0
+    longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens) + thought
     if config.facts.has_teacher and config.max_length + config.max_new_tokens > positions:
         raise InputError(
             f"max_length: found {config.max_length}, but the model has {positions} positions; expected at most "
@@ -126,7 +128,8 @@ def check_model(config: Config) -> None:
     if longest > positions:
         raise InputError(
             f"max_length {config.max_length}, or max_prompt_length {config.max_prompt_length} + max_new_tokens "
-            f"{config.max_new_tokens}: found up to {longest} tokens, but the model has {positions} positions"
+            f"{config.max_new_tokens}{f', and max_thought_tokens {thought - 1}' if thought else ''}: found up to "
+            f"{longest} tokens, but the model has {positions} positions"
         )
     if config.model_name_or_path:
         check_weights(config)
@@ -157,6 +160,8 @@ def read_encoder(config: Config, begun: datetime.datetime) -> Encoder:
     encoder = make_encoder(tokenizer, config, begun, stop_tokens(config))
     if config.reward_backbone:
         check_tokenizer(f"reward_backbone {config.reward_backbone}", config.reward_backbone, encoder, config)
+    if config.facts.thinks:
+        mark_of(config, encoder)
     return encoder
 
 

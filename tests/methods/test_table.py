@@ -61,6 +61,7 @@ PHASES = {
     ],
     "r_airl": ["sft", "stage-00/reward", *rounds_of(0, 8), *rounds_of(1, 8)],
     "sdft": ["sft", "stage-00", "stage-01"],
+    "reasoning": ["sft", "stage-00", "stage-01"],
     "reward": ["sft", "stage-00/reward"],
     "sft": ["sft"],
 }

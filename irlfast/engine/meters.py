@@ -66,7 +66,8 @@ def seconds_between(begin: Any, end: Any) -> float:
 def meters(costs: Costs, counts: Counter[str], seconds: dict[str, float]) -> dict[str, float]:
     """Return seconds, each part's share of them, tokens per second, and operations per second and device.
 
-    The shares add up to 1. Tokens are those of all processes. ``mfu``, the model FLOPs utilisation, is given on GPUs
+    The shares add up to 1. Tokens are those of all processes, and operations those of the policy: the forward pass of
+    a teacher is in the seconds alone. ``mfu``, the model FLOPs utilisation, is given on GPUs
     whose peak is known.
     """
     total = seconds.pop("all")

@@ -10,7 +10,7 @@ teacher has an adapter of its own on the policy's base, so that it takes no memo
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,10 +47,7 @@ def prepare_teacher(
         return TeacherModel(policy, {})
     model = load_to_train(name, config, in_4bit=config.load_in_4bit).requires_grad_(False)
     if config.use_peft:
-        for parameter_name, parameter in policy.model.named_parameters(remove_duplicate=False):
-            if not parameter.requires_grad:
-                module, _, attribute = parameter_name.rpartition(".")
-                setattr(model.get_submodule(module), attribute, parameter)
+        share_base(model, policy.model)
     prepared = prepare_model(model.to(dist.device()).eval(), config, groups)
     if not config.sync_ref_model:
         return TeacherModel(prepared, {})
@@ -61,6 +58,14 @@ def prepare_teacher(
         if parameter.requires_grad
     }
     return TeacherModel(prepared, followed)
+
+
+def share_base(model: Any, policy: Any) -> None:
+    """Replace the parameters of LoRA's base in ``model`` by the policy's own, which lie in memory once then."""
+    for name, parameter in policy.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, parameter)
 
 
 def is_live(config: Config) -> bool:

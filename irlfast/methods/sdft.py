@@ -88,7 +88,11 @@ def distil(run: Run, stage: int, number: int, policy: Path | str, teacher: Path 
     if dist.is_main() and not (folder / "round.json").exists():
         ended = sum(answer[-1] in run.encoder.ends for answer in answers) / len(answers)
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
-        write_json(folder / "round.json", {"answers": len(answers), "ended": ended} | seconds)
+        tokens = {
+            "synthetic_tokens": sum(map(len, answers)),
+            "teacher_tokens": sum(len(x.teacher_prompt or ()) + len(x.answers[0]) for x in groups),  # per pass
+        }
+        write_json(folder / "round.json", {"answers": len(answers), "ended": ended} | tokens | seconds)
     loss = functools.partial(
         distillation_loss,
         mode=config.distillation_mode,

@@ -69,6 +69,13 @@ TRAINING = (
     TrainingMetric(
         "KL to the reference", "nats per answer, on the policy's samples", ("kl",), level=0.0, optional=True
     ),
+    TrainingMetric(
+        "Divergence from the teacher",
+        "nats per answer, on the policy's samples",
+        ("divergence",),
+        level=0.0,
+        optional=True,
+    ),
     TrainingMetric("Answer length", "tokens", ("length/chosen", "length/rejected")),
     TrainingMetric("Throughput", "tokens per second", ("tokens_per_second",)),
 )

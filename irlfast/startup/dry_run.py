@@ -23,6 +23,7 @@ from irlfast.data.store import Example
 from irlfast.engine.fit import fit
 from irlfast.engine.plan import plan_phase
 from irlfast.engine.process_group import destroy_process_group, init_process_group
+from irlfast.engine.teacher import is_live
 from irlfast.losses.sft import sft_loss
 from irlfast.methods import METHODS
 from irlfast.models.build import build_model
@@ -154,6 +155,8 @@ def memory(config: Config, model: Size, length: float) -> float:
     trained = model.parameters * (0.01 if config.use_peft else 1)
     moments = 8 if config.optim == "adamw_torch" else 4
     weights = model.parameters * (0.6 if config.load_in_4bit else size) / (world if zero == 3 else 1)
+    if config.facts.has_teacher and not is_live(config) and not config.use_peft:
+        weights *= 2
     gradients = trained * size / (world if zero >= 2 else 1)
     optimiser = trained * (moments + (4 if size == 2 else 0)) / (world if zero >= 1 else 1)
     tokens = 2 * config.per_device_train_batch_size * length

@@ -70,7 +70,10 @@ def groups_of(config: Config, row: Example) -> list[PromptGroup]:
         n = config.num_generations
         trained = n if POLICY_LOSSES[config.align].loss else 1  # the others are scored, MAX_ANSWERS at a time
         answers.append((sampled,) * max(trained, min(MAX_ANSWERS, n)))
-    return [PromptGroup(row.prompt_ids, each) for each in answers]
+    groups = [PromptGroup(row.prompt_ids, each) for each in answers]
+    if config.facts.has_teacher:
+        groups.append(PromptGroup(row.prompt_ids, (sampled,), teacher_prompt=range(config.max_length)))
+    return groups
 
 
 def check_rewards(config: Config) -> None:

@@ -37,7 +37,7 @@ from benchmarks.runs import parser, settings, share, train
 from irlfast.bon import best_shares, sizes_up_to
 from irlfast.common.files import write_jsonl
 
-WORDS, HELD_OUT, BON_WORDS, N = 3840, 500, 48, 1000
+WORDS, HELD_OUT, BON_WORDS, N = 3840, 500, 24, 1000
 STEPS = 60  # of every baseline, on 64 words each: one pass
 NOISE = 0.1  # of a preference: its probability is σ(difference of golden rewards / NOISE)
 OWN = {"max_train_samples": WORDS, "max_eval_samples": HELD_OUT, "seed": 0}
@@ -50,7 +50,7 @@ BASELINES: dict[str, tuple[str, dict[str, object]]] = {  # name -> its file of r
     "DPO-LLMEdit": ("edits", DPO | {"method": "dpo"}),
     "DPO-AfD": ("demonstrations", DPO | {"method": "irft"}),
 }
-LEARNED = REWARD | {"method": "reward", "reward_steps": 100}
+LEARNED = REWARD | {"method": "reward", "reward_steps": 40, "max_train_samples": 2560}  # one pass
 REWARDS = ("init_sft", "init_demo", "sft_demo", "preference")
 
 

@@ -140,7 +140,7 @@ def keys_of(job: Job) -> dict[str, Any]:
         keys = new_policy(job, "all", steps.start + steps.continued)
         return keys | {"train_tokenizer": None, "tokenizer_name_or_path": str(job.start)}
     keys = common(job, "pool") | {"model_name_or_path": str(job.start), "train_tokenizer": None}
-    keys |= {"learning_rate": job.rate, "per_device_train_batch_size": batch_of(arm), "max_eval_samples": 32}
+    keys |= {"learning_rate": job.rate, "per_device_train_batch_size": batch_of(arm), "max_eval_samples": 2}
     pool = sum(1 for _ in read_jsonl(Path(keys["dataset_name"])))
     keys |= arm.keys | schedule(arm.keys, job.prompts, pool, batch_of(arm))
     if TASKS[job.task].unanswered and METHOD_FACTS[arm.keys["method"]].aligns:

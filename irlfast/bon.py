@@ -72,7 +72,7 @@ def choose_best(run: Run, number: int, examples: list[Example], folder: Path) ->
     config, n = run.config, run.config.num_generations
     drawn = sampling(config, 0)._replace(seed=(config.seed * 1000 + number) * 100_000)
     groups = sample_groups(run, run.initial, examples, n, folder / "rollouts", drawn)
-    scored = rewards_of(run, [], groups, folder).view(-1, n)  # [P, n]
+    scored = rewards_of(run, [], groups, folder, run.output / "reward_scales.json").view(-1, n)  # [P, n]
     kept = complete(scored)
     examples, groups, rewards = [examples[i] for i in kept], [groups[i] for i in kept], scored[kept].numpy()
     if dist.is_main():

@@ -24,11 +24,12 @@ def check_reward(config: Any) -> None:
         )
     if config.reward_every == "round" and config.history:
         raise InputError(f"history: found {config.history} with reward_every 'round', expected 0")
-    if config.reward_loss in ("bradley_terry", "linear") and config.reward_level == "token":
+    of_pairs = config.reward_loss in ("bradley_terry", "gaussian", "linear")
+    if of_pairs and config.reward_level == "token":
         raise InputError(
             f"reward_level: found 'token' with reward_loss {config.reward_loss}, which compares whole answers"
         )
-    if config.reward_loss in ("bradley_terry", "linear") and config.divergence != "airl":
+    if of_pairs and config.divergence != "airl":
         raise InputError(
             f"divergence: found {config.divergence!r} with reward_loss {config.reward_loss}, which trains no "
             "discriminator; expected airl, or reward_loss bce"
@@ -71,9 +72,15 @@ def check_added_rewards(config: Any) -> None:
         raise InputError(
             f"reward_weights: found {len(config.reward_weights)}, expected {learned + added}, one per reward"
         )
-    if config.reward_combine != "mean" and config.reward_heads < 2 and not added:
+    if config.reward_combine != "mean" and config.reward_heads * config.reward_models < 2 and not added:
         raise InputError(
-            f"reward_combine: found {config.reward_combine!r} with one head, expected reward_heads of 2 or more"
+            f"reward_combine: found {config.reward_combine!r} with one head, expected reward_heads or reward_models of "
+            "2 or more"
+        )
+    if config.reward_models > 1 and not config.facts.leaves_policy:
+        raise InputError(
+            f"reward_models: found {config.reward_models} with method {config.method}, which leaves one model; "
+            "expected 1, and a run per model"
         )
 
 

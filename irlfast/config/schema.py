@@ -92,9 +92,7 @@ class Config:
     dataset_test_split: str | None = key(None, "The split to hold out (default: a share of the training rows).")
     eval_dataset_name: Datasets | None = key(None, "Held-out demonstrations from another source, or from several.")
     prompt_dataset_name: Datasets | None = key(
-        None,
-        "Prompts without answers, which the policy of rft, afd or gad answers beside those of the demonstrations. A "
-        "reward does not learn from them.",
+        None, "Prompts without answers, which the policy of rft, afd or gad answers too. No reward learns from them."
     )
     columns: Columns = key(
         {},
@@ -195,10 +193,11 @@ class Config:
         "against SFT's (init_sft), either against demonstrations (init_demo, sft_demo), rejected against chosen "
         "(preference). none learns no reward.",
     )
-    reward_loss: Literal["bradley_terry", "linear", "bce", "airl", "gail", "fairl", "alpha"] = key(
+    reward_loss: Literal["bradley_terry", "gaussian", "linear", "bce", "airl", "gail", "fairl", "alpha"] = key(
         "bradley_terry",
-        "The loss of the reward model: of the difference of a pair (bradley_terry, linear), of a discriminator (bce), "
-        "or the bound of a divergence (airl: reverse KL, gail: JS, fairl: forward KL, alpha).",
+        "The loss of the reward model: of the difference of a pair (bradley_terry; gaussian, with a learned variance; "
+        "linear), of a discriminator (bce), or the bound of a divergence (airl: reverse KL, gail: JS, fairl: forward "
+        "KL, alpha).",
     )
     divergence: Literal["airl", "gail", "fairl", "alpha"] | None = key(
         None,
@@ -209,8 +208,11 @@ class Config:
     reward_level: Literal["sequence", "token"] = key(
         "sequence", "Read the reward's heads at the last token of an answer, or sum them over all of its tokens."
     )
-    reward_regularization: Positive = key(0.1, "Weight of the squared rewards where reward_loss is linear.")
+    reward_regularization: Positive = key(
+        0.1, "Weight of the squared rewards (linear), or of the squared log-variances (gaussian)."
+    )
     reward_heads: Count = key(1, "Heads of a reward model, which are an ensemble.")
+    reward_models: Count = key(1, "Reward models that learn apart, each with its own seed. All heads are one ensemble.")
     reward_combine: Literal["mean", "min", "mean_std"] = key(
         "mean",
         "mean adds the rewards up, each the mean of its heads. min and mean_std take the least of all heads of all "
@@ -219,12 +221,11 @@ class Config:
     reward_std_weight: NotNegative = key(1.0, "Number of standard deviations that mean_std takes off.")
     reward_every: Literal["stage", "round"] = key(
         "stage",
-        "When a reward learns from the policy's answers: at the start of each stage; or at the start of the first, and "
-        "then in every round, from the answers that it judges in that round.",
+        "When a reward learns from the policy's answers: at the start of every stage, or of the first stage and then "
+        "in every round, from the answers that it judges there.",
     )
     reward_backbone: str | None = key(
-        None,
-        "The model that a reward starts from: a folder or hub name with the policy's tokenizer (default: the policy).",
+        None, "The model that a reward starts from, with the policy's tokenizer: folder or hub name (none: the policy)."
     )
     reward_frozen_layers: Annotated[int, Field(ge=0)] = key(
         0, "First layers of the reward's backbone that are not trained. All layers: heads on the policy's own backbone."
@@ -249,6 +250,9 @@ class Config:
         [],
         "Python functions that give rewards to add, as package.module:function or file.py:function. They are called as "
         "TRL calls its own.",
+    )
+    reward_normalize: bool = key(
+        False, "Give each reward mean 0 and standard deviation 1 over a stage's first answers, before weights mix them."
     )
     reward_weights: list[float] = key(
         [],

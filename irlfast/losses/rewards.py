@@ -8,6 +8,8 @@ from irlfast.data.packing import Batch
 from irlfast.losses.inputs import Metrics, Normalisers, per_sequence
 from irlfast.ops import Head
 
+GAUSSIAN = "gaussian"  # the reward loss whose heads have two outputs each
+
 
 def reward_loss(
     hidden: Tensor,
@@ -22,10 +24,15 @@ def reward_loss(
 ) -> tuple[Tensor, Metrics]:
     """Compute the loss of a reward model's M heads on pairs (expert, synthetic), averaged over heads.
 
-    :func:`irlfast.ops.discriminator_loss` has the formula of every ``kind``. At ``level`` "token", a mean is over the
-    tokens of a micro-batch.
+    :func:`irlfast.ops.discriminator_loss` has the formula of every ``kind`` but ``gaussian``. At
+    ``level`` "token", a mean is over the tokens of a micro-batch.
     """
     pairs = (len(batch.cu_seqlens) - 1) // 2
+    if kind == GAUSSIAN:
+        outputs = ops.reward_head(hidden, head.weight, batch.cu_seqlens, rows=batch.rows, bias=head.bias)  # [S, 2M]
+        terms = variance_loss(outputs[0::2], outputs[1::2], regularization)
+        loss, rewards = terms.mean() * (pairs / normalisers.pairs), outputs.detach()[:, 0::2].mean(1)
+        return loss, metrics_of(loss, rewards, normalisers)
     loss, logits, _ = ops.discriminator_loss(
         hidden,
         head.weight,
@@ -42,13 +49,34 @@ def reward_loss(
     rewards = logits.detach().mean(1)
     if level == "token":
         rewards = per_sequence(rewards, batch.cu_seqlens)
+    return loss, metrics_of(loss, rewards, normalisers)
+
+
+def variance_loss(expert: Tensor, synthetic: Tensor, regularization: float) -> Tensor:
+    """Return −log σ((μ − μ̃)/√((σ² + σ̃²)/2)) + λ(v² + ṽ²) ``[P, M]``, v = log σ², of heads' outputs ``[P, 2M]``.
+
+    Each head has two outputs, the mean μ of an answer's reward and v. With Gaussian rewards, the expert's is the higher
+    one with the probability Φ((μ − μ̃)/√(s² + s̃²)). Φ(x) ≈ σ(√(8/π)·x) and s² = (4/π)·σ² make it this loss, which is
+    Bradley-Terry's for v = 0. λ holds v there where pairs do not say otherwise: they leave the scale of μ and σ open.
+
+    Source: our reading of Inverse-RLignment (arXiv 2405.15624), Bradley-Terry with a learned variance.
+    """
+    (mean, log_variance), (other_mean, other_log_variance) = (
+        (outputs[:, 0::2], outputs[:, 1::2]) for outputs in (expert, synthetic)
+    )
+    scale = ((log_variance.exp() + other_log_variance.exp()) / 2).sqrt()
+    loss = -torch.nn.functional.logsigmoid((mean - other_mean) / scale)
+    return loss + regularization * (log_variance**2 + other_log_variance**2)
+
+
+def metrics_of(loss: Tensor, rewards: Tensor, normalisers: Normalisers) -> Metrics:
+    """Return the metrics of a micro-batch from its share of the loss and the rewards ``[S]``."""
     chosen, rejected = rewards[0::2], rewards[1::2]
-    metrics = {
-        "count": batch.cu_seqlens.new_full((), pairs),
+    return {
+        "count": chosen.new_full((), len(chosen)),
         "loss": loss.detach() * normalisers.pairs,
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
         "rewards/margins": (chosen - rejected).sum(),
         "rewards/accuracies": (chosen > rejected).sum(),
     }
-    return loss, metrics

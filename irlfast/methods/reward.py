@@ -1,8 +1,9 @@
 """Learn a reward from demonstrations (arXiv 2405.17888, RFT; Inverse-RLignment, AfD): pairs, leaks, training."""
 
+import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,42 +32,47 @@ from irlfast.methods.stages import (
 )
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import DRAWN, sample
-from irlfast.sampling.rewards import combine, recipe, reward_of, summed
+from irlfast.sampling.rewards import combine, learned_reward, recipe, summed
 
 
 def reward_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
     """Train the reward model of method ``reward``, which has one stage and no reference, and return its folder."""
-    return learn_reward(run, stage, policy)
+    [model] = learn_rewards(run, stage, policy)
+    return model
 
 
-def learn_reward(run: Run, stage: int, policy: Path | str) -> Path:
-    """Train the reward model of a stage, and return its folder.
+def learn_rewards(run: Run, stage: int, policy: Path | str) -> list[Path]:
+    """Train the reward models of a stage, one after the other on the same pairs, and return their folders.
 
-    The first stage starts from ``reward_backbone``, or else from the policy; each later stage from the reward model of
-    the stage before. All stages share the first one's model where its pairs do not depend on the policy.
+    The first stage starts from ``reward_backbone``, or else from the policy; each later stage from the reward models of
+    the stage before. All stages share those of the first one where their pairs do not depend on the policy.
     """
     config = run.config
     if not learns_in(config, stage):
         stage = 0
-    folder = run.output / stage_name(stage) / "reward"
-    if not (folder / "DONE").exists():
+    place = run.output / stage_name(stage)
+    models = reward_models(config, place)
+    if not all((model.parent / "DONE").exists() for model in models):
         pairs = reward_pairs(run, stage, policy)
-        check_leaks(run, folder, pairs)
-        start = run.output / stage_name(stage - 1) / "reward" / "model" if stage else config.reward_backbone or policy
-        fit(run, folder, start, pairs, loss_of(config), reward_plan(config, [stage], len(pairs)))
-    evaluate_reward(run, folder, policy)
-    return folder / "model"
+        check_leaks(run, models[0].parent, pairs)
+        first = [config.reward_backbone or policy] * len(models)
+        starts = reward_models(config, run.output / stage_name(stage - 1)) if stage else first
+        fit_rewards(run, [stage], starts, models, pairs)
+    evaluate_rewards(run, models, policy)
+    return models
 
 
-def learn_reward_in_round(run: Run, stage: int, number: int, policy: Path | str, examples: list[Example]) -> Path:
-    """Train the reward model further on the answers that a round aligns the policy with, and return its folder.
+def learn_rewards_in_round(
+    run: Run, stage: int, number: int, policy: Path | str, examples: list[Example]
+) -> list[Path]:
+    """Train the reward models further on the answers that a round aligns the policy with, and return their folders.
 
     Each of the n answers to a prompt is compared with the prompt's demonstration, if there is one. The first round of
-    the first stage continues the model of :func:`learn_reward`, and each other round that of the round before.
+    the first stage continues the models of :func:`learn_rewards`, and each other round those of the round before.
     """
     config, place = run.config, run.output / round_folder(stage, number)
-    folder = place / "reward"
-    if not (folder / "DONE").exists():
+    models = reward_models(config, place)
+    if not all((model.parent / "DONE").exists() for model in models):
         begun = time.perf_counter()
         rollouts = run.output / round_name(config, stage, number) / "rollouts"
         repeated = [example for example in examples for _ in range(config.num_generations)]
@@ -75,20 +81,42 @@ def learn_reward_in_round(run: Run, stage: int, number: int, policy: Path | str,
         shown, synthetic = [example for example, _ in both], [ids for _, ids in both]
         pairs, counts = make_pairs(run, stage, shown, synthetic, keep_identical=not compares(config))
         write_counts(place, counts, begun)
-        plan = reward_plan(config, [stage, number + 1], len(pairs))
-        fit(run, folder, reward_before(run, stage, number), pairs, loss_of(config), plan)
+        fit_rewards(run, [stage, number + 1], models_before(run, stage, number), models, pairs)
     if number == config.align_rounds - 1:
-        evaluate_reward(run, folder, policy)
-    return folder / "model"
+        evaluate_rewards(run, models, policy)
+    return models
 
 
-def reward_before(run: Run, stage: int, number: int) -> Path:
-    """Return the reward model that a round continues."""
+def fit_rewards(
+    run: Run, at: list[int], starts: Sequence[Path | str], models: Sequence[Path], pairs: list[PromptGroup]
+) -> None:
+    """Train each reward model from its start; ``at`` as for :func:`reward_plan`.
+
+    The seed of each gives it heads and an order of the pairs of its own.
+    """
+    for number, (start, model) in enumerate(zip(starts, models, strict=True)):
+        config = dataclasses.replace(run.config, seed=run.config.seed + 1000 * number)
+        plan = reward_plan(config, at, len(pairs))
+        fit(run._replace(config=config), model.parent, start, pairs, loss_of(config), plan)
+
+
+def reward_names(config: Config) -> list[str]:
+    """Return the names of the reward models' phases within a stage or round."""
+    return ["reward", *(f"reward-{number:02d}" for number in range(1, config.reward_models))]
+
+
+def reward_models(config: Config, place: Path) -> list[Path]:
+    """Return the reward models in the folder of a stage or round."""
+    return [place / name / "model" for name in reward_names(config)]
+
+
+def models_before(run: Run, stage: int, number: int) -> list[Path]:
+    """Return the reward models that a round continues."""
     if number:
         place = round_folder(stage, number - 1)
     else:
         place = round_folder(stage - 1, run.config.align_rounds - 1) if stage else stage_name(0)
-    return run.output / place / "reward" / "model"
+    return reward_models(run.config, run.output / place)
 
 
 def learns_in(config: Config, stage: int) -> bool:
@@ -103,7 +131,7 @@ def learns_in(config: Config, stage: int) -> bool:
 
 def compares(config: Config) -> bool:
     """Return whether the reward's loss is of the difference of a pair, so that two identical answers teach nothing."""
-    return config.reward_loss == "bradley_terry" or config.reward_data == "preference"
+    return config.reward_loss in ("bradley_terry", "gaussian") or config.reward_data == "preference"
 
 
 def check_leaks(run: Run, folder: Path, pairs: list[PromptGroup]) -> None:
@@ -172,45 +200,52 @@ def reward_plan(config: Config, at: list[int], count: int) -> Plan:
 def reward_phases(config: Config, rows: int) -> Iterator[Phase]:
     """List the phases of method ``reward`` on ``rows`` demonstrations: SFT if asked for, then the reward model."""
     yield from sft_phases(config, rows)
-    yield reward_phase(config, 0, stage_size(config, rows, 0))
+    yield from reward_phases_of(config, 0, stage_size(config, rows, 0))
 
 
-def reward_phase(config: Config, stage: int, size: int) -> Phase:
-    """Describe the phase that trains a stage's reward model on ``size`` pairs."""
-    plan, files = functools.partial(reward_plan, config, [stage], size), (f"{stage_name(stage)}/pairs.json",)
-    return Phase(f"{stage_name(stage)}/reward", plan, answers=2, sampled=size, files=files)
+def reward_phases_of(config: Config, stage: int, size: int) -> Iterator[Phase]:
+    """List the phases that train a stage's reward models on ``size`` pairs."""
+    plan, place = functools.partial(reward_plan, config, [stage], size), stage_name(stage)
+    for number, name in enumerate(reward_names(config)):
+        yield Phase(f"{place}/{name}", plan, answers=2, sampled=0 if number else size, files=(f"{place}/pairs.json",))
 
 
-def round_reward_phase(config: Config, stage: int, number: int, prompts: int) -> Phase:
-    """Describe the phase that trains the reward model further in a round, whose answers the round's own phase counts.
+def round_reward_phases(config: Config, stage: int, number: int, prompts: int) -> Iterator[Phase]:
+    """List the phases that train the reward models further in a round, whose answers the round's own phase counts.
 
     Each of the ``prompts`` gives as many pairs as it has answers.
     """
     plan = functools.partial(reward_plan, config, [stage, number + 1], prompts * config.num_generations)
     place = round_folder(stage, number)
-    return Phase(f"{place}/reward", plan, answers=2, sampled=0, files=(f"{place}/pairs.json",))
+    for name in reward_names(config):
+        yield Phase(f"{place}/{name}", plan, answers=2, sampled=0, files=(f"{place}/pairs.json",))
 
 
-def evaluate_reward(run: Run, folder: Path, policy: Path | str) -> dict[str, Any]:
-    """Evaluate the reward model in ``folder`` on the held-out demonstrations; its ``eval.json`` keeps the metrics.
+def evaluate_rewards(run: Run, models: Sequence[Path], policy: Path | str) -> dict[str, Any]:
+    """Evaluate reward models, as one ensemble, on the held-out demonstrations.
+
+    The folder of the first one keeps the metrics, in ``eval.json``.
+
+    The held-out rows may be a preference set that no training row comes from (``eval_dataset_name``).
 
     - ``reward_accuracy``: how often the demonstration has a higher reward than a fresh sample of ``policy`` that
       differs from it;
     - ``preference_accuracy``: how often the demonstration has a higher reward than the rejected answer, where there
       are rejected answers.
     """
+    folder = models[0].parent
     path = folder / "eval.json"
     if path.exists():
         return read_json(path)
     begun = time.perf_counter()
     drawn = sample(run, policy, run.held_out, folder / "drawn", DRAWN)
-    metrics: dict[str, Any] = {"phase": f"{folder.parent.name}/reward"}
+    metrics: dict[str, Any] = {"phase": folder.relative_to(run.output).as_posix()}
     rejected_ids = [example.rejected_ids for example in run.held_out]
     for name, part, others in (("reward", "drawn", drawn), ("preference", "rejected", rejected_ids)):
         both = zip(run.held_out, others, strict=True)
         pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, ids)) for x, ids in both if ids and ids != x.answer_ids]
         if pairs:
-            heads = reward_of(run, str(folder / "model"), pairs, folder / part / "reward.safetensors")
+            heads = learned_reward(run, models, pairs, folder / part / "reward.safetensors")
             rewards = combine([summed(heads)], run.config).view(-1, 2)
             metrics[f"{name}_accuracy"] = (rewards[:, 0] > rewards[:, 1]).double().mean().item()
             metrics[f"{name}_margin"] = (rewards[:, 0] - rewards[:, 1]).mean().item()

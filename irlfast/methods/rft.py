@@ -22,7 +22,14 @@ from irlfast.engine.fit import fit
 from irlfast.losses.policy import POLICY_LOSSES, align_loss
 from irlfast.losses.sft import sft_loss
 from irlfast.methods.credit import advantages_of, less_kl, less_penalties, totals
-from irlfast.methods.reward import learn_reward, learn_reward_in_round, learns_in, reward_phase, round_reward_phase
+from irlfast.methods.reward import (
+    learn_rewards,
+    learn_rewards_in_round,
+    learns_in,
+    reward_models,
+    reward_phases_of,
+    round_reward_phases,
+)
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import (
     Phase,
@@ -46,7 +53,7 @@ def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -
     With ``reward_every: round``, the reward also learns in each round, from the answers that it then judges.
     """
     config = run.config
-    learned = [learn_reward(run, stage, policy)] if config.reward_data != "none" else []
+    learned = learn_rewards(run, stage, policy) if config.reward_data != "none" else []
     for number in range(config.align_rounds):
         folder = run.output / round_name(config, stage, number)
         if not (folder / "DONE").exists():
@@ -55,11 +62,12 @@ def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -
                 *round_examples(run.prompts, config, stage, number),
             ]
             if config.reward_every == "round":
-                learned = [learn_reward_in_round(run, stage, number, policy, examples)]
+                learned = learn_rewards_in_round(run, stage, number, policy, examples)
             align(run, stage, number, policy, reference, learned, examples)
         if number and dist.is_main():
             remove(run.output / round_name(config, stage, number - 1) / "policy")
-            remove(run.output / round_folder(stage, number - 1) / "reward" / "model")
+            for model in reward_models(config, run.output / round_folder(stage, number - 1)):
+                remove(model)
         dist.barrier()
         policy = folder / "policy"
     return policy
@@ -85,7 +93,10 @@ def align(
 ) -> None:
     """Do one round: sample n answers to each prompt, score them, and make the better answers likelier."""
     config, folder = run.config, run.output / round_name(run.config, stage, number)
-    rollouts = roll_out(run, policy, reference, learned, examples, folder, round_sampling(config, stage, number))
+    scales = run.output / stage_name(stage) / "reward_scales.json"
+    rollouts = roll_out(
+        run, policy, reference, learned, examples, folder, round_sampling(config, stage, number), scales
+    )
     rewards = less_penalties(rollouts.rewards, rollouts.groups, config, run.encoder.ends)
     plan = policy_plan(config, stage, len(rollouts.groups))
     if POLICY_LOSSES[config.align].loss is None:
@@ -118,13 +129,14 @@ def roll_out(
     examples: list[Example],
     folder: Path,
     how: Sampling,
+    scales: Path,
 ) -> Rollouts:
     """Sample n answers to each prompt, and score them under the rewards, the policy and the reference."""
     config, n = run.config, run.config.num_generations
     begun = time.perf_counter()
     groups = sample_groups(run, policy, examples, n, folder / "rollouts", how)
     sampled = time.perf_counter()
-    rewards = token_rewards(run, learned, groups, folder)
+    rewards = token_rewards(run, learned, groups, folder, scales)
     kept = complete(totals(rewards))
     groups, rewards = [groups[i] for i in kept], [rewards[i] for i in kept]
     old = score(run, policy, groups, folder / "old.safetensors", in_4bit=config.load_in_4bit)
@@ -163,11 +175,11 @@ def rft_phases(config: Config, rows: int, prompts: int = 0) -> Iterator[Phase]:
     for stage in range(config.stages):
         size = stage_size(config, rows, stage)
         if learns_in(config, stage):
-            yield reward_phase(config, stage, size)
+            yield from reward_phases_of(config, stage, size)
         for number in range(config.align_rounds):
             share = len(range(number, size, config.align_rounds))
             if config.reward_every == "round":
-                yield round_reward_phase(config, stage, number, share)
+                yield from round_reward_phases(config, stage, number, share)
             share += len(range(number, stage_size(config, prompts, stage), config.align_rounds))
             name = round_name(config, stage, number)
             files = (f"{name}/eval.json",) if name == stage_name(stage) else ()

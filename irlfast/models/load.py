@@ -66,7 +66,8 @@ def load_to_train(
     ``reward`` makes it a reward model, and says how the reward is read from its heads (see
     :func:`irlfast.sampling.rewards.head_rewards`); ``reward_frozen_layers`` are frozen then.
     """
-    model = load_model(name, config, config.reward_heads if reward else 0, in_4bit)
+    outputs = config.reward_heads * (2 if reward and reward.get("variance") else 1)
+    model = load_model(name, config, outputs if reward else 0, in_4bit)
     if config.use_peft and not has_adapter(model):
         model = add_lora(model, config, reward=bool(reward))
     if reward:

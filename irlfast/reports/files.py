@@ -17,7 +17,7 @@ from irlfast.config.schema import FIELDS
 
 TIMES = ["seconds", *(f"time/{part}" for part in ("data", "forward", "backward", "optimizer", "communication"))]
 # A closed set, because phase names become text of the plots.
-PHASE = re.compile(r"initial|sft-nll|sft|stage-(\d{1,6})(?:/(round-\d{1,6}))?(?:/(reward))?")
+PHASE = re.compile(r"initial|sft-nll|sft|stage-(\d{1,6})(?:/(round-\d{1,6}))?(?:/(reward(?:-\d{1,6})?))?")
 
 
 def read_config(output_dir: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
@@ -68,13 +68,13 @@ def read_lines(output_dir: Path, name: str, notes: list[str]) -> Iterator[dict[s
         notes.append(f"{name}: {broken:,} unreadable line{'s' if broken > 1 else ''} left out.")
 
 
-def phase_order(phase: str) -> tuple[int, str, bool]:
+def phase_order(phase: str) -> tuple[int, str, str]:
     """Return a sort key: a reward comes before its round or stage, and rounds before the phase that ends the stage."""
     match = PHASE.fullmatch(phase)
     assert match
     stage, part, reward = match.groups()
     first_or_last = "" if reward else "~"
-    return {"initial": -3, "sft-nll": -2, "sft": -1}.get(phase, int(stage or 0)), part or first_or_last, not reward
+    return {"initial": -3, "sft-nll": -2, "sft": -1}.get(phase, int(stage or 0)), part or first_or_last, reward or "~"
 
 
 def read_phases(output_dir: Path, name: str, notes: list[str]) -> dict[str, dict[str, Any]]:

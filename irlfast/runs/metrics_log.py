@@ -65,7 +65,8 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
         self.step = self.earlier_steps + row["step"]
-        kind = {"sft-nll": "sft", "sft": "sft", "reward": "reward"}.get(row["phase"].rpartition("/")[2], self.method)
+        last = row["phase"].rpartition("/")[2].partition("-")[0]  # sft-nll is SFT's, and reward-01 a reward's
+        kind = last if last in ("sft", "reward") else self.method
         self.track(kind, {name: value for name, value in row.items() if name not in ("step", "stage")})
 
     def write_held_out(

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from irlfast import ops
-from irlfast.common.files import InputError, find_path
+from irlfast.common import dist
+from irlfast.common.files import InputError, find_path, read_json, write_json
 from irlfast.common.messages import first_sentence, log
 from irlfast.config import Config
 from irlfast.config.methods import OWN_POLICIES
 from irlfast.data.encoding import Encoder
 from irlfast.data.packing import Batch, PromptGroup
+from irlfast.losses.rewards import GAUSSIAN
 from irlfast.models.lora import base_and_adapter
 from irlfast.ops import Head
 from irlfast.runs.run import Run
@@ -44,21 +46,25 @@ EARLIER = {"reverse_kl": "airl", "js": "gail", "forward_kl": "fairl"}
 
 def recipe(config: Config) -> dict[str, Any]:
     """Return how a reward model of this run is read; this is written into the model's config.json."""
-    return {"level": config.reward_level, "divergence": config.divergence, "alpha": config.divergence_alpha}
+    how = {"level": config.reward_level, "divergence": config.divergence, "alpha": config.divergence_alpha}
+    return how | ({"variance": True} if config.reward_loss == GAUSSIAN else {})
 
 
-def rewards_of(run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], folder: Path) -> Tensor:
+def rewards_of(run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], folder: Path, scales: Path) -> Tensor:
     """Return the reward ``[S]`` fp64 of every answer of ``groups``: the ``learned`` and the added rewards, combined.
 
-    The values of each reward are kept in ``folder``. NaN marks an answer that ``reward_overlong`` leaves out.
+    The ``learned`` models are one reward. The values of each reward are kept in ``folder``, and its scale in the file
+    ``scales`` (:func:`normalised`). NaN marks an answer that ``reward_overlong`` leaves out.
 
     Raises:
         InputError: ``reward_combine`` asks for an ensemble, but there is one reward of one head.
     """
-    return combine([summed(values) for values in weighted(run, learned, groups, folder)], run.config)
+    return combine([summed(values) for values in weighted(run, learned, groups, folder, scales)], run.config)
 
 
-def token_rewards(run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], folder: Path) -> Scores:
+def token_rewards(
+    run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], folder: Path, scales: Path
+) -> Scores:
     """Return the reward of each token of every answer, fp64; their sums are those of :func:`rewards_of`.
 
     With ``reward_credit: sequence``, the whole reward of an answer is at its last token. With ``token``, so is a reward
@@ -66,33 +72,68 @@ def token_rewards(run: Run, learned: Sequence[Path], groups: Sequence[PromptGrou
     """
     lengths = [len(answer) for group in groups for answer in group.answers]
     if run.config.reward_credit == "sequence":
-        flat = at_ends(rewards_of(run, learned, groups, folder).split(1), lengths)
+        flat = at_ends(rewards_of(run, learned, groups, folder, scales).split(1), lengths)
     else:
-        flat = combine([at_ends(values, lengths) for values in weighted(run, learned, groups, folder)], run.config)
+        each = weighted(run, learned, groups, folder, scales)
+        flat = combine([at_ends(values, lengths) for values in each], run.config)
     answers = iter(flat.split(lengths))
     return [tuple(next(answers) for _ in group.answers) for group in groups]
 
 
-def weighted(run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], folder: Path) -> list[Sequence[Tensor]]:
+def weighted(
+    run: Run, learned: Sequence[Path], groups: Sequence[PromptGroup], folder: Path, scales: Path
+) -> list[Sequence[Tensor]]:
     """Return the values of each reward, times its weight: of every answer ``[k, M]``, as :func:`reward_of` has them."""
     config = run.config
-    models = [*map(str, learned), *config.reward_model_name_or_path]
     implicit = zip_longest(config.implicit_reward_policy, config.implicit_reward_reference)
     scorers: list[Callable[..., Sequence[Tensor]]] = [
-        *(functools.partial(reward_of, run, model) for model in models),
+        *([functools.partial(learned_reward, run, learned)] if learned else []),
+        *(functools.partial(reward_of, run, model) for model in config.reward_model_name_or_path),
         *(functools.partial(implicit_reward, run, *both) for both in implicit),
         *([functools.partial(feature_rewards, run)] if config.feature_reward else []),
     ]
     paths = [folder / f"reward-{number}.safetensors" for number in range(len(scorers) + len(config.reward_function))]
-    of_models = [scorer(groups, path) for scorer, path in zip(scorers, paths, strict=False)]
+    of_models: Sequence[Sequence[Tensor]] = [scorer(groups, path) for scorer, path in zip(scorers, paths, strict=False)]
     functions = zip(config.reward_function, paths[len(scorers) :], strict=True)
     of_functions = [function_rewards(run, name, groups, path) for name, path in functions]
+    if config.reward_normalize:
+        of_models, of_functions = normalised(of_models, of_functions, scales)
     if config.reward_combine != "mean" and sum(v[0].shape[1] for v in of_models) + len(of_functions) < 2:
         raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
     heard = without_none(of_functions, alone=not of_models, combined=config.reward_combine)
     each = [*of_models, *(values.split(1) for values in heard)]
     weights = config.reward_weights or [1.0] * len(each)
     return [[weight * v for v in values] for weight, values in zip(weights, each, strict=True)]
+
+
+def learned_reward(run: Run, models: Sequence[Path], groups: Sequence[PromptGroup], path: Path) -> Sequence[Tensor]:
+    """Return the rewards of every answer by all heads of the ``models``, as :func:`reward_of` those of one."""
+    paths = [path.with_stem(f"{path.stem}-{number}" if number else path.stem) for number in range(len(models))]
+    each = [reward_of(run, str(model), groups, own) for model, own in zip(models, paths, strict=True)]
+    return [torch.cat(values, 1) for values in zip(*each, strict=True)]
+
+
+def normalised(
+    of_models: Sequence[Sequence[Tensor]], of_functions: Sequence[Tensor], path: Path
+) -> tuple[Sequence[Sequence[Tensor]], list[Tensor]]:
+    """Shift and scale each reward by the mean and the standard deviation that the file ``path`` keeps.
+
+    Where there is no file, they are those of these answers, of the mean of a reward's heads. NaN counts as no answer.
+    An answer's rewards of tokens are scaled, and the mean is taken off at the last token.
+    """
+    if not path.exists():
+        answers = [*(summed(values).mean(1) for values in of_models), *(values[:, 0] for values in of_functions)]
+        known = [rewards[~rewards.isnan()] for rewards in answers]
+        if dist.is_main():
+            write_json(path, [{"mean": x.mean().item(), "std": x.std().item() or 1.0} for x in known])
+        dist.barrier()
+    scales = [(scale["mean"], scale["std"]) for scale in read_json(path)]
+    models = [
+        [torch.cat([v[:-1], v[-1:] - mean]) / std for v in values]
+        for values, (mean, std) in zip(of_models, scales, strict=False)
+    ]
+    later = scales[len(of_models) :]
+    return models, [(values - mean) / std for values, (mean, std) in zip(of_functions, later, strict=True)]
 
 
 def summed(values: Sequence[Tensor]) -> Tensor:
@@ -196,14 +237,17 @@ def any_config(model: str, config: Config) -> Any:
 
 
 def head_rewards(
-    hidden: Tensor, head: Head, batch: Batch, *, level: str, divergence: str, alpha: float
+    hidden: Tensor, head: Head, batch: Batch, *, level: str, divergence: str, alpha: float, variance: bool = False
 ) -> Sequence[Tensor]:
     """Return the reward ``[1, M]`` of each answer from its heads' logits, or at the level ``token`` that of each token.
+
+    With ``variance``, each head has two outputs, the mean and the log-variance of a reward; the mean is the reward.
 
     Source: docs/design.md §3; f-MAX (arXiv 1911.02256), see :mod:`irlfast.ops.rewards.losses`.
     """
     pooling = "token" if level == "token" else "last"
     logits = ops.reward_head(hidden, head.weight, batch.cu_seqlens, rows=batch.rows, bias=head.bias, pooling=pooling)
+    logits = logits[:, 0::2] if variance else logits
     rewards = ops.discriminator_reward(logits, kind=EARLIER.get(divergence, divergence), alpha=alpha).cpu()
     lengths = batch.cu_seqlens.diff().tolist() if level == "token" else [1] * (len(batch.cu_seqlens) - 1)
     return rewards.split(lengths)

@@ -119,6 +119,11 @@ WRONG = {
         "prompt_dataset_name": __file__
     },
     "reward_backbone: found .* but the run learns no reward": {"reward_backbone": "gpt2"},
+    "reward_models: found 2 with method reward, which leaves one model": {"method": "reward", "reward_models": 2},
+    "reward_level: found 'token' with reward_loss gaussian": {
+        "reward_loss": "gaussian",
+        "reward_level": "token",
+    },
     "reward_every: found 'round' with reward_data init_demo": {"reward_every": "round", "reward_data": "init_demo"},
     "history: found 1 with reward_every 'round', expected 0": {"reward_every": "round", "history": 1},
     "implicit_reward_reference: found 1, expected none or one per": {"implicit_reward_reference": "gpt2"},

@@ -258,9 +258,10 @@ def test_the_table_of_pair_losses_is_that_of_the_code():
 
 
 def test_every_reward_loss_is_a_value_of_its_key_and_on_the_page_of_rft():
-    assert set(get_args(get_type_hints(Config)["reward_loss"])) == REWARD_LOSSES.keys()
     page = (ROOT / "docs/methods/rft.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in page for name in REWARD_LOSSES)
+    names = get_args(get_type_hints(Config)["reward_loss"])
+    assert set(names) > REWARD_LOSSES.keys()
+    assert all(f"`{name}`" in page for name in names)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/methods").glob("*.md")), ids=lambda page: page.name)

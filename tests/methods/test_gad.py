@@ -129,3 +129,66 @@ def test_a_backbone_with_another_tokenizer_is_refused_before_anything_is_written
     _, err = run(tmp_path / "run", code=2, **{**ROUNDS, "train_tokenizer": 290}, reward_backbone=backbone)
     assert f"reward_backbone {backbone}: found another tokenizer than the policy's; expected the same" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Two rewards that learn apart, with a learned variance, and a function beside them: all on one scale.
+
+    What is held out are preferences that no demonstration comes from.
+    """
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = [{"prompt": f"say {i}", "chosen": f"{i} it is", "rejected": f"never {i}"} for i in range(9)]
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    function = "def variety(completion_ids, **columns):\n    return [len(set(ids)) for ids in completion_ids]\n"
+    (folder / "own.py").write_text(function)
+    keys = {
+        **ROUNDS,
+        "reward_loss": "gaussian",
+        "reward_models": 2,
+        "reward_heads": 2,
+        "reward_steps": 2,
+        "inner_steps": 2,
+        "reward_normalize": True,
+        "reward_function": f"{folder}/own.py:variety",
+        "reward_weights": [1.0, 0.5],
+        "eval_dataset_name": folder / "preferences.jsonl",
+    }
+    run(folder / "run", **keys)
+    return folder / "run"
+
+
+def test_rewards_that_learn_apart_differ_and_are_one_reward_of_all_of_their_heads(mixed):
+    first, second = (
+        load_file(mixed / "stage-00" / f"reward{name}" / "model/model.safetensors") for name in ("", "-01")
+    )
+    assert first["score.weight"].shape[0] == 4  # two heads, each with a mean and a log-variance
+    assert all(not torch.equal(first[name], second[name]) for name in first)
+    scores = [load_file(mixed / "stage-00" / f"reward-0{name}.safetensors")["values"] for name in ("", "-1")]
+    assert [values.shape[1] for values in scores] == [2, 2]
+
+
+def test_rewards_are_mixed_on_the_scale_of_the_answers_of_the_stages_first_round(mixed):
+    def rewards(place: str) -> list[torch.Tensor]:
+        names = ("reward-0", "reward-0-1", "reward-1")
+        files = [load_file(mixed / place / f"{name}.safetensors")["values"].double() for name in names]
+        return [torch.cat(files[:2], 1).mean(1), files[2].flatten()]
+
+    scales = json.loads((mixed / "stage-00" / "reward_scales.json").read_text())
+    for values, scale in zip(rewards("stage-00/round-00"), scales, strict=True):
+        assert values.mean().item() == pytest.approx(scale["mean"], abs=1e-6)
+        assert values.std().item() == pytest.approx(scale["std"], abs=1e-6)
+    for place in ("stage-00/round-00", "stage-00"):
+        learned, variety = (
+            (values - scale["mean"]) / scale["std"] for values, scale in zip(rewards(place), scales, strict=True)
+        )
+        mean = json.loads((mixed / place / "round.json").read_text())["reward"]
+        assert mean == pytest.approx((learned + 0.5 * variety).mean().item(), abs=1e-5)
+
+
+def test_a_reward_is_measured_on_preferences_that_no_demonstration_comes_from(mixed):
+    for place in ("stage-00/reward", "stage-00/round-01/reward"):
+        metrics = json.loads((mixed / place / "eval.json").read_text())
+        assert metrics["preference_pairs"] == 9
+        assert 0 <= metrics["preference_accuracy"] <= 1
+    assert "preference_gap" in json.loads((mixed / "sft" / "eval.json").read_text())

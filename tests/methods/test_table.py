@@ -8,6 +8,7 @@ from irlfast.config import make_config
 from irlfast.config.methods import METHOD_FACTS, OWN_KL, SFT_TEACHERS
 from irlfast.config.schema import Config
 from irlfast.losses.policy import POLICY_LOSSES
+from irlfast.losses.rewards import GAUSSIAN
 from irlfast.losses.sft import SFT_LOSSES
 from irlfast.methods import METHODS
 from irlfast.ops.rewards.losses import REWARD_LOSSES
@@ -35,7 +36,7 @@ def test_each_loss_of_sft_that_the_schema_takes_has_a_function():
 
 
 def test_reward_losses_and_divergences_have_the_names_that_ops_has():
-    assert set(values_of("reward_loss")) == REWARD_LOSSES.keys()
+    assert set(values_of("reward_loss")) == REWARD_LOSSES.keys() | {GAUSSIAN}
     divergences = REWARD_LOSSES.keys() - {"bradley_terry", "linear", "bce"}
     assert {name for value in values_of("divergence") for name in get_args(value)} == divergences
 
@@ -97,4 +98,17 @@ def test_a_reward_that_learns_in_every_round_is_warmed_up_once():
     phases = list(METHODS["rft"].phases(make_config(keys | {"reward_every": "round", "num_generations": 4}), 96))
     assert [phase.name for phase in phases] == ["stage-00/reward", *rounds_of(0, 2), *rounds_of(1, 2)]
     assert [len(phase.plan().steps) for phase in phases[:3]] == [6, 12, 3]  # 48 pairs, 24 prompts of 4 answers
+    assert sorted((phase.name for phase in phases), key=phase_order) == [phase.name for phase in phases]
+
+
+def test_reward_models_that_learn_apart_have_a_phase_each_and_share_the_answers():
+    keys = {"dataset_name": __file__, "model_name_or_path": ".", "method": "gad", "align_rounds": 1, "sft_epochs": 0}
+    phases = list(METHODS["gad"].phases(make_config(keys | {"reward_models": 2}), 96))
+    assert [(phase.name, phase.sampled) for phase in phases] == [
+        ("stage-00/reward", 96),
+        ("stage-00/reward-01", 0),
+        ("stage-00/round-00/reward", 0),
+        ("stage-00/round-00/reward-01", 0),
+        ("stage-00", 96 * 8),
+    ]
     assert sorted((phase.name for phase in phases), key=phase_order) == [phase.name for phase in phases]

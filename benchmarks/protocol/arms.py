@@ -23,6 +23,7 @@ ROUNDS = {"stages": 1, "align_rounds": 2, "num_generations": 4, "reward_learning
 # Half of the steps are SFT's. The reward is the log-ratio of its policy to the start.
 OF_SFT = ROUNDS | {"method": "rft", "beta": 1.0, "sft_steps": 1, "reward_data": "none", "kl_in": "reward"}
 OF_SFT |= {"reward_credit": "token", "implicit_reward_policy": ["sft"], "implicit_reward_reference": ["initial"]}
+EBFT = {"reward_data": "none", "feature_reward": [0.5, 1.0], "feature_whitening": True, "kl_in": "none"}
 
 # An arm has the optimiser, the schedule and the answers per step of all arms (jobs.py). Its other keys are not tuned.
 ARMS = {
@@ -41,11 +42,12 @@ ARMS = {
     "IRIS": Arm(ALONE | {"loss_type": "iris"}, answers=2),
     "T-SPIN": Arm({"method": "t_spin", "beta": 0.5}, answers=2),
     "RFT, RLOO": Arm(RFT, answers=4),
-    "RFT, best of 4": Arm(RFT | {"align": "bon"}, answers=4),
+    "RFT, best of 4": Arm(RFT | {"align": "bon"}),
     "AfD, reverse KL": Arm(AFD | {"divergence": "airl"}, answers=4),
     "AfD, JS": Arm(AFD | {"divergence": "gail"}, answers=4),
     "R-AIRL": Arm(ROUNDS | {"method": "r_airl", "beta": 1.0, "kl_in": "reward"}, answers=4),
     "GAD": Arm(ROUNDS | {"method": "gad", "beta": 0.1, "sft_epochs": 0}, answers=4),
     "rewards per token of SFT": Arm(OF_SFT, answers=4),
+    "EBFT": Arm(RFT | EBFT, answers=4),
     "SDFT": Arm({"method": "sdft", "teacher_prompt_template": "{prompt}: {privileged_context}"}),
 }

@@ -143,7 +143,8 @@ def keys_of(job: Job) -> dict[str, Any]:
     keys |= {"learning_rate": job.rate, "per_device_train_batch_size": batch_of(arm), "max_eval_samples": 2}
     pool = sum(1 for _ in read_jsonl(Path(keys["dataset_name"])))
     keys |= arm.keys | schedule(arm.keys, job.prompts, pool, batch_of(arm))
-    if TASKS[job.task].unanswered and METHOD_FACTS[arm.keys["method"]].aligns:
+    compares = "feature_reward" in keys  # with the demonstration of each prompt
+    if TASKS[job.task].unanswered and METHOD_FACTS[arm.keys["method"]].aligns and not compares:
         keys |= without_answers(job, keys)
     return keys
 

@@ -150,10 +150,10 @@ def mean_golden(phase: Path) -> float:
     return statistics.mean(golden_reward(row["answer"], row["expert"]) for row in rows)
 
 
-def choose_all(folder: Path, data: Path, n: int) -> dict[str, list[dict[str, float]]]:
+def choose_all(folder: Path, data: Path, words: int, n: int) -> dict[str, list[dict[str, float]]]:
     """Return, for each reward, the curve over n: golden reward of the best of n, and its win rate over greedy."""
     policy = sft_policy(folder)
-    prompts = write_prompts(folder / "held-out.jsonl", data / "cmudict_test.jsonl", BON_WORDS)
+    prompts = write_prompts(folder / "held-out.jsonl", data / "cmudict_test.jsonl", words)
     keys = COMMON | OWN | prompts | {"model_name_or_path": policy, "num_generations": n}
     greedy = {row["prompt"]: row["answer"] for row in map(json.loads, (policy.parent / "answers.jsonl").open())}
     rewards: dict[str, dict[str, object]] = {"golden": {"reward_function": "benchmarks/afd.py:golden"}}
@@ -212,7 +212,7 @@ def main() -> None:
     options = arguments.parse_args()
     folder, data = options.output.resolve(), options.data.resolve()
     scores = train_all(folder, data)
-    curves = choose_all(folder, data, 8 if options.quick else N)
+    curves = choose_all(folder, data, *((4, 8) if options.quick else (BON_WORDS, N)))
     for name, score in scores.items():
         gained = (score - scores["initial"]) / (1 - scores["initial"])
         print(f"{name:16} golden reward {score:.3f}, {gained:.0%} of the way from the initial policy to the experts")

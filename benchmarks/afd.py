@@ -165,7 +165,7 @@ def choose_all(folder: Path, data: Path, words: int, n: int) -> dict[str, list[d
         best, answers, scores = best_of_n(output, first, **keys | own)
         first = first or output / "part-00000" / "rollouts"
         values = np.array(
-            [[golden_reward(a, row["expert"]) for a in own] for row, own in zip(best, answers, strict=True)]
+            [[golden_reward(answer, row["expert"]) for answer in each] for row, each in zip(best, answers, strict=True)]
         )
         deterministic = np.array([[golden_reward(greedy[row["prompt"]], row["expert"])] for row in best])
         curves[name] = curve(scores, values, deterministic)

@@ -153,7 +153,9 @@ def check_triplets(config: Any) -> None:
     for name in ("history", "nll_weight", "max_expert_drop"):
         value, default = getattr(config, name), type(config).__pydantic_fields__[name].default
         if value != default:
-            raise InputError(f"{name}: found {value} with method {config.method}, which has none; expected it left out")
+            raise InputError(
+                f"{name}: found {value} with method {config.method}, which takes no {name}; expected it left out"
+            )
 
 
 def check_teacher(config: Any) -> None:

@@ -9,9 +9,10 @@ import torch
 from irlfast.config.types import PairLossName
 from irlfast.data.packing import PromptGroup
 from irlfast.losses.pairs import irft_loss
+from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.sampling.generation import Sampling, generate_batch
 from tests.helpers.exact import ANSWERS, END, LONGEST, PROMPTS, answer_logps, flat_gradient, kl, loss_of, model, scored
-from tests.helpers.tiers import first_then_full
+from tests.helpers.tiers import first_then_full, full
 
 DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
 BETA = 0.7
@@ -119,7 +120,10 @@ def test_a_step_raises_the_margin_and_lowers_the_loss(bed, loss_type):
     assert losses[0] > losses[1] > losses[2]
 
 
-@pytest.mark.parametrize(("loss_type", "inner_steps"), [("sigmoid", 4), ("hinge", 4), ("linear", 1)])
+OF_EACH_REWARD = [pytest.param(name, 4, marks=full) for name in ("space", "iris")]
+
+
+@pytest.mark.parametrize(("loss_type", "inner_steps"), [("sigmoid", 4), ("hinge", 4), ("linear", 1), *OF_EACH_REWARD])
 def test_self_play_brings_the_policy_to_the_expert(bed, loss_type, inner_steps):
     """Stages of fresh samples and a few inner steps: KL(π_E ‖ π_θ) falls from nats to hundredths."""
     expert, _ = bed
@@ -130,7 +134,8 @@ def test_self_play_brings_the_policy_to_the_expert(bed, loss_type, inner_steps):
     stages = 100
     for stage in range(stages):
         drawn = [(p, *both) for p in PROMPTS for both in zip(draw(expert, p, 128), draw(policy, p, 128), strict=True)]
-        pairs = scored(policy, [PromptGroup(p, (ANSWERS[i], ANSWERS[j])) for p, i, j in drawn if i != j])
+        kept = [(p, i, j) for p, i, j in drawn if i != j or not PAIR_LOSSES[loss_type].of_margin]
+        pairs = scored(policy, [PromptGroup(p, (ANSWERS[i], ANSWERS[j])) for p, i, j in kept])
         for _ in range(inner_steps):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 * (1 - stage / stages)

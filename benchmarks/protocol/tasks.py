@@ -72,7 +72,7 @@ TASKS = {
         "Sums of three digits, with the steps of column addition",
         "Inverse-RLignment (2405.15624, section 2) and SDFT (2601.19897): on long answers, SFT's errors compound, and "
         "on-policy learning corrects them.",
-        *("sums", "sums", 4000, 160, 4000, 24),
+        *("sums", "sums", 4000, 220, 4000, 24),
         size=3,
         keys=CHARACTERS | {"max_prompt_length": 16, "max_length": 64, "max_new_tokens": 48},
     ),

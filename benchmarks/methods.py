@@ -151,7 +151,9 @@ def main() -> None:
     )
     arguments.add_argument("--full", action="store_true", help="ten times the steps, ten seeds, a larger policy")
     arguments.add_argument("--seeds", type=int, nargs="+", help="default: as many as the task says")
-    arguments.add_argument("--methods", nargs="+", choices=ARMS, metavar="ARM", help="default: all arms of the task")
+    arguments.add_argument(
+        "--methods", nargs="+", choices=ARMS, metavar="ARM", help="beside SFT continued (default: all)"
+    )
     arguments.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     arguments.add_argument("--minutes", type=float, default=np.inf, help="start no run after this time")
     options = arguments.parse_args()
@@ -170,7 +172,8 @@ def main() -> None:
             job = Job(task, size, seeds[0], options.output.resolve() / setting, options.data and options.data.resolve())
             for seed in seeds:
                 write_files(task, size, seed, job.data, job.root)
-            names = options.methods or [name for name in arms_of(task) if not options.quick or name in QUICK]
+            wanted = {CONTINUED, *(options.methods or (QUICK if options.quick else ARMS))}
+            names = [name for name in arms_of(task) if name in wanted]
             result = compare(partial(run_jobs, pool, deadline), job, seeds, names)
             if result:
                 print(write_result(f"methods-{task}", result), flush=True)

@@ -249,3 +249,20 @@ def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_bytes(finished, 
     run_killed_at(tmp_path / "run", moments, **KEYS)
     run(tmp_path / "run", **KEYS)
     assert contents(tmp_path / "run" / "final") == contents(finished / "final")
+
+
+R_AIRL = {"method": "r_airl", "align_rounds": 2, "num_generations": 3, "reward_learning_rate": 1e-3, "kl_in": "reward"}
+
+
+@full
+def test_r_airl_learns_rewards_of_tokens_in_every_round_and_resumes_to_the_same_bytes(tmp_path):
+    run(tmp_path / "whole", **R_AIRL, stages=1)
+    for number in range(2):
+        place = tmp_path / "whole/stage-00" / ("round-00" if number == 0 else "")
+        saved = load_file(place / "reward-0.safetensors")
+        assert saved["values"].shape == (saved["lengths"].sum(), 1)
+        assert saved["lengths"].float().std() > 0
+    moments = ["stage-00/round-00/reward/DONE", "stage-00/round-00/DONE"]
+    run_killed_at(tmp_path / "run", moments, **R_AIRL, stages=1)
+    run(tmp_path / "run", **R_AIRL, stages=1)
+    assert contents(tmp_path / "run" / "final") == contents(tmp_path / "whole" / "final")

@@ -173,9 +173,10 @@ def ask_with(options: argparse.Namespace) -> Ask:
         choice = response.choices[0]
         if choice.finish_reason == "length":
             raise NoAnswer("cut at max_new_tokens")
-        if not (choice.message.content or "").strip():
+        answer = (choice.message.content or "").strip()
+        if not answer:
             raise NoAnswer("empty")
-        return choice.message.content.strip()
+        return answer
 
     return ask
 

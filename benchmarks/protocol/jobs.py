@@ -20,7 +20,7 @@ from benchmarks.protocol.arms import ARMS, START, Arm
 from benchmarks.protocol.budget import counted
 from benchmarks.protocol.figures import JUDGES, Figures, means
 from benchmarks.protocol.tasks import TASKS, Size, files_of
-from irlfast.common.files import InputError, read_json, read_jsonl, write_json, write_jsonl, write_text
+from irlfast.common.files import read_json, read_jsonl, write_json, write_jsonl, write_text
 from irlfast.config import Config
 from irlfast.config.methods import METHOD_FACTS
 from irlfast.config.read import make_config
@@ -109,10 +109,10 @@ def train_job(job: Job) -> dict[str, Any]:
             shutil.copytree(policy, job.folder / "policy")
             if not job.pilot:
                 result["validation"] = means(measured(job, "validation"))
-        except InputError as error:
+        except Exception as error:  # the table shows whatever an arm raises
             if job.arm == START:
                 raise
-            result["failed"] = str(error)
+            result["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0]
     shutil.rmtree(job.folder / "run", ignore_errors=True)
     write_json(path, result)
     return result

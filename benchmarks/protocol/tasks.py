@@ -28,7 +28,7 @@ class Task(NamedTuple):
     unanswered: int = 0  # further prompts, without answers
     size: int = 0  # of a generated row: digits or letters
     seeds: int = 5
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (3e-5, 2e-4, 1e-3)
     policy: dict[str, int] = {}  # noqa: RUF012  # keys of its configuration; none: those of the size
     keys: dict[str, Any] = {}  # noqa: RUF012  # of its runs
 

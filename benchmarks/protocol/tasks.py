@@ -48,14 +48,14 @@ def llama(width: int, layers: int) -> dict[str, int]:
 TASKS = {
     "few": Task(
         "Pronunciations, 500 demonstrations, a saturated SFT policy",
-        "SPIN (2401.01335, section 6) and IRFT (2405.17888, section 5): once SFT has converged, more SFT does not "
+        "SPIN (2401.01335) and IRFT (2405.17888): once SFT has converged, more SFT does not "
         "help, and learning against the policy's own answers does.",
         *("cmudict", "words", 500, 200, None, 32),
         keys=WORDS,
     ),
     "noisy": Task(
         "Pronunciations, 30% of the experts' answers are answers to other words",
-        "IRFT (2405.17888, section 1) and Inverse-RLignment (2405.15624): a learned reward sees through bad "
+        "IRFT (2405.17888) and Inverse-RLignment (2405.15624): a learned reward sees through bad "
         "demonstrations, which SFT imitates.",
         *("cmudict", "words", 6000, 200, None, 32),
         wrong=0.3,
@@ -63,14 +63,14 @@ TASKS = {
     ),
     "unanswered": Task(
         "Pronunciations, 1,000 demonstrations, and 8,000 words without an answer",
-        "Inverse-RLignment (2405.15624, section 3) and GAD (2511.10643): on-policy methods learn from prompts alone.",
+        "Inverse-RLignment (2405.15624) and GAD (2511.10643): on-policy methods learn from prompts alone.",
         *("cmudict", "words", 1000, 200, None, 32),
         unanswered=8000,
         keys=WORDS,
     ),
     "sums": Task(
         "Sums of three digits, with the steps of column addition",
-        "Inverse-RLignment (2405.15624, section 2) and SDFT (2601.19897): on long answers, SFT's errors compound, and "
+        "Inverse-RLignment (2405.15624) and SDFT (2601.19897): on long answers, SFT's errors compound, and "
         "on-policy learning corrects them.",
         *("sums", "sums", 4000, 220, 4000, 24),
         size=3,
@@ -78,7 +78,7 @@ TASKS = {
     ),
     "modes": Task(
         "An expert with two modes, and a policy too small for both",
-        "Inverse-RLignment (2405.15624, section 3.2) and f-MAX (1911.02256): forward KL covers both modes and writes "
+        "Inverse-RLignment (2405.15624) and f-MAX (1911.02256): forward KL covers both modes and writes "
         "invalid answers between them, reverse KL keeps to valid ones.",
         *("modes", "modes", 6000, 300, None, 48),
         size=5,
@@ -87,7 +87,7 @@ TASKS = {
     ),
     "plenty": Task(
         "Pronunciations, plenty of demonstrations",
-        "IRFT (2405.17888, table 1) and SPIN: self-play beats SFT continued on the same data.",
+        "IRFT (2405.17888) and SPIN: self-play beats SFT continued on the same data.",
         *("cmudict", "words", 16000, 250, 8000, 32),
         keys=WORDS,
     ),
@@ -100,7 +100,7 @@ TASKS = {
     ),
     "gsm8k": Task(
         "GSM8K, likelihood of the held-out solutions",
-        "DFT (2508.05629) and SPIN (2401.01335, table 3): better use of the same solutions. The policy is too small to "
+        "DFT (2508.05629) and SPIN (2401.01335): better use of the same solutions. The policy is too small to "
         "solve a problem.",
         *("gsm8k", "text", 3000, 40, None, 8),
         seeds=3,

@@ -57,7 +57,7 @@ def t_spin_loss(
     is our β). With w = 0 the prompt groups are pairs (y, ỹ). The options are those of :func:`irlfast.ops.pair_loss`.
     """
     answers = 3 if historical_weight else 2
-    experts = torch.arange(0, len(batch.cu_seqlens) - 1, answers, device=hidden.device)
+    experts = torch.arange(0, len(batch.cu_seqlens) - 1, answers, dtype=torch.int64, device=hidden.device)
     pairs = torch.stack([experts, experts + 1], 1)  # the current advantage, of y over ỹ
     weights = torch.ones(len(pairs), dtype=torch.float64, device=hidden.device)
     if historical_weight:

@@ -73,7 +73,7 @@ def reasoning_loss(
     result = ops.log_ratio(hidden, **arguments(head, batch))
     assert batch.thoughts is not None
     owner = sequence_ids(batch.cu_seqlens, len(batch.targets))
-    place = torch.arange(len(owner), device=owner.device) - batch.cu_seqlens[owner]
+    place = torch.arange(len(owner), dtype=torch.int64, device=owner.device) - batch.cu_seqlens[owner]
     thought = result.token_logps * (place < batch.thoughts[owner])  # [N]
     thought_logps = per_sequence(thought, batch.cu_seqlens).view(-1, thoughts)  # [P, n]
     answer_logps = per_sequence(result.token_logps - thought, batch.cu_seqlens).view(-1, thoughts)

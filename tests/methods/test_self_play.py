@@ -58,8 +58,8 @@ def test_a_triplet_with_an_empty_answer_is_dropped_and_counted():
     ("keys", "message"),
     [
         ({"prompts_per_stage": "split"}, "^prompts_per_stage: found 'split' with method t_spin"),
-        ({"history": 1}, "^history: found 1, which method t_spin does not take"),
-        ({"nll_weight": 0.5}, "^nll_weight: found 0.5, which method t_spin does not take"),
+        ({"history": 1}, "^history: found 1 with method t_spin, which takes no history"),
+        ({"nll_weight": 0.5}, "^nll_weight: found 0.5 with method t_spin, which takes no nll_weight"),
     ],
 )
 def test_t_spin_refuses_keys_of_other_methods(keys, message):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.data.packing import Batch
-from irlfast.losses.inputs import Metrics, Normalisers, Teacher, arguments
+from irlfast.losses.inputs import Metrics, Normalisers, Teacher, arguments, arguments_of_both
 from irlfast.ops import Head
 
 KINDS: dict[float, dict[str, Any]] = {0.0: {"kind": "forward_kl"}, 1.0: {"kind": "reverse_kl"}}
@@ -77,21 +77,11 @@ def full_divergence(
     """Return the divergence ``[N]`` of each token over the vocabulary, or over the ``top_k`` tokens of the policy."""
     return ops.token_divergence(
         hidden,
-        head.weight,
-        ref_hidden=teacher.hidden,
-        ref_weight=teacher.head.weight,
+        **arguments_of_both(head, batch, teacher),
         **KINDS.get(alpha, {"kind": "jensen_shannon", "beta": alpha}),
         top_k=top_k and min(top_k, len(head.weight)),
         top_k_of="policy",
         tail=add_tail,
-        rows=batch.rows,
-        ref_rows=teacher.rows,
-        bias=head.bias,
-        ref_bias=teacher.head.bias,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
-        ref_logit_scale=teacher.head.logit_scale,
-        ref_logit_softcap=teacher.head.logit_softcap,
     )
 
 

@@ -47,6 +47,23 @@ def arguments(head: Head, batch: Batch) -> dict[str, Any]:
     }
 
 
+def arguments_of_both(head: Head, batch: Batch, teacher: Teacher) -> dict[str, Any]:
+    """Return the arguments that :func:`irlfast.ops.token_divergence` takes of the policy's head and a teacher."""
+    return {
+        "weight": head.weight,
+        "bias": head.bias,
+        "logit_scale": head.logit_scale,
+        "logit_softcap": head.logit_softcap,
+        "rows": batch.rows,
+        "ref_hidden": teacher.hidden,
+        "ref_weight": teacher.head.weight,
+        "ref_bias": teacher.head.bias,
+        "ref_logit_scale": teacher.head.logit_scale,
+        "ref_logit_softcap": teacher.head.logit_softcap,
+        "ref_rows": teacher.rows,
+    }
+
+
 def per_sequence(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum per-token values ``[N]`` over each sequence: ``[S]``."""
     return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence_ids(cu_seqlens, len(values)), values)

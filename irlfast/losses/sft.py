@@ -11,7 +11,7 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.data.packing import Batch
-from irlfast.losses.inputs import Metrics, Normalisers, Teacher, arguments, per_sequence
+from irlfast.losses.inputs import Metrics, Normalisers, Teacher, arguments, arguments_of_both, per_sequence
 from irlfast.losses.policy import clipped
 from irlfast.ops import Head
 
@@ -84,19 +84,7 @@ def teacher_logps(hidden: Tensor, head: Head, batch: Batch, teacher: Teacher) ->
 
 def kl_to_teacher(hidden: Tensor, head: Head, batch: Batch, teacher: Teacher) -> Tensor:
     """Return KL(π ‖ teacher) ``[N]`` of the next token's distributions, over the whole vocabulary."""
-    return ops.token_divergence(
-        hidden,
-        head.weight,
-        ref_hidden=teacher.hidden,
-        ref_weight=teacher.head.weight,
-        kind="reverse_kl",
-        rows=batch.rows,
-        ref_rows=teacher.rows,
-        bias=head.bias,
-        ref_bias=teacher.head.bias,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
-    )
+    return ops.token_divergence(hidden, **arguments_of_both(head, batch, teacher), kind="reverse_kl")
 
 
 class SftLoss(NamedTuple):

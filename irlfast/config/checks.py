@@ -20,6 +20,8 @@ LOSS_OPTIONS = {  # the values of loss_type that use each of these keys
     "reward_shift": ("bco_pair", "space", "kto_pair"),
     "renyi_alpha": ("iris",),
 }
+# The values of loss_type that take each reward alone, so that rewards need the zero that a reference gives them.
+EACH_REWARD_ALONE = ("nca_pair", "bco_pair", "space", "iris", "kto_pair", "apo_zero", "apo_down", "sppo_hard")
 
 
 def check(config: Any) -> None:
@@ -149,6 +151,12 @@ def check_triplets(config: Any) -> None:
         raise InputError(
             f"prompts_per_stage: found {config.prompts_per_stage!r} with method {config.method}, which compares the "
             "answers of all stages to the same prompts; expected all"
+        )
+    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    if alone := set(names) & set(EACH_REWARD_ALONE):
+        raise InputError(
+            f"loss_type: found {', '.join(sorted(alone))} with method {config.method}, which has no reference; "
+            "expected a loss of the difference of two rewards, such as sigmoid"
         )
     for name in ("history", "nll_weight", "max_expert_drop"):
         value, default = getattr(config, name), type(config).__pydantic_fields__[name].default

@@ -58,6 +58,8 @@ def test_a_triplet_with_an_empty_answer_is_dropped_and_counted():
     ("keys", "message"),
     [
         ({"prompts_per_stage": "split"}, "^prompts_per_stage: found 'split' with method t_spin"),
+        ({"loss_type": "space"}, "^loss_type: found space with method t_spin, which has no reference"),
+        ({"loss_type": ["sigmoid", "iris"]}, "^loss_type: found iris with method t_spin"),
         ({"history": 1}, "^history: found 1 with method t_spin, which takes no history"),
         ({"nll_weight": 0.5}, "^nll_weight: found 0.5 with method t_spin, which takes no nll_weight"),
     ],

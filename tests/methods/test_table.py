@@ -5,12 +5,15 @@ from typing import get_args, get_type_hints
 import pytest
 
 from irlfast.config import make_config
+from irlfast.config.checks import EACH_REWARD_ALONE
 from irlfast.config.methods import METHOD_FACTS, OWN_KL, SFT_TEACHERS
 from irlfast.config.schema import Config
+from irlfast.config.types import PairLossName
 from irlfast.losses.policy import POLICY_LOSSES
 from irlfast.losses.rewards import GAUSSIAN
 from irlfast.losses.sft import SFT_LOSSES
 from irlfast.methods import METHODS
+from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.ops.rewards.losses import REWARD_LOSSES
 from irlfast.reports.files import phase_order
 
@@ -46,6 +49,11 @@ def rounds_of(stage: int, rounds: int) -> list[str]:
     names = [f"stage-{stage:02d}/round-{number:02d}" for number in range(rounds)]
     policies = [*names[:-1], f"stage-{stage:02d}"]
     return [phase for name, policy in zip(names, policies, strict=True) for phase in (f"{name}/reward", policy)]
+
+
+def test_the_configuration_knows_which_losses_take_each_reward_alone():
+    alone = {name for name in get_args(PairLossName) if not PAIR_LOSSES[name].of_margin}
+    assert set(EACH_REWARD_ALONE) == alone
 
 
 PHASES = {

@@ -143,7 +143,7 @@ def seed_row(result: Result) -> Result:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("tasks", nargs="+", choices=[*TASKS, "all", "page"], help="page: only write the section")
+    arguments.add_argument("tasks", nargs="+", choices=[*TASKS, "all"])
     arguments.add_argument("--data", type=Path, help="folder of the data files")
     arguments.add_argument("--output", type=Path, default=Path("runs/methods"), help="folder of the runs")
     arguments.add_argument(
@@ -178,7 +178,7 @@ def main() -> None:
             if result:
                 print(write_result(f"methods-{task}", result), flush=True)
 
-        for done in [at_a_time.submit(finish, task) for task in tasks if task != "page"]:
+        for done in [at_a_time.submit(finish, task) for task in tasks]:
             done.result()
     write_section()
 

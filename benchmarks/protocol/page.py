@@ -12,7 +12,7 @@ from benchmarks.protocol.tasks import TASKS
 
 Result = dict[str, Any]
 PAGE = conftest.ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- methods: made by python -m benchmarks.methods page -->", "<!-- /methods -->"
+BEGIN, END = "<!-- methods: made by benchmarks/protocol/page.py -->", "<!-- /methods -->"
 
 
 def write_section(page: Path = PAGE) -> None:

@@ -66,7 +66,7 @@ def test_every_loss_and_weight_matches_the_oracle_in_fp64(rows_in_buffer, backen
         "pairs": random_pairs(len(LENGTHS), seed=0).to(DEVICE),
         "beta": 0.3,
         "loss_type": [*names, PAIR_LOSS_ORACLES["hinge"]],
-        "loss_weights": [1.0, 0.5] * (len(names) // 2) + [2.0],
+        "loss_weights": [*(1.0 / (1 + number % 2) for number in range(len(names))), 2.0],
         "pair_weights": torch.rand(4, generator=random).to(DEVICE),
         "token_weights": torch.rand(sum(LENGTHS), generator=random).to(DEVICE),
         "label_smoothing": 0.1,

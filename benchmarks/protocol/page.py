@@ -39,7 +39,8 @@ def newest(folder: Path) -> dict[str, Result]:
 
 def summary(results: dict[str, Result]) -> str:
     """Return how the arms were compared, and the number of tasks on which each arm beat or lost to SFT continued."""
-    names = dict.fromkeys(name for result in results.values() for name, row in result["arms"].items() if "gain" in row)
+    rows = [each for result in results.values() for each in result["arms"].items()]
+    names = dict.fromkeys(name for name, row in rows if verdict(row))
     lines = ["| method | better than SFT continued | worse | no difference shown |", "| --- | --- | --- | --- |"]
     for name in names:
         verdicts = {task: verdict(result["arms"].get(name, {})) for task, result in results.items()}

@@ -107,7 +107,9 @@ def test_the_keys_of_every_arm_of_a_task_are_a_configuration(task, tmp_path):
             job = Job(task, size, 0, tmp_path / "runs", tmp_path, arm, 1e-4, 200)
             job.folder.mkdir(parents=True)
             job.start.mkdir(parents=True, exist_ok=True)
-            make_config(keys_of(job))
+            config = make_config(keys_of(job))
+            assert config.method == ARMS[arm].keys.get("method", "sft")
+            assert config.output_dir == str(job.folder / "run")
 
 
 def test_the_page_shows_the_methods_that_beat_sft_continued_and_those_that_do_not(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What an arm costs: tokens through a model, counted where they enter it, and one price for each kind."""
+"""Count the tokens that an arm puts through models, and price each kind of token."""
 
 import contextlib
 from collections import Counter

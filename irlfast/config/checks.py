@@ -10,6 +10,7 @@ from typing import Any
 from irlfast.common.files import InputError, find_path, is_glob, is_local
 from irlfast.config.methods import METHOD_FACTS, SFT_TEACHERS
 from irlfast.config.reward_checks import check_added_rewards, check_alignment, check_features, check_reward
+from irlfast.config.types import DATASETS, listed
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
 # A list has one value per stage.
@@ -63,7 +64,7 @@ def check_model(config: Any) -> None:
 def check_data(config: Any) -> None:
     if not config.dataset_name:
         raise InputError("dataset_name: found nothing, expected a file of demonstrations or a hub dataset")
-    for name in ("dataset_name", "eval_dataset_name", "prompt_dataset_name"):
+    for name in DATASETS:
         check_datasets(name, getattr(config, name))
     if config.prompt_dataset_name and not config.facts.aligns:
         methods = ", ".join(name for name, facts in METHOD_FACTS.items() if facts.aligns)
@@ -103,11 +104,12 @@ def check_phases(config: Any) -> None:
 def check_sft(config: Any) -> None:
     """Check that no key of SFT is without an effect."""
     for name in ("sft_loss_type", "sft_nll_steps", "sft_kl_weight"):
-        value, default = getattr(config, name), type(config).__pydantic_fields__[name].default
-        if value != default and not (config.sft_epochs or config.sft_steps):
-            raise InputError(f"{name}: found {value} without SFT; expected sft_epochs or sft_steps")
-        if name == "sft_kl_weight" and value != default and config.sft_loss_type != "asft":
-            raise InputError(f"{name}: found {value}, which sft_loss_type {config.sft_loss_type} does not use")
+        if is_set(config, name) and not (config.sft_epochs or config.sft_steps):
+            raise InputError(f"{name}: found {getattr(config, name)} without SFT; expected sft_epochs or sft_steps")
+    if is_set(config, "sft_kl_weight") and config.sft_loss_type != "asft":
+        raise InputError(
+            f"sft_kl_weight: found {config.sft_kl_weight}, which sft_loss_type {config.sft_loss_type} does not use"
+        )
 
 
 def check_sft_alone(config: Any) -> None:
@@ -128,7 +130,7 @@ def check_sft_alone(config: Any) -> None:
 
 
 def check_pair_loss(config: Any) -> None:
-    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    names = listed(config.loss_type)
     if not names:
         raise InputError("loss_type: found an empty list, expected at least one loss")
     if config.loss_weights is not None and len(config.loss_weights) != len(names):
@@ -136,9 +138,8 @@ def check_pair_loss(config: Any) -> None:
             f"loss_weights: found {len(config.loss_weights)} numbers, expected one per loss of loss_type ({len(names)})"
         )
     for key, users in LOSS_OPTIONS.items():
-        value, default = getattr(config, key), type(config).__pydantic_fields__[key].default
-        if value != default and not set(users) & set(names):
-            raise InputError(f"{key}: found {value}, which loss_type {', '.join(names)} does not use")
+        if is_set(config, key) and not set(users) & set(names):
+            raise InputError(f"{key}: found {getattr(config, key)}, which loss_type {', '.join(names)} does not use")
     if "exo_pair" in names and not config.label_smoothing:
         raise InputError("label_smoothing: found 0, expected more than 0 with loss_type exo_pair (its paper has 0.001)")
 
@@ -152,17 +153,16 @@ def check_triplets(config: Any) -> None:
             f"prompts_per_stage: found {config.prompts_per_stage!r} with method {config.method}, which compares the "
             "answers of all stages to the same prompts; expected all"
         )
-    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
-    if alone := set(names) & set(EACH_REWARD_ALONE):
+    if alone := set(listed(config.loss_type)) & set(EACH_REWARD_ALONE):
         raise InputError(
             f"loss_type: found {', '.join(sorted(alone))} with method {config.method}, which has no reference; "
             "expected a loss of the difference of two rewards, such as sigmoid"
         )
     for name in ("history", "nll_weight", "max_expert_drop"):
-        value, default = getattr(config, name), type(config).__pydantic_fields__[name].default
-        if value != default:
+        if is_set(config, name):
             raise InputError(
-                f"{name}: found {value} with method {config.method}, which takes no {name}; expected it left out"
+                f"{name}: found {getattr(config, name)} with method {config.method}, which takes no {name}; expected "
+                "it left out"
             )
 
 
@@ -190,7 +190,7 @@ def check_distillation(config: Any) -> None:
             f"distillation_alpha: found {config.distillation_alpha} with distillation_mode sampled_token, which "
             "estimates the reverse KL alone; expected 1"
         )
-    if 0 in (config.temperature if isinstance(config.temperature, list) else [config.temperature]):
+    if 0 in listed(config.temperature):
         raise InputError("temperature: found 0, which leaves policy and teacher no distributions; expected more than 0")
     template, places = config.teacher_prompt_template, ("{prompt}", "{privileged_context}")
     try:
@@ -265,6 +265,11 @@ def check_tracking(config: Any) -> None:
             raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")
     if config.push_to_hub and not config.hub_model_id:
         raise InputError("push_to_hub: found true without hub_model_id, expected both")
+
+
+def is_set(config: Any, name: str) -> bool:
+    """Return whether a key has another value than its default."""
+    return getattr(config, name) != type(config).__pydantic_fields__[name].default
 
 
 def check_path(name: str, value: str | None) -> None:

@@ -19,6 +19,7 @@ from irlfast.config.checks import IN_PLACE_OF, check
 from irlfast.config.methods import METHOD_FACTS, SFT_TEACHERS, MethodFacts
 from irlfast.config.recipes import recipe
 from irlfast.config.schema import FIELDS, Config
+from irlfast.config.types import DATASETS
 
 LISTS = ("reward_model_name_or_path", "implicit_reward_policy", "implicit_reward_reference", "reward_function")
 # Earlier spellings of keys, or of keys with a value, and what to write now.
@@ -164,11 +165,7 @@ def describe(error: ValidationError, given: dict[str, Any]) -> str:
         wanted = problem["msg"].replace("Input should be ", "").split(", unable")[0]
         expected.setdefault(name, []).append(wanted)
         inputs[name] = problem["input"]
-    for name in expected.keys() & {
-        "dataset_name",
-        "eval_dataset_name",
-        "prompt_dataset_name",
-    }:  # pydantic would list a dozen alternatives
+    for name in expected.keys() & {*DATASETS}:  # pydantic would list a dozen alternatives
         expected[name] = ["a name, or a list of names or of {name, weight, split, config, columns}, weights above 0"]
         inputs[name] = given[name]
     return "; ".join(f"{name}: found {inputs[name]!r}, expected {' or '.join(expected[name])}" for name in expected)

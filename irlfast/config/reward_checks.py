@@ -4,6 +4,7 @@ from typing import Any
 
 from irlfast.common.files import InputError, find_path
 from irlfast.config.methods import OWN_KL
+from irlfast.config.types import listed
 
 
 def check_reward(config: Any) -> None:
@@ -95,8 +96,7 @@ def check_function(name: str) -> None:
 
 def check_alignment(config: Any) -> None:
     """Check how the policy is aligned to the rewards."""
-    temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
-    if (config.facts.aligns or config.facts.thinks) and 0 in temperatures:
+    if (config.facts.aligns or config.facts.thinks) and 0 in listed(config.temperature):
         raise InputError(
             f"temperature: found 0 with num_generations {config.num_generations}, whose answers would all be the same; "
             "expected more than 0"

@@ -1,6 +1,6 @@
 """Types of the values of keys: numbers within bounds, names of losses, sources of rows."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -60,3 +60,10 @@ class Dataset:
 
 
 Datasets = str | list[str | Dataset]
+
+DATASETS = ("dataset_name", "eval_dataset_name", "prompt_dataset_name")  # the keys that have such values
+
+
+def listed(value: Any) -> list[Any]:
+    """Return the values of a key that takes one value or a list."""
+    return value if isinstance(value, list) else [value]

@@ -9,6 +9,7 @@ from typing import Any
 from irlfast.common import dist
 from irlfast.common.files import write_json
 from irlfast.config import Config
+from irlfast.config.types import listed
 from irlfast.data.store import Example, TokenIds
 from irlfast.engine.fit import fit
 from irlfast.losses.pairs import irft_loss
@@ -56,8 +57,7 @@ def fit_pairs(
 
 def compares(config: Config) -> bool:
     """Return whether the loss is of differences alone, so that a pair of identical answers has no gradient."""
-    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
-    return all(PAIR_LOSSES[name].of_margin for name in names)
+    return all(PAIR_LOSSES[name].of_margin for name in listed(config.loss_type))
 
 
 def pair_options(config: Config, stage: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from irlfast.methods.stages import (
     stage_name,
     stage_size,
     with_rejected,
+    write_counts,
 )
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import DRAWN, sample
@@ -141,12 +142,6 @@ def check_leaks(run: Run, folder: Path, pairs: list[PromptGroup]) -> None:
         write_json(folder / "leaks.json", leaks)
         log_leaks(leaks, folder.parent.name)
     dist.barrier()
-
-
-def write_counts(place: Path, counts: dict[str, int], begun: float) -> None:
-    """Write ``pairs.json``: the counts of the pairs, and the seconds since ``begun`` that their answers took."""
-    if dist.is_main() and not (place / "pairs.json").exists():
-        write_json(place / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
 
 
 def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:

@@ -1,11 +1,14 @@
 """Helpers that several methods share: a stage's name, rows, sampling, pairs and plan."""
 
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from irlfast.common.files import InputError
+from irlfast.common import dist
+from irlfast.common.files import InputError, write_json
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
@@ -116,6 +119,12 @@ def make_pairs(
             "expected some that differ (nothing is left to learn, or temperature is too low)"
         )
     return kept, {"pairs": len(kept)} | counts
+
+
+def write_counts(place: Path, counts: dict[str, int], begun: float) -> None:
+    """Write ``pairs.json``: the counts of the pairs, and the seconds since ``begun`` that their answers took."""
+    if dist.is_main() and not (place / "pairs.json").exists():
+        write_json(place / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
 
 
 def policy_plan(config: Config, stage: int, count: int) -> Plan:

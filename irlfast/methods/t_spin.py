@@ -5,8 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from irlfast.common import dist
-from irlfast.common.files import InputError, write_json
+from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example, TokenIds
@@ -14,7 +13,7 @@ from irlfast.engine.fit import fit
 from irlfast.losses.pairs import t_spin_loss
 from irlfast.methods.irft import pair_options
 from irlfast.methods.sft import sft_phases
-from irlfast.methods.stages import Phase, policy_plan, sampling, stage_examples, stage_name
+from irlfast.methods.stages import Phase, policy_plan, sampling, stage_examples, stage_name, write_counts
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import read_samples, sample
 
@@ -35,8 +34,7 @@ def t_spin_stage(run: Run, stage: int, policy: Path | str, reference: Path | str
     if weight:
         answers.append(read_samples(run.output / stage_name(0) / "samples"))
     groups, counts = make_groups(stage, examples, answers)
-    if dist.is_main() and not (folder / "pairs.json").exists():
-        write_json(folder / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
+    write_counts(folder, counts, begun)
     loss = functools.partial(t_spin_loss, historical_weight=weight, **pair_options(config, stage))
     return fit(run, folder, policy, groups, loss, policy_plan(config, stage, len(groups)))
 

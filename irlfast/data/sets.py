@@ -21,9 +21,8 @@ class Sets(NamedTuple):
     train: list[Example]
     held_out: list[Example]
     prompts: list[Example]  # without answers, from ``prompt_dataset_name``
-    set_counts: dict[
-        str, SetCounts
-    ]  # "train"; "eval" if the held-out set is another source; "prompts" if there are any
+    # "train"; "eval" if the held-out set is another source; "prompts" if there are any
+    set_counts: dict[str, SetCounts]
     source_counts: list[SourceCounts]
 
 

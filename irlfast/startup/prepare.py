@@ -58,7 +58,7 @@ def prepare(config: Config, prompts_only: bool = False) -> Run:
     written = write_data(config, output, prompts_only) if dist.is_main() else None
     init_process_group()
     encoder, lines = dist.broadcast_object(written)
-    names = ("train", "eval", *["prompts"] * bool(config.prompt_dataset_name))
+    names = ["train", "eval", *(["prompts"] if config.prompt_dataset_name else [])]
     train, held_out, *more = (load_examples(output / "data" / f"{name}.safetensors") for name in names)
     log(lines)
     initial, rows = starting_policy(config, output, encoder), Rows(output / "data" / "rows.jsonl")

@@ -34,14 +34,14 @@ from benchmarks import runs
 from benchmarks.conftest import ROOT, write_result
 from benchmarks.rewards import COMMON, REWARD, distance
 from benchmarks.runs import parser, settings, share, train
-from irlfast.bon import best_shares, sizes_up_to
 from irlfast.common.files import write_jsonl
+from irlfast.evaluation.curves import best_of_each
 
 WORDS, HELD_OUT, BON_WORDS, N = 3840, 500, 24, 1000
 STEPS = 60  # of every baseline, on 64 words each: one pass
 NOISE = 0.1  # of a preference: its probability is σ(difference of golden rewards / NOISE)
 OWN = {"max_train_samples": WORDS, "max_eval_samples": HELD_OUT, "seed": 0}
-SFT = {"method": "sft", "sft_steps": STEPS, "sft_learning_rate": 1e-3, "sft_per_device_train_batch_size": 64}
+SFT = {"method": "sft", "sft_steps": STEPS, "sft_learning_rate": 1e-3, "sft_global_batch_size": 64}
 DPO = {"inner_steps": STEPS, "learning_rate": 5e-5, "beta": 0.1, "stages": 1}
 BASELINES: dict[str, tuple[str, dict[str, object]]] = {  # name -> its file of rows, its keys
     "SFT-AfD": ("demonstrations", SFT),
@@ -178,14 +178,9 @@ def curve(rewards: np.ndarray, values: np.ndarray, deterministic: np.ndarray) ->
     ``values [P, N]`` are golden rewards of the answers, ``deterministic [P, 1]`` of the greedy answers. A tie is half
     a win.
     """
-    order = rewards.argsort(1, kind="stable")
     wins = (values > deterministic) + (values == deterministic) / 2
-    ranked, won = (np.take_along_axis(each, order, 1) for each in (values, wins))
-    rows = []
-    for n in sizes_up_to(values.shape[1]):
-        shares = best_shares(n, values.shape[1])
-        rows.append({"n": n, "golden": float((ranked @ shares).mean()), "win_rate": float((won @ shares).mean())})
-    return rows
+    both = zip(best_of_each(rewards, values), best_of_each(rewards, wins), strict=True)
+    return [{"n": n, "golden": float(best.mean()), "win_rate": float(won.mean())} for (n, best), (_, won) in both]
 
 
 def draw(scores: dict[str, float], curves: dict[str, list[dict[str, float]]], path: Path) -> None:

@@ -29,7 +29,7 @@ TASKS = {
         "inner_epochs": 1,
         "learning_rate": 5e-5,
         "nll_weight": 0.5,
-        "per_device_train_batch_size": 64,
+        "global_batch_size": 64,
     },
     "gsm8k": {
         "max_train_samples": 3000,
@@ -39,12 +39,12 @@ TASKS = {
         "max_length": 384,
         "max_new_tokens": 192,
         "sft_steps": 300,
-        "sft_per_device_train_batch_size": 32,
+        "sft_global_batch_size": 32,
         "prompts_per_stage": "split",
         "inner_epochs": 1,
         "learning_rate": 5e-5,
         "nll_weight": 0.5,
-        "per_device_train_batch_size": 16,
+        "global_batch_size": 16,
     },
 }
 RECIPE = "configs/irft.yaml"
@@ -72,7 +72,7 @@ def run_seed(folder: Path, seed: int, keys: dict[str, Any]) -> dict[str, dict]:
         "config_name": "null",
         "train_tokenizer": "null",
         "model_name_or_path": irft / "sft" / "policy",
-        "sft_per_device_train_batch_size": config["per_device_train_batch_size"],
+        "sft_global_batch_size": config["global_batch_size"],
         "sft_steps": count_steps(irft),
         "seed": seed,
     }

@@ -37,7 +37,7 @@ TASK = {
     "save_steps": 0,
     "method": "sft",
     "sft_optim": "adamw_torch",
-    "sft_per_device_train_batch_size": 64,
+    "sft_global_batch_size": 64,
     "per_device_eval_batch_size": 200,
     "lr_scheduler_type": "constant",
 }

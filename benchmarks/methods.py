@@ -42,8 +42,8 @@ from benchmarks.protocol.jobs import (
     warm_up,
 )
 from benchmarks.protocol.page import write_section
-from benchmarks.protocol.statistics import holm, paired_gain
 from benchmarks.protocol.tasks import SIZES, TASKS, write_files
+from irlfast.evaluation.statistics import holm, pooled
 
 QUICK = (CONTINUED, "SFT on all data from the start", "SFT continued, likeliest of 8", "RFT, RLOO")  # of --quick
 Result = dict[str, Any]
@@ -124,7 +124,7 @@ def summary(job: Job, arms: dict[str, Arm], results: dict[tuple[str, int], Resul
             values, base = (
                 np.array([results[arm, seed]["figures"][judge.main] for seed in both]) for arm in (name, CONTINUED)
             )
-            row["gain"] = paired_gain(values - base)._asdict()
+            row["gain"] = pooled(values - base)._asdict()
         table[name] = row
     compared = [name for name, row in table.items() if name != START and row.get("gain", {}).get("p") is not None]
     adjusted = holm([table[name]["gain"]["p"] for name in compared])

@@ -21,12 +21,12 @@ COMMON = {
     "max_prompt_length": 192,
     "max_length": 256,
     "max_new_tokens": 64,
-    "per_device_train_batch_size": 16,
+    "global_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "sft_steps": 375,
     "sft_learning_rate": 2e-3,
     "sft_optim": "adamw_torch",
-    "sft_per_device_train_batch_size": 16,
+    "sft_global_batch_size": 16,
     "logging_steps": 25,
 }
 REWARD = {"reward_epochs": 2, "reward_learning_rate": 3e-4, "reward_optim": "adamw_torch"}

@@ -36,8 +36,8 @@ COMMON = {
     "max_new_tokens": 32,
     "sft_learning_rate": 2e-3,
     "sft_optim": "adamw_torch",
-    "sft_per_device_train_batch_size": 128,
-    "per_device_train_batch_size": 64,
+    "sft_global_batch_size": 128,
+    "global_batch_size": 64,
     "per_device_eval_batch_size": 256,
     "save_steps": 100,
     "logging_steps": 25,
@@ -171,7 +171,9 @@ def quality(output: Path) -> dict:
     """Return the metrics of a best-of-N run's best answers, and the reward's rank correlation with fewer errors."""
     best = [json.loads(line) for line in (output / "best.jsonl").open()]
     rollouts = [
-        json.loads(line) for path in sorted((output / "part-00000" / "rollouts").glob("*")) for line in path.open()
+        json.loads(line)
+        for path in sorted((output / "part-00000" / "rollouts").glob("*.jsonl"))
+        for line in path.open()
     ]
     answers = {row["index"]: row["answer"].split() for row in rollouts}
     wrong = np.array(

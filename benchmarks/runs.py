@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.conftest import ROOT
+from irlfast.common.artefacts import keep_text
+from irlfast.config import dump, load_config
 
 Figures = dict[str, dict]  # phase or method -> metrics
 
@@ -45,7 +47,10 @@ def settings(keys: dict[str, object]) -> list[str]:
 
 def train(output: Path, *arguments: str, **keys: object) -> Figures:
     """Run or resume a training, and return its held-out metrics by phase, reward models included."""
-    start(["-m", "irlfast.train", *arguments, *settings(keys | {"output_dir": output})])
+    words = [*arguments, *settings(keys | {"output_dir": output})]
+    if output.exists() and not (output / "config.yaml").exists():  # it has parts of another run, by share()
+        keep_text(output / "config.yaml", dump(load_config(words)[0]))
+    start(["-m", "irlfast.train", *words])
     paths = [*output.glob("*/eval.json"), *output.glob("*/reward/eval.json")]
     return {str(path.parent.relative_to(output)): json.loads(path.read_text()) for path in sorted(paths)}
 

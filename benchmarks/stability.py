@@ -31,7 +31,7 @@ def train_seed(folder: Path, seed: int) -> Figures:
         output = folder / name
         if name != "none":
             share(folder / "none", output, "sft")
-        figures = train(output, "configs/afd.yaml", **KEYS | own, seed=seed)
+        figures = train(output, "afd", **KEYS | own, seed=seed)
         phases = sorted(name for name in figures if name.startswith("stage") and "/" not in name)
         stages = [figures[phase] for phase in phases]
         rows.setdefault("SFT", {"last": figures["sft"]["exact_match"], "nll": figures["sft"]["nll"]})

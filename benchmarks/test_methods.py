@@ -1,4 +1,4 @@
-"""The parts of benchmarks.methods on problems with known answers: statistics, budgets, tasks and schedules."""
+"""The parts of benchmarks.methods on problems with known answers: budgets, tasks and schedules."""
 
 import json
 import random
@@ -16,50 +16,10 @@ from benchmarks.protocol.arms import ARMS, CONTINUED, START
 from benchmarks.protocol.budget import counted
 from benchmarks.protocol.generate import column_addition, is_right_sum, modes_of, sums, two_modes, with_wrong_answers
 from benchmarks.protocol.jobs import Job, keys_of, schedule
-from benchmarks.protocol.statistics import holm, paired_gain
 from benchmarks.protocol.tasks import SIZES, TASKS, write_files
 from benchmarks.small import write_data
 from irlfast.common.files import read_jsonl, write_json
 from irlfast.config.read import make_config
-
-
-@pytest.mark.parametrize("by_seed, by_prompt", [(1.0, 0.0), (0.3, 1.0), (0.0, 1.0), (0.0, 0.0)])
-def test_the_interval_has_the_true_gain_in_95_percent_of_drawn_experiments(by_seed, by_prompt):
-    generator, truth, seeds, prompts, draws = np.random.default_rng(0), 0.7, 5, 40, 2000
-    inside = 0
-    for _ in range(draws):
-        differences = truth + generator.normal(size=(seeds, prompts))
-        differences += by_seed * generator.normal(size=(seeds, 1)) + by_prompt * generator.normal(size=(1, prompts))
-        gain = paired_gain(differences)
-        inside += gain.low <= truth <= gain.high
-        assert gain.mean == pytest.approx(differences.mean())
-    # Without an effect of the seeds, five seeds leave the interval wide: too sure it never is.
-    assert inside / draws > 0.94 and (inside / draws < 0.965 or by_seed < 1)
-
-
-def test_without_an_effect_of_prompts_the_interval_is_students_over_the_means_of_the_seeds():
-    from scipy.stats import ttest_1samp
-
-    rows = np.random.default_rng(1).normal(size=(5, 1)) + np.zeros((5, 30))
-    gain, expected = paired_gain(rows), ttest_1samp(rows[:, 0], 0)
-    assert gain.p == pytest.approx(expected.pvalue)
-    assert (gain.low, gain.high) == pytest.approx(tuple(expected.confidence_interval()))
-
-
-def test_equal_policies_have_no_gain_and_one_seed_has_no_interval():
-    assert paired_gain(np.zeros((5, 9))) == (0.0, 0.0, 0.0, 1.0)
-    assert paired_gain(np.ones((1, 9))) == (1.0, None, None, None)
-
-
-def test_holm_multiplies_the_kth_smallest_p_value_by_those_that_are_left():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
-
-
-def test_holm_keeps_the_chance_of_any_false_gain_at_5_percent():
-    generator = np.random.default_rng(2)
-    false = [min(holm(generator.uniform(size=12).tolist())) < 0.05 for _ in range(4000)]
-    assert 0.04 < np.mean(false) < 0.06
 
 
 def test_column_addition_is_right_and_ends_with_the_sum():
@@ -152,8 +112,8 @@ def test_the_counted_tokens_are_those_that_the_files_of_a_run_tell(tmp_path):
     child.join()
     counts, told = (json.loads((tmp_path / name).read_text()) for name in ("counted.json", "told.json"))
     assert counts["sampled"] == told["sampled"] > 500
-    # Before its first use, each of the two models is tried on a few tokens.
-    assert all(0 <= counts[kind] - told[kind] < 150 and told[kind] > 1000 for kind in ("trained", "scored"))
+    # Before a model is sampled, scored or trained, it is tried on a few tokens.
+    assert all(0 <= counts[kind] - told[kind] < 200 and told[kind] > 1000 for kind in ("trained", "scored"))
 
 
 def count_both_ways(folder: Path) -> None:
@@ -172,7 +132,7 @@ def count_both_ways(folder: Path) -> None:
     with counted() as counts:
         irft_stage(run, 0, run.initial, run.initial)
     metrics = [row for _, row in read_jsonl(run.output / "metrics.jsonl")]
-    answers = read_samples(run.output / "stage-00" / "samples")
+    answers = read_samples([*(run.output / "stage-00" / "samples").glob("*.jsonl")])
     prompts = [len(x.prompt_ids) for x in run.train]
     # An answer's last token is drawn or given, but no model reads it.
     read = [len(x.answer_ids) + len(y) - 2 for x, y in zip(run.train, answers, strict=True)]

@@ -133,7 +133,7 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     groups = [group._replace(ref_logps=own) for group, own in zip(groups, ref_logps, strict=True)]
     loss = functools.partial(irft_loss, beta=BETA, loss_type="sigmoid", nll_weight=0.0)
     steps = list(np.arange(len(pairs)).reshape(-1, workload["batch"]))
-    plan = Plan(0, steps, workload["batch"], RATE, "rmsprop")
+    plan = Plan(0, steps, RATE, "rmsprop")
     fit(run, run.output / "stage-00", folder / "policy", groups, loss, plan)
     destroy_process_group()
     return report(log.losses[0], scoring, log.moments, log.peak - base)
@@ -149,10 +149,11 @@ def make_run(folder: Path, workload: dict[str, Any]) -> Any:
     from irlfast.runs.run import Run
 
     class Clock(MetricsLog):
-        def start_phase(self, *given: Any) -> None:
-            super().start_phase(*given)
+        def start_phase(self, *given: Any) -> list[dict[str, Any]]:
             self.losses: list[float] = []
+            rows = super().start_phase(*given)
             self.moments = [now()]
+            return rows
 
         def write(self, row: dict[str, Any]) -> None:
             super().write(row)

@@ -13,7 +13,6 @@ log n − (n − 1)/n (arXiv 2401.01879).
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,16 +21,19 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from irlfast.common import dist
+from irlfast.common import dist, watchdog
+from irlfast.common.artefacts import intact, keep, keep_json, keep_jsonl
 from irlfast.common.command import run_command, writing_to
-from irlfast.common.files import InputError, write, write_json, write_jsonl
+from irlfast.common.files import InputError, home_path
 from irlfast.common.messages import log
+from irlfast.common.tensors import save_tensors
 from irlfast.config import Config, load_config
 from irlfast.data.store import Example
 from irlfast.engine.process_group import destroy_process_group
-from irlfast.evaluation.heldout import text
+from irlfast.evaluation.curves import best_of_each, kl_bound
+from irlfast.evaluation.measure import text
 from irlfast.methods.stages import sampling
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import prompt_of, sample_groups
@@ -52,25 +54,28 @@ def best_of_n(config: Config) -> None:
     parts = [run.train[start : start + size] for start in range(0, len(run.train), size)]
     folders = [run.output / f"part-{number:05d}" for number in range(len(parts))]
     for number, (examples, folder) in enumerate(zip(parts, folders, strict=True)):
-        if not (folder / "best.jsonl").exists():
+        if not dist.on_main(is_done, folder):
             choose_best(run, number, examples, folder)
     if dist.is_main():
         best = b"".join((folder / "best.jsonl").read_bytes() for folder in folders)
-        write(run.output / "best.jsonl", lambda path: path.write_bytes(best))
+        keep(run.output / "best.jsonl", lambda path: path.write_bytes(best))
         scores = [load_file(folder / "scores.safetensors") for folder in folders]
         names = ("rewards", "exact", "known")
-        curve = best_of_each(*(np.concatenate([part[name] for part in scores]) for name in names))
-        write_json(run.output / "curve.json", curve)
+        curve = curve_of(*(np.concatenate([part[name] for part in scores]) for name in names))
+        keep_json(run.output / "curve.json", curve)
         show(curve)
         log(f"best of {config.num_generations}: {run.output / 'best.jsonl'}")
-    dist.barrier()
     destroy_process_group()
 
 
-def choose_best(run: Run, number: int, examples: list[Example], folder: Path) -> None:
+def is_done(folder: Path) -> bool:
+    return intact(folder / "best.jsonl") and intact(folder / "scores.safetensors")
+
+
+def choose_best(run: Run, number: int, examples: Sequence[Example], folder: Path) -> None:
     """Sample n answers to each prompt of a part, and write the scores of all and the best of each."""
     config, n = run.config, run.config.num_generations
-    drawn = sampling(config, 0)._replace(seed=(config.seed * 1000 + number) * 100_000)
+    drawn = sampling(config, 0, number)
     groups = sample_groups(run, run.initial, examples, n, folder / "rollouts", drawn)
     scored = rewards_of(run, [], groups, folder, run.output / "reward_scales.json").view(-1, n)  # [P, n]
     kept = complete(scored)
@@ -79,9 +84,9 @@ def choose_best(run: Run, number: int, examples: list[Example], folder: Path) ->
         known = np.array([len(x.answer_ids) > 0 for x in examples])
         exact = np.array([[a == x.answer_ids for a in g.answers] for x, g in zip(examples, groups, strict=True)])
         scores = {"rewards": rewards.astype(np.float32), "exact": exact & known[:, None], "known": known}
-        write(folder / "scores.safetensors", lambda path: save_file(scores, path))
+        keep(folder / "scores.safetensors", lambda path: save_tensors(scores, path))
         best = zip(examples, groups, rewards, rewards.argmax(1), strict=True)
-        write_jsonl(
+        keep_jsonl(
             folder / "best.jsonl",
             (best_row(run, x, group.answers[chosen], values[chosen].item()) for x, group, values, chosen in best),
         )
@@ -106,40 +111,22 @@ def best_row(run: Run, example: Example, answer: Sequence[int], reward: float) -
     return best | ({"expert": text(run, example.answer_ids)} if example.answer_ids else {})
 
 
-def best_of_each(rewards: np.ndarray, exact: np.ndarray, known: np.ndarray) -> list[dict[str, Any]]:
-    """Compute the expected reward and exact match of the best of n = 1, 2, 4, … N answers.
+def curve_of(rewards: np.ndarray, exact: np.ndarray, known: np.ndarray) -> list[dict[str, Any]]:
+    """Return the expected reward and exact match of the best of n = 1, 2, 4, … N answers.
 
     ``rewards`` and ``exact`` are those of all answers, ``[P, N]``. The exact match is over the prompts with a ``known``
     answer ``[P]``; None where no prompt has one.
     """
-    count = rewards.shape[1]
-    order = rewards.argsort(1, kind="stable")
-    ranked, right = (np.take_along_axis(values, order, 1) for values in (rewards, exact))
-    rows = []
-    for n in sizes_up_to(count):
-        shares = best_shares(n, count)
-        rows.append(
-            {
-                "n": n,
-                "kl_bound": math.log(n) - (n - 1) / n,
-                "reward": float((ranked @ shares).mean()),
-                "exact_match": float((right @ shares)[known].mean()) if known.any() else None,
-            }
-        )
-    return rows
-
-
-def sizes_up_to(count: int) -> list[int]:
-    """Return 1, 2, 4, … and ``count`` itself."""
-    return sorted({*(2**k for k in range(count.bit_length()) if 2**k <= count), count})
-
-
-def best_shares(n: int, count: int) -> np.ndarray:
-    """Return, for each answer by rising reward, the share of all choices of n of ``count`` answers that it is best of.
-
-    The i-th lowest answer is the best of n where the other n − 1 are among the i lower answers.
-    """
-    return np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
+    both = zip(best_of_each(rewards, rewards), best_of_each(rewards, exact), strict=True)
+    return [
+        {
+            "n": n,
+            "kl_bound": kl_bound(n),
+            "reward": float(reward.mean()),
+            "exact_match": float(right[known].mean()) if known.any() else None,
+        }
+        for (n, reward), (_, right) in both
+    ]
 
 
 def show(curve: list[dict[str, Any]]) -> None:
@@ -152,7 +139,8 @@ def show(curve: list[dict[str, Any]]) -> None:
 
 def command() -> None:
     config, _ = load_config([*sys.argv[1:], "method=rft", "reward_data=none", "align=bon"], "irlfast bon")
-    with writing_to(f"output_dir {config.output_dir}"):
+    with writing_to(config.output_dir, "output_dir"):
+        watchdog.start(home_path(config.output_dir), config.stall_timeout)
         best_of_n(config)
 
 

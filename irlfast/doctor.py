@@ -11,6 +11,9 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from irlfast.common.printable import printable
 
 PACKAGES = {  # a package, and its use in irlfast
     "torch": "everything",
@@ -111,7 +114,7 @@ def main() -> int:
     findings = examine()
     table = Table("", "", "", box=None, show_header=False)
     for finding in findings:
-        table.add_row(finding.part, finding.state, finding.detail)
+        table.add_row(finding.part, finding.state, Text(printable(finding.detail)))
     Console().print(table)
     missing = [finding.part for finding in findings if finding.fatal]
     if missing:

@@ -15,18 +15,20 @@ again.
 """
 
 import argparse
-import json
-import os
+import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from irlfast.common.command import run_command, writing_to
-from irlfast.common.files import InputError, read_jsonl, write, write_jsonl
-from irlfast.common.messages import Progress, first_sentence
+from irlfast.common.endpoint import Endpoint, NoAnswer, connect, run_all
+from irlfast.common.files import InputError, write_jsonl
+from irlfast.common.logs import append_row, mend
+from irlfast.common.messages import Progress
+from irlfast.common.printable import printable
+from irlfast.common.secrets import redacted, restored
 from irlfast.config import Config
 from irlfast.data.read import read_demonstrations
 from irlfast.data.rows import Demonstration, Message
@@ -34,10 +36,6 @@ from irlfast.data.sources import sources_of
 
 Ask = Callable[[list[Message], int], str]  # messages and a seed -> the model's answer
 SAME_ANSWERS = ("dataset", "split", "model", "system", "critic", "edit", "temperature", "max_new_tokens", "seed")
-
-
-class NoAnswer(Exception):
-    """Raised for a prompt that gets no usable answer; the message is the reason."""
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -48,22 +46,26 @@ def generate(options: argparse.Namespace) -> None:
         check_answers(prompts)
     kept = options.output.with_name(options.output.name + ".answers")
     rows = read_answers(kept, {name: getattr(options, name) for name in SAME_ANSWERS})
-    missing = [number for number in range(len(prompts)) if number not in rows]
     failures = Counter[str]()
-    with kept.open("a", encoding="utf-8") as lines, Progress("generate", len(prompts), "prompt", len(rows)) as progress:
-        for number, row in answers_to(prompts, missing, ask_with(options), options):
-            if isinstance(row, str):
-                failures[row] += 1
+    ask = ask_with(options)
+    jobs = {
+        number: functools.partial(demonstrate, prompts[number], ask, options, options.seed + number)
+        for number in range(len(prompts))
+        if number not in rows
+    }
+    with Progress("generate", len(prompts), "prompt", len(rows)) as progress:
+        for number, row in run_all(jobs, options.concurrency):
+            if isinstance(row, NoAnswer):
+                failures[str(row)] += 1
             else:
                 rows[number] = row
-                lines.write(json.dumps({"number": number, "row": row}, ensure_ascii=False) + "\n")
-                lines.flush()
+                append_row(kept, {"number": number, "row": row})
             progress.advance()
             progress.show(f"{failures.total():,} without an answer")
     if not rows:
         raise InputError(f"{options.base_url}: no answer to any of {len(prompts):,} prompts: {reasons(failures)}")
     write_jsonl(options.output, (rows[number] for number in sorted(rows) if number < len(prompts)))
-    print(f"{len(rows):,} of {len(prompts):,} prompts have an answer: {options.output}")
+    print(f"{len(rows):,} of {len(prompts):,} prompts have an answer: {printable(options.output)}")
     if failures:
         print(f"left out: {reasons(failures)}; the same command asks for them again")
 
@@ -81,43 +83,31 @@ def reasons(failures: Counter[str]) -> str:
 def read_answers(path: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Return the rows that are kept in ``path``, by the prompts' numbers. The file begins with the settings.
 
-    A last line that was cut by a kill is dropped.
+    Damaged lines are left out; their answers are asked for again.
 
     Raises:
-        InputError: the file is of other settings.
+        InputError: the file is of other settings, or its first line is damaged.
     """
-    if not path.exists():
-        write_jsonl(path, [settings])
+    rows = mend(path, is_kept)
+    if not rows:
+        write_jsonl(path, [redacted(settings)])
         return {}
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    write(path, lambda temporary: temporary.write_bytes(whole + b"\n"))
-    (_, earlier), *lines = read_jsonl(path)
+    earlier, *lines = rows
+    if "number" in earlier:
+        raise InputError(f"{path}: its first line, the settings of its answers, is damaged; expected another output")
+    earlier = restored(earlier, settings)
     for name, value in settings.items():
         if earlier.get(name) != value:
             raise InputError(
                 f"--{name}: found {value!r}, but the answers in {path} are of {earlier.get(name)!r}; "
                 "expected the same, or another output"
             )
-    return {line["number"]: line["row"] for _, line in lines}
+    return {line["number"]: line["row"] for line in lines if "number" in line}
 
 
-def answers_to(
-    prompts: list[Demonstration], numbers: list[int], ask: Ask, options: argparse.Namespace
-) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield (number, row) of each prompt as its answer comes; the reason in place of a row where none comes."""
-    with ThreadPoolExecutor(options.concurrency) as pool:
-        futures = {
-            pool.submit(demonstrate, prompts[number], ask, options, options.seed + number): number for number in numbers
-        }
-        try:
-            for future in as_completed(futures):
-                try:
-                    yield futures[future], future.result()
-                except NoAnswer as reason:
-                    yield futures[future], str(reason)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def is_kept(line: dict[str, Any]) -> bool:
+    """Return whether a line has an answer, or the settings of all."""
+    return "model" in line or (isinstance(line.get("number"), int) and isinstance(line.get("row"), dict))
 
 
 def demonstrate(prompt: Demonstration, ask: Ask, options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -136,49 +126,20 @@ def assistant(text: str) -> Message:
 
 
 def ask_with(options: argparse.Namespace) -> Ask:
-    """Return a function that asks the endpoint.
+    """Return a function that asks the endpoint for a whole answer."""
+    request = connect(Endpoint(**{name: getattr(options, name) for name in Endpoint._fields}))
 
-    Raises:
-        InputError: OpenAI's client is not installed; later, the endpoint cannot be reached or refuses every request.
-    """
-    try:
-        import openai
-    except ImportError as error:
-        raise InputError("found no package openai; expected pip install 'irlfast[generate]'") from error
-    client = openai.OpenAI(
-        base_url=options.base_url,
-        api_key=os.environ.get("OPENAI_API_KEY", "none"),
-        max_retries=options.max_retries,
-        timeout=options.timeout,
-    )
-    refused = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-
-    def ask(messages: list[Message], seed: int) -> str:
-        try:
-            response = client.chat.completions.create(
-                model=options.model,
-                messages=messages,  # type: ignore[arg-type]
-                temperature=options.temperature,
-                max_completion_tokens=options.max_new_tokens,
-                seed=seed,
-            )
-        except openai.APITimeoutError as error:
-            raise NoAnswer("timed out") from error
-        except openai.APIConnectionError as error:
-            raise InputError(f"{options.base_url}: cannot be reached; the same command resumes") from error
-        except refused as error:
-            raise InputError(f"{options.base_url}: {first_sentence(error)}") from error
-        except openai.APIStatusError as error:
-            raise NoAnswer(f"refused with status {error.status_code}") from error
-        choice = response.choices[0]
-        if choice.finish_reason == "length":
+    def ask_for_answer(messages: list[Message], seed: int) -> str:
+        reply = request(messages, seed)
+        if reply.finish == "length":
             raise NoAnswer("cut at max_new_tokens")
-        answer = (choice.message.content or "").strip()
-        if not answer:
+        if reply.finish == "refusal":
+            raise NoAnswer("refused by the model")
+        if not reply.text:
             raise NoAnswer("empty")
-        return answer
+        return reply.text
 
-    return ask
+    return ask_for_answer
 
 
 def parse_arguments() -> argparse.Namespace:

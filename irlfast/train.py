@@ -9,49 +9,81 @@ import os
 import sys
 from pathlib import Path
 
+from irlfast.common import watchdog
 from irlfast.common.command import run_command, writing_to
+from irlfast.common.files import home_path
+from irlfast.common.launch import start_processes
 from irlfast.config import Config, load_config
+from irlfast.config.checks import remarks
 
 
 def train(config: Config) -> None:
     """Do everything that a configuration asks for. Every process of the run calls this function."""
-    from irlfast.evaluation.heldout import evaluate
+    from irlfast.evaluation.heldout import evaluate, held_out_asks
     from irlfast.methods import METHODS
-    from irlfast.methods.sft import sft, wants_sft
-    from irlfast.methods.stages import stage_name
-    from irlfast.reports.final import finish, finish_reward
+    from irlfast.methods.sft import sft
+    from irlfast.methods.stages import check_policy_left, delete_policies, stage_name, wants_sft
+    from irlfast.reports.final import choose, finish, finish_reward
+    from irlfast.sampling.generation import sample_ahead
+    from irlfast.startup.disk import check_room, plan_disk
     from irlfast.startup.prepare import prepare
+    from irlfast.startup.time_plan import plan_time
 
     run = prepare(config)
-    train_stage = METHODS[config.method].stage
+    plan_time(run)
+    needs = plan_disk(run)
+    check_room(run.output, needs)
+    train_stage, _, stage_asks = METHODS[config.method]
     policies: dict[str, Path | str] = {}  # by phase
     metrics = []
 
-    def hold_out(phase: str, policy: Path | str) -> None:
-        """Evaluate the policy on the held-out demonstrations, beside the first policy that was evaluated."""
-        policies[phase] = policy
+    def evaluate_policy(phase: str) -> None:
+        """Evaluate a phase's policy on the held-out demonstrations, beside the first phase's policy."""
         first = next(iter(policies))
-        metrics.append(evaluate(run, run.output / phase, policy, run.output / first, policies[first]))
+        metrics.append(evaluate(run, run.output / phase, policies[phase], run.output / first, policies[first]))
+
+    def end_phase(phase: str, policy: Path | str, following: int = 0) -> None:
+        """Evaluate a phase's policy, if asked to. The stage ``following`` starts from the policy, if there is one.
+
+        One start of the sampler makes the held-out answers and those that the following stage asks for.
+        """
+        policies[phase] = policy
+        if config.eval_every_stage or len(policies) == 1:
+            asks = held_out_asks(run, run.output / phase, is_first=len(policies) == 1)
+            starts_stage = following < config.stages and phase != "sft-nll"
+            sample_ahead(policy, [*asks, *(stage_asks(run, following) if stage_asks and starts_stage else ())])
+            evaluate_policy(phase)
 
     policy = run.initial
     if not wants_sft(config) or (train_stage is None and config.model_name_or_path):
-        hold_out("initial", policy)
+        end_phase("initial", policy)
     for phase, policy in sft(run, run.initial):
-        hold_out(phase, policy)
+        end_phase(phase, policy)
     initial = policy
     if train_stage and not config.facts.leaves_policy:
         finish_reward(run, Path(train_stage(run, 0, policy, initial)))
         return
     if train_stage:
         for stage in range(config.stages):
+            check_policy_left(run, stage, policy)
+            check_room(run.output, needs)
             policy = train_stage(run, stage, policy, policy if config.reference == "stage" else initial)
-            hold_out(stage_name(stage), policy)
+            end_phase(stage_name(stage), policy, stage + 1)
+            delete_policies(run, stage, best=choose(config, metrics)[0])
+    if metrics[-1]["phase"] != [*policies][-1]:
+        evaluate_policy([*policies][-1])
     finish(run, policies, metrics)
 
 
 def command() -> None:
     config, dry_run = load_config(sys.argv[1:])
-    with writing_to(f"output_dir {config.output_dir}"):
+    if not dry_run:
+        start_processes("irlfast.train", config.num_processes, config.preemption_grace)
+    for remark in remarks(config):
+        from irlfast.common.messages import log
+
+        log(remark)
+    with writing_to(config.output_dir, "output_dir"):
         if dry_run:
             from irlfast.runs.hub import set_offline_if_unreachable
 
@@ -60,6 +92,7 @@ def command() -> None:
 
             show(config)
         else:
+            watchdog.start(home_path(config.output_dir), config.stall_timeout)
             train(config)
 
 

@@ -6,6 +6,15 @@ from tests.helpers.runs import run
 poison_new_memory()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--draws", type=int, default=1, help="draws of each fault of each file, in the nightly sweep")
+
+
+def pytest_generate_tests(metafunc):
+    if "draw_of_fault" in metafunc.fixturenames:
+        metafunc.parametrize("draw_of_fault", range(metafunc.config.getoption("draws")))
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of an unbroken run, and what it printed."""

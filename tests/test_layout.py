@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiers import full
+from tests.helpers.tiers import full, slow
 
 ROOT = Path(__file__).parent.parent
 # Each room imports only from itself and from those before it (docs/design.md: data goes left to right and never back).
@@ -37,10 +37,13 @@ ORDER = [
     "evaluation",
     "reports",
     "train",
+    "plan",
     "bon",
+    "evaluate",
     "data.select",
     "generate",
     "report",
+    "watch",
     "recipes",
     "doctor",
     "chat",
@@ -106,7 +109,8 @@ NATIVE = "from irlfast import native; print(native.cpu is not None, native.cuda 
 IMPORTS = (
     "import irlfast.kernels, irlfast.ops, irlfast.methods.irft, irlfast.report, pathlib;"
     "here = pathlib.Path(irlfast.__file__).parent; print(here);"
-    "assert (here / 'demo' / 'train.jsonl').exists() and (here / 'reports' / 'report.html.j2').exists()"
+    "names = ['demo/train.jsonl', *(f'reports/{name}' for name in ('report.html.j2', 'style.css', 'charts.js'))];"
+    "assert all((here / name).exists() for name in names)"
 )
 HAS_COMPILER, HAS_NVCC = (shutil.which(name) is not None for name in ("c++", "nvcc"))
 
@@ -150,7 +154,7 @@ def works_in_an_empty_folder(folder: Path, *irlfast: str) -> None:
     run(*irlfast, "report", "runs/irft", cwd=folder)
 
 
-@full
+@slow
 def test_editable_install_imports(clone, tmp_path, monkeypatch):
     """From the root too, where ``import kernels`` must not find our folder as a package with code."""
     monkeypatch.setenv("CXX", "/nowhere/c++")

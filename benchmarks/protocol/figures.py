@@ -10,10 +10,11 @@ import numpy as np
 from benchmarks.protocol.generate import Row, is_right_sum, modes_of
 from benchmarks.rewards import distance
 from irlfast.data.packing import PromptGroup
-from irlfast.evaluation.heldout import text
+from irlfast.evaluation.measure import text
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import DRAWN, GREEDY, sample, sample_groups
+from irlfast.sampling.generation import sample, sample_groups
 from irlfast.sampling.scoring import score
+from irlfast.sampling.shards import DRAWN, GREEDY
 
 Figures = dict[str, list[float]]  # figure -> value per row
 MODE_SAMPLES = 8

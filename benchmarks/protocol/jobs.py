@@ -140,7 +140,7 @@ def keys_of(job: Job) -> dict[str, Any]:
         keys = new_policy(job, "all", steps.start + steps.continued)
         return keys | {"train_tokenizer": None, "tokenizer_name_or_path": str(job.start)}
     keys = common(job, "pool") | {"model_name_or_path": str(job.start), "train_tokenizer": None}
-    keys |= {"learning_rate": job.rate, "per_device_train_batch_size": batch_of(arm), "max_eval_samples": 2}
+    keys |= {"learning_rate": job.rate, "global_batch_size": batch_of(arm), "max_eval_samples": 2}
     pool = sum(1 for _ in read_jsonl(Path(keys["dataset_name"])))
     keys |= arm.keys | schedule(arm.keys, job.prompts, pool, batch_of(arm))
     compares = "feature_reward" in keys  # with the demonstration of each prompt
@@ -166,7 +166,7 @@ def new_policy(job: Job, part: str, steps: int) -> dict[str, Any]:
     model = json.loads((ROOT / "irlfast/demo/config.json").read_text())
     write_text(path, json.dumps(model | (TASKS[job.task].policy or job.size.policy)))
     own = {"config_name": str(path), "sft_steps": steps, "learning_rate": START_RATE, "max_eval_samples": 1}
-    return common(job, part) | own | {"method": "sft", "per_device_train_batch_size": ANSWERS}
+    return common(job, part) | own | {"method": "sft", "global_batch_size": ANSWERS}
 
 
 def common(job: Job, part: str) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def schedule(keys: dict[str, Any], prompts: int, pool: int, batch: int) -> dict[
     if METHOD_FACTS[keys["method"]].learns_reward and keys.get("reward_data") != "none":
         own["reward_steps"] = steps
     if keys.get("sft_steps"):
-        own |= {"sft_steps": stages * rounds * steps, "sft_per_device_train_batch_size": ANSWERS}
+        own |= {"sft_steps": stages * rounds * steps, "sft_global_batch_size": ANSWERS}
     share = rounds * steps * batch
     if stages * share <= pool and keys["method"] not in ("spin", "t_spin"):
         return own | {"prompts_per_stage": "split", "max_train_samples": stages * share}

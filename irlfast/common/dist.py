@@ -1,25 +1,21 @@
-"""The processes of a run: this one's rank and device, and torch.distributed's collectives, which one process skips.
+"""This process's rank and device, and torch.distributed's collectives, which one process skips.
 
 ``torchrun`` sets the variables read here. Without them, the run is one process.
-``engine/process_group.py`` starts the process group.
+``engine/process_group.py`` starts the process group. All but :func:`all_reduce` first wait until every process is here
+(:func:`irlfast.common.ranks.meet`), so that no collective waits for the long work of one process.
 """
 
 import gc
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 
+from irlfast.common.ranks import meet, rank, world_size
+
 T = TypeVar("T")
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
@@ -35,6 +31,7 @@ def device() -> torch.device:
 
 def barrier() -> None:
     if world_size() > 1:
+        meet()
         torch.distributed.barrier()
 
 
@@ -42,6 +39,7 @@ def all_gather_object(value: T) -> list[T]:
     """Return every process's ``value``, in the order of ranks."""
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
+        meet()
         torch.distributed.all_gather_object(values, value)
     return values
 
@@ -50,8 +48,14 @@ def broadcast_object(value: T | None) -> T:
     """Return the main process's ``value``, in every process."""
     values: list[Any] = [value]
     if world_size() > 1:
+        meet()
         torch.distributed.broadcast_object_list(values)
     return values[0]
+
+
+def on_main(function: Callable[..., T], *arguments: Any) -> T:
+    """Return, in every process, what ``function`` returns in the main one, which alone calls it."""
+    return broadcast_object(function(*arguments) if is_main() else None)
 
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:

@@ -1,33 +1,64 @@
 """Files of a run: each is written under a temporary name, flushed to disk, then renamed (docs/design.md, section 5)."""
 
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import irlfast
+from irlfast.common.printable import printable
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # the files of rows that can be read
 COMPRESSIONS = (".gz", ".zst")  # may follow one of the endings
+LONGEST_MESSAGE = 2000  # characters
+LOST = "is not on the disk as it was written"  # the text of an OSError
 PACKAGE_PARENT = Path(irlfast.__file__).resolve().parent.parent
 
 
 class InputError(ValueError):
-    """Raised for input that cannot be used; the message is one sentence: what was found, and what was expected."""
+    """Raised for input that cannot be used; the message is one sentence: what was found, and what was expected.
 
+    Control characters of the names and values that it quotes become escapes, and secrets are redacted. Too long a
+    message is cut in its middle.
+    """
 
-class LocalError(InputError):
-    """An InputError that one process may meet alone while the others wait: every process prints its own."""
+    def __init__(self, message: str):
+        message = printable(message)
+        half = LONGEST_MESSAGE // 2
+        cut = f"{message[:half]} … {message[-half:]}"
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else cut)
 
 
 def find_path(name: str) -> Path | None:
     """Return the existing path that ``name`` means: in the working directory, or beside the package (the demo)."""
-    for path in (Path(name).expanduser(), PACKAGE_PARENT / name):
-        if path.exists():
+    for path in (home_path(name), PACKAGE_PARENT / name):
+        if os.path.exists(path):  # Path.exists raises at a name that is too long
             return path
     return None
+
+
+def resolved(name: str) -> str:
+    """Return the absolute path, without links, of the file, the folder or the pattern that ``name`` means.
+
+    ``file.py:function`` keeps its function. A name that means nothing here is returned as it is.
+    """
+    file, colon, function = name.rpartition(":")
+    if file.endswith(".py"):
+        return resolved(file) + colon + function
+    folder, _, last = name.rpartition("/")
+    if is_glob(last) and (place := find_path(folder or ".")):
+        return str(place.resolve() / last)
+    path = find_path(name)
+    return str(path.resolve()) if path else name
+
+
+def home_path(name: str) -> Path:
+    """Return the path of a name that may begin with ``~``. A name of an unknown user stays as it is."""
+    return Path(os.path.expanduser(name))  # Path.expanduser raises there
 
 
 def row_file_ending(name: str) -> tuple[str, str]:
@@ -48,17 +79,99 @@ def is_local(name: str) -> bool:
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
     """Let ``save`` write a file or a folder under a temporary name, flush it to disk, then rename it to ``path``."""
+    temporary = staged(path, save)
+    flush(temporary)
+    publish(temporary, path)
+
+
+def staged(path: Path, save: Callable[[Path], Any]) -> Path:
+    """Let ``save`` write a file or a folder under a temporary name beside ``path``, and return that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_name(path)
     remove(temporary)
     save(temporary)
-    for item in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-        handle = os.open(item, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if path.is_dir():  # a folder cannot be renamed over a full one
+    open_to_umask(temporary)
+    return temporary
+
+
+def open_to_umask(path: Path) -> None:
+    """Give the files that safetensors has made private the rights that the umask gives all others."""
+    mask = os.umask(0o077)  # a umask is read by setting it
+    os.umask(mask)
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(0o666 & ~mask)
+
+
+def temporary_name(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or a folder and all below it, to disk."""
+    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        fsync(item)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename ``temporary``, which is flushed, to ``path``, and flush the names in the folders above."""
+    if path.is_dir() or temporary.is_dir():  # a folder can only be renamed to an empty place
         remove(path)
     os.replace(temporary, path)
+    for folder in (path.parent, path.parent.parent):  # the second has the name of the first, which may be new
+        fsync(folder)
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that ``path`` is on, or will be on."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(nearest).free
+
+
+def lost(path: Path | str) -> OSError:
+    """Return the error of a file that a failing disk has not as it was written."""
+    return OSError(errno.EIO, LOST, str(path))
+
+
+def check_written(path: Path, size: int) -> None:
+    """Raise an OSError if the file has not the ``size`` that was written: a failing disk may lose bytes in silence."""
+    if path.stat().st_size != size:
+        raise lost(path)
+
+
+def check_end(file: IO[bytes], position: int) -> None:
+    """Raise an OSError if an open file that is written in order has not come to ``position``: bytes of it are lost."""
+    file.flush()
+    if file.tell() != position:
+        raise lost(file.name)
+
+
+def put_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 to ``path`` itself."""
+    content = text.encode()
+    path.write_bytes(content)
+    check_written(path, len(content))
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of files to a new folder."""
+    shutil.copytree(source, target)
+    for file in source.rglob("*"):
+        if file.is_file():
+            check_written(target / file.relative_to(source), file.stat().st_size)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete the temporary files and folders that a kill has left in ``folder``: ours, and ``.tmp*`` of safetensors."""
+    for pattern in ("*.tmp", ".tmp*"):
+        for path in [*folder.rglob(pattern)]:
+            remove(path)
 
 
 def remove(path: Path) -> None:
@@ -70,11 +183,38 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write(path, lambda temporary: put_text(temporary, text))
+
+
+def append_line(path: Path, line: str, durable: bool = False) -> None:
+    """Append a line by one call that writes it whole. Half a line at the end of the file stays apart.
+
+    Several processes may append to a file at once. ``durable`` flushes the line to disk.
+
+    Raises:
+        OSError: the line does not fit onto the disk. No part of the line stays in the file.
+    """
+    content = line.encode() + b"\n"
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            content = b"\n" + content
+        if os.write(handle, content) < len(content):
+            os.ftruncate(handle, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if durable:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -82,7 +222,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, jsonl_text(rows))
+
+
+def jsonl_text(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:

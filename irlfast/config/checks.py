@@ -1,16 +1,19 @@
 """Checks of several keys together, and of files that keys name. Nothing heavy is imported."""
 
 import importlib.util
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from irlfast.common.addresses import check_address, warn_of_open_key
 from irlfast.common.files import InputError, find_path, is_glob, is_local
-from irlfast.config.methods import METHOD_FACTS, SFT_TEACHERS
+from irlfast.common.ranks import world_size
+from irlfast.common.secrets import redacted
+from irlfast.config.deepspeed import merged_settings, zero_stage
+from irlfast.config.methods import METHOD_FACTS, READ_WITH, SFT_TEACHERS
 from irlfast.config.reward_checks import check_added_rewards, check_alignment, check_features, check_reward
-from irlfast.config.types import DATASETS, listed
+from irlfast.config.types import DATASETS, listed, shown
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
 # A list has one value per stage.
@@ -21,6 +24,21 @@ LOSS_OPTIONS = {  # the values of loss_type that use each of these keys
     "reward_shift": ("bco_pair", "space", "kto_pair"),
     "renyi_alpha": ("iris",),
 }
+# The largest numbers of keys; other keys take any up to LARGEST. A seed is multiplied by 10^8 for the seeds of samples.
+STEPS, EPOCHS, LARGEST = 10**7, 10**4, 10**9
+LARGEST_OF = {
+    "seed": 2**31 - 1,
+    "stages": 10**4,
+    "align_rounds": 10**4,
+    **dict.fromkeys(("sft_steps", "sft_nll_steps", "inner_steps", "reward_steps"), STEPS),
+    **dict.fromkeys(("sft_epochs", "inner_epochs", "reward_epochs"), EPOCHS),
+}
+# Texts of these keys are in the model's files and in its training data.
+LEARNED = (
+    *("chat_template", "chat_template_kwargs", "prompt_template", "system_prompt"),
+    *("teacher_prompt_template", "thought_mark"),
+)
+HOSTS = {"WANDB_BASE_URL": "wandb", "MLFLOW_TRACKING_URI": "mlflow"}  # variables that name a tracker's server
 # The values of loss_type that take each reward alone, so that rewards need the zero that a reference gives them.
 EACH_REWARD_ALONE = ("nca_pair", "bco_pair", "space", "iris", "kto_pair", "apo_zero", "apo_down", "sppo_hard")
 
@@ -31,6 +49,7 @@ def check(config: Any) -> None:
     Raises:
         InputError: a check fails; the message names the keys.
     """
+    check_values(config)
     check_model(config)
     check_reward(config)
     check_added_rewards(config)
@@ -39,13 +58,37 @@ def check(config: Any) -> None:
     check_phases(config)
     check_pair_loss(config)
     check_triplets(config)
+    check_history(config)
     check_lengths(config)
     check_teacher(config)
     check_engine(config)
     check_offloading(config)
     check_4bit(config)
     check_tracking(config)
+    check_vllm_server(config)
     check_data(config)
+
+
+def check_values(config: Any) -> None:
+    """Check that no number is too large for its use, and that every text can be written to a file."""
+    for name in type(config).__pydantic_fields__:
+        for value in listed(getattr(config, name)):
+            largest = LARGEST_OF.get(name, LARGEST)
+            if isinstance(value, int | float) and abs(value) > largest:
+                raise InputError(f"{name}: found {shown(value)}, expected a size of at most {largest:,}")
+            if name in LEARNED and redacted(value) != value:
+                raise InputError(
+                    f"{name}: found a secret in a text that the model learns and its files keep; expected it without"
+                )
+            if isinstance(value, str) and not is_text(value):
+                raise InputError(
+                    f"{name}: found {shown(value)}, expected a text of characters that UTF-8 has, without NUL"
+                )
+
+
+def is_text(value: str) -> bool:
+    """Return whether a text can be written to a file, and be the name of one."""
+    return "\0" not in value and value == value.encode(errors="replace").decode()
 
 
 def check_model(config: Any) -> None:
@@ -96,6 +139,11 @@ def check_phases(config: Any) -> None:
         value = getattr(config, name)
         if isinstance(value, list) and len(value) != config.stages:
             raise InputError(f"{name}: found {len(value)} values, expected one or one per stage ({config.stages})")
+    if config.keep == "best" and not config.eval_every_stage:
+        raise InputError(
+            "keep: found 'best' with eval_every_stage false, so that most policies have no figure to choose by; "
+            "expected keep: last, or eval_every_stage: true"
+        )
     check_sft(config)
     if not config.facts.has_stages:
         check_sft_alone(config)
@@ -166,6 +214,19 @@ def check_triplets(config: Any) -> None:
             )
 
 
+def check_history(config: Any) -> None:
+    """Check that the pairs of earlier stages which ``history`` mixes in are of a demonstration and a kept sample."""
+    if not config.history:
+        return
+    if config.facts.needs_rejected:
+        raise InputError(f"history: found {config.history} with method {config.method}, which samples none; expected 0")
+    if config.facts.learns_reward and config.reward_data in ("preference", "init_sft"):
+        raise InputError(
+            f"history: found {config.history} with reward_data {config.reward_data}, whose pairs have no "
+            "demonstration; expected 0"
+        )
+
+
 def check_teacher(config: Any) -> None:
     """Check the keys of a method, or of a loss of SFT, that has a teacher."""
     in_sft = config.sft_loss_type in SFT_TEACHERS
@@ -177,7 +238,7 @@ def check_teacher(config: Any) -> None:
     has_teacher = in_sft or config.facts.has_teacher
     if config.sync_ref_model and not has_teacher:
         raise InputError(f"sync_ref_model: found true with method {config.method}, which has no teacher")
-    if has_teacher and config.zero_stage == 3:
+    if has_teacher and zero_stage(config) == 3:
         raise InputError("zero_stage: found 3 with a teacher, which is a whole model in each process; expected 0 to 2")
     if config.facts.has_teacher:
         check_distillation(config)
@@ -206,19 +267,19 @@ def check_distillation(config: Any) -> None:
 
 
 def check_engine(config: Any) -> None:
-    if config.dtype == "bfloat16" and config.zero_stage == 0:
+    stage = zero_stage(config)
+    if config.dtype == "bfloat16" and stage == 0:
         raise InputError("zero_stage: found 0 with dtype bfloat16, expected 1 to 3 (they keep the fp32 master copy)")
     compiler = os.environ.get("CXX", "g++")
     if config.torch_compile and not shutil.which(compiler):
         raise InputError(f"torch_compile: found no compiler {compiler}, expected one (CXX may name it), or false")
-    check_path("deepspeed", config.deepspeed)
-    if config.deepspeed and (path := find_path(config.deepspeed)):
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"deepspeed: {path} cannot be read as JSON ({error})") from error
-        if not isinstance(settings, dict):
-            raise InputError(f"deepspeed: {path} holds a {type(settings).__name__}, expected a JSON object")
+    offload = merged_settings(config)["zero_optimization"].get("offload_optimizer")
+    on_disk = isinstance(offload, dict) and offload.get("device") == "nvme"
+    if on_disk and (config.save_steps or config.preemption_grace):
+        raise InputError(
+            f"deepspeed: found offload_optimizer.device nvme in {config.deepspeed}, where no checkpoint has the "
+            "optimiser's state; expected cpu, or save_steps: 0 and preemption_grace: 0"
+        )
 
 
 def check_offloading(config: Any) -> None:
@@ -235,7 +296,7 @@ def check_offloading(config: Any) -> None:
             "activation_offloading: found true with torch_compile, whose layers cannot read activations back; "
             "expected one of the two"
         )
-    if config.zero_stage == 3:
+    if zero_stage(config) == 3:
         raise InputError(
             "activation_offloading: found true with zero_stage 3, whose gathered weights would be moved, too; "
             "expected zero_stage 0 to 2"
@@ -250,7 +311,7 @@ def check_4bit(config: Any) -> None:
         raise InputError(
             "load_in_4bit: found true without use_peft, but 4-bit weights cannot be trained; expected use_peft: true"
         )
-    if config.zero_stage == 3:
+    if zero_stage(config) == 3:
         raise InputError(
             "load_in_4bit: found true with zero_stage 3, which cannot split 4-bit weights; expected 0 to 2"
         )
@@ -259,12 +320,58 @@ def check_4bit(config: Any) -> None:
 
 
 def check_tracking(config: Any) -> None:
-    """Check the trackers and the hub."""
+    """Check the trackers and the hub, and the addresses of their servers."""
     for package in config.report_to:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"report_to: found {package!r}, which is not installed; pip install {package}")
     if config.push_to_hub and not config.hub_model_id:
         raise InputError("push_to_hub: found true without hub_model_id, expected both")
+    used = ["HF_ENDPOINT"] if config.push_to_hub else []
+    used += [variable for variable, tracker in HOSTS.items() if tracker in config.report_to]
+    for variable in used:
+        address = os.environ.get(variable)
+        if address and (variable != "MLFLOW_TRACKING_URI" or address.startswith("http")):  # it may name a database
+            warn_of_open_key(variable, check_address(variable, address))
+
+
+def check_vllm_server(config: Any) -> None:
+    servers = config.vllm_server
+    if servers and not config.use_vllm:
+        raise InputError("vllm_server: found servers with use_vllm: false, expected use_vllm: true")
+    for url in servers:
+        check_address("vllm_server", url)
+    if len({*servers}) < len(servers):
+        raise InputError("vllm_server: found an address twice, expected each server once")
+
+
+def remarks(config: Any) -> list[str]:
+    """Return what a user may not expect of the keys, though nothing is wrong: a sentence each."""
+    unread = unread_keys(config)
+    lines = [f"config: {config.method} does not read {', '.join(unread)}"] if unread else []
+    batch, processes = config.global_batch_size, world_size()
+    if batch < processes:
+        lines.append(f"global_batch_size: {batch} in {processes} processes, of which some have nothing to do in a step")
+    return lines + bias_of_sampling(config)
+
+
+def bias_of_sampling(config: Any) -> list[str]:
+    """Return a sentence if a policy gradient is of answers that are not drawn from the policy itself."""
+    exact = {"temperature": 1, "top_p": 1, "top_k": 0}
+    others = [name for name, value in exact.items() if any(each != value for each in listed(getattr(config, name)))]
+    loss = f"align {config.align}" if config.facts.aligns else f"method {config.method}"
+    if not others or not (config.facts.thinks or (config.facts.aligns and config.align != "bon")):
+        return []
+    given = ", ".join(f"{name} {getattr(config, name)}" for name in others)
+    return [
+        f"warning: {given}: answers are not drawn from the policy itself, so that the gradient of {loss} is biased; it "
+        f"is not with {', '.join(f'{name} {exact[name]}' for name in others)}"
+    ]
+
+
+def unread_keys(config: Any) -> list[str]:
+    """Return the keys that are set, but that the method does not read."""
+    unread = [name for fact, names in READ_WITH.items() if not getattr(config.facts, fact) for name in names]
+    return [name for name in unread if is_set(config, name)]
 
 
 def is_set(config: Any, name: str) -> bool:
@@ -276,7 +383,7 @@ def check_path(name: str, value: str | None) -> None:
     """Check that a value which can only be a file exists. A value like ``owner/name`` may be on the hub."""
     if value is None or find_path(value):
         return
-    local = name in ("config_name", "deepspeed") or value.startswith(("/", ".", "~")) or value.count("/") > 1
+    local = name == "config_name" or value.startswith(("/", ".", "~")) or value.count("/") > 1
     if local or Path(value).suffix in (".json", ".jsonl", ".parquet", ".csv"):
         raise InputError(f"{name}: no such file or folder: {value}")
 

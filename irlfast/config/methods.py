@@ -21,6 +21,11 @@ class MethodFacts:
     triplets: bool = False  # the first policy's answers are learned from, too, and there is no reference
     leaves_policy: bool = True  # False: `final/` is a reward model
 
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether a stage of the method minimises a loss of pairs of answers (IRFT and its relatives)."""
+        return self.has_stages and self.leaves_policy and not (self.aligns or self.has_teacher or self.thinks)
+
 
 METHOD_FACTS: dict[str, MethodFacts] = {
     "irft": MethodFacts(),
@@ -79,6 +84,26 @@ METHOD_FACTS: dict[str, MethodFacts] = {
         leaves_policy=False,
     ),
     "sft": MethodFacts(preset={"learn_turns": "all", "sft_epochs": 1.0}, has_stages=False),
+}
+
+# The keys that only the methods with a fact read.
+READ_WITH: dict[str, tuple[str, ...]] = {
+    "learns_pairs": (
+        *("loss_type", "loss_weights", "nll_weight", "label_smoothing", "discopop_tau", "reward_shift", "renyi_alpha"),
+    ),
+    "triplets": ("historical_weight",),
+    "learns_reward": (
+        *("reward_loss", "reward_level", "reward_regularization", "reward_heads", "reward_models", "reward_every"),
+        *("reward_frozen_layers", "reward_epochs", "reward_steps", "reward_learning_rate", "reward_optim"),
+    ),
+    "aligns": (
+        *("align", "kl_in", "reward_credit", "gamma", "whiten_rewards", "missing_eos_penalty", "length_penalty"),
+    ),
+    "has_teacher": (
+        *("teacher_prompt_template", "distillation_mode", "distillation_alpha", "distillation_topk"),
+        *("distillation_add_tail", "distillation_is_clip", "num_loss_tokens_to_skip"),
+    ),
+    "thinks": ("thought_reward", "thought_mark", "max_thought_tokens"),
 }
 
 # The policies of a run that an implicit reward can name: those before the first stage, by phase.

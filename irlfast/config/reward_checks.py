@@ -67,8 +67,9 @@ def check_added_rewards(config: Any) -> None:
                 f"implicit_reward_policy, implicit_reward_reference: found {name!r}, a policy of the run itself, "
                 f"without {'sft_steps' if name == 'sft' else 'sft_nll_steps'}; expected both"
             )
-    for name in config.reward_function:
-        check_function(name)
+    for key in ("reward_function", "scorer"):
+        for name in getattr(config, key):
+            check_function(key, name)
     if config.reward_weights and len(config.reward_weights) != learned + added:
         raise InputError(
             f"reward_weights: found {len(config.reward_weights)}, expected {learned + added}, one per reward"
@@ -85,13 +86,13 @@ def check_added_rewards(config: Any) -> None:
         )
 
 
-def check_function(name: str) -> None:
+def check_function(key: str, name: str) -> None:
     place, _, function = name.rpartition(":")
     is_file = place.endswith(".py")
     if not function.isidentifier() or not (is_file or all(part.isidentifier() for part in place.split("."))):
-        raise InputError(f"reward_function: found {name!r}, expected package.module:function or file.py:function")
+        raise InputError(f"{key}: found {name!r}, expected package.module:function or file.py:function")
     if is_file and not find_path(place):
-        raise InputError(f"reward_function: no such file or folder: {place}")
+        raise InputError(f"{key}: no such file or folder: {place}")
 
 
 def check_alignment(config: Any) -> None:

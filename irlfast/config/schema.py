@@ -1,5 +1,7 @@
 """Every key of a run, in one frozen dataclass. The description of a key is its ``--help`` line.
 
+:mod:`irlfast.config.inputs` has the first keys: those of the run, its model and its demonstrations.
+
 Pydantic checks types, bounds and names. It names every wrong key with the value that it found, and reads YAML's
 ``5e-7``, which YAML takes for text, as a number. DeepSpeed depends on Pydantic anyway.
 """
@@ -10,127 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from irlfast.config.inputs import Inputs
 from irlfast.config.methods import METHOD_FACTS, MethodFacts
-from irlfast.config.types import Columns, Count, Datasets, MethodName, NotNegative, Order, PairLossName, Positive
+from irlfast.config.types import Count, NotNegative, Order, PairLossName, Positive, key
 
 
-def key(default: Any, description: str) -> Any:
-    return Field(default=default, description=description)
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Config:
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Config(Inputs):
     """Every key of a run (flat YAML; TRL's name where TRL has one)."""
-
-    # The run
-    method: MethodName = key(
-        "irft",
-        "The algorithm: irft; spin (irft with the defaults of SPIN); t_spin (spin without a reference, also against "
-        "the first policy's answers); dpo (chosen against rejected answers); rft (learn a reward, then align the "
-        "policy to it); afd (rft with a discriminator); gad (rft whose reward learns in every round, with GRPO); "
-        "r_airl (gad with a discriminator, rewards and advantages per token); sdft (learn from itself with the "
-        "demonstration in its prompt); reasoning (think before the demonstration); reward (a reward model alone); sft.",
-    )
-    output_dir: str = key("runs/irft", "The folder of the run. The same command resumes the run that it holds.")
-    seed: Annotated[int, Field(ge=0)] = key(0, "Seed of new weights, shuffling and sampling.")
-
-    # The model
-    model_name_or_path: str | None = key(None, "The policy to start from: a folder or a name on the hub.")
-    model_revision: str = key("main", "Branch, tag or commit on the hub of the model, its tokenizer and its config.")
-    config_name: str | None = key(
-        None, "A Transformers config.json to build a new model from, in place of model_name_or_path."
-    )
-    tokenizer_name_or_path: str | None = key(None, "The tokenizer (default: that of the model).")
-    resize_embeddings: bool = key(
-        False,
-        "Give each token that the model has no embedding for a new row, the mean of the others. Without it, such a "
-        "tokenizer is refused.",
-    )
-    train_tokenizer: Annotated[int, Field(ge=258)] | None = key(
-        None, "Train a byte-level BPE tokenizer with this many tokens on the demonstrations."
-    )
-    dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "Type of weights, activations and sampling. bfloat16 trains on an fp32 master copy."
-    )
-    attn_implementation: str = key(
-        "auto",
-        "The attention: one of Transformers' (sdpa, eager, ...), or auto. On a GPU, auto takes flex_attention where "
-        "shared prompts save operations, else flash-attn or torch's varlen attention.",
-    )
-    trust_remote_code: bool = key(False, "Run Python code that comes with the model.")
-    gradient_checkpointing: bool | Literal["selective"] = key(
-        False,
-        "Recompute layers in the backward pass to save memory. selective recomputes all but their matrix products.",
-    )
-    activation_offloading: bool = key(
-        False, "Keep the activations that the backward pass needs in host memory, not on the GPU. No effect on a CPU."
-    )
-    torch_compile: bool = key(
-        False, "Compile the layers for training. It needs a C++ compiler, and takes a minute at the start."
-    )
-    use_peft: bool = key(False, "Train a LoRA adapter, the same one in all stages. final/ has it merged.")
-    lora_r: Count = key(16, "Rank of LoRA.")
-    lora_alpha: Count = key(32, "Alpha of LoRA. Its update is multiplied by alpha / rank.")
-    load_in_4bit: bool = key(
-        False,
-        "QLoRA: train policy and reward, and score the reference, on a base in 4 bits. Sampling uses the whole base.",
-    )
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "The 4-bit number format of QLoRA.")
-    use_bnb_nested_quant: bool = key(False, "Quantise the scales of QLoRA, too.")
-    lora_target_modules: str | list[str] = key("all-linear", "The modules that get a LoRA adapter.")
-
-    # The demonstrations
-    dataset_name: Datasets | None = key(
-        None,
-        "The demonstrations (required): a file (jsonl, ndjson, json, csv, tsv, parquet, arrow; also with .gz or .zst), "
-        "a folder or pattern of such files, a saved dataset or a hub name; or a list of these or of {name, weight, "
-        "split, config, columns}. weight is a share of the mix, which ends when one source has no more rows.",
-    )
-    dataset_config: str | None = key(None, "Configuration of a hub dataset, or a folder within a dataset's folder.")
-    dataset_revision: str | None = key(None, "Commit, tag or branch of a hub dataset.")
-    dataset_train_split: str = key("train", "The split to learn from. A single file is the split train.")
-    dataset_test_split: str | None = key(None, "The split to hold out (default: a share of the training rows).")
-    eval_dataset_name: Datasets | None = key(None, "Held-out demonstrations from another source, or from several.")
-    prompt_dataset_name: Datasets | None = key(
-        None, "Prompts without answers, which the policy of rft, afd or gad answers too. No reward learns from them."
-    )
-    columns: Columns = key(
-        {},
-        "Names in the file of prompt, answer, rejected, messages, text, system, tools or label, as {prompt: question}.",
-    )
-    learn_turns: Literal["first", "last", "all"] = key(
-        "last", "The assistant turns of a conversation to learn (default of method sft: all)."
-    )
-    bad_rows: Literal["refuse", "skip", "mend"] = key(
-        "refuse",
-        "Rows that cannot be read: refuse the dataset, skip and count such rows, or mend them where possible.",
-    )
-    streaming: bool = key(False, "Read hub datasets row by row, without a download. Local files are always read so.")
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = key(
-        0.05, "Share of the training rows to hold out, where no other key says what is held out."
-    )
-    max_train_samples: Count | None = key(None, "Use the first rows only, this many.")
-    max_eval_samples: Count | None = key(512, "Hold out at most this many rows.")
-    eval_overlap: Literal["refuse", "drop", "allow"] = key(
-        "refuse", "Held-out rows that are also training rows: refuse the dataset, drop or allow such rows."
-    )
-    chat_template: str | None = key(
-        None, "A file, the text of a template, or the name of one of the tokenizer's (default: the tokenizer's own)."
-    )
-    chat_template_kwargs: dict[str, Any] = key({}, "Values that the chat template reads, such as enable_thinking.")
-    prompt_template: str = key(
-        "### Instruction: {}\n\n### Response: ",
-        "Text around a prompt where the tokenizer has no chat template. final/ has it as a chat template.",
-    )
-    system_prompt: str | None = key(None, "System text of conversations that have none.")
-    split_special_tokens: bool = key(
-        True, "Special tokens that rows spell stay text. false: they become tokens, which can end a turn."
-    )
-    max_length: Count = key(1024, "Most tokens of a prompt with its answer.")
-    max_prompt_length: Count = key(512, "Most tokens of a prompt.")
-    overlong: Literal["cut", "drop"] = key(
-        "cut", "Rows over a limit: cut leaves out a prompt's first turns and an answer's end, drop leaves out the row."
-    )
 
     # SFT: the whole of method sft, a warm start of the others
     sft_epochs: NotNegative | None = key(None, "Passes of SFT (default: 1 for method sft, else none).")
@@ -146,8 +35,8 @@ class Config:
     )
     sft_learning_rate: Positive | None = key(None, "Peak learning rate of SFT (default: learning_rate).")
     sft_optim: Literal["rmsprop", "adamw_torch"] | None = key(None, "Optimiser of SFT (default: optim).")
-    sft_per_device_train_batch_size: Count | None = key(
-        None, "Demonstrations per device and micro-step of SFT (default: per_device_train_batch_size)."
+    sft_global_batch_size: Count | None = key(
+        None, "Demonstrations per optimiser step of SFT, over all processes (default: global_batch_size)."
     )
 
     # IRFT; a list gives one value per stage
@@ -338,15 +227,36 @@ class Config:
         "Weight of the load-balancing loss of a policy that is a mixture of experts (0: no such loss, unlike TRL).",
     )
     max_grad_norm: NotNegative = key(1.0, "Clip the norm of the gradient to this value (0: no clipping).")
-    per_device_train_batch_size: Count = key(8, "Pairs per device and micro-step.")
-    gradient_accumulation_steps: Count = key(1, "Micro-steps per optimiser step.")
+    global_batch_size: Count = key(
+        8,
+        "Prompts with their answers (pairs, demonstrations) per optimiser step, over all processes. The same run on "
+        "another number of processes takes the same steps.",
+    )
+    per_device_train_batch_size: Count | None = key(
+        None,
+        "TRL's spelling of global_batch_size: this number, times gradient_accumulation_steps, times the processes that "
+        "the run is started with. It is refused beside global_batch_size.",
+    )
+    gradient_accumulation_steps: Count | None = key(
+        None, "See per_device_train_batch_size (default there: 1). Alone it is refused."
+    )
     max_tokens_per_batch: Count | Literal["auto"] = key(
         "auto",
         "Most tokens of a forward pass. On a GPU, auto is what the memory holds, measured at the second step of each "
         "phase, and half of it once the memory ran out. On a CPU, auto is about a thousand.",
     )
 
-    # What may go wrong: the demonstrations' own likelihood falls
+    # What may go wrong: values that are not finite, values far from those before, unlikely demonstrations
+    max_bad_steps: Count = key(
+        3,
+        "Steps whose loss or gradient is not finite are skipped. After this many in a row, a phase goes back to its "
+        "last checkpoint with a tenth of the learning rate, once; after as many again, the run stops.",
+    )
+    on_spike: Literal["warn", "stop", "ignore"] = key(
+        "warn",
+        "When the loss, the gradient's norm, the margin or the demonstrations' log-likelihood is suddenly far from the "
+        "values logged before: warn, stop the run, or ignore it.",
+    )
     max_expert_drop: Positive | None = key(
         None,
         "End a stage once the demonstrations' log-likelihood is this many nats below the reference's (default: warn).",
@@ -356,9 +266,21 @@ class Config:
         "nll", "The held-out metric by which keep: best chooses."
     )
 
+    # Held-out evaluation
+    eval_every_stage: bool = key(
+        True, "Evaluate the policy after every phase. false: only the first policy and the last one."
+    )
+    scorer: list[str] = key(
+        [],
+        "Python functions by which `irlfast evaluate` scores answers, as package.module:function or file.py:function. "
+        "Each gets the prompt, the answer, the expert's answer and the row.",
+    )
+
     # Sampling
     use_vllm: bool = key(False, "Sample by vLLM, not by Transformers.")
-    temperature: NotNegative | list[NotNegative] = key(1.0, "Temperature of synthetic answers.")
+    temperature: NotNegative | list[NotNegative] = key(
+        1.0, "Temperature of synthetic answers. The gradients of rloo, ppo, grpo, apa and reasoning are unbiased at 1."
+    )
     top_p: Annotated[float, Field(gt=0, le=1)] = key(1.0, "Nucleus of synthetic answers.")
     top_k: Annotated[int, Field(ge=0)] = key(0, "Draw from this many of the most likely tokens (0: all).")
     max_new_tokens: Count = key(256, "Most tokens of a sampled answer, end token included.")
@@ -366,20 +288,45 @@ class Config:
     vllm_python: str | None = key(None, "A Python interpreter that has vLLM (default: the one that runs irlfast).")
     vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = key(0.9, "Share of the GPU's memory for vLLM.")
     vllm_tensor_parallel_size: Count = key(1, "GPUs per vLLM engine.")
+    vllm_server: list[str] = key(
+        [], "Addresses of running vLLM servers that sample in place of engines of the run, as http://host:8000."
+    )
+    vllm_server_requests: Count = key(256, "Answers that each server of vllm_server has in work at a time.")
 
     # The engine
+    num_processes: Count | None = key(
+        None, "Processes that `irlfast train` alone starts on this machine (default: one per visible GPU, else one)."
+    )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = key(
         1, "ZeRO stage of DeepSpeed. One process in float32 needs none, and takes none."
     )
-    deepspeed: str | None = key(None, "A JSON file of DeepSpeed settings that are merged over ours.")
+    deepspeed: str | None = key(
+        None,
+        "A JSON file of DeepSpeed settings that are merged over ours, its ZeRO stage included. auto is what "
+        "Transformers' Trainer fills in; sizes of batches, if there, are those of the run.",
+    )
     save_steps: Annotated[int, Field(ge=0)] = key(
         100, "Optimiser steps between checkpoints, rounded up to a multiple of logging_steps (0: no checkpoints)."
     )
+    save_total_limit: Count | None = key(
+        None,
+        "Policies of stages that are kept: the last ones, and the best one with keep: best (default: all). Policies of "
+        "the phases before the stages always are.",
+    )
+    preemption_grace: Annotated[float, Field(ge=0, le=3600)] = key(
+        120.0,
+        "Seconds that a run takes at most, after SIGTERM or SIGUSR1, for a checkpoint or the shard in work (0: none).",
+    )
     logging_steps: Count = key(10, "Optimiser steps between lines of metrics.jsonl.")
+    stall_timeout: NotNegative = key(
+        1800.0,
+        "End the run when a step, or a batch of answers or scores, takes more than this many seconds; only warn in "
+        "work that may take long, as a download, vLLM or writing a model (0: never).",
+    )
     profile: bool = key(False, "Write a torch profiler trace of steps 3 to 5 of each phase: trace.json in its folder.")
-    report_to: list[Literal["tensorboard", "wandb"]] = key([], "Trackers that get the metrics, too.")
-    run_name: str | None = key(None, "Name of the run on W&B (default: the name of output_dir).")
-    project: str | None = key(None, "Project on W&B (default: the variable WANDB_PROJECT, else irlfast).")
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = key([], "Trackers that get the metrics.")
+    run_name: str | None = key(None, "Name of the run on trackers (default: the name of output_dir).")
+    project: str | None = key(None, "Project on trackers (default: the tracker's own variable, else irlfast).")
     push_to_hub: bool = key(False, "Upload final/ at the end. Whether the upload will work is tried before training.")
     hub_model_id: str | None = key(None, "The repository that push_to_hub uploads to.")
     hub_private: bool = key(True, "Make the repository private. false: make it public.")

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from irlfast.common.secrets import redacted
+
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -48,7 +50,7 @@ PairLossName = Literal[
 Columns = dict[Literal["prompt", "answer", "rejected", "messages", "text", "system", "tools", "label"], str]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Dataset:
     """One of several sources of ``dataset_name``. The keys of the run stand in for fields that are left out."""
 
@@ -61,9 +63,25 @@ class Dataset:
 
 Datasets = str | list[str | Dataset]
 
+SHOWN = 200  # characters of a value in a message
+
 DATASETS = ("dataset_name", "eval_dataset_name", "prompt_dataset_name")  # the keys that have such values
+FILES = ("config_name", "chat_template", "deepspeed")  # keys that may name a file
+MODELS = ("model_name_or_path", "tokenizer_name_or_path", "reward_backbone")  # keys that may name a folder
+SEVERAL_MODELS = ("reward_model_name_or_path", "implicit_reward_policy", "implicit_reward_reference")
+FUNCTIONS = ("reward_function",)  # keys that may name a file, ":" and a function in it
+
+
+def key(default: Any, description: str) -> Any:
+    return Field(default=default, description=description)
 
 
 def listed(value: Any) -> list[Any]:
     """Return the values of a key that takes one value or a list."""
     return value if isinstance(value, list) else [value]
+
+
+def shown(value: Any) -> str:
+    """Return a value as Python writes it, and of a long one the beginning."""
+    text = repr(redacted(value))
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"

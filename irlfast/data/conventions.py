@@ -5,6 +5,7 @@ all have a value reads the row. ``chosen`` and ``rejected`` come first, so that 
 expert's. A null column counts as absent.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -104,17 +105,35 @@ CONVENTIONS = (
 )
 
 
+COLUMNS = {column for convention in CONVENTIONS for column in convention.columns}
+
+
 def find_convention(row: Row) -> Convention:
     """Return the first convention whose columns are all filled, else the first whose columns all have a value.
+
+    Raises:
+        BadRow: there is none.
+    """
+    present = frozenset(column for column in row.keys() & COLUMNS if has_value(row, column))
+    filled = frozenset(column for column in present if is_filled(row, column))
+    convention = convention_of(filled, present)
+    if convention is None:
+        raise BadRow(f"found {describe_columns(row)}; expected {EXPECTED}, or the key columns to name them")
+    return convention
+
+
+@functools.cache
+def convention_of(filled: frozenset[str], present: frozenset[str]) -> Convention | None:
+    """Return the convention of a row with these columns.
 
     Conventions of a prompt alone or a text alone come last: a prompt beside an empty answer is not a prompt alone.
     """
     with_answer = [convention for convention in CONVENTIONS if convention.has == "both"]
-    for is_present, conventions in ((is_filled, with_answer), (has_value, with_answer), (has_value, CONVENTIONS)):
+    for columns, conventions in ((filled, with_answer), (present, with_answer), (present, CONVENTIONS)):
         for convention in conventions:
-            if all(is_present(row, column) for column in convention.columns):
+            if columns.issuperset(convention.columns):
                 return convention
-    raise BadRow(f"found {describe_columns(row)}; expected {EXPECTED}, or the key columns to name them")
+    return None
 
 
 def has_value(row: Row, column: str) -> bool:

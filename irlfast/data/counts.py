@@ -21,6 +21,7 @@ ENCODING_COUNTS = (
     "cut_at_end_token",
     "too_long",
 )
+KEPT = ("rows", "kept", "prompt_tokens", "answer_tokens", "tokenised_apart")  # counts that are no losses
 
 
 @dataclass
@@ -69,6 +70,23 @@ def describe_source(source: SourceCounts) -> str:
         parts.append("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in source.left_out.items()))
     parts += [f"{note}: {count:,}" for note, count in source.notes.items()]
     return f"{source.name}: " + "; ".join(parts)
+
+
+def describe_set(label: str, tally: SetCounts) -> list[str]:
+    """Return lines of what is kept, cut and left out, such as ``held out: 40 of 42 rows, … (2 duplicates)``."""
+    counts = tally.counts
+    losses = [f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key not in KEPT and counts[key]]
+    first = (
+        f"{label}: {counts['kept']:,} of {counts['rows']:,} rows, {counts['prompt_tokens']:,} prompt tokens, "
+        f"{counts['answer_tokens']:,} answer tokens" + (f" ({', '.join(losses)})" if losses else "")
+    )
+    doubts = []
+    if 0 < counts["kept"] <= counts["cut_answers"]:
+        doubts.append(f"warning: {label}: every answer was cut; is max_length too low?")
+    if 0 < counts["kept"] == counts["answer_tokens"]:
+        doubts.append(f"warning: {label}: every answer is a single token")
+    remarks = [f"{label}: {count:,} {remark}" for remark, count in tally.remarks.items() if count]
+    return [first, *remarks, *doubts]
 
 
 def dropped_rows(sources: list[SourceCounts]) -> Iterator[dict[str, Any]]:

@@ -1,16 +1,22 @@
 """Turn a row of any convention into a demonstration: choose the turn to learn, and note what is left out."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from irlfast.data.conventions import (
+    COLUMNS,
+    CONVERSATION_COLUMNS,
     EXPECTED,
+    QUESTION_COLUMNS,
     Convention,
     Conversation,
     Row,
+    convention_of,
     describe_columns,
     find_convention,
     is_filled,
+    read_prompt_and_answer,
     without_learning,
 )
 from irlfast.data.messages import OTHER_CONTENT_KEYS, fill_content, to_text, to_tools
@@ -18,8 +24,10 @@ from irlfast.data.rows import BadRow, Demonstration, LeftOut, Message
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
 OPTIONAL_COLUMNS = (*SYSTEM_COLUMNS, "rejected", "tools", "label")  # columns that a row may lack
+TEXT_COLUMNS = {"prompt", "instruction", *QUESTION_COLUMNS}  # which are read alike where they hold a text
 PROMPT_COLUMNS = {"prompt", "instruction", "input", "context", "history", "question", "query"}
 BESIDE_ANSWER = {*PROMPT_COLUMNS, *SYSTEM_COLUMNS, "tools", "label"}  # columns that never hold an answer
+KNOWN_COLUMNS = frozenset({*COLUMNS, *CONVERSATION_COLUMNS, *BESIDE_ANSWER})  # all that reading looks at
 CUT = "conversations cut after the turn that is learned"
 EQUAL = "rejected answers left out, equal to the chosen one"
 ELSEWHERE = "rejected answers left out, not in reply to the same prompt"
@@ -62,6 +70,9 @@ def to_demonstration(
         BadRow: the row cannot be read.
         LeftOut: the row has nothing to learn.
     """
+    plain = None if columns or prompts_only else read_question_and_answer(row, where)
+    if plain:
+        return plain
     names = convention_columns(columns or {})
     inner = rename_columns(row, names) if names else row
     convention = find_convention(inner)
@@ -81,6 +92,31 @@ def to_demonstration(
         row,
     )
     return ParsedRow(demonstration, convention.name, {names.get(name, name) for name in used}, notes)
+
+
+def read_question_and_answer(row: dict[str, Any], where: str) -> ParsedRow | None:
+    """Read a row of one question and its answer, both texts, in a fifth of the time; return None for any other row."""
+    pair = question_and_answer(frozenset(KNOWN_COLUMNS.intersection(row)))
+    if pair is None:
+        return None
+    name, question, answer = pair
+    prompt, completion = row[question], row[answer]
+    if type(prompt) is not str or type(completion) is not str or not prompt or not completion.strip():
+        return None
+    messages = [{"role": "user", "content": prompt}]
+    demonstration = Demonstration(messages, {"role": "assistant", "content": completion}, None, None, where, row)
+    return ParsedRow(demonstration, name, {question, answer}, [])
+
+
+@functools.cache
+def question_and_answer(columns: frozenset[str]) -> tuple[str, str, str] | None:
+    """Return a convention, its question's column and its answer's, if rows with these columns have nothing more."""
+    convention = convention_of(columns, columns)
+    if convention is None or convention.read is not read_prompt_and_answer or len(columns) != 2:
+        return None
+    answer = convention.columns[-1]
+    (question,) = columns - {answer}
+    return (convention.name, question, answer) if question in TEXT_COLUMNS else None
 
 
 # ---------------------------------------------------------------- the columns of a row
@@ -125,7 +161,9 @@ def reason_to_leave_out(answer: Message, row: Row, conversation: Conversation, c
 
 def has_label(row: Row, conversation: Conversation, convention: Convention) -> bool:
     """Return whether the row has KTO's label, true or false, for its answer."""
-    return convention.has == "both" and conversation.rejected is None and parse_label(row.get("label")) is not None
+    if "label" not in row or convention.has != "both" or conversation.rejected is not None:
+        return False
+    return parse_label(row["label"]) is not None
 
 
 def parse_label(label: Any) -> bool | None:

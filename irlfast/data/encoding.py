@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.counts import SetCounts
+from irlfast.data.hashes import Hashes
 from irlfast.data.rows import Demonstration, Message
 from irlfast.data.special_tokens import (
     Encoded,
@@ -107,14 +108,21 @@ def find_end_token(template: Template, stops: set[int]) -> int | None:
 
 
 def encode(
-    rows: Iterable[Demonstration], encoder: Encoder, config: Config, counts: SetCounts
+    rows: Iterable[Demonstration],
+    encoder: Encoder,
+    config: Config,
+    counts: SetCounts,
+    kept: Hashes | None = None,
 ) -> Iterator[tuple[Demonstration, Ids]]:
     """Return every demonstration that is kept, with its token ids. Count duplicates, empty and too long rows.
+
+    ``kept`` has the hashes of the rows that earlier calls kept, for rows that are encoded part by part.
 
     Raises:
         InputError: the template refuses a row, and ``bad_rows`` is refuse. The message names the row.
     """
-    tokenizer, kept = safe_tokenizer(encoder, config), set[int]()
+    tokenizer = safe_tokenizer(encoder, config)
+    kept = Hashes() if kept is None else kept
     stream = iter(rows)
     while batch := list(itertools.islice(stream, BATCH)):
         counts.counts["rows"] += len(batch)
@@ -146,7 +154,8 @@ def safe_tokenizer(encoder: Encoder, config: Config) -> SafeTokenizer:
 
 def is_empty(answer: Message, ids: list[int]) -> bool:
     """Return whether only the end token would be learned: no text in the answer, or none that the template writes."""
-    return len(ids) < 2 or not any(text.strip() for text in texts_of({**answer, "role": []}))
+    texts = (text for key, value in answer.items() if key != "role" for text in texts_of(value))
+    return len(ids) < 2 or not any(text.strip() for text in texts)
 
 
 def render_or_leave_out(
@@ -156,7 +165,7 @@ def render_or_leave_out(
     if not row.prompt:  # a text without turns, which no template wraps
         return row, RenderedRow("", row.answer["content"] if row.answer else "", None, [])
     safe = escape_special_tokens(row, tokenizer)
-    counts.remarks["rows spell special tokens, which stay text (split_special_tokens)"] += safe != row
+    counts.remarks["rows spell special tokens, which stay text (split_special_tokens)"] += safe is not row
     attempts = [safe]
     if config.bad_rows == "mend":
         attempts.append(safe._replace(prompt=mend_conversation(safe.prompt)))
@@ -202,7 +211,7 @@ def encode_texts(
             encoded.append(encode_plain_text(text.answer, encoder))
             continue
         bos = encoder.bos if prompt.ids[:1] != encoder.bos else []
-        earlier = [len(bos) + at for at in earlier_answer_positions(text, prompt, encoder, tokenizer)]
+        earlier = earlier_answer_positions(text, prompt, encoder, tokenizer, len(bos)) if text.earlier else []
         encoded.append(Ids([*bos, *prompt.ids], answer if row.answer else [], rejected.get(i, []), earlier))
     return encoded
 
@@ -217,29 +226,46 @@ def encode_answers(
     """Tokenise the answers of (prompt, answer) texts, with their end tokens."""
     if not encoder.ends_itself:
         pairs = [(prompt, answer.removesuffix(encoder.template.after)) for prompt, answer in pairs]
-    wholes = tokenizer.encode([prompt + answer for prompt, answer in pairs])
+    texts, befores = last_lines([prompt for prompt, _ in pairs], prompts, tokenizer)
+    wholes = tokenizer.encode([text + answer for text, (_, answer) in zip(texts, pairs, strict=True)])
     answers: list[list[int]] = []
     apart: list[int] = []  # the places of answers that must be tokenised apart
-    for place, (whole, prompt, (text, _)) in enumerate(zip(wholes, prompts, pairs, strict=True)):
-        answers.append(whole.ids[len(prompt.ids) :])
-        if not begins_with_prompt(whole, prompt, len(tokenizer.rename(text))):
+    for place, (whole, before) in enumerate(zip(wholes, befores, strict=True)):
+        answers.append(whole.ids[len(before.ids) :])
+        if not begins_with_prompt(whole, before):
             apart.append(place)
     for place, encoded in zip(apart, tokenizer.encode([pairs[place][1] for place in apart]), strict=True):
         answers[place] = encoded.ids
     counts.counts["tokenised_apart"] += len(apart)
-    if encoder.template.own:  # prompt_template says where the answer begins, so there is no loss to remark on
+    if not encoder.template.plain:  # prompt_template says where the answer begins, so there is no loss to remark on
         counts.remarks[APART] += len(apart)
     return [cut_at_end_token(ids, encoder, counts) for ids in answers]
 
 
-def begins_with_prompt(whole: Encoded, prompt: Encoded, characters: int) -> bool:
-    """Return whether the prompt's ids are the first of the whole text's ids, and stand for the prompt alone.
+def last_lines(
+    prompts: Sequence[str], encoded: Sequence[Encoded], tokenizer: SafeTokenizer
+) -> tuple[list[str], list[Encoded]]:
+    """Return the last line of each prompt, and its tokens, where the tokenizer begins anew at this line.
 
-    ``characters`` is the length of the prompt's text.
+    An answer has the same tokens behind this line as behind the whole prompt, in less time. Elsewhere the whole prompt
+    stays.
     """
+    texts, kept = [*prompts], [*encoded]
+    if tokenizer.by_words:
+        lines = [prompt[prompt.rfind("\n", 0, len(prompt.rstrip())) + 1 :] for prompt in prompts]
+        distinct = [*{*lines}]
+        tokens = dict(zip(distinct, tokenizer.encode(distinct), strict=True))
+        for place, line in enumerate(lines):
+            ids = tokens[line].ids
+            if line and ids == encoded[place].ids[-len(ids) :]:
+                texts[place], kept[place] = line, tokens[line]
+    return texts, kept
+
+
+def begins_with_prompt(whole: Encoded, prompt: Encoded) -> bool:
+    """Return whether the prompt's ids are the first of the whole text's ids, and stand for the prompt alone."""
     count = len(prompt.ids)
-    takes_more = bool(count and whole.spans) and whole.spans[count - 1][1] > characters
-    return whole.ids[:count] == prompt.ids and not takes_more
+    return whole.ids[:count] == prompt.ids and (not count or whole.end_of(count - 1) <= prompt.characters)
 
 
 def cut_at_end_token(ids: list[int], encoder: Encoder, counts: SetCounts) -> list[int]:
@@ -259,25 +285,23 @@ def encode_plain_text(text: str, encoder: Encoder) -> Ids:
 
 
 def earlier_answer_positions(
-    text: RenderedRow, prompt: Encoded, encoder: Encoder, tokenizer: SafeTokenizer
+    text: RenderedRow, prompt: Encoded, encoder: Encoder, tokenizer: SafeTokenizer, before: int
 ) -> list[int]:
-    """Return the positions of the prompt's tokens that are earlier answers, each with its end token."""
+    """Return the positions of earlier answers, each with its end token; ``before`` tokens precede the prompt's."""
     positions: list[int] = []
-    if not text.earlier:
-        return positions
     special = {*encoder.tokenizer.all_special_ids, *encoder.tokenizer.added_tokens_decoder}
     renamed = tokenizer.rename(text.prompt)
     for start, end in text.earlier:
         first, behind = len(tokenizer.rename(text.prompt[:start])), len(tokenizer.rename(text.prompt[:end]))
         inside = []
-        for at, (begin, stop) in enumerate(prompt.spans):
+        for at, (begin, stop) in enumerate(prompt.spans()):
             if first < stop <= behind and not renamed[begin:first].strip():  # a word may have the space before it
                 inside.append(at)
         positions += inside
         follows = inside[-1] + 1 if inside else len(prompt.ids)
         if follows < len(prompt.ids) and prompt.ids[follows] in special:
             positions.append(follows)
-    return positions
+    return [before + at for at in positions]
 
 
 # ---------------------------------------------------------------- lengths
@@ -310,7 +334,8 @@ def cut_to_length(
         counts.leave_out(row.where, "too_long", row.row)
         return None
     counts.counts["cut_answers"] += long_answer
-    return ids._replace(answer=ids.answer[:room], rejected=ids.rejected[:room])
+    is_long = long_answer or len(ids.rejected) > room
+    return ids._replace(answer=ids.answer[:room], rejected=ids.rejected[:room]) if is_long else ids
 
 
 def shorten_prompt(row: Demonstration, encoder: Encoder, tokenizer: SafeTokenizer, config: Config) -> Ids | None:

@@ -163,8 +163,10 @@ def arrow_rows(stream: Any) -> Rows:
 
 
 def batch_rows(batches: Any) -> Rows:
+    """Yield the rows of Arrow's batches. A damaged batch would crash the process, if it were not checked."""
     number = 0
     for batch in batches:
+        batch.validate(full=True)
         for start in range(0, batch.num_rows, BATCH):
             for row in batch.slice(start, BATCH).to_pylist():
                 number += 1

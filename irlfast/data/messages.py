@@ -173,13 +173,17 @@ def fill_content(message: Message) -> Message:
 
 def replace_surrogates(value: Any) -> tuple[Any, int]:
     """Replace lone surrogates, which no tokenizer takes, by U+FFFD. Return the new value and the number replaced."""
+    return replace_each(value) if "\\ud" in repr(value) else (value, 0)  # repr escapes them
+
+
+def replace_each(value: Any) -> tuple[Any, int]:
     if isinstance(value, str):
         return SURROGATE.subn("\ufffd", value)
     if isinstance(value, list):
-        parts = [replace_surrogates(part) for part in value]
+        parts = [replace_each(part) for part in value]
         return [part for part, _ in parts], sum(count for _, count in parts)
     if isinstance(value, dict):
-        names, name_count = replace_surrogates([*value])
-        parts, part_count = replace_surrogates([*value.values()])
+        names, name_count = replace_each([*value])
+        parts, part_count = replace_each([*value.values()])
         return dict(zip(names, parts, strict=True)), name_count + part_count
     return value, 0

@@ -79,14 +79,16 @@ def parse_row(
             f"{where}: found a text without a prompt, which only method sft learns; expected a prompt and an answer, "
             "or the key columns to name them"
         )
-    return parsed._replace(notes=parsed.notes + [REPLACED] * replaced)
+    return parsed._replace(notes=parsed.notes + [REPLACED] * replaced) if replaced else parsed
 
 
 def count_row(parsed: ParsedRow, counts: SourceCounts) -> None:
     counts.conventions[parsed.convention] += 1
-    row = parsed.demonstration.row
-    counts.ignored.update(name for name, value in row.items() if value is not None and name not in parsed.columns)
-    counts.notes.update(parsed.notes)
+    for name, value in parsed.demonstration.row.items():
+        if value is not None and name not in parsed.columns:
+            counts.ignored[name] += 1
+    for note in parsed.notes:
+        counts.notes[note] += 1
 
 
 def mix(streams: Sequence[Iterator[T]], weights: Sequence[float | None]) -> Iterator[T]:
@@ -95,6 +97,9 @@ def mix(streams: Sequence[Iterator[T]], weights: Sequence[float | None]) -> Iter
     Without weights, the streams take turns until all have ended. With weights, each stream has its share at every
     point, to about one item; the mix ends with the first stream that ends.
     """
+    if len(streams) == 1:
+        yield from streams[0]
+        return
     left = {*range(len(streams))}
     taken = [0] * len(streams)
     while left:

@@ -1,32 +1,39 @@
 """The two sets of a run as token ids: the training examples and the held-out examples."""
 
 import json
+import mmap
 import random
+import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, NamedTuple
 
-from irlfast.common.files import InputError
+import numpy as np
+
+from irlfast.common.files import InputError, check_end
 from irlfast.config import Config
 from irlfast.data.counts import SetCounts, SourceCounts
 from irlfast.data.encoding import Encoder, Ids, encode
 from irlfast.data.read import read_demonstrations
 from irlfast.data.rows import Demonstration
 from irlfast.data.sources import prompt_sources_of, sources_of
-from irlfast.data.store import Example, make_examples
+from irlfast.data.store import NONE, Example, Examples, make_examples
+
+BUFFER = 2**16  # token ids that are written at a time
+ROW_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
 class Sets(NamedTuple):
-    train: list[Example]
-    held_out: list[Example]
-    prompts: list[Example]  # without answers, from ``prompt_dataset_name``
+    train: Examples
+    held_out: Examples
+    prompts: Examples  # without answers, from ``prompt_dataset_name``
     # "train"; "eval" if the held-out set is another source; "prompts" if there are any
     set_counts: dict[str, SetCounts]
     source_counts: list[SourceCounts]
 
 
-def read_sets(config: Config, encoder: Encoder, lines: IO[str] | None = None, prompts_only: bool = False) -> Sets:
+def read_sets(config: Config, encoder: Encoder, lines: IO[bytes] | None = None, prompts_only: bool = False) -> Sets:
     """Read and encode all sets. Write every kept row to ``lines``; an example's ``row`` is the number of its line.
 
     The held-out set is another source, another split, or a share of the rows. With ``prompts_only`` the held-out set
@@ -42,7 +49,7 @@ def read_sets(config: Config, encoder: Encoder, lines: IO[str] | None = None, pr
         config, sources_of(config), source_counts, limit=config.max_train_samples, prompts_only=prompts_only
     )
     train = collect_examples(encode(rows, encoder, config, set_counts["train"]), lines, 0)
-    held_out: list[Example] = []
+    held_out = NONE
     if has_own_source:
         set_counts["eval"] = SetCounts()
         sources = sources_of(config, held_out=True)
@@ -57,11 +64,11 @@ def read_sets(config: Config, encoder: Encoder, lines: IO[str] | None = None, pr
         held_out = remove_overlap(config, train, held_out, set_counts["eval"].counts)
     elif not prompts_only:
         train, held_out = split_held_out(config, train)
-    sets = Sets(train, held_out, [], set_counts, source_counts)
+    sets = Sets(train, held_out, NONE, set_counts, source_counts)
     return add_prompts(sets, config, encoder, lines, written) if config.prompt_dataset_name else sets
 
 
-def add_prompts(sets: Sets, config: Config, encoder: Encoder, lines: IO[str] | None, first: int) -> Sets:
+def add_prompts(sets: Sets, config: Config, encoder: Encoder, lines: IO[bytes] | None, first: int) -> Sets:
     """Add the prompts of ``prompt_dataset_name``. An answer that a row has is not read. ``first`` is the first line.
 
     Raises:
@@ -85,40 +92,61 @@ def tokenizer_texts(config: Config) -> Iterator[str]:
         yield config.prompt_template.replace("{}", prompt) + str((row.answer or {}).get("content") or "")
 
 
-def collect_examples(encoded: Iterable[tuple[Demonstration, Ids]], lines: IO[str] | None, first: int) -> list[Example]:
-    """Collect examples whose token ids lie in one array, and write their rows to ``lines``, for rewards that read text.
+def collect_examples(encoded: Iterable[tuple[Demonstration, Ids]], lines: IO[bytes] | None, first: int) -> Examples:
+    """Collect examples whose token ids lie in a temporary file, which is mapped into memory.
 
-    ``first`` is the number of the first line.
+    Write their rows to ``lines``, for rewards that read text. ``first`` is the number of the first line.
     """
-    tokens, lengths = array("i"), array("i")
-    for row, ids in encoded:
-        for sequence in ids:
-            tokens.extend(sequence)
-            lengths.append(len(sequence))
+    tokens, lengths, end = array("i"), array("i"), lines.tell() if lines else 0
+    with tempfile.TemporaryFile() as file:
+        for row, ids in encoded:
+            for sequence in ids:
+                tokens.extend(sequence)
+                lengths.append(len(sequence))
+            if len(tokens) > BUFFER:
+                tokens.tofile(file)
+                del tokens[:]
+            if lines:
+                kept = {"messages": row.prompt, "answer": row.answer, "tools": row.tools, "row": row.row}
+                end += lines.write(ROW_ENCODER.encode(kept).encode() + b"\n")
+        tokens.tofile(file)
+        check_end(file, 4 * sum(lengths))
         if lines:
-            kept = {"messages": row.prompt, "answer": row.answer, "tools": row.tools, "row": row.row}
-            lines.write(json.dumps(kept, ensure_ascii=False, default=str) + "\n")
-    return make_examples(memoryview(tokens), lengths, range(first, first + len(lengths) // len(Ids._fields)))
+            check_end(lines, end)
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b"")
+    count = len(lengths) // len(Ids._fields)
+    rows = np.arange(first, first + count, dtype=np.int32)
+    return make_examples(mapped.cast("i"), np.array(lengths, dtype=np.int32), rows)
 
 
-def split_held_out(config: Config, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+def split_held_out(config: Config, examples: Examples) -> tuple[Examples, Examples]:
     """Split off a share of ``eval_fraction``, and return the training examples and the held-out examples."""
     if len(examples) < 2:
         raise InputError(f"dataset {source_names(config)}: found 1 row, expected at least 2, one of them held out")
-    shuffled = list(examples)
-    random.Random(config.seed).shuffle(shuffled)
+    numbers = array("i", range(len(examples)))
+    random.Random(config.seed).shuffle(numbers)
+    shuffled = examples[np.array(numbers)]
     count = max(1, min(round(config.eval_fraction * len(shuffled)), config.max_eval_samples or len(shuffled)))
     return shuffled[count:], shuffled[:count]
 
 
-def remove_overlap(
-    config: Config, train: list[Example], held_out: list[Example], counts: Counter[str]
-) -> list[Example]:
+def hashes(examples: Examples, part: Callable[[Example], object]) -> np.ndarray:
+    """Return a hash ``[n]`` int64 of a part of each example."""
+    return np.fromiter((hash(part(x)) for x in examples), np.int64, len(examples))
+
+
+def prompt_of(example: Example) -> bytes:
+    return bytes(example.prompt_ids)
+
+
+def prompt_and_answer(example: Example) -> tuple[bytes, bytes]:
+    return bytes(example.prompt_ids), bytes(example.answer_ids)
+
+
+def remove_overlap(config: Config, train: Examples, held_out: Examples, counts: Counter[str]) -> Examples:
     """Refuse, drop or allow held-out examples that are also training rows, as ``eval_overlap`` says."""
-    trained = {hash((bytes(x.prompt_ids), bytes(x.answer_ids))) for x in train}
-    prompts = {hash(bytes(x.prompt_ids)) for x in train}
-    fresh = [x for x in held_out if hash((bytes(x.prompt_ids), bytes(x.answer_ids))) not in trained]
-    overlap = len(held_out) - len(fresh)
+    trained = np.isin(hashes(held_out, prompt_and_answer), hashes(train, prompt_and_answer))
+    fresh, overlap = held_out[~trained], int(trained.sum())
     if overlap and config.eval_overlap == "refuse":
         raise InputError(
             f"dataset {source_names(config, held_out=True)}: {overlap:,} of {len(held_out):,} held-out rows are also "
@@ -128,18 +156,17 @@ def remove_overlap(
         counts["also_in_train"], held_out = overlap, fresh
         if not held_out:
             raise InputError(f"dataset {source_names(config, held_out=True)}: all its rows are also training rows")
-    counts["prompts_also_in_train"] = sum(hash(bytes(x.prompt_ids)) in prompts for x in held_out)
+    counts["prompts_also_in_train"] = int(np.isin(hashes(held_out, prompt_of), hashes(train, prompt_of)).sum())
     return held_out
 
 
 def fresh_prompts(
-    config: Config, prompts: list[Example], train: list[Example], held_out: list[Example], counts: Counter[str]
-) -> list[Example]:
+    config: Config, prompts: Examples, train: Examples, held_out: Examples, counts: Counter[str]
+) -> Examples:
     """Leave out prompts that demonstrations have. Refuse, drop or allow held-out ones, as ``eval_overlap`` says."""
     names = ", ".join(source.name for source in prompt_sources_of(config))
-    answered, evaluated = ({hash(bytes(x.prompt_ids)) for x in examples} for examples in (train, held_out))
-    unanswered = [x for x in prompts if hash(bytes(x.prompt_ids)) not in answered]
-    fresh = [x for x in unanswered if hash(bytes(x.prompt_ids)) not in evaluated]
+    unanswered = prompts[~np.isin(hashes(prompts, prompt_of), hashes(train, prompt_of))]
+    fresh = unanswered[~np.isin(hashes(unanswered, prompt_of), hashes(held_out, prompt_of))]
     counts["also_demonstrations"] = len(prompts) - len(unanswered)
     counts["also_held_out"] = overlap = len(unanswered) - len(fresh)
     if overlap and config.eval_overlap == "refuse":

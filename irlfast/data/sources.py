@@ -6,12 +6,22 @@ JSON, comes as a :class:`BadRow` that says why. Texts stay as written: no reader
 
 import contextlib
 import glob
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from irlfast.common.files import COMPRESSIONS, ENDINGS, InputError, find_path, is_glob, is_local, row_file_ending
+from irlfast.common.files import (
+    COMPRESSIONS,
+    ENDINGS,
+    InputError,
+    find_path,
+    home_path,
+    is_glob,
+    is_local,
+    row_file_ending,
+)
 from irlfast.config.schema import Config
 from irlfast.config.types import Dataset, Datasets
 from irlfast.data.counts import SourceCounts
@@ -78,6 +88,19 @@ def named_sources(config: Config, given: Datasets | None, split: str | None) -> 
     ]
 
 
+def all_sources(config: Config) -> list[Source]:
+    """Return every source that a run may read."""
+    return [*sources_of(config), *sources_of(config, held_out=True), *prompt_sources_of(config)]
+
+
+def files_of(source: Source) -> list[Path] | None:
+    """Return the local files that the source's rows and splits are read from; None for a dataset on the hub."""
+    place = locate(source.name)
+    if not isinstance(place, Path):
+        return place
+    return sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+
+
 def read_rows(config: Config, source: Source, counts: SourceCounts) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """Read the rows of a source, each with its place.
 
@@ -101,7 +124,7 @@ def locate(name: str) -> Path | list[Path] | None:
     if path:
         return path
     if is_glob(name):
-        matches = map(Path, sorted(glob.glob(str(Path(name).expanduser()), recursive=True)))
+        matches = map(Path, sorted(glob.glob(str(home_path(name)), recursive=True)))
         files = [match for match in matches if match.is_file()]
         if files:
             return files
@@ -153,12 +176,13 @@ def check_ending(path: Path) -> None:
 def list_files(folder: Path, source: Source) -> list[Path]:
     """Return the files of rows in a folder, or in its subfolder that ``dataset_config`` names."""
     if source.config:
-        folder = folder / source.config
-        if not folder.is_dir():
+        whole, folder = folder, folder / source.config
+        if not os.path.isdir(folder) or not folder.resolve().is_relative_to(whole.resolve()):
             raise InputError(
                 f"dataset {source.name}: found no folder {source.config!r} in it, which dataset_config names"
             )
-    files = [path for path in sorted(folder.rglob("*")) if is_row_file(path, folder)]
+    with explain_read_errors(f"dataset {folder}"):
+        files = [path for path in sorted(folder.rglob("*")) if is_row_file(path, folder)]
     if not files:
         raise InputError(f"dataset {folder}: found no file that ends in {READABLE}")
     return files
@@ -218,13 +242,15 @@ def read_saved(folder: Path, source: Source) -> Iterator[tuple[str, dict[str, An
     with explain_read_errors(f"dataset {folder}"):
         saved = datasets.load_from_disk(str(folder))
         splits = {**saved} if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-        yield from number_rows(choose_split(splits, source), str(folder))
+        rows = choose_split(splits, source)
+        rows.data.validate(full=True)  # a damaged file would crash the process
+        yield from number_rows(rows, str(folder))
 
 
 def read_hub(config: Config, source: Source) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     import datasets
 
-    with explain_read_errors(f"dataset {source.name}, split {source.split!r}"):
+    with explain_read_errors(f"dataset {source.name}{f', split {source.split!r}' if source.split else ''}"):
         keys: dict[str, Any] = {"revision": config.dataset_revision, "streaming": config.streaming}
         loaded = datasets.load_dataset(source.name, source.config, split=source.split, **keys)
         yield from number_rows(loaded if source.split else choose_split({**loaded}, source), source.name)

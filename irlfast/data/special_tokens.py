@@ -25,7 +25,16 @@ class Encoded(NamedTuple):
     """Token ids of a text, and the characters that each token stands for."""
 
     ids: list[int]
-    spans: list[tuple[int, int]]  # empty if the tokenizer gives none
+    characters: int  # of the text after ``rename``
+    encoding: Any  # the ``tokenizers.Encoding``; None with another tokenizer, whose tokens have no known characters
+
+    def end_of(self, token: int) -> int:
+        """Return the character behind a token; 0 if it is not known."""
+        return self.encoding.token_to_chars(token)[1] if self.encoding else 0
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Return the first character of each token, and the one behind it; nothing if they are not known."""
+        return self.encoding.offsets if self.encoding else []
 
 
 class SafeTokenizer(NamedTuple):
@@ -34,6 +43,7 @@ class SafeTokenizer(NamedTuple):
     special: re.Pattern[str]  # the spellings that only the template may write
     encode: Callable[[Sequence[str]], list[Encoded]]
     rename: Callable[[str], str]  # gives the text whose characters an :class:`Encoded` counts
+    by_words: bool  # see :func:`splits_into_words`
 
 
 def make_safe_tokenizer(tokenizer: Any, control: Sequence[str]) -> SafeTokenizer:
@@ -45,7 +55,9 @@ def make_safe_tokenizer(tokenizer: Any, control: Sequence[str]) -> SafeTokenizer
     pattern = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)) or r"(?!)")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return SafeTokenizer(re.compile(r"(?!)"), lambda texts: encode_slowly(tokenizer, texts), lambda text: text)
+        return SafeTokenizer(
+            re.compile(r"(?!)"), lambda texts: encode_slowly(tokenizer, texts), lambda text: text, by_words=False
+        )
     names = {token: PRIVATE_NAME.format(tokenizer.convert_tokens_to_ids(token)) for token in control}
     copy = copy_with_names(backend, names)
 
@@ -53,14 +65,32 @@ def make_safe_tokenizer(tokenizer: Any, control: Sequence[str]) -> SafeTokenizer
         return pattern.sub(lambda match: names[match[0]], text).replace(ESCAPE, "").replace(JSON_ESCAPE, "")
 
     def encode(texts: Sequence[str]) -> list[Encoded]:
-        encodings = copy.encode_batch([rename(text) for text in texts], add_special_tokens=False)
-        return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+        renamed = [rename(text) for text in texts]
+        encodings = copy.encode_batch(renamed, add_special_tokens=False)
+        return [Encoded(each.ids, len(text), each) for each, text in zip(encodings, renamed, strict=True)]
 
-    return SafeTokenizer(pattern, encode, rename)
+    return SafeTokenizer(pattern, encode, rename, splits_into_words(json.loads(backend.to_str())))
+
+
+def splits_into_words(state: dict[str, Any]) -> bool:
+    """Return whether a tokenizer splits a text into words by a pattern, from left to right, and encodes words alone.
+
+    Then a word's tokens depend on nothing before the word. GPT-2's and Llama 3's tokenizers are such. SentencePiece's,
+    which put a space before the first word, are not. ``state`` is the tokenizer's own JSON.
+    """
+    splitter = state["pre_tokenizer"] or {}
+    parts = splitter.get("pretokenizers", [splitter])
+    known = all(part.get("type") in ("Split", "ByteLevel", "Digits") for part in parts)
+    splits = any(part.get("type") == "Split" or part.get("use_regex") for part in parts)
+    changes = state["normalizer"] or any(part.get("add_prefix_space") for part in parts)
+    return state["model"]["type"] == "BPE" and known and splits and not changes
 
 
 def escape_special_tokens(row: Demonstration, tokenizer: SafeTokenizer) -> Demonstration:
-    """Escape every special token in a demonstration's texts: ``ESCAPE`` goes behind its first character."""
+    """Escape every special token in a demonstration's texts: ``ESCAPE`` goes behind its first character.
+
+    Return the same demonstration if no text spells one.
+    """
 
     def escape(value: Any) -> Any:
         if isinstance(value, str):
@@ -69,7 +99,24 @@ def escape_special_tokens(row: Demonstration, tokenizer: SafeTokenizer) -> Demon
             return {key: each if key == "role" else escape(each) for key, each in value.items()}
         return [escape(each) for each in value] if isinstance(value, list) else value
 
+    if not spells_special(row, tokenizer):
+        return row
     return row._replace(**{name: escape(getattr(row, name)) for name in ("prompt", "answer", "rejected", "tools")})
+
+
+def spells_special(row: Demonstration, tokenizer: SafeTokenizer) -> bool:
+    """Return whether a text of a demonstration spells a special token."""
+    left: list[Any] = [row.prompt, row.answer, row.rejected, row.tools]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            if tokenizer.special.search(value):
+                return True
+        elif isinstance(value, dict):
+            left += [each for key, each in value.items() if key != "role"]
+        elif isinstance(value, list):
+            left += value
+    return False
 
 
 def copy_with_names(backend: Any, names: dict[str, str]) -> Any:
@@ -92,7 +139,8 @@ def copy_with_names(backend: Any, names: dict[str, str]) -> Any:
 
 
 def encode_slowly(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
-    return [Encoded(ids, []) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
+    ids = tokenizer(list(texts), add_special_tokens=False).input_ids
+    return [Encoded(each, len(text), None) for each, text in zip(ids, texts, strict=True)]
 
 
 def control_tokens(tokenizer: Any, template_text: str) -> list[str]:

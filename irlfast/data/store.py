@@ -1,4 +1,4 @@
-"""Files of examples, which every process maps into memory, and the file of the rows behind them.
+"""Examples as views of one array of token ids, their files, which every process maps into memory, and their rows.
 
 Token ids are int32, 4 bytes per token; a list of ints takes 36. They are an ``array("i")``, or a ``memoryview`` of an
 array or of a mapped file. Both are sequences of ints that compare by value with each other, but never with a list.
@@ -7,17 +7,20 @@ array or of a mapped file. Both are sequences of ints that compare by value with
 import hashlib
 import itertools
 import json
+import mmap
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from irlfast.common.files import write
+from irlfast.common.files import check_written
 
 TokenIds = array | memoryview  # int32
 EMPTY = array("i")
+CHUNK = 1024  # examples that are made or hashed together
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -30,48 +33,134 @@ class Example(NamedTuple):
     row: int = -1  # the number of the row in data/rows.jsonl
 
 
-def sequences_of(examples: Sequence[Example]) -> list[TokenIds]:
-    """Return the four sequences of every example in turn; a missing rejected answer is an empty sequence."""
-    return [ids for x in examples for ids in (x.prompt_ids, x.answer_ids, x.rejected_ids or EMPTY, x.earlier)]
+class Examples(Sequence[Example]):
+    """Examples whose sequences lie in one array, one after the other. Each example is made when it is asked for.
+
+    A slice, or an array of numbers or of truth values, selects examples without a copy of their token ids.
+    """
+
+    def __init__(self, tokens: memoryview, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> None:
+        self.tokens = tokens  # int32
+        self.starts = starts  # [n] int64, where each example begins in ``tokens``
+        self.lengths = lengths  # [n, 4] int32, of its prompt, answer, rejected answer and ``earlier``
+        self.rows = rows  # [n] int32
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, which: int) -> Example: ...
+    @overload
+    def __getitem__(self, which: slice | np.ndarray) -> "Examples": ...
+    def __getitem__(self, which: int | slice | np.ndarray) -> "Example | Examples":
+        if isinstance(which, slice | np.ndarray):
+            return Examples(self.tokens, self.starts[which], self.lengths[which], self.rows[which])
+        return view(self.tokens, int(self.starts[which]), self.lengths[which].tolist(), int(self.rows[which]))
+
+    def __iter__(self) -> Iterator[Example]:
+        for part in self.chunks():
+            for start, lengths, row in zip(
+                part.starts.tolist(), part.lengths.tolist(), part.rows.tolist(), strict=True
+            ):
+                yield view(self.tokens, start, lengths, row)
+
+    def chunks(self) -> Iterator["Examples"]:
+        """Return parts of the examples. The pages of a mapped file that a part has read leave the memory after it."""
+        for first in range(0, len(self), CHUNK):
+            yield self[first : first + CHUNK]
+            if isinstance(self.tokens.obj, mmap.mmap):
+                self.tokens.obj.madvise(mmap.MADV_DONTNEED)
+
+    def sequences(self) -> list[memoryview]:
+        """Return all four sequences of each example as one view."""
+        bounds = zip(self.starts.tolist(), (self.starts + self.lengths.sum(1)).tolist(), strict=True)
+        return [self.tokens[start:end] for start, end in bounds]
 
 
-def make_examples(tokens: memoryview, lengths: Sequence[int], rows: Sequence[int]) -> list[Example]:
-    """Cut ``tokens`` into views of the given ``lengths``, and make an example of every four views and a row."""
-    views = [tokens[end - n : end] for n, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
-    examples = []
-    for number, row in enumerate(rows):
-        prompt, answer, rejected, earlier = views[4 * number : 4 * number + 4]
-        examples.append(Example(prompt, answer, rejected or None, earlier, row))
-    return examples
+def view(tokens: memoryview, start: int, lengths: Sequence[int], row: int) -> Example:
+    """Make the example whose sequences, of these lengths, begin at ``start``. An empty rejected answer is none."""
+    answer = start + lengths[0]
+    rejected = answer + lengths[1]
+    earlier = rejected + lengths[2]
+    return Example(
+        tokens[start:answer],
+        tokens[answer:rejected],
+        tokens[rejected:earlier] or None,
+        tokens[earlier : earlier + lengths[3]],
+        row,
+    )
 
 
-def save_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write ``tokens``, ``lengths`` and ``rows``, int32, as safetensors."""
-    from safetensors.numpy import save_file
+def make_examples(tokens: memoryview, lengths: np.ndarray, rows: np.ndarray) -> Examples:
+    """Make examples that follow each other in ``tokens``; ``lengths`` has those of four sequences per example."""
+    each = lengths.reshape(-1, 4)
+    totals = each.sum(1, dtype=np.int64)
+    return Examples(tokens, totals.cumsum() - totals, each, rows)
 
-    sequences = sequences_of(examples)
-    flat = {
-        "tokens": np.concatenate([np.asarray(EMPTY), *sequences]),
-        "lengths": np.array([len(ids) for ids in sequences], dtype=np.int32),
-        "rows": np.array([example.row for example in examples], dtype=np.int32),
+
+NONE = make_examples(memoryview(EMPTY), np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+class Mapped(Sequence[T]):
+    """``make(example)`` of every example, made each time that it is asked for."""
+
+    def __init__(self, make: Callable[[Example], T], examples: Sequence[Example]) -> None:
+        self.make, self.examples = make, examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, which: int) -> T: ...
+    @overload
+    def __getitem__(self, which: slice) -> "Mapped[T]": ...
+    def __getitem__(self, which: int | slice) -> "T | Mapped[T]":
+        if isinstance(which, slice):
+            return Mapped(self.make, self.examples[which])
+        return self.make(self.examples[which])
+
+
+# ---------------------------------------------------------------- files
+
+
+def save_examples(path: Path, examples: Examples) -> None:
+    """Write ``lengths``, ``rows`` and ``tokens``, int32, as safetensors; memory holds few of the tokens at a time."""
+    lengths, rows = (np.ascontiguousarray(each, dtype="<i4") for each in (examples.lengths, examples.rows))
+    sizes = {"lengths": lengths.size, "rows": rows.size, "tokens": int(lengths.sum(dtype=np.int64))}
+    ends = [4 * end for end in itertools.accumulate(sizes.values())]
+    header = {
+        name: {"dtype": "I32", "shape": [size], "data_offsets": [end - 4 * size, end]}
+        for (name, size), end in zip(sizes.items(), ends, strict=True)
     }
-    write(path, lambda temporary: save_file(flat, temporary))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(lengths.data)
+        file.write(rows.data)
+        for part in examples.chunks():
+            file.write(b"".join(part.sequences()))
+    check_written(path, 8 + len(text) + ends[-1])
 
 
-def load_examples(path: Path) -> list[Example]:
+def load_examples(path: Path) -> Examples:
     """Load examples whose token ids stay in the file, which is mapped into memory pages that all processes share."""
     from safetensors.torch import load_file
 
-    flat = load_file(path)
-    return make_examples(flat["tokens"].numpy().data, flat["lengths"].tolist(), flat["rows"].tolist())
+    flat = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    return make_examples(flat["tokens"].data, flat["lengths"], flat["rows"])
 
 
-def fingerprint(*sets: Sequence[Example]) -> str:
-    """Hash the token ids of the sets: a run resumes only on the data that it began with."""
+def fingerprint(*sets: Examples) -> str:
+    """Hash the token ids of the sets: the report shows which data a run learned from."""
     digest = hashlib.sha256()
-    for ids in itertools.chain(*map(sequences_of, sets)):
-        digest.update(len(ids).to_bytes(4, "little"))
-        digest.update(ids)
+    for part in itertools.chain(*(examples.chunks() for examples in sets)):
+        if len(part):
+            lengths = part.lengths.reshape(-1).astype(np.int64)
+            tokens = np.frombuffer(b"".join(part.sequences()), "<i4")
+            before = np.cumsum(lengths) - lengths  # each sequence has its length before it
+            digest.update(np.insert(tokens, before, lengths).data)
     return digest.hexdigest()[:16]
 
 
@@ -80,11 +169,11 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.starts: list[int] | None = None
+        self.starts: array | None = None
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         with self.path.open("rb") as lines:
             if self.starts is None:
-                self.starts = [0, *itertools.accumulate(map(len, lines))]
+                self.starts = array("q", itertools.accumulate(map(len, lines), initial=0))
             lines.seek(self.starts[number])
             return json.loads(lines.readline())

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import jinja2
 
 from irlfast.common.files import InputError, find_path
+from irlfast.data.plain_template import PlainTemplate, plain_template, plain_text
 from irlfast.data.rows import Demonstration, Message
+from irlfast.data.template_cost import check_cost, within_seconds
 
 # Noncharacters of Unicode, which no text for interchange has.
 ESCAPE = "\ufdd0"  # inside the spelling of a special token that must stay text
@@ -24,7 +26,6 @@ BEGIN, END = "\ufdd1", "\ufdd2"  # around the text that a template marks by {% g
 STAND_IN = "\ufdd3"  # an answer that begins like no other text
 
 CLOCK = "abBcdfHIjmMpSUwWxXyYZzAe"  # the directives of strftime that a template may use
-ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 QUOTED = 300  # characters of a text in an error message
 
 
@@ -39,7 +40,7 @@ class Template(NamedTuple):
     settings: dict[str, Any]  # ``chat_template_kwargs``
     system_prompt: str | None  # for conversations without a system turn
     begun: datetime.datetime  # the template's clock stands at this time, so that a resumed run reads the same texts
-    own: bool = True  # the tokenizer's or the user's template; False for one made from prompt_template
+    plain: PlainTemplate | None = None  # made from prompt_template; None: the tokenizer's or the user's own template
     header: str = ""  # the text before the answer to a short question
     after: str = ""  # the text after a last answer
 
@@ -83,47 +84,21 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def plain_template(around: str, writes_bos: bool) -> str:
-    """Return ``prompt_template`` as a chat template: its text around a prompt, then the answer and the EOS.
-
-    A prompt of one turn is the text of the turn. A prompt of several turns has the name of the role before each turn.
-    """
-    before, _, behind = around.partition("{}")
-    bos = "{{- bos_token -}}" if writes_bos else ""
-    return (
-        "{%- set answered = messages[-1].role == 'assistant' and not add_generation_prompt -%}"
-        "{%- set turns = messages[:-1] if answered else messages -%}"
-        f"{bos}{{{{- {jinja_string(before)} -}}}}"
-        "{%- for turn in turns -%}"
-        "{%- if turns | length > 1 -%}"
-        f"{{{{- '\\n\\n' if not loop.first else '' -}}}}{{{{- {ROLES}.get(turn.role, turn.role) ~ ': ' -}}}}"
-        "{%- endif -%}"
-        "{{- turn.content -}}"
-        "{%- endfor -%}"
-        f"{{{{- {jinja_string(behind)} -}}}}"
-        "{%- if answered -%}{{- messages[-1].content ~ eos_token -}}{%- endif -%}"
-    )
-
-
-def join_turns(messages: list[Message]) -> str:
-    """Return a conversation as :func:`plain_template` writes a prompt, without the text around the prompt."""
-    turns = [(ROLES.get(message["role"], message["role"]), str(message.get("content") or "")) for message in messages]
-    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{name}: {text}" for name, text in turns)
-
-
-def jinja_string(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r") + "'"
-
-
 def make_template(tokenizer: Any, config: Any, begun: datetime.datetime) -> Template:
     """Make the run's template of a tokenizer that :func:`choose_template` has given one.
 
     Raises:
         InputError: the template cannot write a question with its answer.
     """
-    own = tokenizer.chat_template != plain_template(config.prompt_template, adds_bos(tokenizer))
-    template = Template(tokenizer, config.chat_template_kwargs, config.system_prompt, begun, own)
+    plain = None
+    if tokenizer.chat_template == plain_template(config.prompt_template, adds_bos(tokenizer)):
+        before, _, behind = config.prompt_template.partition("{}")
+        bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+        plain = PlainTemplate(bos + before, behind, tokenizer.eos_token or "")
+    template = Template(tokenizer, config.chat_template_kwargs, config.system_prompt, begun, plain)
     question = [{"role": "user", "content": "a"}]
+    if not plain:
+        check_cost("chat_template", tokenizer.chat_template, functools.partial(render, template))
     try:
         opening = render(template, question, generation=True)
         whole = render(template, [*question, {"role": "assistant", "content": STAND_IN}])
@@ -153,17 +128,20 @@ def render(
     Raises:
         TemplateRefusal: the template refuses the conversation; the message is the template's own.
     """
+    if template.plain and messages and not template.settings:
+        return plain_text(template.plain, messages, generation)
     tokenizer = template.tokenizer
     try:
-        text = tokenizer.apply_chat_template(
-            [{key: value for key, value in message.items() if key != "weight"} for message in messages],
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=generation,
-            chat_template=prepare_template(tokenizer.get_chat_template(tools=tools), template.begun),
-            **template.settings,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        with within_seconds():
+            text = tokenizer.apply_chat_template(
+                [{key: value for key, value in message.items() if key != "weight"} for message in messages],
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=generation,
+                chat_template=prepare_template(tokenizer.get_chat_template(tools=tools), template.begun),
+                **template.settings,
+            )
+    except Exception as error:  # a template is a program, which may raise anything
         raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from error
     return text if marks else remove_marks(text)
 
@@ -243,6 +221,8 @@ def locate_answer(
         TemplateRefusal: the common beginning of both texts lacks the last turn of the prompt.
     """
     opening = render(template, prompt, tools, generation=True)
+    if template.plain and not template.settings:
+        return opening, answer["content"] + template.plain.end
     marked = render(template, [*prompt, answer], tools, marks=True)
     whole = remove_marks(marked)
     if whole.startswith(opening):

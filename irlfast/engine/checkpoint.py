@@ -1,17 +1,27 @@
 """Checkpoints inside a phase, and the model that a phase leaves."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.files import read_json, remove, write, write_json
+from irlfast.common.artefacts import intact, keep, keep_staged
+from irlfast.common.files import InputError, open_to_umask, read_json, remove, temporary_name, write_json
 from irlfast.common.messages import log
+from irlfast.common.movement import at_length
+from irlfast.common.tensors import save_tensors
 from irlfast.config import Config
 from irlfast.data.encoding import Encoder
+from irlfast.engine.optim import continue_schedule
+from irlfast.engine.plan import Plan
+from irlfast.engine.state import load_state, save_state
+from irlfast.engine.step import add
 from irlfast.engine.teacher import load_averages, save_averages
+from irlfast.losses.inputs import Metrics
 from irlfast.models.load import load_to_train, save_pretrained
 from irlfast.models.lora import base_and_adapter, merge, revision_of, save_lora
 from irlfast.models.padding import add_unique_padding
@@ -19,44 +29,111 @@ from irlfast.models.padding import add_unique_padding
 AVERAGES = "teacher.safetensors"
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, config: Config) -> None:
-    """Write everything that the next step needs, then ``progress.json``, which names it; remove older checkpoints."""
-    tag, teacher = f"step-{step}", engine.module.teacher
-    engine.save_checkpoint(
-        str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=leaves_out_base(engine, config)
-    )
-    dist.barrier()
-    if dist.is_main():
-        if teacher and teacher.followed:
-            save_averages(teacher, folder / tag / AVERAGES)
-        write_json(folder / "progress.json", {"step": step, "tag": tag, "processes": dist.world_size()})
-        for old in folder.glob("step-*"):
-            if old.name != tag:
-                remove(old)
+def save_checkpoint(engine: Any, folder: Path, progress: dict[str, Any], sums: Metrics, plan: Plan) -> None:
+    """Write everything that the next step needs as ``step-N``; then remove older checkpoints.
+
+    The processes write their parts into ``step-N.tmp``, which gets its name when all of it is on disk.
+
+    Args:
+        progress: what :func:`progress_of` returns later; its ``step`` is N.
+        sums: this process's metrics of the steps since the last logged one.
+    """
+    step = progress["step"]
+    path, teacher = folder / f"step-{step}", engine.module.teacher
+    temporary = temporary_name(path)
+    with at_length(f"{folder.parent.name}, writing a checkpoint"):
+        if dist.is_main():
+            remove(temporary)
+        dist.barrier()
+        temporary.mkdir(parents=True, exist_ok=True)
+        save_state(engine, temporary)
+        if sums:
+            save_tensors({name: value.cpu() for name, value in sums.items()}, sums_file(temporary, dist.rank()))
+        dist.barrier()
+        if dist.is_main():
+            if teacher and teacher.followed:
+                save_averages(teacher, temporary / AVERAGES)
+            size = {"processes": dist.world_size(), "step_size": plan.steps[0].size}
+            write_json(temporary / "progress.json", progress | size)
+            open_to_umask(temporary)
+            keep_staged(temporary, path)
+            for old in checkpoints(folder):
+                if old != path:
+                    remove(old)
+        dist.barrier()
 
 
-def resume(engine: Any, folder: Path, config: Config) -> int:
-    """Load the newest checkpoint, if there is one, and return the number of steps already taken."""
-    path = folder / "progress.json"
-    if not path.exists():
-        return 0
-    progress = read_json(path)
-    if progress["processes"] != dist.world_size():
-        log(
-            f"{folder.parent.name} starts anew: its checkpoint was written by {progress['processes']} processes, "
-            f"and now there are {dist.world_size()}"
+def sums_file(checkpoint: Path, rank: int | str) -> Path:
+    return checkpoint / f"sums-{rank}.safetensors"
+
+
+def unlogged(folder: Path, step: int) -> Metrics:
+    """Return this process's share of the ``sums`` that all processes gave to the checkpoint of a step."""
+    checkpoint = folder / f"step-{step}"
+    count = dist.on_main(lambda: len([*checkpoint.glob(sums_file(checkpoint, "*").name)]))
+    each = [load_file(sums_file(checkpoint, rank), device=str(dist.device())) for rank in range(count)]
+    zeros = {name: torch.zeros_like(value) for name, value in each[0].items()} if each else {}
+    return functools.reduce(add, each[dist.rank() :: dist.world_size()], zeros)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder``, the newest first."""
+    paths = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdecimal()}
+    return [paths[step] for step in sorted(paths, reverse=True)]
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps."""
+    for path in checkpoints(folder):
+        if int(path.name[5:]) > step:
+            remove(path)
+
+
+def resume(engine: Any, folder: Path, plan: Plan) -> dict[str, Any]:
+    """Load the newest checkpoint that is intact, if there is one, and return :func:`progress_of` it.
+
+    Raises:
+        InputError: its steps were of another size than those of ``plan``.
+    """
+    progress, size = progress_of(folder), plan.steps[0].size
+    if not progress["step"]:
+        return progress
+    if progress.get("step_size", size) != size:
+        raise InputError(
+            f"{folder.parent.name}: found a checkpoint of steps of {progress['step_size']:,} prompts and a plan of "
+            f"{size:,} per step; expected the same, by the global_batch_size that it was written with"
         )
-        return 0
-    engine.load_checkpoint(str(folder), tag=progress["tag"], load_module_strict=not leaves_out_base(engine, config))
+    path = folder / f"step-{progress['step']}"
+    load_state(engine, path)
+    continue_schedule(engine.lr_scheduler, progress["step"])
     teacher = engine.module.teacher
     if teacher and teacher.followed:
-        load_averages(teacher, folder / progress["tag"] / AVERAGES)
-    return progress["step"]
+        load_averages(teacher, path / AVERAGES)
+    return progress
 
 
-def leaves_out_base(engine: Any, config: Config) -> bool:
-    """Return whether checkpoints leave out LoRA's frozen base, which is loaded anyway; ZeRO-3 holds it in parts."""
-    return config.use_peft and engine.zero_optimization_stage() < 3
+def progress_of(folder: Path) -> dict[str, Any]:
+    """Return the progress at the checkpoint that :func:`resume` loads.
+
+    ``step`` is the number of steps taken, ``bad_steps`` of bad ones among them, and ``grad_norm`` is of the last good
+    step. ``back_to`` is the last step at which ``save_steps`` asked for a checkpoint: a preemption leaves others.
+    """
+    saved = dist.on_main(last_progress, folder)
+    start = {"step": 0, "bad_steps": 0, "grad_norm": 0.0, "back_to": saved.get("step", 0)}
+    if saved and saved["processes"] != dist.world_size():
+        log(f"{folder.parent.name}: {saved['processes']} processes wrote its checkpoint, and {dist.world_size()} go on")
+    return start | saved
+
+
+def last_progress(folder: Path) -> dict[str, int]:
+    """Return ``progress.json`` of the newest checkpoint that is intact; nothing if there is none."""
+    paths = checkpoints(folder)
+    for path in paths:
+        if intact(path):
+            return read_json(path / "progress.json")
+    if paths:
+        log(f"{folder.parent.name} starts anew: none of its checkpoints is intact")
+    return {}
 
 
 def save_model(
@@ -66,8 +143,12 @@ def save_model(
 
     With LoRA, a policy is written as its adapter alone. A reward model's adapter is merged into ``start``, the model
     that the phase started from.
+
+    Raises:
+        InputError: a weight is not finite; nothing is written then.
     """
     model, state = engine.module.model, gather_state(engine, trained_only=config.use_peft)
+    refuse_not_finite(state, folder)
     if not dist.is_main():
         return
     if config.use_peft and not reward:
@@ -79,19 +160,30 @@ def save_model(
         model = merge(adapted, str(folder))
         state = model.state_dict()
     tokenizer = add_unique_padding(model, encoder, state) if reward else encoder.tokenizer
-    write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))
+    keep(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))
 
 
 def save_teacher(engine: Any, start: Path | str, folder: Path, encoder: Encoder, config: Config) -> None:
     """Write a teacher that follows the policy as :func:`save_model` writes the policy."""
     teacher = engine.module.teacher
     model, state = teacher.prepared.model, {name: x.teacher.cpu() for name, x in teacher.followed.items()}
+    refuse_not_finite(state, folder)
     if not dist.is_main():
         return
     if config.use_peft:
         save_adapter(model, state, start, folder, encoder, config)
     else:
-        write(folder, lambda temporary: save_pretrained(temporary, model, encoder.tokenizer))
+        keep(folder, lambda temporary: save_pretrained(temporary, model, encoder.tokenizer))
+
+
+def refuse_not_finite(state: dict[str, Tensor], folder: Path) -> None:
+    """Raise an InputError, in every process, if the main process has a value in ``state`` that is not finite."""
+    names = dist.on_main(lambda: [name for name, x in state.items() if not x.isfinite().all()])
+    if names:
+        raise InputError(
+            f"{folder.parent.name}: {names[0]} (of {len(names):,} tensors) is not finite after the last step, so that "
+            f"no {folder.name} is written; try a lower learning_rate"
+        )
 
 
 def save_adapter(
@@ -100,7 +192,7 @@ def save_adapter(
     """Write the adapter in ``state``, on the base of the model ``start``."""
     base, _ = base_and_adapter(start)
     at = revision_of(start, config)
-    write(folder, lambda temporary: save_lora(temporary, model, state, base, at, encoder.tokenizer))
+    keep(folder, lambda temporary: save_lora(temporary, model, state, base, at, encoder.tokenizer))
 
 
 def gather_state(engine: Any, trained_only: bool) -> dict[str, Tensor]:

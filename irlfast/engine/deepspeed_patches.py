@@ -1,25 +1,33 @@
-"""Every place where irlfast reaches into DeepSpeed's internals. All were seen on DeepSpeed 0.19.8.
+"""Every place where irlfast reaches into DeepSpeed's internals. All were seen on DeepSpeed 0.19.3 and 0.19.8.
 
 Each function says what DeepSpeed does, and which upstream issue reports it. If a newer DeepSpeed no longer has the
 place that a function patches, the function logs one line and does nothing, and training continues without the patch.
+Only checkpoints need what they read, which is how ZeRO lays out the trained state (``held_spans``).
 tests/engine/test_deepspeed_patches.py fails when DeepSpeed no longer needs a patch, or has moved its place.
 """
 
 import contextlib
+import datetime
+import functools
+import importlib.metadata
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
+from packaging.version import Version
 from torch import Tensor
 
 from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.common.messages import log_once
 from irlfast.config import Config
+from irlfast.config.deepspeed import zero_stage
 from irlfast.engine.meters import Stopwatch
 from irlfast.models.prepare import PreparedModel
 
-SEEN_ON = "0.19.8"
+OLDEST, NEWEST = "0.19.3", "0.19.8"  # before 0.19.3, an overlapped reduction could read gradients too early (#8061)
+TRIED_WITH = f"irlfast was tested with {OLDEST} to {NEWEST}"
 COLLECTIVES = (
     *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor"),
@@ -30,22 +38,52 @@ def report_missing(place: str, effect: str) -> None:
     """Log once that DeepSpeed no longer has a ``place`` that is patched here, and what that changes."""
     import deepspeed
 
-    log_once(f"warning: DeepSpeed {deepspeed.__version__} has no {place} (irlfast was tested with {SEEN_ON}); {effect}")
+    log_once(f"warning: DeepSpeed {deepspeed.__version__} has no {place} ({TRIED_WITH}); {effect}")
+
+
+def check_version() -> None:
+    """Say in one line that a newer DeepSpeed than those which were tried is installed.
+
+    Raises:
+        InputError: an older one is.
+    """
+    installed = importlib.metadata.version("deepspeed")
+    if Version(installed) < Version(OLDEST):
+        raise InputError(f"DeepSpeed {installed} is too old: {TRIED_WITH}; pip install 'deepspeed>={OLDEST}'")
+    if Version(installed) > Version(NEWEST):
+        log_once(f"warning: DeepSpeed {installed} is newer than those tried: {TRIED_WITH}")
 
 
 def skip_shared_memory_collectives() -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives for CPUs: 30 s at first use, a crash without g++.
 
     DeepSpeed compiles them if ``deepspeed.ops.__compatible_ops__`` has them, and offers no setting against it.
-    No upstream issue was found.
+    It reads nothing else in this table, but would run a compiler for each start to fill it: that takes a second, hides
+    what is printed meanwhile, and leaves a temporary folder after a kill. No upstream issue was found.
     """
     import deepspeed
 
+    if hasattr(deepspeed.ops, "_probe_compatible_ops"):
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if compatible is None:
         report_missing("deepspeed.ops.__compatible_ops__", "it may compile collectives, which takes g++ and 30 s")
         return
     compatible["deepspeed_shm_comm"] = False
+
+
+def give_timeout_to_groups(timeout: datetime.timedelta) -> None:
+    """Give the groups that DeepSpeed makes later, such as its clone of all processes, the time limit of the first one.
+
+    They would get torch's default: 30 minutes on a CPU, 10 on GPUs. No upstream issue was found.
+    """
+    from deepspeed.comm import comm
+
+    backend: Any = getattr(comm, "cdb", None)
+    if not hasattr(backend, "new_group"):
+        report_missing("new_group in deepspeed.comm.comm.cdb", "a step of more than 10 minutes may end the run")
+        return
+    backend.new_group = functools.partial(torch.distributed.new_group, timeout=timeout)  # on the instance
 
 
 def release_zero3_engines() -> None:
@@ -91,7 +129,7 @@ def float32_parameters(prepared: PreparedModel, config: Config) -> list[tuple[to
     kept = {
         name: parameter for name, parameter in prepared.model.named_parameters() if parameter.dtype == torch.float32
     }
-    if kept and (config.zero_stage == 3 or any(parameter.requires_grad for parameter in kept.values())):
+    if kept and (zero_stage(config) == 3 or any(parameter.requires_grad for parameter in kept.values())):
         raise InputError(
             f"dtype: {type(prepared.base).__name__} keeps {next(iter(kept))} in float32 beside bfloat16, which "
             "DeepSpeed would round; expected dtype float32, or use_peft with a zero_stage below 3"
@@ -116,6 +154,68 @@ def skip_reduction_of_one_process(engine: Any) -> None:
         report_missing("engine.enable_backward_allreduce", "a step of one process copies its gradients")
         return
     engine.enable_backward_allreduce = False
+
+
+class Span(NamedTuple):
+    """A run of a trained parameter's values, and where this process's optimiser has it."""
+
+    name: str  # of the parameter
+    first: int  # the place of the run's first value in the flattened parameter
+    length: int
+    weights: Tensor  # what the optimiser updates: the parameter, or a flat fp32 partition of many parameters
+    offset: int  # where the run begins in the flattened ``weights``, and in each state of the optimiser
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return the run's part of ``values``, which are the weights or a state of theirs."""
+        return values.detach().view(-1)[self.offset : self.offset + self.length]
+
+
+def held_spans(engine: Any) -> list[Span]:
+    """Return the runs of trained parameters that this process's optimiser updates.
+
+    Without ZeRO it updates every parameter whole. ZeRO 1 and 2 lay the parameters into one flat tensor, and cut that
+    into equal partitions. ZeRO-3 cuts each parameter into equal parts.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    named = [(name, each) for name, each in engine.module.model.named_parameters() if each.requires_grad]
+    if stage == 3:
+        spans = [span_of_stage_3(optimizer, name, parameter) for name, parameter in named]
+    elif stage:
+        spans = [span for name, each in named for span in spans_in_partitions(optimizer, name, each)]
+    else:
+        spans = [Span(name, 0, each.numel(), each, 0) for name, each in named]
+    return [span for span in spans if span.length > 0]
+
+
+def span_of_stage_3(optimizer: Any, name: str, parameter: Any) -> Span:
+    group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    first = size * torch.distributed.get_rank(parameter.ds_process_group)
+    length = min(size, parameter.ds_numel - first)
+    return Span(name, first, length, optimizer.fp32_partitioned_groups_flat[group], offset)
+
+
+def spans_in_partitions(optimizer: Any, name: str, parameter: Tensor) -> Iterator[Span]:
+    """Yield the part of a parameter in this process's partition. Each parameter is a view of the flat tensor."""
+    wholes = optimizer.bit16_groups_flat if hasattr(optimizer, "bit16_groups_flat") else optimizer.bf16_groups_flat
+    for whole, group in zip(wholes, optimizer.param_groups, strict=True):
+        [partition] = group["params"]
+        place = (parameter.data_ptr() - whole.data_ptr()) // whole.element_size()
+        if 0 <= place < whole.numel():
+            begin = partition.numel() * dist.rank()
+            low, high = max(place, begin), min(place + parameter.numel(), begin + partition.numel())
+            yield Span(name, low - place, high - low, partition, low - begin)
+
+
+def give_weights_to_model(engine: Any) -> None:
+    """Copy the weights that the optimiser has to the parameters, in all processes, as DeepSpeed does after a step."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif stage:
+        optimizer.update_lp_params()
 
 
 @contextlib.contextmanager

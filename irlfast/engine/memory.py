@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 
 from irlfast.common import dist
-from irlfast.common.files import LocalError, read_json, write_json
+from irlfast.common.artefacts import intact, keep_json
+from irlfast.common.files import InputError, read_json
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.batching import longest_of, token_limit
 from irlfast.data.packing import Layout, PromptGroup
 
 GPU_TOKENS = 32768  # at most: more is no faster on a GPU, and an attention mask grows with their square
+FIRST_GROUPS = 8  # of the longest prompts, in a micro-batch before memory was measured: TRL's default
 SAFE = 0.9  # share of a GPU's memory that is used: gaps between blocks take some of the rest
 
 
@@ -49,37 +51,43 @@ class TokenLimit:
 
 
 def phase_limit(
-    config: Config, groups: Sequence[PromptGroup], layout: Layout, count: int, checkpoint: Path
+    config: Config, groups: Sequence[PromptGroup], layout: Layout, batch: int, checkpoint: Path
 ) -> TokenLimit:
-    """Return the limit that a phase starts or resumes with, for ``count`` groups per micro-batch."""
+    """Return the limit that a phase starts or resumes with, for steps of ``batch`` groups."""
+    count = first_groups(batch)
     longest, most = longest_of(groups, layout), allowed_tokens(checkpoint)
     auto = config.max_tokens_per_batch == "auto"
     return TokenLimit(token_limit(config, longest, count, most), auto, longest, most)
 
 
+def first_groups(batch: int) -> int:
+    """Return how many of the longest groups a micro-batch has, before a step of ``batch`` groups was measured."""
+    return min(FIRST_GROUPS, -(-batch // dist.world_size()))
+
+
 def out_of_memory(limit: TokenLimit, checkpoint: Path) -> Exception:
     """Note in ``checkpoint`` with how many tokens memory ran out; return the error to raise.
 
-    The error is ``OutOfMemory`` if this process can restart the phase by itself. It is a ``LocalError`` if the user
-    must start the command again, because other processes wait for this one. It is a ``LocalError`` without a note if
+    The error is ``OutOfMemory`` if this process can restart the phase by itself. It is an ``InputError`` if the user
+    must start the command again, because other processes wait for this one. It is an ``InputError`` without a note if
     smaller batches are impossible: the limit was given, or a batch was a single prompt group.
     """
     ran_out = f"{checkpoint.parent.name}: out of memory with {limit.tokens:,} tokens per batch"
     if not limit.auto:
-        return LocalError(f"{ran_out}; expected a lower max_tokens_per_batch, or auto")
+        return InputError(f"{ran_out}; expected a lower max_tokens_per_batch, or auto")
     if limit.tokens <= limit.least:
-        return LocalError(f"{ran_out}, one prompt and its answers; expected a lower max_length")
-    write_json(checkpoint / f"out-of-memory-{dist.rank()}.json", {"tokens": limit.tokens})
+        return InputError(f"{ran_out}, one prompt and its answers; expected a lower max_length")
+    keep_json(checkpoint / f"out-of-memory-{dist.rank()}.json", {"tokens": limit.tokens})
     if dist.world_size() > 1:
-        return LocalError(f"{ran_out}; the same command continues from the last checkpoint with half the tokens")
+        return InputError(f"{ran_out}; the same command continues from the last checkpoint with half the tokens")
     log(f"{ran_out}; continues from the last checkpoint with half the tokens")
     return OutOfMemory()
 
 
 def allowed_tokens(checkpoint: Path) -> int:
     """Return half of the fewest tokens with which a process ran out of memory, as noted in ``checkpoint``."""
-    halves = [read_json(path)["tokens"] // 2 for path in checkpoint.glob("out-of-memory-*.json")]
-    return min(dist.all_gather_object(min(halves, default=sys.maxsize)))
+    notes = checkpoint.glob("out-of-memory-*.json")
+    return dist.on_main(lambda: min((read_json(x)["tokens"] // 2 for x in notes if intact(x)), default=sys.maxsize))
 
 
 def fitting_tokens(count: int, base: int, peak: int, total: int) -> int:

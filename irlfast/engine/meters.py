@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from irlfast.common import dist
+from irlfast.engine.hardware import peak_operations
 from irlfast.models.costs import Costs, operations
-
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations per second, from the data sheets
 
 
 class Lap(NamedTuple):
@@ -67,8 +67,8 @@ def meters(costs: Costs, counts: Counter[str], seconds: dict[str, float]) -> dic
     """Return seconds, each part's share of them, tokens per second, and operations per second and device.
 
     The shares add up to 1. Tokens are those of all processes, and operations those of the policy: the forward pass of
-    a teacher is in the seconds alone. ``mfu``, the model FLOPs utilisation, is given on GPUs
-    whose peak is known.
+    a teacher is in the seconds alone. ``memory_gib`` is this process's memory. ``mfu``, the model FLOPs utilisation, is
+    given on GPUs whose peak is known.
     """
     total = seconds.pop("all")
     rate = operations(costs, counts) / total / dist.world_size()
@@ -77,11 +77,18 @@ def meters(costs: Costs, counts: Counter[str], seconds: dict[str, float]) -> dic
         "tokens_per_second": counts["tokens"] / total,
         "answer_tokens_per_second": counts["answer_tokens"] / total,
         "tflops": rate / 1e12,
+        "memory_gib": memory_in_use() / 2**30,
         **{f"time/{part}": value / total for part, value in seconds.items()},
     }
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((peak for gpu, peak in PEAK.items() if gpu in name), None)
+    peak = peak_operations(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return row | ({"mfu": rate / peak} if peak else {})
+
+
+def memory_in_use() -> int:
+    """Return the bytes of this process: the peak of its tensors on a GPU, or what it holds on a CPU."""
+    if dist.device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
 
 
 @contextlib.contextmanager

@@ -4,18 +4,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from irlfast.common import dist
 from irlfast.config import Config
 from irlfast.data.batching import plan_steps
 
 
 class Plan(NamedTuple):
     stage: int | None  # None for SFT
-    steps: list[np.ndarray]  # per optimiser step, the numbers of its prompt groups [micro_batch * accumulation * ranks]
-    micro_batch: int  # prompt groups per device and micro-step
+    steps: list[np.ndarray]  # per optimiser step, the numbers of its prompt groups [batch_size], of all processes
     learning_rate: float
     optim: str
     reward: dict[str, Any] | None = None  # how the reward model in training is scored; None for a policy
+    lower_after: int | None = None  # the step after which the learning rate is lower; None: it never is
 
 
 def plan_phase(
@@ -28,11 +27,13 @@ def plan_phase(
     learning_rate: float,
     optim: str,
     seed: list[int],
-    micro_batch: int | None = None,
+    batch_size: int | None = None,
     reward: dict[str, Any] | None = None,
 ) -> Plan:
-    """Plan ``steps`` optimiser steps, or as many as ``epochs`` take, over ``count`` prompt groups."""
-    micro_batch = micro_batch or config.per_device_train_batch_size
-    batch = micro_batch * config.gradient_accumulation_steps * dist.world_size()
+    """Plan ``steps`` optimiser steps, or as many as ``epochs`` take, over ``count`` prompt groups.
+
+    A step takes ``batch_size`` groups, or else ``global_batch_size``. The number of processes changes no step.
+    """
+    batch = batch_size or config.global_batch_size
     chosen = plan_steps(count, batch, epochs=epochs, steps=steps, seed=[config.seed, *seed])
-    return Plan(stage, chosen, micro_batch, learning_rate, optim, reward)
+    return Plan(stage, chosen, learning_rate, optim, reward)

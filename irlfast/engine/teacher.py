@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.files import write
+from irlfast.common.tensors import save_tensors
 from irlfast.config import Config
 from irlfast.data.packing import Batch, PromptGroup
 from irlfast.losses.inputs import Teacher
@@ -83,9 +83,9 @@ def teach(teacher: TeacherModel, batch: Batch) -> Teacher:
 
 
 @torch.no_grad()
-def follow(teacher: TeacherModel, step: int, config: Config) -> None:
-    """Move the teacher towards the policy after ``step``, if it is a step of synchronisation."""
-    if step % config.ref_model_sync_steps:
+def follow(teacher: TeacherModel | None, step: int, config: Config) -> None:
+    """Move the teacher, if there is one, towards the policy after ``step``, if it is a step of synchronisation."""
+    if not teacher or step % config.ref_model_sync_steps:
         return
     for policy, own, average in teacher.followed.values():
         average.lerp_(policy.to(average.dtype), config.ref_model_mixup_alpha)
@@ -95,7 +95,7 @@ def follow(teacher: TeacherModel, step: int, config: Config) -> None:
 def save_averages(teacher: TeacherModel, path: Path) -> None:
     """Write the fp32 weights of a teacher that follows the policy."""
     averages = {name: followed.average for name, followed in teacher.followed.items()}
-    write(path, lambda temporary: save_file(averages, temporary))
+    save_tensors(averages, path)
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""Measure a policy on held-out demonstrations."""
+"""Measure models on prompts, with intervals and paired tests; compare them by a judge and by leaderboards."""

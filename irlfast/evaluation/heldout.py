@@ -1,20 +1,33 @@
-"""Measure a policy on held-out demonstrations: exact match, likelihood of the demonstrations, reward accuracy."""
+"""Measure the policies of a run on its held-out demonstrations, after each phase."""
 
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from irlfast.common import dist
-from irlfast.common.files import read_json, write_json, write_jsonl
-from irlfast.data.packing import PromptGroup
-from irlfast.data.store import Example, TokenIds
+from irlfast.common.artefacts import intact, keep_json, keep_jsonl
+from irlfast.common.files import read_json
+from irlfast.evaluation.figures import figure_of
+from irlfast.evaluation.measure import Subject, measure
+from irlfast.evaluation.table import interval_of
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import DRAWN, GREEDY, Sampling, prompt_of, sample
-from irlfast.sampling.scoring import log_ratios, score
-from irlfast.sampling.thoughts import answering, think
+from irlfast.sampling.generation import begin
+from irlfast.sampling.shards import DRAWN, GREEDY, Request
+from irlfast.sampling.thoughts import thinking
+
+# The metrics of eval.json, and the figures of which they are means.
+FIGURE_OF = {
+    "exact_match": "exact_match",
+    "nll": "nll",
+    "nll_per_token": "nll_per_token",
+    "reward_accuracy": "reward_accuracy",
+    "margin": "margin",
+    "preference_gap": "preference_gap",
+    "preference_accuracy": "preference_accuracy",
+    "answer_length": "length",
+}
 
 
 def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, Any]:
@@ -32,80 +45,50 @@ def evaluate(run: Run, folder: Path, policy: Path | str, first_folder: Path, fir
     before the greedy answer, a drawn one before the likelihoods. ``nll`` is then a bound, whose expectation is at least
     the policy's own: E_z[−log π(y|x,z)] ≥ −log E_z[π(y|x,z)].
 
+    ``intervals`` has the 95% interval of each of these, ``[low, high]``, over prompts.
+
     ``reports/metrics.py`` lists the metrics that the report shows.
     """
     path = folder / "eval.json"
-    if path.exists():
+    if is_evaluated(folder):
         return read_json(path)
-    begun = time.perf_counter()
-    asked = examples_for(run, policy, folder / "greedy-thoughts", GREEDY)
-    greedy = sample(answering(run), policy, asked, folder / "greedy", GREEDY)
-    first_examples = examples_for(run, first, first_folder / "drawn-thoughts", DRAWN)
-    drawn = sample(answering(run), first, first_examples, first_folder / "drawn", DRAWN)
-    pairs = pairs_of(examples_for(run, policy, folder / "drawn-thoughts", DRAWN), drawn)
-    scores = score(run, policy, pairs, folder / "held_out.safetensors")
-    answers = [
-        {"prompt": prompt_of(run, example), "expert": text(run, told.answer_ids), "answer": text(run, answer)}
-        for example, told, answer in zip(run.held_out, asked, greedy, strict=True)
-    ]
-    metrics: dict[str, Any] = {
-        "phase": folder.name,
-        "exact_match": mean([row["expert"] == row["answer"] for row in answers]),
-        "nll": mean([-expert.sum().item() for expert, _ in scores]),
-        "nll_per_token": -torch.cat([expert for expert, _ in scores]).mean().item(),
-        "reward_accuracy": None,
-        "margin": None,
-        "answer_length": mean([len(answer) for answer in greedy]),
-        "count": len(answers),
-    }
-    if folder != first_folder:
-        ref_scores = score(run, first, pairs_of(first_examples, drawn), first_folder / "held_out.safetensors")
-        differ = [pair.answers[0] != pair.answers[1] for pair in pairs]
-        margins = [margin(*both) for *both, differs in zip(scores, ref_scores, differ, strict=True) if differs]
-        if margins:
-            metrics |= {"reward_accuracy": mean([value > 0 for value in margins]), "margin": mean(margins)}
-    metrics |= preferences(run, folder, policy, first_folder, first)
+    begun = begin(*(request.folder for request in held_out_asks(run, folder, is_first=folder == first_folder)))
+    rows = measure(Subject(run, policy, folder), Subject(run, first, first_folder), DRAWN, count=1, own=False)
+    metrics = {"phase": folder.name} | summary(rows)
     if dist.is_main():
-        run.metrics_log.write_held_out(metrics, answers)
-        write_jsonl(folder / "answers.jsonl", answers)
-        write_json(path, metrics | {"seconds": time.perf_counter() - begun})
+        run.metrics_log.write_held_out(metrics, rows)
+        keep_jsonl(folder / "answers.jsonl", rows)
+        keep_json(path, metrics | {"seconds": time.perf_counter() - begun})
     dist.barrier()
     return metrics
 
 
-def examples_for(run: Run, policy: Path | str, folder: Path, how: Sampling) -> list[Example]:
-    """Return the held-out examples; if the method thinks, with a thought of the policy at the end of each prompt."""
-    return think(run, policy, run.held_out, folder, how) if run.config.facts.thinks else run.held_out
+def is_evaluated(folder: Path) -> bool:
+    return dist.on_main(lambda: intact(folder / "eval.json") and intact(folder / "answers.jsonl"))
 
 
-def pairs_of(examples: list[Example], answers: list[TokenIds]) -> list[PromptGroup]:
-    """Make the prompt groups (prompt, (expert, answer))."""
-    return [PromptGroup(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(examples, answers, strict=True)]
+def held_out_asks(run: Run, folder: Path, is_first: bool) -> list[Request]:
+    """List the answers that :func:`evaluate` asks of a policy, unless it has measured the policy already.
+
+    A policy that thinks is asked for its thoughts alone, since the answers follow them.
+    """
+    if is_evaluated(folder):
+        return []
+    if run.config.facts.thinks:
+        kinds = {"greedy-thoughts": GREEDY, "drawn-thoughts": DRAWN}
+        return [Request(thinking(run), run.held_out, 1, folder / name, how) for name, how in kinds.items()]
+    kinds = {"greedy": GREEDY, "drawn": DRAWN} if is_first else {"greedy": GREEDY}
+    return [Request(run, run.held_out, 1, folder / name, how) for name, how in kinds.items()]
 
 
-def preferences(run: Run, folder: Path, policy: Path | str, first_folder: Path, first: Path | str) -> dict[str, float]:
-    """Measure the policy on held-out (chosen, rejected) pairs, if there are any."""
-    pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, x.rejected_ids)) for x in run.held_out if x.rejected_ids]
-    if not pairs:
-        return {}
-    scores = score(run, policy, pairs, folder / "preferences.safetensors")
-    metrics = {"preference_gap": mean([(chosen.sum() - rejected.sum()).item() for chosen, rejected in scores])}
-    if folder != first_folder:
-        ref_scores = score(run, first, pairs, first_folder / "preferences.safetensors")
-        margins = [margin(*both) for both in zip(scores, ref_scores, strict=True)]
-        metrics["preference_accuracy"] = mean([value > 0 for value in margins])
-    return metrics
-
-
-def text(run: Run, ids: TokenIds) -> str:
-    return run.encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
-
-
-def margin(logps: tuple[Tensor, ...], ref_logps: tuple[Tensor, ...]) -> float:
-    """Return ρ(expert) − ρ(synthetic)."""
-    expert, synthetic = log_ratios(logps, ref_logps).tolist()
-    return expert - synthetic
-
-
-def mean(values: list) -> float:
-    return sum(values) / len(values)
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the metrics of all rows, with their intervals. The likelihood per token is the mean over all tokens."""
+    tokens = np.array([len(row["expert_tokens"]) for row in rows])
+    metrics: dict[str, Any] = {"reward_accuracy": None, "margin": None, "count": len(rows)}
+    intervals = {}
+    for key, name in FIGURE_OF.items():
+        values = np.array([row["figures"].get(name, np.nan) for row in rows])
+        if not np.isnan(values).all():
+            measured = interval_of(name, values, tokens, figure_of(name).share)
+            metrics[key], intervals[key] = measured["mean"], [measured["low"], measured["high"]]
+    return metrics | {"intervals": intervals}

@@ -19,7 +19,8 @@ class Normalisers(NamedTuple):
     """The divisors of a micro-batch's sums: counts of a whole step, over all processes."""
 
     pairs: float  # prompt groups
-    tokens: float  # expert tokens
+    tokens: float  # expert tokens: of the first answer of each group
+    other_tokens: float = 0.0  # tokens of all other answers
 
 
 class Teacher(NamedTuple):

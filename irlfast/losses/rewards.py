@@ -7,6 +7,8 @@ from irlfast import ops
 from irlfast.data.packing import Batch
 from irlfast.losses.inputs import Metrics, Normalisers, per_sequence
 from irlfast.ops import Head
+from irlfast.ops.common.sequences import sequence_ids
+from irlfast.ops.rewards.losses import REWARD_LOSSES, Options
 
 GAUSSIAN = "gaussian"  # the reward loss whose heads have two outputs each
 
@@ -24,32 +26,48 @@ def reward_loss(
 ) -> tuple[Tensor, Metrics]:
     """Compute the loss of a reward model's M heads on pairs (expert, synthetic), averaged over heads.
 
-    :func:`irlfast.ops.discriminator_loss` has the formula of every ``kind`` but ``gaussian``. At
-    ``level`` "token", a mean is over the tokens of a micro-batch.
+    :func:`irlfast.ops.discriminator_loss` has the formula of every ``kind`` but ``gaussian``. At ``level`` "token", a
+    mean is over the tokens of the step.
     """
     pairs = (len(batch.cu_seqlens) - 1) // 2
     if kind == GAUSSIAN:
         outputs = ops.reward_head(hidden, head.weight, batch.cu_seqlens, rows=batch.rows, bias=head.bias)  # [S, 2M]
-        terms = variance_loss(outputs[0::2], outputs[1::2], regularization)
-        loss, rewards = terms.mean() * (pairs / normalisers.pairs), outputs.detach()[:, 0::2].mean(1)
-        return loss, metrics_of(loss, rewards, normalisers)
+        terms = variance_loss(outputs[0::2], outputs[1::2], regularization).mean(1)
+        loss = terms.sum() / normalisers.pairs
+        return loss, metrics_of(loss, outputs.detach()[:, 0::2].mean(1), normalisers)
+    expert = torch.arange(2 * pairs, dtype=torch.int64, device=hidden.device) % 2 == 0
+    if level == "token":
+        logits = ops.reward_head(
+            hidden, head.weight, batch.cu_seqlens, rows=batch.rows, bias=head.bias, pooling="token"
+        )
+        loss = token_loss(logits, expert[sequence_ids(batch.cu_seqlens, len(logits))], normalisers, kind, alpha)
+        return loss, metrics_of(loss, per_sequence(logits.detach().mean(1), batch.cu_seqlens), normalisers)
     loss, logits, _ = ops.discriminator_loss(
         hidden,
         head.weight,
         batch.cu_seqlens,
-        labels=torch.arange(2 * pairs, dtype=torch.int64, device=hidden.device) % 2 == 0,
+        labels=expert,
         kind=kind,
         rows=batch.rows,
         bias=head.bias,
-        pooling="token" if level == "token" else "last",
         alpha=alpha,
         regularization=regularization,
     )
     loss = loss * (pairs / normalisers.pairs)
-    rewards = logits.detach().mean(1)
-    if level == "token":
-        rewards = per_sequence(rewards, batch.cu_seqlens)
-    return loss, metrics_of(loss, rewards, normalisers)
+    return loss, metrics_of(loss, logits.detach().mean(1), normalisers)
+
+
+def token_loss(logits: Tensor, expert: Tensor, normalisers: Normalisers, kind: str, alpha: float) -> Tensor:
+    """Return a micro-batch's share of a discriminator's loss, from the logits ``[N, M]`` of tokens.
+
+    The loss is the mean over all of the step's tokens, or the mean over the experts' plus that over the others', as
+    ``kind`` says. ``expert`` ``[N]`` bool says whose a token is.
+    """
+    loss, tokens, others = REWARD_LOSSES[kind], normalisers.tokens, normalisers.other_tokens
+    if loss.mean_over == "all":
+        tokens = others = tokens + others
+    terms = loss.terms(logits, expert[:, None], Options(kind, alpha)).mean(1)
+    return (terms * torch.where(expert, 1 / tokens, 1 / others)).sum()
 
 
 def variance_loss(expert: Tensor, synthetic: Tensor, regularization: float) -> Tensor:

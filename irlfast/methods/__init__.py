@@ -4,16 +4,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from irlfast.config import Config
 from irlfast.methods.dpo import dpo_stage
 from irlfast.methods.irft import irft_phases, irft_stage
-from irlfast.methods.reasoning import reasoning_phases, reasoning_stage
-from irlfast.methods.reward import reward_phases, reward_stage
-from irlfast.methods.rft import rft_phases, rft_stage
+from irlfast.methods.reasoning import reasoning_asks, reasoning_phases, reasoning_stage
+from irlfast.methods.reward import reward_asks, reward_phases, reward_stage
+from irlfast.methods.rft import rft_asks, rft_phases, rft_stage
 from irlfast.methods.sdft import sdft_phases, sdft_stage
 from irlfast.methods.sft import sft_phases
-from irlfast.methods.stages import Phase
+from irlfast.methods.stages import Phase, stage_asks
 from irlfast.methods.t_spin import t_spin_phases, t_spin_stage
 from irlfast.runs.run import Run
+from irlfast.sampling.shards import Request
 
 
 class Method(NamedTuple):
@@ -24,19 +26,27 @@ class Method(NamedTuple):
     # List the phases of a whole run in order: (config, number of rows) -> phases. Where the policy answers prompts
     # without demonstrations, too, their number is a third argument.
     phases: Callable[..., Iterator[Phase]]
+    # List the answers that a stage asks of the policy that it starts from: (run, stage) -> requests. They are sampled
+    # together with the policy's held-out answers. A method that lists none samples all of them itself.
+    asks: Callable[[Run, int], list[Request]] | None = None
 
 
 METHODS: dict[str, Method] = {
-    "irft": Method(irft_stage, irft_phases),
-    "spin": Method(irft_stage, irft_phases),
-    "t_spin": Method(t_spin_stage, t_spin_phases),
+    "irft": Method(irft_stage, irft_phases, stage_asks),
+    "spin": Method(irft_stage, irft_phases, stage_asks),
+    "t_spin": Method(t_spin_stage, t_spin_phases, stage_asks),
     "dpo": Method(dpo_stage, irft_phases),
-    "rft": Method(rft_stage, rft_phases),
-    "afd": Method(rft_stage, rft_phases),
-    "gad": Method(rft_stage, rft_phases),
+    "rft": Method(rft_stage, rft_phases, rft_asks),
+    "afd": Method(rft_stage, rft_phases, rft_asks),
+    "gad": Method(rft_stage, rft_phases, rft_asks),
     "sdft": Method(sdft_stage, sdft_phases),
-    "r_airl": Method(rft_stage, rft_phases),
-    "reasoning": Method(reasoning_stage, reasoning_phases),
-    "reward": Method(reward_stage, reward_phases),
+    "r_airl": Method(rft_stage, rft_phases, rft_asks),
+    "reasoning": Method(reasoning_stage, reasoning_phases, reasoning_asks),
+    "reward": Method(reward_stage, reward_phases, reward_asks),
     "sft": Method(None, sft_phases),
 }
+
+
+def phases_of(config: Config, rows: int, prompts: int) -> list[Phase]:
+    """List the phases of a run on so many ``rows``, and on ``prompts`` without demonstrations."""
+    return [*METHODS[config.method].phases(config, rows, *[prompts] * bool(prompts))]

@@ -7,29 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from irlfast.common import dist
-from irlfast.common.files import write_json
+from irlfast.common.artefacts import intact, keep_json
 from irlfast.config import Config
 from irlfast.config.types import listed
 from irlfast.data.store import Example, TokenIds
-from irlfast.engine.fit import fit
+from irlfast.engine.fit import finished, fit
 from irlfast.losses.pairs import irft_loss
 from irlfast.methods.sft import sft_phases
-from irlfast.methods.stages import Phase, make_pairs, policy_plan, sampling, stage_examples, stage_name, stage_size
+from irlfast.methods.stages import Phase, make_pairs, policy_plan, stage_name, stage_request, stage_size
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import sample
+from irlfast.sampling.generation import answers_to, begin
 from irlfast.sampling.scoring import score
 
 
 def irft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
     """Sample answers ỹ ~ π_θ to the stage's prompts, then train on the pairs (y, ỹ). Return the new policy."""
-    config, folder = run.config, run.output / stage_name(stage)
-    if (folder / "DONE").exists():
+    folder = run.output / stage_name(stage)
+    if finished(folder):
         return folder / "policy"
-    begun = time.perf_counter()
-    examples = stage_examples(run.train, config, stage)
-    answers = sample(run, policy, examples, folder / "samples", sampling(config, stage))
-    return fit_pairs(run, stage, policy, reference, examples, answers, begun)
+    begun = begin(folder / "samples")
+    request = stage_request(run, stage)
+    return fit_pairs(run, stage, policy, reference, request.examples, answers_to(policy, request), begun)
 
 
 def fit_pairs(
@@ -37,7 +36,7 @@ def fit_pairs(
     stage: int,
     policy: Path | str,
     reference: Path | str,
-    examples: list[Example],
+    examples: Sequence[Example],
     answers: Sequence[TokenIds],
     begun: float,
 ) -> Path:
@@ -48,9 +47,9 @@ def fit_pairs(
     # In 4 bits the reference has the quantised base of the policy in training, so that the log-ratio starts at 0.
     ref_logps = score(run, reference, pairs, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
     pairs = [pair._replace(ref_logps=logps) for pair, logps in zip(pairs, ref_logps, strict=True)]
-    if dist.is_main() and not (folder / "pairs.json").exists():
+    if dist.is_main() and not intact(folder / "pairs.json"):
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
-        write_json(folder / "pairs.json", counts | seconds)
+        keep_json(folder / "pairs.json", counts | seconds)
     loss = functools.partial(irft_loss, nll_weight=config.nll_weight, **pair_options(config, stage))
     return fit(run, folder, policy, pairs, loss, policy_plan(config, stage, len(pairs)))
 

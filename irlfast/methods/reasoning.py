@@ -12,36 +12,48 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from irlfast.common import dist
-from irlfast.common.files import write_json
+from irlfast.common.artefacts import intact, keep_json
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example
-from irlfast.engine.fit import fit
+from irlfast.engine.fit import finished, fit
 from irlfast.losses.reasoning import reasoning_loss
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import Phase, policy_plan, sampling, stage_examples, stage_name, stage_size
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import sample_groups
+from irlfast.sampling.generation import begin, groups_of
+from irlfast.sampling.shards import Request
 from irlfast.sampling.thoughts import after_mark, mark_of, missing, thinking
 
 
 def reasoning_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
     """Sample n thoughts z ~ π_θ(z|x) to each prompt, then raise the objective of (z, y*). Return the new policy."""
     config, folder = run.config, run.output / stage_name(stage)
-    if (folder / "DONE").exists():
+    if finished(folder):
         return folder / "policy"
-    begun = time.perf_counter()
-    examples, n, mark = stage_examples(run.train, config, stage), config.num_generations, mark_of(config, run.encoder)
-    sampled = sample_groups(thinking(run), policy, examples, n, folder / "thoughts", sampling(config, stage))
-    groups = [answered(x, group.answers, mark) for x, group in zip(examples, sampled, strict=True)]
-    if dist.is_main() and not (folder / "thoughts.json").exists():
+    begun = begin(folder / "thoughts")
+    request, mark = thoughts_request(run, stage), mark_of(config, run.encoder)
+    sampled = groups_of(policy, request)
+    groups = [answered(x, group.answers, mark) for x, group in zip(request.examples, sampled, strict=True)]
+    if dist.is_main() and not intact(folder / "thoughts.json"):
         thoughts = [*itertools.chain.from_iterable(group.answers for group in sampled)]
         closed = sum(thought[-1] == mark for thought in thoughts) / len(thoughts)
         length = sum(map(len, thoughts)) / len(thoughts)
         metrics = {"thoughts": len(thoughts), "closed": closed, "thought_length": length}
-        write_json(folder / "thoughts.json", metrics | {"sample_seconds": time.perf_counter() - begun})
-    loss = functools.partial(reasoning_loss, reward=config.thought_reward, thoughts=n)
+        keep_json(folder / "thoughts.json", metrics | {"sample_seconds": time.perf_counter() - begun})
+    loss = functools.partial(reasoning_loss, reward=config.thought_reward, thoughts=request.n)
     return fit(run, folder, policy, groups, loss, policy_plan(config, stage, len(groups)))
+
+
+def thoughts_request(run: Run, stage: int) -> Request:
+    config, folder = run.config, run.output / stage_name(stage) / "thoughts"
+    examples = stage_examples(run.train, config, stage)
+    return Request(thinking(run), examples, config.num_generations, folder, sampling(config, stage))
+
+
+def reasoning_asks(run: Run, stage: int) -> list[Request]:
+    """List what a stage asks of the policy that it starts from, if it is not finished: its thoughts."""
+    return [] if finished(run.output / stage_name(stage)) else [thoughts_request(run, stage)]
 
 
 def answered(example: Example, thoughts: Sequence[Sequence[int]], mark: int) -> PromptGroup:

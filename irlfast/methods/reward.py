@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from irlfast.common import dist
-from irlfast.common.files import read_json, write_json
+from irlfast.common.artefacts import intact, keep_json
+from irlfast.common.files import read_json
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.leaks import find_leaks, log_leaks
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example
-from irlfast.engine.fit import fit
+from irlfast.engine.fit import finished, fit
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.rewards import reward_loss
 from irlfast.methods.sft import sft_phases
@@ -27,13 +28,15 @@ from irlfast.methods.stages import (
     sampling,
     stage_examples,
     stage_name,
+    stage_request,
     stage_size,
     with_rejected,
     write_counts,
 )
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import DRAWN, sample
+from irlfast.sampling.generation import answers_to, begin, sample_groups
 from irlfast.sampling.rewards import combine, learned_reward, recipe, summed
+from irlfast.sampling.shards import DRAWN, Request
 
 
 def reward_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
@@ -53,7 +56,7 @@ def learn_rewards(run: Run, stage: int, policy: Path | str) -> list[Path]:
         stage = 0
     place = run.output / stage_name(stage)
     models = reward_models(config, place)
-    if not all((model.parent / "DONE").exists() for model in models):
+    if not all(finished(model.parent) for model in models):
         pairs = reward_pairs(run, stage, policy)
         check_leaks(run, models[0].parent, pairs)
         first = [config.reward_backbone or policy] * len(models)
@@ -64,7 +67,7 @@ def learn_rewards(run: Run, stage: int, policy: Path | str) -> list[Path]:
 
 
 def learn_rewards_in_round(
-    run: Run, stage: int, number: int, policy: Path | str, examples: list[Example]
+    run: Run, stage: int, number: int, policy: Path | str, examples: Sequence[Example]
 ) -> list[Path]:
     """Train the reward models further on the answers that a round aligns the policy with, and return their folders.
 
@@ -73,12 +76,13 @@ def learn_rewards_in_round(
     """
     config, place = run.config, run.output / round_folder(stage, number)
     models = reward_models(config, place)
-    if not all((model.parent / "DONE").exists() for model in models):
-        begun = time.perf_counter()
+    if not all(finished(model.parent) for model in models):
         rollouts = run.output / round_name(config, stage, number) / "rollouts"
-        repeated = [example for example in examples for _ in range(config.num_generations)]
-        answers = sample(run, policy, repeated, rollouts, round_sampling(config, stage, number))
-        both = [(example, ids) for example, ids in zip(repeated, answers, strict=True) if example.answer_ids]
+        begun = begin(rollouts)
+        how = round_sampling(config, stage, number)
+        groups = sample_groups(run, policy, examples, config.num_generations, rollouts, how)
+        each = zip(examples, groups, strict=True)
+        both = [(example, ids) for example, group in each for ids in group.answers if example.answer_ids]
         shown, synthetic = [example for example, _ in both], [ids for _, ids in both]
         pairs, counts = make_pairs(run, stage, shown, synthetic, keep_identical=not compares(config))
         write_counts(place, counts, begun)
@@ -137,9 +141,9 @@ def compares(config: Config) -> bool:
 
 def check_leaks(run: Run, folder: Path, pairs: list[PromptGroup]) -> None:
     """Write ``leaks.json``, and print which trivial features tell the experts' answers apart."""
-    if dist.is_main() and not (folder / "leaks.json").exists():
+    if dist.is_main() and not intact(folder / "leaks.json"):
         leaks = find_leaks(pairs, run.encoder, run.config.max_new_tokens)
-        write_json(folder / "leaks.json", leaks)
+        keep_json(folder / "leaks.json", leaks)
         log_leaks(leaks, folder.parent.name)
     dist.barrier()
 
@@ -150,19 +154,49 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
     At the first stage, ``policy`` is the policy after SFT.
     """
     config, folder = run.config, run.output / stage_name(stage)
-    begun = time.perf_counter()
-    examples = stage_examples(run.train, config, stage)
+    begun = begin(folder / "samples", folder / "better")
+    examples: Sequence[Example] = stage_examples(run.train, config, stage)
     if config.reward_data == "preference":
         examples, answers = with_rejected(examples)
     else:
         source = run.initial if config.reward_data.startswith("init") else policy
-        answers = sample(run, source, examples, folder / "samples", sampling(config, stage))
+        answers = answers_to(source, stage_request(run, stage))
     if config.reward_data == "init_sft":
-        better = sample(run, policy, examples, folder / "better", sampling(config, stage))
+        better = answers_to(policy, better_request(run, stage))
         examples = [x._replace(answer_ids=ids) for x, ids in zip(examples, better, strict=True)]
     pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not compares(config))
     write_counts(folder, counts, begun)
     return pairs
+
+
+def reward_asks(run: Run, stage: int) -> list[Request]:
+    """List what the rewards of a stage ask of the policy that it starts from: answers to learn from, and held-out ones.
+
+    Rewards that are learned and judged ask nothing.
+    """
+    config = run.config
+    if not learns_in(config, stage):
+        return []
+    models, asks = reward_models(config, run.output / stage_name(stage)), []
+    if not all(finished(model.parent) for model in models):
+        if config.reward_data in ("policy_demo", "sft_demo"):
+            asks.append(stage_request(run, stage))
+        if config.reward_data == "init_sft":
+            asks.append(better_request(run, stage))
+    if not dist.on_main(intact, models[0].parent / "eval.json"):
+        asks.append(held_out_request(run, models))
+    return asks
+
+
+def better_request(run: Run, stage: int) -> Request:
+    """Return the request for the better answers of ``init_sft``, which are drawn apart from the others."""
+    folder = run.output / stage_name(stage) / "better"
+    return Request(run, stage_examples(run.train, run.config, stage), 1, folder, sampling(run.config, stage, 2))
+
+
+def held_out_request(run: Run, models: Sequence[Path]) -> Request:
+    """Return the request for the held-out answers that reward models are judged by."""
+    return Request(run, run.held_out, 1, models[0].parent / "drawn", DRAWN)
 
 
 def loss_of(config: Config) -> functools.partial:
@@ -230,10 +264,10 @@ def evaluate_rewards(run: Run, models: Sequence[Path], policy: Path | str) -> di
     """
     folder = models[0].parent
     path = folder / "eval.json"
-    if path.exists():
+    if dist.on_main(intact, path):
         return read_json(path)
-    begun = time.perf_counter()
-    drawn = sample(run, policy, run.held_out, folder / "drawn", DRAWN)
+    begun = begin(folder / "drawn")
+    drawn = answers_to(policy, held_out_request(run, models))
     metrics: dict[str, Any] = {"phase": folder.relative_to(run.output).as_posix()}
     rejected_ids = [example.rejected_ids for example in run.held_out]
     for name, part, others in (("reward", "drawn", drawn), ("preference", "rejected", rejected_ids)):
@@ -247,7 +281,7 @@ def evaluate_rewards(run: Run, models: Sequence[Path], policy: Path | str) -> di
             metrics[f"{name}_pairs"] = len(pairs)
     if dist.is_main():
         run.metrics_log.write_held_out(metrics, kind="eval_reward")
-        write_json(path, metrics | {"seconds": time.perf_counter() - begun})
+        keep_json(path, metrics | {"seconds": time.perf_counter() - begun})
     dist.barrier()
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if "accuracy" in name)
     log(f"{metrics['phase']}: held-out {shown}")

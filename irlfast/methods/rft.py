@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.files import remove, write_json
+from irlfast.common.artefacts import intact, keep_json
+from irlfast.common.files import remove
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example
@@ -26,6 +27,7 @@ from irlfast.methods.reward import (
     learn_rewards,
     learn_rewards_in_round,
     learns_in,
+    reward_asks,
     reward_models,
     reward_phases_of,
     round_reward_phases,
@@ -38,13 +40,15 @@ from irlfast.methods.stages import (
     round_folder,
     round_name,
     round_sampling,
+    rounds_done,
     stage_name,
     stage_size,
 )
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import Sampling, sample_groups
+from irlfast.sampling.generation import begin, sample_groups
 from irlfast.sampling.rewards import complete, token_rewards
 from irlfast.sampling.scoring import Scores, log_ratios, score
+from irlfast.sampling.shards import Request, Sampling
 
 
 def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path | str:
@@ -54,13 +58,11 @@ def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -
     """
     config = run.config
     learned = learn_rewards(run, stage, policy) if config.reward_data != "none" else []
+    done = rounds_done(run, stage)
     for number in range(config.align_rounds):
         folder = run.output / round_name(config, stage, number)
-        if not (folder / "DONE").exists():
-            examples = [
-                *round_examples(run.train, config, stage, number),
-                *round_examples(run.prompts, config, stage, number),
-            ]
+        if number >= done:
+            examples = asked_in_round(run, stage, number)
             if config.reward_every == "round":
                 learned = learn_rewards_in_round(run, stage, number, policy, examples)
             align(run, stage, number, policy, reference, learned, examples)
@@ -71,6 +73,24 @@ def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -
         dist.barrier()
         policy = folder / "policy"
     return policy
+
+
+def asked_in_round(run: Run, stage: int, number: int) -> list[Example]:
+    """Return the prompts that a round answers, with their demonstrations where there are some."""
+    return [
+        *round_examples(run.train, run.config, stage, number),
+        *round_examples(run.prompts, run.config, stage, number),
+    ]
+
+
+def rft_asks(run: Run, stage: int) -> list[Request]:
+    """List what a stage asks of the policy that it starts from: answers for its rewards and for its first round."""
+    config = run.config
+    asks = reward_asks(run, stage) if config.reward_data != "none" else []
+    if rounds_done(run, stage):
+        return asks
+    examples, folder = asked_in_round(run, stage, 0), run.output / round_name(config, stage, 0) / "rollouts"
+    return [*asks, Request(run, examples, config.num_generations, folder, round_sampling(config, stage, 0))]
 
 
 class Rollouts(NamedTuple):
@@ -89,7 +109,7 @@ def align(
     policy: Path | str,
     reference: Path | str,
     learned: Sequence[Path],
-    examples: list[Example],
+    examples: Sequence[Example],
 ) -> None:
     """Do one round: sample n answers to each prompt, score them, and make the better answers likelier."""
     config, folder = run.config, run.output / round_name(run.config, stage, number)
@@ -98,7 +118,7 @@ def align(
         run, policy, reference, learned, examples, folder, round_sampling(config, stage, number), scales
     )
     rewards = less_penalties(rollouts.rewards, rollouts.groups, config, run.encoder.ends)
-    plan = policy_plan(config, stage, len(rollouts.groups))
+    plan = policy_plan(config, stage, len(rollouts.groups), number)
     if POLICY_LOSSES[config.align].loss is None:
         fit(run, folder, policy, best_answers(rollouts.groups, totals(rewards)), sft_loss, plan)
         return
@@ -126,30 +146,31 @@ def roll_out(
     policy: Path | str,
     reference: Path | str,
     learned: Sequence[Path],
-    examples: list[Example],
+    examples: Sequence[Example],
     folder: Path,
     how: Sampling,
     scales: Path,
 ) -> Rollouts:
     """Sample n answers to each prompt, and score them under the rewards, the policy and the reference."""
     config, n = run.config, run.config.num_generations
-    begun = time.perf_counter()
+    begun = begin(folder / "rollouts")
     groups = sample_groups(run, policy, examples, n, folder / "rollouts", how)
     sampled = time.perf_counter()
     rewards = token_rewards(run, learned, groups, folder, scales)
     kept = complete(totals(rewards))
     groups, rewards = [groups[i] for i in kept], [rewards[i] for i in kept]
-    old = score(run, policy, groups, folder / "old.safetensors", in_4bit=config.load_in_4bit)
-    ref = old
+    ref: Scores = []
     if reference != policy:
         ref = score(run, reference, groups, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
-    if dist.is_main() and not (folder / "round.json").exists():
+    old = score(run, policy, groups, folder / "old.safetensors", in_4bit=config.load_in_4bit)  # last: it trains next
+    ref = ref or old
+    if dist.is_main() and not intact(folder / "round.json"):
         reward, kl = totals(rewards), torch.cat([log_ratios(*both) for both in zip(old, ref, strict=True)])
         ended = [answer[-1] in run.encoder.ends for group in groups for answer in group.answers]
         metrics = {"reward": reward.mean().item(), "reward_std": reward.std(1).mean().item(), "kl": kl.mean().item()}
         metrics |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
-        write_json(folder / "round.json", metrics | seconds)
+        keep_json(folder / "round.json", metrics | seconds)
     return Rollouts(groups, rewards, old, ref)
 
 
@@ -161,7 +182,7 @@ def kl_place(config: Config) -> str:
 def best_answers(groups: Sequence[PromptGroup], reward: Tensor) -> list[PromptGroup]:
     """Return each prompt with the answer that has the highest reward ``[P, n]``."""
     best = reward.argmax(1).tolist()
-    return [PromptGroup(x.prompt, (x.answers[i],)) for x, i in zip(groups, best, strict=True)]
+    return [PromptGroup(x.prompt, (x.answers[i],), row=x.row) for x, i in zip(groups, best, strict=True)]
 
 
 def rft_phases(config: Config, rows: int, prompts: int = 0) -> Iterator[Phase]:
@@ -183,5 +204,5 @@ def rft_phases(config: Config, rows: int, prompts: int = 0) -> Iterator[Phase]:
             share += len(range(number, stage_size(config, prompts, stage), config.align_rounds))
             name = round_name(config, stage, number)
             files = (f"{name}/eval.json",) if name == stage_name(stage) else ()
-            plan = functools.partial(policy_plan, config, stage, share)
+            plan = functools.partial(policy_plan, config, stage, share, number)
             yield Phase(name, plan, answers=trained, sampled=share * n, files=files)

@@ -13,7 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.files import InputError, remove, write_json
+from irlfast.common.artefacts import intact, keep_json
+from irlfast.common.files import InputError, remove
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import Batch, PromptGroup
@@ -27,6 +28,7 @@ from irlfast.methods.stages import (
     policy_plan,
     round_name,
     round_sampling,
+    rounds_done,
     stage_examples,
     stage_name,
     stage_size,
@@ -48,9 +50,10 @@ def sdft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) 
     if stage and config.reference == "initial":
         teacher = latest_teacher(run.output / stage_name(stage - 1), teacher)
     examples = stage_examples(run.train, config, stage)
+    done = rounds_done(run, stage)
     for number, part in enumerate(np.array_split(np.arange(len(examples)), config.align_rounds)):
         folder = run.output / round_name(config, stage, number)
-        if not (folder / "DONE").exists():
+        if number >= done:
             distil(run, stage, number, policy, teacher, [examples[i] for i in part])
         if number and dist.is_main():
             for model in ("policy", "teacher"):
@@ -63,10 +66,12 @@ def sdft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) 
 def latest_teacher(folder: Path, teacher: Path | str) -> Path | str:
     """Return the teacher that a phase left in ``folder``, if it followed the policy, else the teacher it began as."""
     left = folder / "teacher"
-    return left if left.exists() else teacher
+    return left if dist.on_main(left.exists) else teacher
 
 
-def distil(run: Run, stage: int, number: int, policy: Path | str, teacher: Path | str, examples: list[Example]) -> None:
+def distil(
+    run: Run, stage: int, number: int, policy: Path | str, teacher: Path | str, examples: Sequence[Example]
+) -> None:
     """Do one round: sample an answer to each prompt, and bring the policy's distributions along it to the teacher's."""
     config, folder = run.config, run.output / round_name(run.config, stage, number)
     examples, prompts = with_teacher_prompts(run, folder, examples)
@@ -74,7 +79,7 @@ def distil(run: Run, stage: int, number: int, policy: Path | str, teacher: Path 
     answers = sample(run, policy, examples, folder / "samples", round_sampling(config, stage, number))
     sampled, skipped = time.perf_counter(), config.num_loss_tokens_to_skip
     groups = [
-        PromptGroup(x.prompt_ids, (answer,), learned=range(skipped, len(answer)), teacher_prompt=prompt)
+        PromptGroup(x.prompt_ids, (answer,), learned=range(skipped, len(answer)), teacher_prompt=prompt, row=x.row)
         for x, answer, prompt in zip(examples, answers, prompts, strict=True)
         if len(answer) > skipped
     ]
@@ -85,14 +90,14 @@ def distil(run: Run, stage: int, number: int, policy: Path | str, teacher: Path 
         measure = functools.partial(tempered_logps, temperature=temperature)
         old = score(run, policy, groups, folder / "old.safetensors", measure, in_4bit=config.load_in_4bit)
         groups = [x._replace(old_logps=(logps[skipped:],)) for x, (logps,) in zip(groups, old, strict=True)]
-    if dist.is_main() and not (folder / "round.json").exists():
+    if dist.is_main() and not intact(folder / "round.json"):
         ended = sum(answer[-1] in run.encoder.ends for answer in answers) / len(answers)
         seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
         tokens = {
             "synthetic_tokens": sum(map(len, answers)),
             "teacher_tokens": sum(len(x.teacher_prompt or ()) + len(x.answers[0]) for x in groups),  # per pass
         }
-        write_json(folder / "round.json", {"answers": len(answers), "ended": ended} | tokens | seconds)
+        keep_json(folder / "round.json", {"answers": len(answers), "ended": ended} | tokens | seconds)
     loss = functools.partial(
         distillation_loss,
         mode=config.distillation_mode,
@@ -102,10 +107,10 @@ def distil(run: Run, stage: int, number: int, policy: Path | str, teacher: Path 
         is_clip=config.distillation_is_clip,
         temperature=temperature,
     )
-    fit(run, folder, policy, groups, loss, policy_plan(config, stage, len(groups)), teacher)
+    fit(run, folder, policy, groups, loss, policy_plan(config, stage, len(groups), number), teacher)
 
 
-def with_teacher_prompts(run: Run, folder: Path, examples: list[Example]) -> tuple[list[Example], list[TokenIds]]:
+def with_teacher_prompts(run: Run, folder: Path, examples: Sequence[Example]) -> tuple[list[Example], list[TokenIds]]:
     """Return the examples that a teacher's prompt can be made of, and these prompts.
 
     Raises:
@@ -139,4 +144,5 @@ def sdft_phases(config: Config, rows: int) -> Iterator[Phase]:
             share = len(range(number, size, config.align_rounds))
             name = round_name(config, stage, number)
             files = (f"{name}/eval.json",) if name == stage_name(stage) else ()
-            yield Phase(name, functools.partial(policy_plan, config, stage, share), 1, share, files)
+            plan = functools.partial(policy_plan, config, stage, share, number)
+            yield Phase(name, plan, answers=1, sampled=share, files=files)

@@ -2,18 +2,16 @@
 
 import functools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from irlfast.common import dist
-from irlfast.common.files import remove
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup, learned
-from irlfast.data.store import Example
+from irlfast.data.store import Example, Mapped
 from irlfast.engine.fit import fit
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.sft import SFT_LOSSES, sft_loss
-from irlfast.methods.stages import Phase
+from irlfast.methods.stages import Phase, wants_sft
 from irlfast.runs.run import Run
 from irlfast.sampling.scoring import score
 from irlfast.sampling.thoughts import with_thoughts
@@ -24,7 +22,7 @@ def sft(run: Run, policy: Path | str) -> Iterator[tuple[str, Path]]:
     config = run.config
     if not wants_sft(config):
         return
-    groups = [group_of(example) for example in (with_thoughts(run) if config.facts.thinks else run.train)]
+    groups: Sequence[PromptGroup] = Mapped(group_of, with_thoughts(run) if config.facts.thinks else run.train)
     loss = functools.partial(sft_loss, remaining=config.token_weighting == "remaining")
     if config.sft_nll_steps:
         policy = fit(run, run.output / "sft-nll", policy, groups, loss, nll_plan(config, len(groups)))
@@ -36,23 +34,21 @@ def sft(run: Run, policy: Path | str) -> Iterator[tuple[str, Path]]:
         loss, loss_type=config.sft_loss_type, clip_range=config.cliprange, kl_weight=config.sft_kl_weight
     )
     teacher = policy if kind.teacher else None
-    policy = fit(run, folder, policy, groups, loss, sft_plan(config, len(groups)), teacher)
-    if dist.is_main():
-        remove(folder / "teacher")  # the policy of some steps before, in psft
-    yield "sft", policy
+    yield "sft", fit(run, folder, policy, groups, loss, sft_plan(config, len(groups)), teacher)
 
 
 def group_of(example: Example) -> PromptGroup:
     """Make the prompt group of an example. If earlier answers are learned, too, its answer begins at the first one."""
     if not len(example.earlier):
-        return PromptGroup(example.prompt_ids, (example.answer_ids,))
+        return PromptGroup(example.prompt_ids, (example.answer_ids,), row=example.row)
     first, prompt = max(1, example.earlier[0]), len(example.prompt_ids)
     rest = array("i", [*example.prompt_ids[first:], *example.answer_ids])
     tokens = [*example.earlier, *range(prompt, prompt + len(example.answer_ids))]
-    return PromptGroup(example.prompt_ids[:first], (rest,), learned=[at - first for at in tokens if at >= first])
+    kept = [at - first for at in tokens if at >= first]
+    return PromptGroup(example.prompt_ids[:first], (rest,), learned=kept, row=example.row)
 
 
-def with_reference(run: Run, reference: Path | str, groups: list[PromptGroup], path: Path) -> list[PromptGroup]:
+def with_reference(run: Run, reference: Path | str, groups: Sequence[PromptGroup], path: Path) -> list[PromptGroup]:
     """Add the reference's log-probabilities of the tokens that are learned. They are kept in the file ``path``."""
     scores = score(run, reference, groups, path, in_4bit=run.config.load_in_4bit)
     return [
@@ -81,12 +77,8 @@ def plan_sft(config: Config, count: int, epochs: float | None, steps: int | None
         learning_rate=config.sft_learning_rate or config.at("learning_rate", 0),
         optim=config.sft_optim or config.optim,
         seed=seed,
-        micro_batch=config.sft_per_device_train_batch_size,
+        batch_size=config.sft_global_batch_size,
     )
-
-
-def wants_sft(config: Config) -> bool:
-    return bool(config.sft_epochs or config.sft_steps)
 
 
 def sft_phases(config: Config, rows: int) -> Iterator[Phase]:

@@ -8,14 +8,17 @@ from typing import NamedTuple
 import numpy as np
 
 from irlfast.common import dist
-from irlfast.common.files import InputError, write_json
+from irlfast.common.artefacts import intact, keep_json
+from irlfast.common.files import InputError, remove
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
-from irlfast.data.store import Example, TokenIds
+from irlfast.data.store import Example, Examples, TokenIds
+from irlfast.engine.fit import finished
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import Sampling, read_samples
+from irlfast.sampling.generation import answers_to
+from irlfast.sampling.shards import Request, Sampling
 
 
 class Phase(NamedTuple):
@@ -42,26 +45,30 @@ def round_name(config: Config, stage: int, number: int) -> str:
     return stage_name(stage) if number == config.align_rounds - 1 else round_folder(stage, number)
 
 
+def wants_sft(config: Config) -> bool:
+    return bool(config.sft_epochs or config.sft_steps)
+
+
 def stage_size(config: Config, rows: int, stage: int) -> int:
     """Return the number of examples that :func:`stage_examples` returns for a stage."""
     return rows if config.prompts_per_stage == "all" else len(range(stage, rows, config.stages))
 
 
-def stage_examples(examples: Sequence[Example], config: Config, stage: int) -> list[Example]:
+def stage_examples(examples: Examples, config: Config, stage: int) -> Examples:
     """Return all examples, or the stage's share of them in the order of a seeded shuffle."""
     if config.prompts_per_stage == "all":
-        return list(examples)
+        return examples
     order = np.random.default_rng([config.seed, 1]).permutation(len(examples))
-    return [examples[i] for i in np.array_split(order, config.stages)[stage]]
+    return examples[np.array_split(order, config.stages)[stage]]
 
 
-def round_examples(examples: Sequence[Example], config: Config, stage: int, number: int) -> list[Example]:
+def round_examples(examples: Examples, config: Config, stage: int, number: int) -> Examples:
     """Return a round's share of a stage's examples, in their order."""
     chosen = stage_examples(examples, config, stage)
-    return [chosen[i] for i in np.array_split(np.arange(len(chosen)), config.align_rounds)[number]]
+    return chosen[np.array_split(np.arange(len(chosen)), config.align_rounds)[number]]
 
 
-def with_rejected(examples: list[Example]) -> tuple[list[Example], list[TokenIds]]:
+def with_rejected(examples: Sequence[Example]) -> tuple[list[Example], list[TokenIds]]:
     """Return the examples that have a rejected answer, and these answers.
 
     Raises:
@@ -76,20 +83,72 @@ def with_rejected(examples: list[Example]) -> tuple[list[Example], list[TokenIds
     return list(kept), list(answers)
 
 
-def sampling(config: Config, stage: int) -> Sampling:
-    """Return how a stage's answers are sampled."""
-    seed = (config.seed * 1000 + stage) * 100_000  # a shard adds its number
-    return Sampling(config.at("temperature", stage), config.top_p, config.top_k, seed)
+def check_policy_left(run: Run, stage: int, policy: Path | str) -> None:
+    """Check that a stage which is not finished, or is damaged, still has the policy that it starts from.
+
+    Raises:
+        InputError: ``save_total_limit`` has deleted the policy.
+    """
+    folder = run.output / stage_name(stage)
+    if isinstance(policy, Path) and not dist.on_main(policy.exists) and not finished(folder):
+        raise InputError(
+            f"{folder.name}: its policy is damaged or missing, and that of {policy.parent.name}, from which it could "
+            "be made again, was deleted by save_total_limit; put one of them back, or take a new output_dir"
+        )
+
+
+def delete_policies(run: Run, stage: int, best: str) -> None:
+    """Delete the policies that ``save_total_limit`` no longer keeps after a stage, but not that of the phase ``best``.
+
+    ``DONE`` first says that nothing is left: a model that it lists would be made again.
+    """
+    limit = run.config.save_total_limit
+    if limit and dist.is_main():
+        for name in map(stage_name, range(stage + 1 - limit)):
+            if name != best:
+                keep_json(run.output / name / "DONE", [])
+                for model in ("policy", "teacher"):
+                    remove(run.output / name / model)
+    dist.barrier()
+
+
+def sampling(config: Config, stage: int, *more: int) -> Sampling:
+    """Return how a stage's answers are sampled. Other answers to the same prompts take ``more`` numbers as a seed."""
+    return Sampling(config.at("temperature", stage), config.top_p, config.top_k, (config.seed, stage, *more))
+
+
+def stage_request(run: Run, stage: int) -> Request:
+    """Return the request for one answer to each of a stage's prompts."""
+    folder = run.output / stage_name(stage) / "samples"
+    return Request(run, stage_examples(run.train, run.config, stage), 1, folder, sampling(run.config, stage))
+
+
+def stage_asks(run: Run, stage: int) -> list[Request]:
+    """List what a stage asks of the policy that it starts from, if it is not finished: one answer to each prompt."""
+    return [] if finished(run.output / stage_name(stage)) else [stage_request(run, stage)]
+
+
+def stage_answers(run: Run, stage: int) -> list[TokenIds]:
+    """Return the answers that an earlier stage sampled. Damaged ones are sampled anew from the policy before it."""
+    config, policy = run.config, run.initial
+    if stage or wants_sft(config):
+        policy = run.output / (stage_name(stage - 1) if stage else "sft") / "policy"
+    return answers_to(policy, stage_request(run, stage))
+
+
+def rounds_done(run: Run, stage: int) -> int:
+    """Return how many rounds of a stage are done: all up to the newest whose models are there and intact."""
+    rounds = range(run.config.align_rounds, 0, -1)
+    return next((n for n in rounds if finished(run.output / round_name(run.config, stage, n - 1))), 0)
 
 
 def round_sampling(config: Config, stage: int, number: int) -> Sampling:
     """Return how the answers of a round of alignment are sampled."""
-    how = sampling(config, stage)
-    return how._replace(seed=how.seed + 50_000 + 1000 * number)
+    return sampling(config, stage, 1, number)
 
 
 def make_pairs(
-    run: Run, stage: int, examples: list[Example], answers: Sequence[TokenIds], keep_identical: bool = False
+    run: Run, stage: int, examples: Sequence[Example], answers: Sequence[Sequence[int]], keep_identical: bool = False
 ) -> tuple[list[PromptGroup], dict[str, int]]:
     """Make the prompt groups (prompt, (expert, synthetic)) of a stage and of ``history`` earlier ones; count them.
 
@@ -100,12 +159,12 @@ def make_pairs(
     Raises:
         InputError: no pair is left.
     """
-    pairs = [PromptGroup(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(examples, answers, strict=True)]
+    pairs = expert_and_synthetic(examples, answers)
     fresh = len(pairs)
     for earlier in range(max(0, stage - run.config.history), stage):
-        old = read_samples(run.output / stage_name(earlier) / "samples")
+        old = stage_answers(run, earlier)
         prompts = stage_examples(run.train, run.config, earlier)
-        pairs += [PromptGroup(x.prompt_ids, (x.answer_ids, answer)) for x, answer in zip(prompts, old, strict=True)]
+        pairs += expert_and_synthetic(prompts, old)
     counts = {
         "dropped_identical": 0 if keep_identical else sum(pair.answers[0] == pair.answers[1] for pair in pairs),
         "dropped_empty": sum(not pair.answers[1] for pair in pairs),
@@ -121,14 +180,22 @@ def make_pairs(
     return kept, {"pairs": len(kept)} | counts
 
 
+def expert_and_synthetic(examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> list[PromptGroup]:
+    """Return the pair (y, ỹ) of each example's own answer and a sampled one."""
+    return [
+        PromptGroup(x.prompt_ids, (x.answer_ids, answer), row=x.row)
+        for x, answer in zip(examples, answers, strict=True)
+    ]
+
+
 def write_counts(place: Path, counts: dict[str, int], begun: float) -> None:
     """Write ``pairs.json``: the counts of the pairs, and the seconds since ``begun`` that their answers took."""
-    if dist.is_main() and not (place / "pairs.json").exists():
-        write_json(place / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
+    if dist.is_main() and not intact(place / "pairs.json"):
+        keep_json(place / "pairs.json", counts | {"sample_seconds": time.perf_counter() - begun})
 
 
-def policy_plan(config: Config, stage: int, count: int) -> Plan:
-    """Plan the K inner steps of a stage over ``count`` prompt groups."""
+def policy_plan(config: Config, stage: int, count: int, number: int = 0) -> Plan:
+    """Plan the K inner steps of a stage, or of round ``number`` of one, over ``count`` prompt groups."""
     return plan_phase(
         config,
         count,
@@ -137,5 +204,5 @@ def policy_plan(config: Config, stage: int, count: int) -> Plan:
         steps=config.at("inner_steps", stage),
         learning_rate=config.at("learning_rate", stage),
         optim=config.optim,
-        seed=[2, stage],
+        seed=[2, stage, number],
     )

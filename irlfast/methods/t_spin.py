@@ -1,7 +1,6 @@
 """One stage of T-SPIN (arXiv 2601.08198, algorithm 1): SPIN without a reference, also against the first policy."""
 
 import functools
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,13 +8,20 @@ from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example, TokenIds
-from irlfast.engine.fit import fit
+from irlfast.engine.fit import finished, fit
 from irlfast.losses.pairs import t_spin_loss
 from irlfast.methods.irft import pair_options
 from irlfast.methods.sft import sft_phases
-from irlfast.methods.stages import Phase, policy_plan, sampling, stage_examples, stage_name, write_counts
+from irlfast.methods.stages import (
+    Phase,
+    policy_plan,
+    stage_answers,
+    stage_name,
+    stage_request,
+    write_counts,
+)
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import read_samples, sample
+from irlfast.sampling.generation import answers_to, begin
 
 
 def t_spin_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path:
@@ -25,15 +31,15 @@ def t_spin_stage(run: Run, stage: int, policy: Path | str, reference: Path | str
     in the paper's experiments. Return the new policy. ``reference`` has no effect.
     """
     config, folder = run.config, run.output / stage_name(stage)
-    if (folder / "DONE").exists():
+    if finished(folder):
         return folder / "policy"
-    begun = time.perf_counter()
-    examples = stage_examples(run.train, config, stage)
-    answers = [sample(run, policy, examples, folder / "samples", sampling(config, stage))]
+    begun = begin(folder / "samples")
+    request = stage_request(run, stage)
+    answers = [answers_to(policy, request)]
     weight = historical_weight(config, stage)
     if weight:
-        answers.append(read_samples(run.output / stage_name(0) / "samples"))
-    groups, counts = make_groups(stage, examples, answers)
+        answers.append(stage_answers(run, 0))
+    groups, counts = make_groups(stage, request.examples, answers)
     write_counts(folder, counts, begun)
     loss = functools.partial(t_spin_loss, historical_weight=weight, **pair_options(config, stage))
     return fit(run, folder, policy, groups, loss, policy_plan(config, stage, len(groups)))
@@ -44,7 +50,7 @@ def historical_weight(config: Config, stage: int) -> float:
 
 
 def make_groups(
-    stage: int, examples: list[Example], answers: Sequence[Sequence[TokenIds]]
+    stage: int, examples: Sequence[Example], answers: Sequence[Sequence[TokenIds]]
 ) -> tuple[list[PromptGroup], dict[str, int]]:
     """Make the prompt groups (prompt, (y, ỹ)) or (prompt, (y, ỹ, ỹ₀)), without those with an empty answer; count them.
 
@@ -53,7 +59,9 @@ def make_groups(
     Raises:
         InputError: no group is left.
     """
-    groups = [PromptGroup(x.prompt_ids, (x.answer_ids, *own)) for x, *own in zip(examples, *answers, strict=True)]
+    groups = [
+        PromptGroup(x.prompt_ids, (x.answer_ids, *own), row=x.row) for x, *own in zip(examples, *answers, strict=True)
+    ]
     kept = [group for group in groups if all(group.answers)]
     if not kept:
         raise InputError(f"{stage_name(stage)}: all {len(groups)} prompts have an empty answer; expected some without")

@@ -1,14 +1,16 @@
-"""New models: one with random weights from a config, or a given one with more embedding rows."""
+"""New models: one with random weights from a config, or a given one with more embedding rows or tensors."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from irlfast.common.files import InputError, write
+from irlfast.common.artefacts import keep
+from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.models.configs import embedding_rows, load_model_config
 from irlfast.models.load import load_model, save_pretrained
+from irlfast.models.lora import base_and_adapter
 from irlfast.models.tokenizers import vocabulary_size
 
 
@@ -23,7 +25,20 @@ def build_model(config: Config, tokenizer: Any, folder: Path) -> None:
     torch.manual_seed(config.seed)
     model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     model = model.to(getattr(torch, config.dtype))
-    write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
+    keep(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
+
+
+def complete_model(config: Config, tokenizer: Any, folder: Path) -> None:
+    """Write the given model with new, seeded values for the tensors that it lacks, and its tokenizer.
+
+    Raises:
+        InputError: the given model is an adapter.
+    """
+    given = str(config.model_name_or_path)
+    if base_and_adapter(given)[1]:
+        raise InputError(f"allow_missing_weights: found true with the adapter {given}; expected a whole model")
+    model = load_model(given, config, may_lack=True)
+    keep(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
 
 
 @torch.no_grad()
@@ -35,7 +50,7 @@ def resize_model(config: Config, tokenizer: Any, folder: Path) -> None:
     Raises:
         InputError: the model does not run with the new tokens, because other tensors would have to grow, too.
     """
-    model = load_model(str(config.model_name_or_path), config)
+    model = load_model(str(config.model_name_or_path), config, may_lack=config.allow_missing_weights)
     tokens, old_rows = vocabulary_size(tokenizer), embedding_rows(config)
     model.resize_token_embeddings(tokens, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -46,4 +61,4 @@ def resize_model(config: Config, tokenizer: Any, folder: Path) -> None:
         model(input_ids=torch.tensor([[tokens - 1]]))
     except (IndexError, RuntimeError) as error:
         raise InputError(f"resize_embeddings: {type(model).__name__} does not run with {tokens:,} tokens") from error
-    write(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))
+    keep(folder, lambda temporary: save_pretrained(temporary, model, tokenizer))

@@ -10,6 +10,7 @@ from irlfast.common.files import InputError
 from irlfast.common.messages import first_sentence
 from irlfast.data.packing import SHARED, Batch, Layout, PromptGroup, pack
 from irlfast.models.forward import attention_of, hidden_states
+from irlfast.models.split import gathered
 from irlfast.ops import Head
 
 SEPARATE = Layout(shared=False)  # each answer in a row of its own: every model can run this layout
@@ -52,7 +53,8 @@ def check_logits(model: Any, head: Head, separate_states: Tensor) -> None:
     Raises:
         InputError: the model's logits are others, so that training would optimise something else.
     """
-    logits = linear(separate_states, head.weight, head.bias).float() * head.logit_scale
+    with gathered(head.weight, head.bias):
+        logits = linear(separate_states, head.weight, head.bias).float() * head.logit_scale
     if head.logit_softcap:
         logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
     batch = probe_batch(model, SEPARATE)

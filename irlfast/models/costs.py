@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from irlfast.models.split import size_of
+
 
 class Costs(NamedTuple):
     """Operations of the forward and backward pass. No recomputation is counted.
@@ -20,10 +22,7 @@ class Costs(NamedTuple):
 
 
 def costs_of(model: Any, head: Tensor) -> Costs:
-    """Return the costs of ``model``, whose head has the weight ``head``.
-
-    Call it before DeepSpeed splits the model: ZeRO-3 leaves empty tensors.
-    """
+    """Return the costs of ``model``, whose head has the weight ``head``."""
     counted_apart = {id(head), id(model.get_input_embeddings().weight)}  # an embedding is looked up, not multiplied
     body = sum(cost_per_token(p) for p in model.parameters() if id(p) not in counted_apart)
     text_config = model.config.get_text_config()
@@ -37,7 +36,7 @@ def cost_per_token(weight: Tensor) -> int:
 def weight_count(parameter: Tensor) -> int:
     if hasattr(parameter, "quant_state"):  # 4-bit weights: an element holds two or more
         return math.prod(parameter.quant_state.shape)
-    return parameter.numel()
+    return size_of(parameter)
 
 
 def operations(costs: Costs, counts: Counter[str]) -> int:

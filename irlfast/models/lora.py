@@ -4,6 +4,7 @@ A stage continues the adapter of the stage before it. Only ``final/`` and reward
 rounds away changes that are smaller than the last digit of the weights, and would do so at the end of every stage.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from irlfast.common.files import InputError, find_path, read_json
-from irlfast.common.messages import log
+from irlfast.common.messages import explain_errors, log
 from irlfast.config import Config
+from irlfast.models.saved import check_saved
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file of an adapter's settings
 SUPPORTED = {  # settings of PEFT's LoRA with which training can go on: they are trained, saved and merged as they are
@@ -23,6 +25,7 @@ SUPPORTED = {  # settings of PEFT's LoRA with which training can go on: they are
     *("megatron_core", "qalora_group_size"),  # without effect by themselves
 }
 KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that do not change the base
+ROUTER = re.compile(r"(^|\.)(gate|router\w*|shared_expert_gate)(\.|$)")  # the name of a layer that chooses experts
 MIN_SHARE_KEPT = 0.9  # of what an adapter learned, when its weights are rounded to the nearest number
 STOCHASTIC = (
     "rounding to the nearest {} would keep {:.0%} of what the adapter learned; its weights are rounded up or down by "
@@ -41,14 +44,27 @@ def base_and_adapter(name: Path | str) -> tuple[str, Path | None]:
     folder = find_path(str(name))
     if not folder or not (folder / ADAPTER_CONFIG).exists():
         return str(folder or name), None
-    settings = read_json(folder / ADAPTER_CONFIG)
+    settings = adapter_settings(folder)
     base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
-    if not base or kind != "LORA":
+    if not isinstance(base, str) or not base or kind != "LORA":
         raise InputError(f"adapter {folder}: found a {kind} of base {base}, expected a LORA that names its base")
     base_folder = find_path(base) or find_moved(Path(base), folder.resolve())
     if not base_folder and Path(base).is_absolute():
         raise InputError(f"adapter {folder}: found no {base}, expected its base as {ADAPTER_CONFIG} says")
     return str(base_folder or base), folder
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """Read PEFT's settings of an adapter.
+
+    Raises:
+        InputError: they are no JSON object.
+    """
+    with explain_errors(f"adapter {folder}: its {ADAPTER_CONFIG} cannot be read"):
+        settings = read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(settings, dict):
+        raise InputError(f"adapter {folder}: found {ADAPTER_CONFIG} without an object, expected PEFT's settings")
+    return settings
 
 
 def find_moved(base: Path, adapter: Path) -> Path | None:
@@ -69,7 +85,7 @@ def check_adapter(folder: Path, config: Config) -> None:
     Raises:
         InputError: training would lose a setting of the adapter, or the configuration has another rank or scale.
     """
-    settings = read_json(folder / ADAPTER_CONFIG)
+    settings = adapter_settings(folder)
     unsupported = [name for name, value in settings.items() if value and name not in SUPPORTED]
     if settings.get("init_lora_weights", True) not in KEEPS_BASE:
         unsupported.append("init_lora_weights")
@@ -79,12 +95,17 @@ def check_adapter(folder: Path, config: Config) -> None:
             f"adapter {folder}: found {name}: {settings[name]!r}, which training cannot go on with; expected an "
             "adapter without it, or a whole model (PEFT's merge_and_unload makes one)"
         )
-    for name, value in (("lora_r", settings["r"]), ("lora_alpha", settings["lora_alpha"])):
+    for name, value in (("lora_r", settings.get("r")), ("lora_alpha", settings.get("lora_alpha"))):
         if getattr(config, name) != value:
             raise InputError(
                 f"{name}: found {getattr(config, name)}, but the adapter {folder}, with which training goes on, "
                 f"has {value}; expected the same"
             )
+
+
+def revision_of_base(adapter: Path) -> str:
+    """Return the revision that an adapter's settings name for its base on the hub."""
+    return adapter_settings(adapter).get("revision") or "main"
 
 
 def revision_of(name: Path | str, config: Config) -> str:
@@ -94,7 +115,7 @@ def revision_of(name: Path | str, config: Config) -> str:
     """
     _, adapter = base_and_adapter(name)
     if adapter:
-        return read_json(adapter / ADAPTER_CONFIG).get("revision") or "main"
+        return revision_of_base(adapter)
     return config.model_revision if str(name) == config.model_name_or_path else "main"
 
 
@@ -103,7 +124,10 @@ def has_adapter(model: Any) -> bool:
 
 
 def add_lora(model: Any, config: Config, reward: bool) -> Any:
-    """Return ``model`` with a new, seeded adapter, which does not change the model's outputs yet."""
+    """Return ``model`` with a new, seeded adapter, which does not change the model's outputs yet.
+
+    ``lora_target_modules: all-linear`` leaves out the routers of a mixture of experts.
+    """
     import peft
 
     torch.manual_seed(config.seed)
@@ -113,7 +137,31 @@ def add_lora(model: Any, config: Config, reward: bool) -> Any:
         target_modules=config.lora_target_modules,
         exclude_modules=["score"] if reward else None,
     )
-    return wrap(model, settings, reward)
+    model = wrap(model, settings, reward)
+    if config.lora_target_modules == "all-linear":
+        leave_out_routers(model)
+    return model
+
+
+def leave_out_routers(model: Any) -> None:
+    """Take the adapter off the layers that choose experts, and note in its settings that they have none.
+
+    A router that changes sends tokens to other experts, so that a small step may change the policy much.
+    """
+    import peft
+
+    settings = model.peft_config["default"]
+    routers = {
+        name.removeprefix("base_model.model."): layer.get_base_layer()
+        for name, layer in model.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer) and ROUTER.search(name)
+    }
+    for name, layer in routers.items():
+        model.base_model.model.set_submodule(name, layer)
+    if routers:
+        settings.exclude_modules = [*(settings.exclude_modules or []), *routers]
+        if settings.target_parameters:
+            settings.target_parameters = {name for name in settings.target_parameters if not ROUTER.search(name)}
 
 
 def load_lora(model: Any, folder: Path, reward: bool) -> Any:
@@ -124,14 +172,13 @@ def load_lora(model: Any, folder: Path, reward: bool) -> Any:
     """
     import peft
 
-    settings = peft.LoraConfig.from_pretrained(str(folder))
-    settings.inference_mode = False
-    model = wrap(model, settings, reward)
-    try:
+    with explain_errors(f"adapter {folder}: its settings cannot be used"):
+        settings = peft.LoraConfig.from_pretrained(str(folder))
+        settings.inference_mode = False
+        model = wrap(model, settings, reward)
+    with explain_errors(f"adapter {folder}: its weights cannot be loaded"):
         weights = peft.utils.load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError) as error:
-        raise InputError(f"adapter {folder}: its weights cannot be loaded ({error})") from error
-    report: Any = peft.set_peft_model_state_dict(model, weights)
+        report: Any = peft.set_peft_model_state_dict(model, weights)
     missing = [name for name in report.missing_keys if "lora_" in name]
     for article, names in (("no", missing), ("an unexpected", report.unexpected_keys)):
         if names:
@@ -154,7 +201,8 @@ def wrap(model: Any, settings: Any, reward: bool) -> Any:
         model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
         raise InputError(f"lora_target_modules: found {settings.target_modules!r} ({error})") from error
-    if model.config.get_text_config().tie_word_embeddings and hasattr(model.get_input_embeddings(), "lora_embedding_A"):
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)  # a few families lack the key
+    if tied and hasattr(model.get_input_embeddings(), "lora_embedding_A"):
         raise InputError("lora_target_modules: found the embeddings, which the LM head shares; expected other modules")
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # PEFT makes them fp32 on a 4-bit base; DeepSpeed trains one dtype
@@ -175,6 +223,7 @@ def save_lora(folder: Path, model: Any, state: dict[str, Tensor], base: str, at:
     settings.revision = None if local else at
     model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
+    check_saved(folder, tokenizer, {name.replace(".default", ""): tensor for name, tensor in state.items()})
 
 
 def merge(model: Any, label: str) -> Any:

@@ -16,7 +16,8 @@ from irlfast.data.packing import Layout, PromptGroup
 from irlfast.models.attention import arrange
 from irlfast.models.checks import can_share_prompts, check_forward, check_layout, check_logits
 from irlfast.models.costs import Costs, costs_of
-from irlfast.models.load import is_reward_model, load_model, load_to_train
+from irlfast.models.load import is_reward_model, load_model, load_to_train, trains_split
+from irlfast.models.split import runnable
 from irlfast.ops import Head
 from irlfast.ops.common.heads import linear_module, scale_and_softcap, unwrapped
 
@@ -41,6 +42,37 @@ class PreparedModel(NamedTuple):
         return Head(self.head_module.weight, self.head_module.bias, self.logit_scale, self.logit_softcap)
 
 
+KEPT: dict[tuple[str, ...], Any] = {}  # the language model that was loaded last, by what it was loaded with
+
+
+def frozen_model(name: Path | str, config: Config, heads: int = 0, in_4bit: bool = False) -> Any:
+    """Load a frozen model on this process's device. A language model that was loaded last is there still.
+
+    So a policy is loaded once to answer, to score and to train, where nothing else is loaded in between.
+
+    Raises:
+        InputError: as :func:`irlfast.models.load.load_model`.
+    """
+    key = key_of(name, config, in_4bit)
+    if heads or key not in KEPT:
+        forget()
+        model = load_model(name, config, heads, in_4bit).to(dist.device()).eval()
+        if heads:
+            return model
+        KEPT[key] = model
+    return KEPT[key]
+
+
+def forget() -> None:
+    """Give up the model that was loaded last: another one, or vLLM, takes its memory."""
+    KEPT.clear()
+
+
+def key_of(name: Path | str, config: Config, in_4bit: bool) -> tuple[str, ...]:
+    keys = (config.dtype, config.attn_implementation, config.model_revision, config.trust_remote_code)
+    return (str(name), *map(str, keys), str(in_4bit))
+
+
 def prepare_to_score(
     name: Path | str, config: Config, groups: Sequence[PromptGroup], heads: int = 0, in_4bit: bool = False
 ) -> PreparedModel:
@@ -49,7 +81,7 @@ def prepare_to_score(
     Raises:
         InputError: as :func:`irlfast.models.load.load_model` and :func:`prepare_model`.
     """
-    return prepare_model(load_model(name, config, heads, in_4bit).to(dist.device()).eval(), config, groups)
+    return prepare_model(frozen_model(name, config, heads, in_4bit), config, groups)
 
 
 def prepare_to_train(
@@ -60,7 +92,10 @@ def prepare_to_train(
     Raises:
         InputError: as :func:`irlfast.models.load.load_model` and :func:`prepare_model`.
     """
-    model = load_to_train(name, config, reward=reward, in_4bit=config.load_in_4bit)
+    whole = not reward and not trains_split(config, reward, config.load_in_4bit)
+    kept = KEPT.get(key_of(name, config, config.load_in_4bit)) if whole else None
+    forget()  # training changes the model
+    model = load_to_train(name, config, reward=reward, in_4bit=config.load_in_4bit, loaded=kept)
     return prepare_model(model.to(dist.device()).eval(), config, groups)
 
 
@@ -79,13 +114,14 @@ def prepare_model(model: Any, config: Config, groups: Sequence[PromptGroup]) -> 
     except ValueError as error:
         raise InputError(str(error)) from error
     head = Head(module.weight, module.bias, scale, softcap)
-    separate_states = check_forward(base)
-    if not reward:
-        check_logits(base, head, separate_states)
     costs = costs_of(base, head.weight)
-    layout = arrange(base, config, costs, groups, can_share_prompts(base, separate_states))
-    if layout.one_row:
-        check_layout(base, layout, separate_states)
+    with runnable(model, config):
+        separate_states = check_forward(base)
+        if not reward:
+            check_logits(base, head, separate_states)
+        layout = arrange(base, config, costs, groups, can_share_prompts(base, separate_states))
+        if layout.one_row:
+            check_layout(base, layout, separate_states)
     layout = layout._replace(
         keep_last_token=reward,
         answer_cost=costs.answer_token / costs.token,

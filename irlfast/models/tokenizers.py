@@ -1,10 +1,11 @@
 """Tokenizers: loaded, or trained on the run's own texts."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from irlfast.common.files import InputError, find_path
-from irlfast.common.messages import first_sentence
+from irlfast.common.files import find_path
+from irlfast.common.messages import explain_errors
 from irlfast.config import Config
 
 END_TOKEN = "<|endoftext|>"
@@ -22,19 +23,18 @@ def load_tokenizer(config: Config, texts: Iterable[str]) -> Any:
         return train_tokenizer(texts, config.train_tokenizer)
     name = config.tokenizer_name_or_path or config.model_name_or_path
     assert name
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
+    with explain_errors(f"tokenizer {name}: cannot be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(find_path(name) or name),
             revision=config.model_revision if name == config.model_name_or_path else "main",
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {name}: cannot be loaded ({first_sentence(error)})") from error
+        tokenizer("a")  # hostile settings are met here, before a row
+        return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     """Train a byte-level BPE tokenizer of ``vocabulary`` tokens: it can encode any text."""
-    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -47,6 +47,20 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return wrapped(tokenizer)
+
+
+def load_trained(file: Path) -> Any:
+    """Load a tokenizer that :func:`train_tokenizer` made, from the file of its ``backend_tokenizer``."""
+    from tokenizers import Tokenizer
+
+    return wrapped(Tokenizer.from_file(str(file)))
+
+
+def wrapped(tokenizer: Any) -> Any:
+    """Make a tokenizer of Transformers of one of the library ``tokenizers``."""
+    import transformers
+
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token=END_TOKEN, clean_up_tokenization_spaces=False
     )

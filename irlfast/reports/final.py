@@ -2,28 +2,26 @@
 
 import copy
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-import irlfast
 from irlfast.common import dist
-from irlfast.common.files import read_json, write, write_json, write_text
+from irlfast.common.artefacts import intact, keep
+from irlfast.common.files import copy_folder, read_json, write_json, write_text
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.encoding import Encoder
 from irlfast.engine.process_group import destroy_process_group
 from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import base_and_adapter, merge
-from irlfast.reports.metrics import HELD_OUT
+from irlfast.models.saved import check_saved
+from irlfast.reports.card import COLUMNS, cell, policy_card, reward_card
 from irlfast.reports.page import write_report
-from irlfast.runs.hub import card_metadata, upload
+from irlfast.runs.hub import upload
 from irlfast.runs.run import Run
-
-COLUMNS = [metric for metric in HELD_OUT if metric.card]
 
 
 def finish(run: Run, policies: dict[str, Path | str], metrics: list[dict[str, Any]]) -> None:
@@ -31,14 +29,14 @@ def finish(run: Run, policies: dict[str, Path | str], metrics: list[dict[str, An
     kept, why = choose(run.config, metrics)
     final = run.output / "final"
     if dist.is_main():
-        if not final.exists() or read_json(final / "policy.json") != policy_json(kept, why, metrics):
-            write(final, lambda temporary: save_final(temporary, run, policies[kept], kept, why, metrics))
+        if not intact(final) or read_json(final / "policy.json") != policy_json(kept, why, metrics):
+            keep(final, lambda temporary: save_final(temporary, run, policies, kept, why, metrics))
         report = write_report(run.output)
         print_table(metrics, kept)
-        log(f"policy: {final} (from {kept}: {why})\nreport: {report}")
+        log(f"policy: {final} (from {kept}: {why})")
+        log(f"report: {report}")
         if run.config.push_to_hub:
             upload(run.config, final)
-    dist.barrier()
     destroy_process_group()
 
 
@@ -47,33 +45,17 @@ def finish_reward(run: Run, reward: Path) -> None:
     final = run.output / "final"
     if dist.is_main():
         metrics = read_json(reward.parent / "eval.json")
-        if not final.exists():
-            write(final, lambda temporary: save_reward(temporary, run, reward, metrics))
+        if not intact(final):
+            keep(final, lambda temporary: save_reward(temporary, run, reward, metrics))
         log(f"reward model: {final}")
         if run.config.push_to_hub:
             upload(run.config, final)
-    dist.barrier()
     destroy_process_group()
 
 
 def save_reward(folder: Path, run: Run, reward: Path, metrics: dict[str, Any]) -> None:
-    shutil.copytree(reward, folder)
-    write_text(folder / "README.md", reward_card(run.config, metrics))
-
-
-def reward_card(config: Config, metrics: dict[str, Any]) -> str:
-    numbers = {name.replace("_", " "): value for name, value in metrics.items() if name != "phase"}
-    rows = "\n".join(f"| {name} | {value:,.3f} |" for name, value in numbers.items())
-    return f"""{card_metadata(config, "text-classification", "reward-model")}
-# A reward model learned from demonstrations with irlfast {irlfast.__version__}
-
-Loss `{config.reward_loss}` on pairs `{config.reward_data}` of `{config.dataset_name}`, per {config.reward_level}. It
-reads prompt and answer, end token included, in the policy's template; several labels are the heads of an ensemble.
-
-| held-out | |
-| --- | --- |
-{rows}
-"""
+    copy_folder(reward, folder)
+    write_text(folder / "README.md", reward_card(run.config, read_json(run.output / "data.json"), metrics))
 
 
 def choose(config: Config, metrics: list[dict[str, Any]]) -> tuple[str, str]:
@@ -93,14 +75,19 @@ def policy_json(kept: str, why: str, metrics: list[dict[str, Any]]) -> dict[str,
     return {"kept": kept, "why": why, "phases": [row["phase"] for row in metrics]}
 
 
-def save_final(folder: Path, run: Run, policy: Path | str, kept: str, why: str, metrics: list[dict[str, Any]]) -> None:
+def save_final(
+    folder: Path, run: Run, policies: dict[str, Path | str], kept: str, why: str, metrics: list[dict[str, Any]]
+) -> None:
+    policy = policies[kept]
     if isinstance(policy, Path) and not base_and_adapter(policy)[1]:
-        shutil.copytree(policy, folder)
+        copy_folder(policy, folder)
     else:
         save_pretrained(folder, merge(load_model(policy, run.config), str(policy)), run.encoder.tokenizer)
     name_end_tokens(folder, run.encoder)
     write_json(folder / "policy.json", policy_json(kept, why, metrics))
-    write_text(folder / "README.md", model_card(run.config, kept, why, metrics))
+    deleted = [phase for phase, path in policies.items() if isinstance(path, Path) and not path.exists()]
+    data = read_json(run.output / "data.json")
+    write_text(folder / "README.md", policy_card(run.config, data, kept, why, metrics, deleted))
 
 
 def name_end_tokens(folder: Path, encoder: Encoder) -> None:
@@ -124,31 +111,7 @@ def name_end_tokens(folder: Path, encoder: Encoder) -> None:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(encoder.end_id)
     if tokenizer.apply_chat_template(question, tokenize=False) == before:
         tokenizer.save_pretrained(folder)
-
-
-def model_card(config: Config, kept: str, why: str, metrics: list[dict[str, Any]]) -> str:
-    rows = [f"| {row['phase']} | " + " | ".join(card_cells(row)) + " |" for row in metrics]
-    return f"""{card_metadata(config, "text-generation", config.method)}
-# A policy trained from demonstrations with irlfast {irlfast.__version__}
-
-Method `{config.method}` on `{config.dataset_name}`; this is the policy of `{kept}` ({why}).
-
-| held-out, after | {" | ".join(metric.card for metric in COLUMNS)} |
-| --- | {" | ".join("---" for _ in COLUMNS)} |
-{chr(10).join(rows)}
-
-Reward accuracy: the share of (demonstration, sample of the first policy) pairs whose implicit reward
-log π(y|x) − log π_first(y|x) is higher for the demonstration.
-"""
-
-
-def card_cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells of one phase in the closing table and the model card."""
-    cells = []
-    for metric in COLUMNS:
-        value = row[metric.key]
-        cells.append("–" if value is None else f"{metric.card_sign * value:{metric.card_form}}")
-    return cells
+    check_saved(folder, tokenizer, {})
 
 
 def print_table(metrics: list[dict[str, Any]], kept: str) -> None:
@@ -157,5 +120,7 @@ def print_table(metrics: list[dict[str, Any]], kept: str) -> None:
     for metric in COLUMNS:
         table.add_column(metric.card, justify="right")
     for row in metrics:
-        table.add_row(row["phase"] + (" (kept)" if row["phase"] == kept else ""), *card_cells(row))
+        table.add_row(
+            row["phase"] + (" (kept)" if row["phase"] == kept else ""), *(cell(metric, row) for metric in COLUMNS)
+        )
     Console(width=100).print(table)

@@ -1,10 +1,13 @@
 """The metrics that a run reports: add a metric here, and the page, the closing table and the model card show it.
 
 ``HELD_OUT`` lists the values of ``eval.json``, which ``evaluation/heldout.py`` measures. ``TRAINING`` lists the panels
-of the values in ``metrics.jsonl``, which a loss or ``engine/`` logs.
+of the values in ``metrics.jsonl``, which a loss or ``engine/`` logs; ``SPEED`` lists the columns of the table of speed.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class HeldOutMetric(NamedTuple):
@@ -46,9 +49,23 @@ HELD_OUT = (
     HeldOutMetric(
         "answer_length", "answer, tokens", ",.1f", "Answer length", "tokens", card="answer tokens", card_form=".1f"
     ),
+    HeldOutMetric("preference_gap", "gap, nats ↑", ",.2f", "Log-probability gap", "nats, chosen − rejected", level=0.0),
+    HeldOutMetric(
+        "preference_accuracy",
+        "preference accuracy ↑",
+        ".1%",
+        "Preference accuracy",
+        "share of pairs, chosen above rejected; line: chance",
+        level=0.5,
+    ),
     HeldOutMetric("count", "prompts", ",.0f"),
     HeldOutMetric("seconds", "evaluation, s", ",.1f"),
 )
+
+
+def measured_in(evals: dict[str, dict[str, Any]]) -> list[HeldOutMetric]:
+    """Return the held-out metrics that at least one policy has."""
+    return [metric for metric in HELD_OUT if any(row.get(metric.key) is not None for row in evals.values())]
 
 
 class TrainingMetric(NamedTuple):
@@ -78,5 +95,24 @@ TRAINING = (
     ),
     TrainingMetric("Answer length", "tokens", ("length/chosen", "length/rejected")),
     TrainingMetric("Throughput", "tokens per second", ("tokens_per_second",)),
+    TrainingMetric("Memory", "GiB of the main process", ("memory_gib",), optional=True),
 )
 TRAINING_KEYS = [key for metric in TRAINING for key in metric.keys]
+
+
+class SpeedMetric(NamedTuple):
+    """A column of the table of speed: one number per phase, from a value of ``metrics.jsonl``."""
+
+    key: str  # the name in metrics.jsonl
+    column: str  # the head of the column
+    form: str  # how the page writes the number
+    summary: Callable[[np.ndarray], float] = np.median  # of the values of all steps
+
+
+SPEED = (
+    SpeedMetric("tokens_per_second", "tokens per second", ",.0f"),
+    SpeedMetric("answer_tokens_per_second", "answer tokens per second", ",.0f"),
+    SpeedMetric("tflops", "TFLOP per second and device", ",.3g"),
+    SpeedMetric("mfu", "model FLOPs utilisation", ".1%"),
+    SpeedMetric("memory_gib", "most memory, GiB", ",.2f", np.max),
+)

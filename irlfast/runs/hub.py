@@ -1,13 +1,12 @@
-"""The Hugging Face hub: whether it can be reached, the upload of ``final/``, and the metadata of a model card."""
+"""The Hugging Face hub: whether it can be reached, and the upload of ``final/``."""
 
 import os
 import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
-from irlfast.common.files import InputError, find_path
+from irlfast.common.files import InputError
 from irlfast.config import Config
 
 TIMEOUT = 3.0  # seconds
@@ -41,11 +40,14 @@ def create_repository(config: Config) -> None:
     """Create the repository ``hub_model_id`` if it does not exist, before training starts for an impossible upload.
 
     Raises:
-        InputError: the hub is out of reach, or refuses, or has a public repository where ``hub_private`` is set.
+        InputError: there is no token, the hub is out of reach, or refuses, or has a public repository where
+            ``hub_private`` is set.
     """
     import huggingface_hub
 
     assert config.hub_model_id
+    if not huggingface_hub.get_token():
+        raise InputError("push_to_hub: found no token of the hub; expected HF_TOKEN, or `hf auth login` before")
     try:
         name = huggingface_hub.create_repo(config.hub_model_id, private=config.hub_private, exist_ok=True).repo_id
         private = huggingface_hub.repo_info(name).private
@@ -77,35 +79,3 @@ def upload(config: Config, folder: Path) -> None:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def card_metadata(config: Config, pipeline_tag: str, *tags: str) -> str:
-    """Return the YAML head of a model card. It names the base model and the datasets only if they can be on the hub."""
-    import huggingface_hub
-
-    sources = config.dataset_name if isinstance(config.dataset_name, list) else [config.dataset_name]
-    data = huggingface_hub.ModelCardData(
-        base_model=next(iter(hub_names([config.model_name_or_path])), None),
-        datasets=hub_names([getattr(source, "name", source) for source in sources]) or None,
-        library_name="transformers",
-        pipeline_tag=pipeline_tag,
-        tags=["irlfast", *tags],
-    )
-    return f"---\n{data.to_yaml()}\n---\n"
-
-
-def hub_names(names: list[Any]) -> list[str]:
-    """Return the names that are valid on the hub and are no files or folders here."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    valid = []
-    for name in names:
-        if name is None or find_path(name) or Path(name).suffix in (".json", ".jsonl", ".parquet", ".csv"):
-            continue
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            continue
-        valid.append(name)
-    return valid

@@ -1,12 +1,11 @@
 """The record that every part of a run is given."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from irlfast.config import Config
 from irlfast.data.encoding import Encoder
-from irlfast.data.store import Example, Rows
+from irlfast.data.store import NONE, Examples, Rows
 from irlfast.runs.metrics_log import MetricsLog
 
 
@@ -15,8 +14,8 @@ class Run(NamedTuple):
     output: Path  # output_dir
     initial: Path | str  # the policy that the run starts from: a folder, or a name on the hub
     encoder: Encoder
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     metrics_log: MetricsLog
     rows: Rows | None  # the rows of data/rows.jsonl that the examples were made from; None where no reward reads them
-    prompts: Sequence[Example] = ()  # without answers; the policy answers them beside those of the demonstrations
+    prompts: Examples = NONE  # without answers; the policy answers them beside those of the demonstrations

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.data.packing import Batch, PromptGroup
 from irlfast.ops import Head
@@ -37,7 +38,7 @@ def feature_rewards(run: Run, groups: Sequence[PromptGroup], path: Path) -> Sequ
         for x in groups
     ]
     trained = run.output / "sft" / "policy"
-    model = trained if trained.exists() else run.initial
+    model = trained if dist.on_main(trained.exists) else run.initial
     scores = score(run, model, whole, path, features, depths=config.feature_reward)
     rewards = []
     for each in scores:

@@ -1,6 +1,7 @@
 """Sample the policy's own answers to prompts: token ids in, token ids out, in shards that survive a kill.
 
-The answers of a shard depend only on its prompts and its seed, not on the process that samples them or on other shards.
+Every answer has a seed of its own (:mod:`irlfast.sampling.shards`), and the processes of the run share the shards out
+as they go (:mod:`irlfast.sampling.work_queue`).
 """
 
 import functools
@@ -8,93 +9,185 @@ import itertools
 import math
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from irlfast.common import dist
-from irlfast.common.files import read_json, read_jsonl, remove, write, write_json, write_jsonl
-from irlfast.common.messages import Progress
+from irlfast.common import dist, stop
+from irlfast.common.artefacts import intact, keep_jsonl
+from irlfast.common.files import InputError, read_jsonl, remove
+from irlfast.common.messages import Progress, log
+from irlfast.common.movement import waiting
+from irlfast.common.time_left import CLOCK
+from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example, TokenIds
 from irlfast.models.configs import embedding_rows
 from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import merge
+from irlfast.models.prepare import forget
 from irlfast.models.tokenizers import unused_ids
 from irlfast.runs.run import Run
-from irlfast.sampling.vllm_sampler import Shard, UnsupportedAdapter, generate_vllm
+from irlfast.sampling.gpus import leads_engine
+from irlfast.sampling.shards import Part, Request, Sampling, Shard, parts_of
+from irlfast.sampling.transformers_sampler import transformers_answers
+from irlfast.sampling.vllm_sampler import MOST_AT_ONCE, UnsupportedAdapter, generate_vllm
+from irlfast.sampling.vllm_servers import server_answers
+from irlfast.sampling.work_queue import Queue, WorkerLost, new_queue
 
-SHARD_SIZE = 1024  # prompts at most: no sampler has larger batches, and a kill loses little
-
-
-class Sampling(NamedTuple):
-    """The settings that answers are sampled with."""
-
-    temperature: float  # 0 is greedy
-    top_p: float  # 1 keeps every token
-    top_k: int  # 0 keeps every token
-    seed: int  # of the first shard; each later shard adds its number
+Answers = Iterator[tuple[int, list[list[int]]]]  # (number of a shard, its answers, those to one prompt together)
+AHEAD: dict[Path, float] = {}  # seconds that the answers in a folder took before they were asked for
+PAUSE = 0.1  # seconds between two looks for shards that other workers give back
 
 
-GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
-DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
-
-
-def sample(run: Run, policy: Path | str, examples: list[Example], folder: Path, sampling: Sampling) -> list[TokenIds]:
+def sample(
+    run: Run, policy: Path | str, examples: Sequence[Example], folder: Path, sampling: Sampling
+) -> list[TokenIds]:
     """Sample one answer of ``policy`` to each example's prompt; return the answers' ids in the examples' order.
 
-    An answer ends with an end token, unless ``max_new_tokens`` cut it. Shards that are in ``folder`` already are kept.
-    Each process samples its share of the shards, and returns all answers.
+    An answer ends with an end token, unless ``max_new_tokens`` cut it. Shards that are in ``folder`` and intact are
+    kept. The processes share the others out, and each returns all answers.
     """
-    by_length = sorted(range(len(examples)), key=lambda i: (-len(examples[i].prompt_ids), i))
-    size = shard_size(folder, len(examples), run.config.use_vllm)
-    cuts = [by_length[start : start + size] for start in range(0, len(examples), size)]
-    paths = [folder / f"{number:05d}.jsonl" for number in range(len(cuts))]
-    mine = [
-        Shard(number, [examples[i].prompt_ids for i in cut], sampling.seed + number)
-        for number, cut in enumerate(cuts)
-        if number % dist.world_size() == dist.rank() and not paths[number].exists()
-    ]
-    dist.free_memory()
-    if mine:
-        generate = vllm_answers if run.config.use_vllm else transformers_answers
-        for number, answers in with_progress(generate(run, policy, mine, sampling), mine, folder):
-            texts = run.encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            rows = [
-                {"index": i, "prompt": prompt_of(run, examples[i]), "answer": text, "answer_ids": ids}
-                for i, ids, text in zip(cuts[number], answers, texts, strict=True)
-            ]
-            write_jsonl(paths[number], rows)
-    dist.barrier()
-    return read_samples(folder)
-
-
-def shard_size(folder: Path, count: int, use_vllm: bool) -> int:
-    """Return the number of prompts per shard.
-
-    With vLLM every process gets the same number of shards, and a folder with some samples keeps the size that it began
-    with. With Transformers the size is fixed, so that the answers do not depend on the number of processes.
-    """
-    if not use_vllm:
-        return SHARD_SIZE
-    path, processes = folder / "shards.json", dist.world_size()
-    if dist.is_main() and not path.exists():
-        rounds = math.ceil(count / (SHARD_SIZE * processes))
-        write_json(path, {"prompts": math.ceil(count / (rounds * processes)) if processes > 1 else SHARD_SIZE})
-    dist.barrier()
-    return read_json(path)["prompts"]
+    return answers_to(policy, Request(run, examples, 1, folder, sampling))
 
 
 def sample_groups(
-    run: Run, policy: Path | str, examples: list[Example], n: int, folder: Path, sampling: Sampling
+    run: Run, policy: Path | str, examples: Sequence[Example], n: int, folder: Path, sampling: Sampling
 ) -> list[PromptGroup]:
     """Sample ``n`` answers to each example's prompt, and return each prompt with its answers."""
-    answers = iter(sample(run, policy, [example for example in examples for _ in range(n)], folder, sampling))
+    return groups_of(policy, Request(run, examples, n, folder, sampling))
+
+
+def groups_of(policy: Path | str, request: Request) -> list[PromptGroup]:
+    """Sample what is missing of a request, and return each prompt with its answers."""
+    answers = iter(answers_to(policy, request))
     return [
-        PromptGroup(example.prompt_ids, tuple(itertools.islice(answers, n)), row=example.row) for example in examples
+        PromptGroup(example.prompt_ids, tuple(itertools.islice(answers, request.n)), row=example.row)
+        for example in request.examples
     ]
+
+
+def answers_to(policy: Path | str, request: Request) -> list[TokenIds]:
+    """Sample what is missing of a request, and return all its answers, those to one prompt together."""
+    sample_all(policy, [request])
+    sampled = read_samples([part.path for part in parts_of(request)])
+    log_doubts(request.label(), sampled, request.run)
+    return sampled
+
+
+def sample_ahead(policy: Path | str, requests: Sequence[Request]) -> None:
+    """Sample what is missing of several requests to one policy before they are asked for, by one start of each sampler.
+
+    :func:`begin` counts the time for what asks for them later.
+    """
+    begun = time.perf_counter()
+    sample_all(policy, requests)
+    seconds = time.perf_counter() - begun
+    answers = sum(len(request.examples) * request.n for request in requests) or 1
+    for request in requests:
+        AHEAD[request.folder] = seconds * len(request.examples) * request.n / answers
+
+
+def begin(*folders: Path) -> float:
+    """Return the time now, less the seconds for which answers in these folders were sampled ahead."""
+    return time.perf_counter() - sum(AHEAD.pop(folder, 0.0) for folder in folders)
+
+
+def sample_all(policy: Path | str, requests: Sequence[Request]) -> None:
+    """Sample what is missing of several requests to one policy, by one start of each sampler."""
+    parts = [part for request in requests for part in parts_of(request)]
+    there = dist.on_main(lambda: [intact(part.path) for part in parts])
+    missing = [part for part, is_there in zip(parts, there, strict=True) if not is_there]
+    if missing:
+        sample_parts(policy, missing)
+
+
+def sample_parts(policy: Path | str, parts: Sequence[Part]) -> None:
+    """Sample the parts of requests, each by the process that claims it.
+
+    Raises:
+        InputError: no process leads an engine of vLLM.
+        WorkerLost: the engines of all processes are gone.
+    """
+    run, label = parts[0].request.run, ", ".join(dict.fromkeys(part.request.label() for part in parts))
+    forget()
+    dist.free_memory()
+    queue = new_queue(len(parts))
+    samples = is_worker(run.config)
+    workers = sum(dist.all_gather_object(samples))
+    if not workers:
+        raise InputError(
+            f"vllm_tensor_parallel_size: found {run.config.vllm_tensor_parallel_size}, but no process has so many GPUs "
+            "from its own on; expected at most the GPUs of one machine that all its processes see"
+        )
+    with stop.held(f"a shard of {label}"):
+        if samples:
+            for number, answers in with_progress(answers_from(queue, policy, parts, workers), parts, queue, label):
+                keep_answers(parts[number], answers)
+                queue.finish(number)
+        dist.barrier()
+
+
+def is_worker(config: Config) -> bool:
+    """Return whether this process samples. With vLLM, only the first one of each group of GPUs does.
+
+    The first process of the run asks all servers.
+    """
+    if config.vllm_server:
+        return dist.is_main()
+    return not config.use_vllm or leads_engine(config.vllm_tensor_parallel_size)
+
+
+def answers_from(queue: Queue, policy: Path | str, parts: Sequence[Part], workers: int) -> Answers:
+    """Yield this process's share of the answers, until all are there or it was asked to stop."""
+
+    def claim() -> Shard | None:
+        number = None if stop.asked() else queue.claim()
+        return None if number is None else parts[number].shard(number)
+
+    run = parts[0].request.run
+    generate = functools.partial(transformers_answers, run, policy, claim)
+    if run.config.use_vllm:
+        share = math.ceil(sum(map(answer_count, parts)) / workers)
+        longest = max(part.request.longest() for part in parts)
+        generate = functools.partial(vllm_answers, run, policy, claim, queue, longest, min(share, MOST_AT_ONCE))
+    while not stop.asked() and queue.finished() < queue.size:
+        if not queue.has_more():
+            with waiting():
+                time.sleep(PAUSE)
+            continue
+        try:
+            yield from generate()
+        except WorkerLost as error:
+            queue.give_back()
+            if queue.leave() == workers:
+                raise
+            log(f"process {dist.rank()}: {error}; the other processes answer its prompts")
+            return
+
+
+def answer_count(part: Part) -> int:
+    return len(part.chosen) * part.request.n
+
+
+def keep_answers(part: Part, answers: Sequence[list[int]]) -> None:
+    """Keep the answers to a part's prompts in its file: a row for each answer, with its number in the request."""
+    run, examples, n, *_ = part.request
+    texts = run.encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    numbers = [(i, i * n + k) for i in part.chosen for k in range(n)]
+    rows = [
+        {"index": number, "prompt": prompt_of(run, examples[i]), "answer": text, "answer_ids": ids}
+        for (i, number), ids, text in zip(numbers, answers, texts, strict=True)
+    ]
+    keep_jsonl(part.path, rows)
+
+
+def log_doubts(label: str, answers: Sequence[TokenIds], run: Run) -> None:
+    """Warn if little can be learned from the answers."""
+    if answers and not any(answer[-1] in run.encoder.ends for answer in answers):
+        log(f"warning: {label}: no answer ended within max_new_tokens ({run.config.max_new_tokens:,})")
+    if answers and all(len(answer) == 1 for answer in answers):
+        log(f"warning: {label}: every answer is a single token")
 
 
 def prompt_of(run: Run, example: Example) -> str:
@@ -102,109 +195,62 @@ def prompt_of(run: Run, example: Example) -> str:
     return run.encoder.tokenizer.decode(example.prompt_ids.tolist())
 
 
-def read_samples(folder: Path) -> list[TokenIds]:
+def read_samples(shards: Sequence[Path]) -> list[TokenIds]:
     """Read the sampled answers' ids, in the order of the prompts."""
-    rows = (row for path in sorted(folder.glob("*.jsonl")) for _, row in read_jsonl(path))
+    rows = (row for path in shards for _, row in read_jsonl(path))
     answers = {row["index"]: array("i", row["answer_ids"]) for row in rows}
     return [answers[i] for i in range(len(answers))]
 
 
-def with_progress(
-    results: Iterator[tuple[int, list[list[int]]]], shards: list[Shard], folder: Path
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """Pass the results on, and show how many prompts are answered and the tokens per second."""
-    begun, tokens = time.perf_counter(), 0
-    sizes = {shard.number: len(shard.prompts) for shard in shards}
-    label = f"{folder.parent.name}/{folder.name}"
-    with Progress(label, sum(sizes.values()), "prompt", seconds=10.0) as progress:
+def with_progress(results: Answers, parts: Sequence[Part], queue: Queue, label: str) -> Answers:
+    """Pass this process's results on. Show how many answers all processes have sampled, and its tokens per second."""
+    begun, tokens, shown = time.perf_counter(), 0, 0
+    total = sum(map(answer_count, parts))
+    with Progress(label, total, "answer", seconds=10.0) as progress:
         for number, answers in results:
             yield number, answers
             tokens += sum(map(len, answers))
-            progress.advance(sizes[number])
+            done = round(total * queue.finished() / len(parts))
+            progress.advance(done - shown)
+            CLOCK.answer(done - shown)
+            shown = done
             progress.show(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s")
 
 
 def vllm_answers(
-    run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """Yield (shard number, answers) by vLLM. An adapter that vLLM does not support is merged into its base first."""
+    run: Run,
+    policy: Path | str,
+    claim: Callable[[], Shard | None],
+    queue: Queue,
+    longest: int,
+    at_once: int,
+) -> Answers:
+    """Yield answers by vLLM, or by servers. An adapter that vLLM does not support is merged into its base first.
+
+    ``longest`` is the length of the longest prompt with its answer; ``at_once`` as for :func:`generate_vllm`.
+    """
     config = run.config
-    answers_of = functools.partial(
+    never = unused_ids(run.encoder.tokenizer, embedding_rows(config, policy))
+    answers_of: Callable[[Path | str], Answers] = functools.partial(
         generate_vllm,
-        shards=shards,
+        claim=claim,
         python=config.vllm_python,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_new_tokens=config.max_new_tokens,
-        ends=run.encoder.ends,
-        never=unused_ids(run.encoder.tokenizer, embedding_rows(config, policy)),
         dtype=config.dtype,
-        max_model_len=config.max_prompt_length + config.max_new_tokens,
+        max_model_len=longest,
+        never=never,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
+        at_once=at_once,
     )
+    if config.vllm_server:
+        answers_of = functools.partial(server_answers, claim=claim, run=run, never=never)
     try:
         yield from answers_of(policy)
     except UnsupportedAdapter:
-        merged = run.output / f"merged-{dist.rank()}"
-        model = merge(load_model(policy, config), str(policy))
-        write(merged, lambda temporary: save_pretrained(temporary, model, run.encoder.tokenizer))
+        queue.give_back()
+        merged = run.output / f"merged-{dist.rank()}.tmp"
+        model: Any = merge(load_model(policy, config), str(policy))
+        save_pretrained(merged, model, run.encoder.tokenizer)
         del model
         yield from answers_of(merged)
         remove(merged)
-
-
-@torch.no_grad()
-def transformers_answers(
-    run: Run, policy: Path | str, shards: list[Shard], sampling: Sampling
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """Yield (shard number, answers) by Transformers' ``generate``."""
-    config = run.config
-    model = load_model(policy, config).to(dist.device()).eval()
-    never = unused_ids(run.encoder.tokenizer, model.get_output_embeddings().weight.shape[0])
-    for shard in shards:
-        torch.manual_seed(shard.seed)
-        answers: list[list[int]] = []
-        for start in range(0, len(shard.prompts), config.per_device_eval_batch_size):
-            prompts = shard.prompts[start : start + config.per_device_eval_batch_size]
-            answers += generate_batch(model, prompts, run.encoder.ends, sampling, config.max_new_tokens, never)
-        yield shard.number, answers
-
-
-def generate_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    ends: Sequence[int],
-    sampling: Sampling,
-    max_new_tokens: int,
-    never: Sequence[int] = (),
-) -> list[list[int]]:
-    """Generate an answer to each prompt, up to its first token in ``ends``; ids in ``never`` are not drawn."""
-    from transformers import GenerationConfig
-
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[*[ends[0]] * (longest - len(prompt)), *prompt] for prompt in prompts])  # left-padded
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    greedy = sampling.temperature == 0
-    draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    model.generation_config = GenerationConfig()  # the checkpoint's defaults (top_k 50, penalties) would bias samples
-    generated = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=GenerationConfig(
-            do_sample=not greedy,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(ends),
-            pad_token_id=ends[0],
-            suppress_tokens=list(never) or None,
-            **draw,
-        ),
-    )
-    return [cut_at(answer, ends) for answer in generated[:, longest:].tolist()]
-
-
-def cut_at(answer: list[int], ends: Sequence[int]) -> list[int]:
-    """Return the answer up to and with its first end token. Only padding follows that token."""
-    first = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
-    return answer[: first + 1]

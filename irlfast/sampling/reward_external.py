@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.files import InputError, LocalError, find_path
-from irlfast.common.messages import Progress, first_sentence, log
+from irlfast.common.files import InputError, find_path
+from irlfast.common.messages import Progress, explain_errors, log
+from irlfast.common.movement import in_small_units
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
+from irlfast.data.plain_template import join_turns
 from irlfast.data.rows import Demonstration
 from irlfast.data.special_tokens import SafeTokenizer, control_tokens, escape_special_tokens, make_safe_tokenizer
-from irlfast.data.templates import Template, TemplateRefusal, join_turns, mend_conversation, render, without_first_turns
+from irlfast.data.templates import Template, TemplateRefusal, mend_conversation, render, without_first_turns
+from irlfast.models.load import check_missing
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_texts import cached, row_of, text_of
 
@@ -83,18 +86,17 @@ def load_external(reward: str, config: Config, begun: datetime.datetime) -> Call
     The function logs how many conversations were cut or mended. ``begun`` is the time that the chat template may write.
 
     Raises:
-        InputError: the reward model cannot be loaded, or has more than one label.
+        InputError: the reward model cannot be loaded, lacks tensors, or has more than one label.
     """
     import transformers
 
     name = str(find_path(reward) or reward)
-    try:
+    with explain_errors(f"reward model {reward}: cannot be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, trust_remote_code=config.trust_remote_code
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"reward model {reward}: cannot be loaded ({first_sentence(error)})") from error
+    check_missing(name, model, report["missing_keys"])
     if model.config.num_labels != 1:
         raise InputError(f"reward model {reward}: found {model.config.num_labels} labels, expected 1")
     model = model.to(dist.device()).eval()
@@ -129,15 +131,17 @@ def logits_of(model: Any, reader: Reader, texts: Sequence[list[int]], batch_size
     size = batch_size if padding is not None else 1
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i))
     logits = torch.empty(len(texts))
-    progress = Progress(Path(reader.name).name, len(texts), "text", seconds=10.0)
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        longest = len(texts[chosen[0]])
-        ids = torch.tensor([texts[i] + [padding or 0] * (longest - len(texts[i])) for i in chosen])
-        mask = torch.tensor([[1] * len(texts[i]) + [0] * (longest - len(texts[i])) for i in chosen])
-        logits[chosen] = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0].float().cpu()
-        progress.advance(len(chosen))
-        progress.show()
+    name = Path(reader.name).name
+    with in_small_units(name), Progress(name, len(texts), "text", seconds=10.0) as progress:
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            longest = len(texts[chosen[0]])
+            ids = torch.tensor([texts[i] + [padding or 0] * (longest - len(texts[i])) for i in chosen])
+            mask = torch.tensor([[1] * len(texts[i]) + [0] * (longest - len(texts[i])) for i in chosen])
+            outputs = model(ids.to(model.device), attention_mask=mask.to(model.device))
+            logits[chosen] = outputs.logits[:, 0].float().cpu()
+            progress.advance(len(chosen))
+            progress.show()
     return logits
 
 
@@ -165,7 +169,7 @@ def tokenize(reader: Reader, row: Demonstration) -> Tokenized:
     they lose their beginning.
 
     Raises:
-        LocalError: the chat template refuses the conversation; the error names the row.
+        InputError: the chat template refuses the conversation; the error names the row.
     """
     safe, refused = escape_special_tokens(row, reader.safe_tokenizer), False
     try:
@@ -175,7 +179,7 @@ def tokenize(reader: Reader, row: Demonstration) -> Tokenized:
         try:
             ids = ids_of(reader, safe)
         except TemplateRefusal:
-            raise LocalError(
+            raise InputError(
                 f"{row.where}: the chat template of reward model {reader.name} refuses the conversation ({refusal}); "
                 "expected one that it writes"
             ) from refusal

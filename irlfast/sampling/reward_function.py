@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.files import InputError, LocalError, find_path
+from irlfast.common.files import InputError, find_path
 from irlfast.data.packing import PromptGroup
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_texts import cached, row_of, text_of
@@ -37,7 +37,7 @@ def function_rewards(run: Run, name: str, groups: Sequence[PromptGroup], path: P
     """
 
     def share() -> dict[int, float]:
-        function, n = load_function(name), len(groups[0].answers)
+        function, n = load_function(name, "reward_function"), len(groups[0].answers)
         rewards: dict[int, float] = {}
         groups_per_call = max(1, ANSWERS_PER_CALL // n)
         starts = range(0, len(groups), groups_per_call)
@@ -49,8 +49,10 @@ def function_rewards(run: Run, name: str, groups: Sequence[PromptGroup], path: P
     return cached(path, share)
 
 
-def load_function(name: str) -> Callable:
+def load_function(name: str, key: str) -> Callable:
     """Import ``package.module:function`` or ``file.py:function``, as a program in the working folder would.
+
+    ``key`` is the key of the configuration that names the function.
 
     Raises:
         InputError: the function cannot be imported.
@@ -64,9 +66,9 @@ def load_function(name: str) -> Callable:
         module = import_file(path) if path else importlib.import_module(place)
         function = getattr(module, attribute)
     except Exception as error:  # the user's module may raise anything
-        raise InputError(f"reward_function {name}: cannot be imported ({describe(error)})") from error
+        raise InputError(f"{key} {name}: cannot be imported ({describe(error)})") from error
     if not callable(function):
-        raise InputError(f"reward_function {name}: found {type(function).__name__}, expected a function")
+        raise InputError(f"{key} {name}: found {type(function).__name__}, expected a function")
     return function
 
 
@@ -82,7 +84,7 @@ def call(function: Callable, name: str, run: Run, groups: Sequence[PromptGroup])
     """Return the function's rewards of all answers of some prompt groups; NaN for None.
 
     Raises:
-        LocalError: the function raises, or returns something else than a number or None for each answer.
+        InputError: the function raises, or returns something else than a number or None for each answer.
     """
     rows = [row for group in groups for row in [row_of(run, group.row)] * len(group.answers)]
     answers = [answer for group in groups for answer in group.answers]
@@ -101,12 +103,12 @@ def call(function: Callable, name: str, run: Run, groups: Sequence[PromptGroup])
         returned = function(**given, **columns)
         values = list(asyncio.run(returned) if inspect.iscoroutine(returned) else returned)
     except Exception as error:  # the user's function may raise anything
-        raise LocalError(f"reward_function {name}: it failed ({describe(error)})") from error
+        raise InputError(f"reward_function {name}: it failed ({describe(error)})") from error
     if len(values) != len(answers):
-        raise LocalError(
+        raise InputError(
             f"reward_function {name}: found {len(values)} rewards, expected {len(answers)}, one per answer"
         )
-    return [to_number(value, name, text) for value, text in zip(values, texts, strict=True)]
+    return [to_number(value, f"reward_function {name}", text) for value, text in zip(values, texts, strict=True)]
 
 
 def is_conversation(row: dict[str, Any]) -> bool:
@@ -116,11 +118,11 @@ def is_conversation(row: dict[str, Any]) -> bool:
     return len(turns) != 1 or any(isinstance(value[0], dict) and {"role", "from"} & {*value[0]} for value in lists)
 
 
-def to_number(value: Any, name: str, answer: str) -> float:
-    """Return a reward as a number, and NaN for None.
+def to_number(value: Any, function: str, answer: str) -> float:
+    """Return what a function gave an answer as a number, and NaN for None.
 
     Raises:
-        LocalError: the value is no finite number.
+        InputError: the value is no finite number.
     """
     if value is None:
         return math.nan
@@ -129,7 +131,7 @@ def to_number(value: Any, name: str, answer: str) -> float:
     except (TypeError, ValueError):
         reward = math.nan
     if isinstance(value, str) or not math.isfinite(reward):
-        raise LocalError(f"reward_function {name}: found {value!r} for the answer {answer[:80]!r}, expected a number")
+        raise InputError(f"{function}: found {value!r} for the answer {answer[:80]!r}, expected a number")
     return reward
 
 

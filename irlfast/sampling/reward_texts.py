@@ -5,26 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.files import write
+from irlfast.common.artefacts import intact, keep
+from irlfast.common.tensors import save_tensors
 from irlfast.runs.run import Run
 
 
 def cached(path: Path, share: Callable[[], dict[int, float]]) -> Tensor:
-    """Return the rewards ``[S, 1]`` fp64 in the file ``path``, which is made first if it does not exist.
+    """Return the rewards ``[S, 1]`` fp64 in the file ``path``, which is made first if it is not there and intact.
 
     ``share`` computes the rewards of this process's share of the answers, by the answers' numbers.
     """
-    if not path.exists():
+    if not dist.on_main(intact, path):
         rewards: dict[int, float] = {}
         for part in dist.all_gather_object(share()):
             rewards |= part
         if dist.is_main():
             values = torch.tensor([rewards[number] for number in range(len(rewards))], dtype=torch.float32)
-            write(path, lambda temporary: save_file({"values": values}, temporary))
+            keep(path, lambda temporary: save_tensors({"values": values}, temporary))
         dist.barrier()
     return load_file(path)["values"].double()[:, None]
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from irlfast import ops
 from irlfast.common import dist
-from irlfast.common.files import InputError, find_path, read_json, write_json
-from irlfast.common.messages import first_sentence, log
+from irlfast.common.artefacts import intact, keep_json
+from irlfast.common.files import InputError, find_path, read_json
+from irlfast.common.messages import explain_errors, log
 from irlfast.config import Config
 from irlfast.config.methods import OWN_POLICIES
 from irlfast.data.encoding import Encoder
@@ -40,6 +41,7 @@ from irlfast.sampling.reward_function import function_rewards
 from irlfast.sampling.scoring import Scores, score
 
 POLICY_ENDINGS = ("ForCausalLM", "LMHeadModel")  # of the names of architectures
+LOST_SCALES = "is damaged or missing, and later answers give other scales; put the file back, or take a new output_dir"
 # How reward models that an earlier version saved spell their divergence.
 EARLIER = {"reverse_kl": "airl", "js": "gail", "forward_kl": "fairl"}
 
@@ -121,18 +123,19 @@ def normalised(
     Where there is no file, they are those of these answers, of the mean of a reward's heads. NaN counts as no answer.
     An answer's rewards of tokens are scaled, and the mean is taken off at the last token.
     """
-    if not path.exists():
+    if not dist.on_main(intact, path):
         answers = [*(summed(values).mean(1) for values in of_models), *(values[:, 0] for values in of_functions)]
         known = [rewards[~rewards.isnan()] for rewards in answers]
         if dist.is_main():
-            write_json(path, [{"mean": x.mean().item(), "std": x.std().item() or 1.0} for x in known])
+            scales = [{"mean": x.mean().item(), "std": x.std().item() or 1.0} for x in known]
+            keep_json(path, scales, f"{path}: {LOST_SCALES}")
         dist.barrier()
-    scales = [(scale["mean"], scale["std"]) for scale in read_json(path)]
+    each = [(scale["mean"], scale["std"]) for scale in read_json(path)]
     models = [
         [torch.cat([v[:-1], v[-1:] - mean]) / std for v in values]
-        for values, (mean, std) in zip(of_models, scales, strict=False)
+        for values, (mean, std) in zip(of_models, each, strict=False)
     ]
-    later = scales[len(of_models) :]
+    later = each[len(of_models) :]
     return models, [(values - mean) / std for values, (mean, std) in zip(of_functions, later, strict=True)]
 
 
@@ -228,10 +231,8 @@ def any_config(model: str, config: Config) -> Any:
     import transformers
 
     name, _ = base_and_adapter(model)
-    try:
+    with explain_errors(f"reward model {model}: cannot be loaded"):
         model_config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"reward model {model}: cannot be loaded ({first_sentence(error)})") from error
     model_config.architectures = model_config.architectures or ["no architecture"]
     return model_config
 
@@ -305,10 +306,8 @@ def check_tokenizer(what: str, model: str, encoder: Encoder, config: Config) -> 
     import transformers
 
     name = str(find_path(model) or model)
-    try:
+    with explain_errors(f"{what}: its tokenizer cannot be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{what}: its tokenizer cannot be loaded ({first_sentence(error)})") from error
     padding = {(each.pad_token, each.pad_token_id) for each in (tokenizer, encoder.tokenizer)}
     if (tokenizer.get_vocab().items() ^ encoder.tokenizer.get_vocab().items()) - padding:
         raise InputError(f"{what}: found another tokenizer than the policy's; expected the same")

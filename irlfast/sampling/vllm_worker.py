@@ -1,30 +1,38 @@
-"""The process that samples by vLLM. It reads a JSON job from stdin and writes a JSON line per finished shard.
+"""The process that samples by vLLM. It reads a job and then shards from stdin, and writes a line per answered prompt.
 
-    /path/to/env-with-vllm/bin/python irlfast/sampling/vllm_worker.py < job.json > answers.jsonl
+    /path/to/env-with-vllm/bin/python irlfast/sampling/vllm_worker.py < shards.jsonl > answers.jsonl
 
 It is run by path, in any interpreter that has vLLM, and imports nothing of irlfast, which may not be installed there.
-The job: ``{"model": folder, "adapter": its LoRA's folder or null, "engine": {LLM's arguments},
-"sampling": {SamplingParams' arguments}, "shards": [{"number": n, "prompts": [[ids], …], "seed": s}, …]}``.
-A line of the output: ``{"shard": n, "answers": [[ids], …]}``.
+Each line is JSON. The first line is the job: ``{"model": folder, "adapter": its LoRA's folder or null,
+"engine": {LLM's arguments}, "never": [ids that are not drawn]}``. Each other line is a shard:
+``{"number": s, "prompts": [[ids], …], "seeds": [one per prompt, …], "sampling": {SamplingParams' arguments}}``.
+A line of the output: ``{"shard": s, "place": of the prompt in the shard, "answers": [[ids], …]}``, n answers.
+Shards are answered side by side: one that comes while others are in work joins their batches.
 """
 
 import ctypes
-import hashlib
 import json
+import math
 import os
+import queue
 import signal
 import sys
+import threading
 
 
 def main() -> None:
     end_with_parent()
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM and its children log to stdout
-    job = json.load(sys.stdin)
+    lines = os.fdopen(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a child of vLLM closes its stdin, which this process's thread reads
+    job = json.loads(lines.readline())
+    shards: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=read, args=(lines, shards), daemon=True).start()
     # Python puts this file's folder first into sys.path, where our modules could hide installed packages.
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != here]
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -38,19 +46,37 @@ def main() -> None:
         if job["engine"]["dtype"] == "float32" and not current_platform.is_cpu():
             raise ValueError("vLLM's kernels for GPUs: float32 does not support LoRA")
         lora = LoRARequest("policy", 1, job["adapter"])
-    if "logit_bias" in job["sampling"]:  # JSON's keys are texts, and these are token ids
-        job["sampling"]["logit_bias"] = {int(token): value for token, value in job["sampling"]["logit_bias"].items()}
-    engine = LLM(model=job["model"], **job["engine"])
-    for shard in job["shards"]:
-        # Each shard starts with an empty cache, so that its answers do not depend on earlier shards.
-        engine.reset_prefix_cache()
-        options = [
-            SamplingParams(**job["sampling"], seed=seed_of(shard["seed"], i)) for i in range(len(shard["prompts"]))
-        ]
-        prompts = [{"prompt_token_ids": ids} for ids in shard["prompts"]]
-        outputs = engine.generate(prompts, options, use_tqdm=False, lora_request=lora)
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        print(json.dumps({"shard": shard["number"], "answers": answers}), file=results, flush=True)
+    engine = LLM(model=job["model"], **job["engine"]).llm_engine
+    answer(engine, shards, results, job["never"], lora)
+
+
+def read(lines, shards) -> None:
+    """Put the shards into the queue as they come, so that the parent never waits while vLLM is at work; then None."""
+    for line in lines:
+        shards.put(json.loads(line))
+    shards.put(None)
+
+
+def answer(engine, shards, results, never, lora) -> None:
+    """Answer the shards until there are no more."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    fixed = {"output_kind": RequestOutputKind.FINAL_ONLY}
+    if never:
+        fixed["logit_bias"] = dict.fromkeys(never, -math.inf)
+    while True:
+        while not shards.empty() or not engine.has_unfinished_requests():
+            shard = shards.get()
+            if shard is None:
+                return
+            for place, (ids, seed) in enumerate(zip(shard["prompts"], shard["seeds"], strict=True)):
+                options = SamplingParams(**shard["sampling"], **fixed, seed=seed)
+                name = f"{shard['number']} {place}"
+                engine.add_request(name, {"prompt_token_ids": ids}, options, lora_request=lora)
+        for output in engine.step():
+            number, place = map(int, output.request_id.split())
+            answers = [list(each.token_ids) for each in output.outputs]
+            print(json.dumps({"shard": number, "place": place, "answers": answers}), file=results, flush=True)
 
 
 def end_with_parent() -> None:
@@ -58,15 +84,6 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def seed_of(seed: int, position: int) -> int:
-    """Return the seed of one answer in a shard.
-
-    With ``seed + position`` the answers of neighbouring shards would share their random draws.
-    """
-    digest = hashlib.sha256(f"{seed} {position}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")  # 56 bits: positive in any 64-bit integer
 
 
 if __name__ == "__main__":

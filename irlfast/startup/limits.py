@@ -1,17 +1,21 @@
 """Checks at the start of errors that would otherwise end a run hours later: too few rows or tokens, no sampler."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from irlfast.common import dist
 from irlfast.common.files import InputError
+from irlfast.common.messages import explain_errors
 from irlfast.config import Config
 from irlfast.config.methods import OWN_POLICIES
 from irlfast.data.packing import PromptGroup, count_tokens
-from irlfast.data.store import Example
+from irlfast.data.store import Example, Examples
 from irlfast.losses.policy import POLICY_LOSSES
 from irlfast.methods.stages import stage_examples, stage_name
 from irlfast.models.lora import add_lora
@@ -19,9 +23,10 @@ from irlfast.sampling.reward_function import load_function
 from irlfast.sampling.rewards import check_policy, reward_config
 from irlfast.sampling.scoring import MAX_ANSWERS
 from irlfast.sampling.vllm_sampler import GET_VLLM, environment
+from irlfast.sampling.vllm_servers import check_servers
 
 
-def check_sizes(config: Config, train: list[Example], others: list[Example]) -> None:
+def check_sizes(config: Config, train: Examples, *others: Examples) -> None:
     """Check that every stage has rows to learn from, and that their prompt groups fit into a batch.
 
     Raises:
@@ -36,7 +41,7 @@ def check_sizes(config: Config, train: list[Example], others: list[Example]) -> 
                 f"stages: found {config.stages} with prompts_per_stage: split, but {len(train)} rows to learn from; "
                 "expected at least one row per stage"
             )
-        if rejected and not any(row.rejected_ids for row in rows):
+        if rejected and not rows.lengths[:, 2].any():
             raise InputError(
                 f"{stage_name(stage)}: found no row with a rejected answer to the prompt; expected rows of chosen and "
                 "rejected"
@@ -47,12 +52,18 @@ def check_sizes(config: Config, train: list[Example], others: list[Example]) -> 
                 "expected at least one row per round"
             )
     if config.max_tokens_per_batch != "auto":
-        longest = max(count_tokens(group) for row in [*train, *others] for group in groups_of(config, row))
+        different = itertools.chain(*map(different_lengths, (train, *others)))
+        longest = max(count_tokens(group) for row in different for group in groups_of(config, row))
         if longest > config.max_tokens_per_batch:
             raise InputError(
                 f"max_tokens_per_batch: found {config.max_tokens_per_batch}, but a prompt with its answers can have "
                 f"{longest} tokens; expected at least that, or a lower max_length or max_new_tokens"
             )
+
+
+def different_lengths(examples: Examples) -> Examples:
+    """Return one example for each combination of the lengths of its sequences."""
+    return examples[np.unique(examples.lengths, axis=0, return_index=True)[1]]
 
 
 def groups_of(config: Config, row: Example) -> list[PromptGroup]:
@@ -93,18 +104,23 @@ def check_rewards(config: Config) -> None:
         check_policy(name, config)
     heads += len(config.implicit_reward_policy)
     for name in config.reward_function:
-        load_function(name)
+        load_function(name, "reward_function")
         heads += 1
     if config.reward_combine != "mean" and heads < 2:
         raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
 
 
 def check_vllm(config: Config) -> None:
-    """Check that the interpreter that samples has vLLM, and that every process has its GPUs.
+    """Check that the interpreter that samples has vLLM, and that every process has its GPUs; or check the servers.
 
     Raises:
-        InputError: there is no vLLM; the message says how to get it.
+        InputError: there is no vLLM; the message says how to get it. Or the servers cannot sample for this run.
     """
+    if config.vllm_server:
+        thought = config.max_thought_tokens + 1 if config.facts.thinks else 0
+        if dist.is_main():
+            check_servers(config, config.max_prompt_length + thought + config.max_new_tokens)
+        return
     interpreter = config.vllm_python or sys.executable
     variables = environment(config.vllm_tensor_parallel_size)
     program = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
@@ -120,11 +136,12 @@ def check_lora(config: Config, model_config: object) -> None:
     """Check that the model has the modules that ``lora_target_modules`` names.
 
     Raises:
-        InputError: it does not; the message is PEFT's.
+        InputError: it does not, and the message is PEFT's; or the model cannot be built.
     """
     import transformers
 
-    with torch.device("meta"):
+    what = f"model {config.config_name or config.model_name_or_path}: cannot be built"
+    with explain_errors(what), torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     try:
         add_lora(model, config, reward=False)

@@ -2,9 +2,7 @@
 
 import json
 import sys
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -12,63 +10,38 @@ from irlfast.config import make_config
 from irlfast.data.read import read_demonstrations
 from irlfast.data.sources import sources_of
 from irlfast.generate import main
+from tests.helpers.endpoint import Response, Server, completion, failure, serving
 
 pytest.importorskip("openai", reason="pip install openai")
 WORDS = [f"word {number}" for number in range(12)]
 
 
-class Endpoint(ThreadingHTTPServer):
+class Script:
     """Answers a prompt with its text in capitals, and a request for a better answer with an exclamation mark more.
 
     ``status`` has the statuses that a prompt gets before its answers, one per request.
     """
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[dict] = []
         self.status: dict[str, list[int]] = {}
-        self.finish = {"long": "length"}
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
-    def asked(self) -> Counter[str]:
-        return Counter(request["messages"][-1]["content"] for request in self.requests)
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Endpoint
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(request | {"path": self.path, "key": self.headers["Authorization"]})
+    def __call__(self, request: dict) -> Response:
         prompt = request["messages"][-1]["content"]
-        statuses = self.server.status.get(prompt, [])
-        if statuses:
-            return self.reply(statuses.pop(0), {"error": {"message": "No. Not now."}})
+        if self.status.get(prompt):
+            return failure(self.status[prompt].pop(0))
         answers = [message["content"] for message in request["messages"] if message["role"] == "assistant"]
         text = f"{answers[-1]}!" if answers else "" if prompt == "silent" else f" {prompt.upper()}\n"
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}}
-        choice["finish_reason"] = self.server.finish.get(prompt, "stop")
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+        return completion(text, "length" if prompt == "long" else "stop")
 
-    def reply(self, status: int, body: dict) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        headers = {"Content-Length": len(data), "Content-Type": "application/json", "retry-after-ms": 1}
-        for name, value in headers.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(data)
 
-    def log_message(self, *_: object) -> None:
-        pass
+def asked(server: Server) -> Counter[str]:
+    return Counter(request["messages"][-1]["content"] for request in server.requests)
 
 
 @pytest.fixture
 def endpoint():
-    with Endpoint() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(Script()) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -129,31 +102,34 @@ def test_a_critic_makes_a_better_answer_chosen_and_the_first_one_rejected(genera
 
 
 def test_a_failed_request_is_tried_again_and_the_prompts_without_an_answer_are_counted(generate, endpoint):
-    endpoint.status = {"busy": [503, 429], "down": [500] * 3, "bad": [400]}
+    endpoint.script.status = {"busy": [503, 429], "down": [500] * 3, "bad": [400]}
     rows, printed = generate(prompts("busy", "down", "bad", "long", "silent", "word"))
     assert [row["completion"][0]["content"] for row in rows] == ["BUSY", "WORD"]
-    asked = {"busy": 3, "down": 3, "bad": 1, "long": 1, "silent": 1, "word": 1}
-    assert endpoint.asked() == asked
+    assert asked(endpoint) == {"busy": 3, "down": 3, "bad": 1, "long": 1, "silent": 1, "word": 1}
     for reason in ("1 refused with status 500", "1 refused with status 400", "1 cut at max_new_tokens", "1 empty"):
         assert reason in printed
     endpoint.requests.clear()
     rows, printed = generate(prompts("busy", "down", "bad", "long", "silent", "word"))
     assert [row["completion"][0]["content"] for row in rows] == ["BUSY", "DOWN", "BAD", "WORD"]
-    assert endpoint.asked().keys() == {"down", "bad", "long", "silent"}
+    assert asked(endpoint).keys() == {"down", "bad", "long", "silent"}
 
 
 def test_a_command_that_was_stopped_asks_only_for_the_answers_that_are_missing(generate, endpoint, tmp_path):
-    endpoint.status = {"word 8": [401]}
+    endpoint.script.status = {"word 8": [401]}
     _, printed = generate(prompts(*WORDS), "--concurrency", "1", code=2)
     assert "irlfast: " in printed and "No" in printed and "Traceback" not in printed
     with (tmp_path / "demonstrations.jsonl.answers").open("a") as kept:
-        kept.write('{"number": 11, "row": {"pro')  # as a kill leaves it
-    endpoint.requests.clear()
-    rows, _ = generate(prompts(*WORDS))
+        kept.write('\0\0\n{"number": 11, "row": 7}\n{"number": 11, "row": {"pro')  # as faults and a kill leave it
+    rows, printed = generate(prompts(*WORDS))
+    assert "demonstrations.jsonl.answers: 3 damaged lines are left out" in printed
     assert [row["completion"][0]["content"] for row in rows] == [word.upper() for word in WORDS]
-    assert endpoint.asked() == dict.fromkeys(WORDS[8:], 1)
+    assert asked(endpoint) == dict.fromkeys(WORDS, 1) | {"word 8": 2}
     _, printed = generate(prompts(*WORDS), "--temperature", "0.5", code=2)
     assert "--temperature: found 0.5, but the answers in" in printed and "are of 1.0" in printed
+    lines = (tmp_path / "demonstrations.jsonl.answers").read_bytes().splitlines(keepends=True)
+    (tmp_path / "demonstrations.jsonl.answers").write_bytes(b"".join([b"{\n", *lines[1:]]))
+    _, printed = generate(prompts(*WORDS), code=2)
+    assert "its first line, the settings of its answers, is damaged; expected another output" in printed
 
 
 def test_wrong_input_gets_one_sentence(generate, tmp_path):

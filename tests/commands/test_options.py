@@ -223,7 +223,7 @@ def test_a_pretrained_folder_initial_reference_hinge_and_no_sft(tmp_path, finish
         sft_steps=0,
         reference="initial",
         loss_type="hinge",
-        gradient_accumulation_steps=2,
+        global_batch_size=16,
         inner_steps="null",
         inner_epochs=1,
     )

@@ -1,6 +1,7 @@
 """The main job as a user runs it: one command, killed anywhere, on one process or two, on bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.train import main
 from tests.helpers.runs import PYTHON, ROOT, TORCHRUN, command, contents, run, run_killed_at
-from tests.helpers.tiers import first_then_full, full, one_run_or_each_its_own
+from tests.helpers.tiers import first_then_full, full, one_run_or_each_its_own, slow
 from tests.helpers.tokenizers_like import pythia
 
 
@@ -53,16 +54,17 @@ def test_final_loads_with_plain_transformers_and_stops_at_the_end_token(finished
 def test_the_same_command_again_changes_nothing(finished):
     output, *_ = finished
     before = contents(output / "final") | {"metrics": (output / "metrics.jsonl").read_bytes()}
-    run(output, PYTHON)
+    _, err = run(output, PYTHON)
     assert contents(output / "final") | {"metrics": (output / "metrics.jsonl").read_bytes()} == before
+    assert "leaked" not in err  # by Triton's binding, at the very end
 
 
 KILLED_AT = [
     "initial/policy",
-    "sft/checkpoint/progress.json",
+    "sft/checkpoint/step-2",
     "sft/policy",
     "stage-00/samples/00000.jsonl",
-    "stage-00/checkpoint/progress.json",
+    "stage-00/checkpoint/step-2",
     "stage-01/reference.safetensors",
 ]
 
@@ -85,9 +87,9 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference(finished, tm
 
 @pytest.mark.parametrize("zero_stage", first_then_full([3, 2]))
 def test_two_processes_end_with_the_parameters_of_one(tmp_path, zero_stage):
-    """The same global batch; samples come from greedy answers' seeds by shard, so both see the same pairs."""
-    run(tmp_path / "one", zero_stage=zero_stage, gradient_accumulation_steps=2, per_device_train_batch_size=4)
-    several = {"per_device_train_batch_size": 4, "max_tokens_per_batch": 96}  # micro-batches a step
+    """Samples come from seeds by shard, so both see the same pairs."""
+    run(tmp_path / "one", zero_stage=zero_stage)
+    several = {"max_tokens_per_batch": 96}  # micro-batches a step
     run(tmp_path / "two", TORCHRUN if zero_stage == 2 else 2, zero_stage=zero_stage, **several)
     waited = [
         [
@@ -117,9 +119,11 @@ def test_a_stage_warns_and_stops_early_when_demonstrations_become_unlikely(tmp_p
 
 
 @full
-def test_a_gradient_that_is_not_finite_ends_the_run_without_a_policy(tmp_path):
-    _, err = run(tmp_path / "run", code=2, beta=3e38, loss_type="linear")
-    assert err.splitlines()[-1] == "irlfast: stage-00, step 1: grad_norm is nan; try a lower learning_rate"
+@pytest.mark.parametrize("inner_steps", [2, pytest.param(4, marks=slow)])  # 2: the only bad step is the last one
+def test_a_learning_rate_that_breaks_the_model_ends_the_run_without_a_policy(tmp_path, inner_steps):
+    _, err = run(tmp_path / "run", code=2, learning_rate=1e9, sft_steps=0, inner_steps=inner_steps)
+    assert "warning: stage-00: with a learning rate of 1e+09, each step moves every weight by about 1e+09" in err
+    assert "loss or gradient were not finite, also with a tenth of the learning rate" in err.splitlines()[-1]
     assert not (tmp_path / "run" / "stage-00" / "policy").exists()
 
 
@@ -131,9 +135,11 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_resumes_with_room(
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
-        for room in ("14m", "200m"):  # the disk is full in a policy's weights, then in a checkpoint, then it has room
+        for room in ("14m", "200m"):  # the disk is too small for what the run will need, or already full
             _, err = run(disk / "run", code=2)
-            assert err.splitlines()[-1].endswith("its disk is full or read-only; the same command resumes")
+            full = "its disk is full.*; 0.0 GB are free there, and .* GB for temporary files; the same command resumes$"
+            small = "are free.* room, or a smaller save_total_limit, "
+            assert re.search(f"{full}|{small}", err.splitlines()[-1])
             assert "Traceback" not in err
             subprocess.run(["mount", "-o", f"remount,size={room}", str(disk)], check=True)
         run(disk / "run")

@@ -8,7 +8,9 @@ import yaml
 
 from irlfast.common.files import InputError
 from irlfast.config import Config, difference, dump, load_config, make_config
-from irlfast.config.read import RENAMED
+from irlfast.config.checks import remarks, unread_keys
+from irlfast.config.read import RENAMED, read_config
+from irlfast.config.recipes import recipes
 from irlfast.config.schema import FIELDS
 
 
@@ -73,6 +75,97 @@ def test_save_steps_are_rounded_up_to_logged_steps_and_a_line_says_so(given, cap
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_the_batch_of_a_step_is_the_same_number_in_either_spelling(given, processes, monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(processes)}.items():
+        monkeypatch.setenv(name, value)
+    assert make_config(given | {"global_batch_size": 48}).global_batch_size == 48
+    assert not capsys.readouterr().err
+    spelling = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    config = make_config(given | spelling)
+    assert config == make_config(given | {"global_batch_size": 6 * processes})
+    said = "global_batch_size: per_device_train_batch_size 3 * gradient_accumulation_steps 2 * "
+    assert f"{said}{processes} process{'es' * (processes > 1)} = {6 * processes}\n" in capsys.readouterr().err
+    assert make_config(yaml.safe_load(dump(config))) == config  # config.yaml has one spelling
+    assert make_config(given | {"per_device_train_batch_size": 3}).global_batch_size == 3 * processes
+    alone = {"per_device_train_batch_size": 3, "num_processes": processes}  # without a launcher
+    monkeypatch.delenv("RANK")
+    assert make_config(given | alone).global_batch_size == 3 * processes
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (
+            {"global_batch_size": 64, "per_device_train_batch_size": 8},
+            "global_batch_size and per_device_train_batch_size: found 64 and 8, expected one of the two spellings",
+        ),
+        (
+            {"global_batch_size": 64, "gradient_accumulation_steps": 2},
+            "global_batch_size and gradient_accumulation_steps: found 64 and 2, expected one of the two spellings",
+        ),
+        (
+            {"gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps: found 2 without per_device_train_batch_size; expected both, or global_batch",
+        ),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: found 0, expected greater than or equal to"),
+    ],
+)
+def test_a_batch_of_two_spellings_or_of_half_a_one_is_refused(given, keys, sentence):
+    with pytest.raises(InputError, match=f"^{sentence}"):
+        make_config(given | keys)
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_told(given, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert remarks(make_config(given | {"global_batch_size": 4})) == []
+    [line] = remarks(make_config(given | {"global_batch_size": 3}))
+    assert line == "global_batch_size: 3 in 4 processes, of which some have nothing to do in a step"
+
+
+@pytest.mark.parametrize(
+    ("keys", "unread"),
+    [
+        ({"distillation_alpha": 0.5, "thought_reward": "prob"}, ["distillation_alpha", "thought_reward"]),
+        ({"method": "sdft", "distillation_alpha": 0.5, "loss_type": "hinge"}, ["loss_type"]),
+        ({"method": "rft", "reward_heads": 2, "nll_weight": 0.1}, ["nll_weight"]),
+        ({"method": "dpo", "loss_type": "hinge", "align": "ppo", "beta": 3}, ["align"]),
+        ({"method": "sft", "history": 0}, []),
+    ],
+)
+def test_keys_that_only_other_methods_read_are_named(given, keys, unread):
+    assert unread_keys(make_config(given | keys)) == unread
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"method": "rft", "temperature": [1.0, 0.8, 1.0]}, ["temperature [1.0, 0.8, 1.0]: ", "align rloo is biased"]),
+        (
+            {"method": "afd", "align": "apa", "top_k": 5, "top_p": 0.9},
+            ["top_p 0.9, top_k 5: ", "with top_p 1, top_k 0"],
+        ),
+        (
+            {"method": "gad", "temperature": 0.8},
+            ["temperature 0.8: ", "align grpo is biased; it is not with temperature 1"],
+        ),
+        ({"method": "reasoning", "temperature": 0.5}, ["temperature 0.5: ", "method reasoning is biased"]),
+        ({"method": "rft", "align": "bon", "temperature": 0.8}, []),  # SFT on the best answers
+        ({"method": "sdft", "temperature": 0.8}, []),  # its losses have the temperature
+        ({"method": "irft", "temperature": 0.8}, []),
+        ({"method": "rft", "temperature": 1}, []),
+    ],
+)
+def test_a_gradient_that_is_biased_by_how_answers_are_drawn_is_told(given, keys, told):
+    lines = remarks(make_config(given | keys))
+    assert len(lines) == bool(told) and all(part in line for line in lines for part in told)
+
+
+def test_every_key_of_every_recipe_is_read():
+    for name, file in recipes().items():
+        assert unread_keys(read_config(yaml.safe_load(file.read_text()))) == [], name
+
+
 @pytest.mark.parametrize("spelling", RENAMED)
 def test_an_earlier_spelling_is_refused_with_the_new_one(given, spelling):
     name, _, value = spelling.partition(": ")
@@ -126,6 +219,14 @@ WRONG = {
     },
     "reward_every: found 'round' with reward_data init_demo": {"reward_every": "round", "reward_data": "init_demo"},
     "history: found 1 with reward_every 'round', expected 0": {"reward_every": "round", "history": 1},
+    "history: found 1 with method dpo, which samples none": {"method": "dpo", "history": 1},
+    "history: found 1 with reward_data preference, whose": {"method": "rft", "reward_data": "preference", "history": 1},
+    "history: found 2 with reward_data init_sft, whose": {
+        "method": "rft",
+        "reward_data": "init_sft",
+        "sft_steps": 1,
+        "history": 2,
+    },
     "implicit_reward_reference: found 1, expected none or one per": {"implicit_reward_reference": "gpt2"},
     "found 'a,b', expected one model; for an implicit reward, implicit_reward_policy: a and": {
         "reward_model_name_or_path": "a,b"

@@ -1,12 +1,14 @@
 """Rows of every convention give back drawn conversations unchanged, and no row ends in a traceback."""
 
 import json
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from irlfast.data.demonstrations import CUT, ELSEWHERE, EQUAL, to_demonstration
+from irlfast.data import demonstrations
+from irlfast.data.demonstrations import CUT, ELSEWHERE, EQUAL, read_question_and_answer, to_demonstration
 from irlfast.data.messages import replace_surrogates
 from irlfast.data.rows import BadRow, LeftOut
 
@@ -320,6 +322,8 @@ COLUMNS = (
     "prompt completion messages conversations chosen rejected real instruction input output history question answer "
     "query response text label system tools generated"
 ).split()
+QUESTIONS = ("prompt", "instruction", "question", "query", "input")
+ANSWERS = ("completion", "response", "output", "answer")
 
 
 @settings(max_examples=200, deadline=None)
@@ -339,6 +343,28 @@ def test_any_row_becomes_a_demonstration_or_an_error_of_one_sentence(row, learn,
         assert message is None or (isinstance(message["content"], str) and isinstance(message["role"], str))
     assert replace_surrogates([parsed.prompt, parsed.answer, parsed.rejected, parsed.tools])[1] == 0
     assert prompts_only or parsed.answer["role"] == "assistant"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pair=st.sampled_from([*((one, other) for one in QUESTIONS for other in ANSWERS)]),
+    texts=st.tuples(texts | st.sampled_from(TELLING), texts | st.sampled_from(["", " ", *TELLING])),
+    more=st.dictionaries(st.sampled_from([*COLUMNS, "id"]), scalars, max_size=1),
+)
+def test_a_question_and_its_answer_are_read_in_the_short_way_as_in_the_long_one(pair, texts, more):
+    row = {**more, **dict(zip(pair, texts, strict=True))}
+    with mock.patch.object(demonstrations, "read_question_and_answer", return_value=None):
+        long = parsed_or_refused(row)
+    assert parsed_or_refused(row) == long
+    plain = read_question_and_answer(row, "here")
+    assert plain is None or plain == long
+
+
+def parsed_or_refused(row):
+    try:
+        return to_demonstration(row, "here")
+    except (BadRow, LeftOut) as error:
+        return type(error), str(error)
 
 
 def test_half_an_emoji_is_replaced_and_counted():

@@ -6,13 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from tokenizers import Regex, pre_tokenizers
 
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.data.encoding import make_encoder
+from irlfast.data.counts import SetCounts
+from irlfast.data.encoding import encode_answers, make_encoder, safe_tokenizer
 from irlfast.data.sets import read_sets
-from irlfast.data.store import Example, Rows, fingerprint, load_examples, save_examples
+from irlfast.data.store import Example, Rows, fingerprint, load_examples, make_examples, save_examples
 from tests.helpers.rows import examples_of, pair
+from tests.helpers.templates import WORDS
 from tests.helpers.tokenizers_like import FAMILIES
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
@@ -96,6 +102,32 @@ def test_an_answer_is_tokenised_as_in_running_text(config):
     assert not encoder.tokenizer.convert_ids_to_tokens(example.answer_ids[0]).startswith("▁")
 
 
+PIECES = ["a", "the capital", "is", "Paris.", " ", "  ", "\n", "\n\n", "\t", "\r\n", ":", "###", "12", "'s", "é", "我"]
+drawn_texts = st.lists(st.sampled_from([*PIECES, "<|im_end|>"]), max_size=8).map("".join)
+
+
+def llama_3():
+    tokenizer = FAMILIES["qwen"]()
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_of])
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama 3"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs=st.lists(st.tuples(drawn_texts, drawn_texts), min_size=1, max_size=4))
+def test_an_answer_has_the_same_tokens_behind_its_prompts_last_line_as_behind_the_whole_prompt(family, config, pairs):
+    encoder = make_encoder(llama_3() if family == "llama 3" else FAMILIES[family](), config())
+    tokenizer = safe_tokenizer(encoder, config())
+    assert tokenizer.by_words == (family in ("pythia", "qwen", "llama 3"))
+    prompts = tokenizer.encode([prompt for prompt, _ in pairs])
+    short, long = SetCounts(), SetCounts()
+    answers = encode_answers(pairs, prompts, encoder, tokenizer, short)
+    assert answers == encode_answers(pairs, prompts, encoder, tokenizer._replace(by_words=False), long)
+    assert short == long
+
+
 def test_a_long_answer_is_cut_and_counted_and_has_no_end_token(config):
     encoder, [whole], _ = encode_one("pythia", config())
     length = len(whole.prompt_ids)
@@ -119,9 +151,26 @@ def test_saved_examples_load_unchanged_with_the_same_fingerprint(tmp_path, confi
     examples, _ = examples_of(rows, encoder, config())
     save_examples(tmp_path / "train.safetensors", examples)
     loaded = load_examples(tmp_path / "train.safetensors")
-    assert loaded == examples
+    assert [*loaded] == [*examples] == [examples[number] for number in range(-3, 0)]
     assert [x.rejected_ids is None for x in loaded] == [True, False, False]
     assert fingerprint(loaded) == fingerprint(examples) != fingerprint(examples[::-1])
+
+
+def test_a_file_of_examples_has_the_bytes_that_the_library_safetensors_writes(tmp_path, config):
+    encoder = make_encoder(FAMILIES["pythia"](), config())
+    whole, _ = examples_of([pair(f"{i}", f"{i} {i}", f"{i} or so") for i in range(2500)], encoder, config())
+    for examples in (whole[::-1], whole[:1], whole[:0]):
+        sequences = [ids for x in examples for ids in (x.prompt_ids, x.answer_ids, x.rejected_ids, x.earlier)]
+        flat = {
+            "tokens": np.concatenate([np.zeros(0, np.int32), *sequences]),
+            "lengths": np.array([*map(len, sequences)], dtype=np.int32),
+            "rows": np.array([x.row for x in examples], dtype=np.int32),
+        }
+        save_examples(tmp_path / "ours", examples)
+        save_file(flat, tmp_path / "library")
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
+        loaded = load_examples(tmp_path / "ours")
+        assert [*loaded] == [*examples] and fingerprint(loaded) == fingerprint(examples)
 
 
 def anonymous_memory() -> int:
@@ -132,7 +181,8 @@ def anonymous_memory() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_examples_maps_their_file_and_copies_no_token_ids(tmp_path):
     ids = memoryview(np.arange(2**23, dtype=np.int32))  # 32 MiB
-    save_examples(tmp_path / "train.safetensors", [Example(ids[:n], ids[n:]) for n in (2**22,)])
+    examples = make_examples(ids, np.array([2**22, 2**22, 0, 0], dtype=np.int32), np.zeros(1, dtype=np.int32))
+    save_examples(tmp_path / "train.safetensors", examples)
     before = anonymous_memory()
     [loaded] = load_examples(tmp_path / "train.safetensors")
     assert np.asarray(loaded.prompt_ids).sum() == 2**21 * (2**22 - 1)
@@ -152,7 +202,7 @@ def test_held_out_examples_are_never_training_examples(tmp_path, config):
     file.write_text("".join(f'{{"prompt": "p{i}", "completion": "c"}}\n' for i in range(40)))
     run = config(dataset_name=str(file), eval_fraction=0.1)
     rows = tmp_path / "kept.jsonl"
-    with rows.open("w") as lines:
+    with rows.open("wb") as lines:
         sets = read_sets(run, make_encoder(FAMILIES["pythia"](), run), lines)
     assert len(sets.train) == 36
     assert len(sets.held_out) == 4
@@ -196,7 +246,7 @@ def test_more_prompts_are_read_without_their_answers_and_held_out_ones_are_refus
             read_sets(run, encoder)
         return
     rows = tmp_path / "kept.jsonl"
-    with rows.open("w") as lines:
+    with rows.open("wb") as lines:
         sets = read_sets(run, encoder, lines)
     assert (len(sets.train), len(sets.held_out)) == (6, 2)
     asked = [Rows(rows)[example.row]["messages"][0]["content"] for example in sets.prompts]

@@ -59,7 +59,7 @@ def test_the_best_rows_are_kept_unchanged_and_a_killed_run_keeps_its_scores(data
         assert row["reward"] == pytest.approx(exact[row["id"]].item(), abs=1e-4)
         assert row["reward"] > threshold - 1e-4
         assert {name: row[name] for name in ROWS[0]} == ROWS[row["id"]]
-    before, shards = output.read_bytes(), sorted((tmp_path / "best.jsonl.scores").iterdir())
+    before, shards = output.read_bytes(), sorted((tmp_path / "best.jsonl.scores").glob("*.jsonl"))
     assert len(shards) == 3
     output.unlink()
     shards[1].unlink()
@@ -69,12 +69,16 @@ def test_the_best_rows_are_kept_unchanged_and_a_killed_run_keeps_its_scores(data
     assert shards[0].stat().st_mtime_ns == kept_shard
 
 
-def test_scores_of_another_dataset_and_a_model_of_another_kind_are_refused(dataset, reward, tmp_path):
-    output = tmp_path / "best.jsonl"
-    select(dataset, reward[0], output)
-    fewer = tmp_path / "fewer.jsonl"
-    fewer.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:50]))
-    assert "found 1024 rewards, expected 50" in select(fewer, reward[0], output, code=2)[1]
+def test_scores_of_other_rows_are_not_reused_even_where_they_are_as_many(dataset, reward, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
+    select(dataset, reward[0], tmp_path / "best.jsonl", "--keep", 100)
+    select(other, reward[0], tmp_path / "best.jsonl", "--keep", 100)
+    select(other, reward[0], tmp_path / "anew.jsonl", "--keep", 100)
+    assert (tmp_path / "best.jsonl").read_bytes() == (tmp_path / "anew.jsonl").read_bytes()
+
+
+def test_a_reward_model_of_another_kind_is_refused(dataset, tmp_path):
     shown = select(dataset, tmp_path / "nothing", tmp_path / "other.jsonl", code=2)[1]
     assert "cannot be loaded" in shown
     assert "Traceback" not in shown

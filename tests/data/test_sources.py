@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -311,3 +313,42 @@ def test_a_dataset_on_the_hub_is_read_by_split_downloaded_or_streamed(tmp_path, 
 def test_the_training_split_is_refused_as_the_held_out_split(tmp_path):
     with pytest.raises(InputError, match="dataset_test_split: found 'train', which the run learns from"):
         config_of(lines(tmp_path / "rows.jsonl", ROWS), dataset_test_split="train")
+
+
+READ_DAMAGED = """
+import random, sys
+from pathlib import Path
+from irlfast.common.files import InputError
+from irlfast.config import make_config
+from irlfast.data.read import read_demonstrations
+from irlfast.data.sources import sources_of
+
+path, name = Path(sys.argv[1]), sys.argv[2]
+whole, draw, refused = path.read_bytes(), random.Random(0), 0
+config = make_config({"dataset_name": name, "config_name": "irlfast/demo/config.json", "train_tokenizer": 300})
+for number in range(int(sys.argv[3])):
+    damaged = bytearray(whole)
+    for _ in range(draw.randint(1, 8)):
+        damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+    path.write_bytes(damaged)
+    try:
+        list(read_demonstrations(config, sources_of(config), []))
+    except InputError:
+        refused += 1
+print(refused)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "stream", "saved"])
+def test_damaged_arrow_files_are_read_or_refused_and_do_not_crash_the_process(tmp_path, kind):
+    rows = [{"prompt": f"question {number}", "completion": "answer " * number} for number in range(30)]
+    if kind == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        path, name = next((tmp_path / "saved").glob("*.arrow")), tmp_path / "saved"
+    else:
+        path = name = tmp_path / "rows.arrow"
+        path.write_bytes(arrow(rows, pa.ipc.new_file if kind == "file" else pa.ipc.new_stream))
+    arguments = [sys.executable, "-c", READ_DAMAGED, str(path), str(name), "200"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0 < int(done.stdout) <= 200

@@ -7,6 +7,7 @@ import pytest
 
 from irlfast.common.files import InputError
 from irlfast.config import make_config
+from irlfast.data import template_cost
 from irlfast.data.counts import SetCounts
 from irlfast.data.encoding import encode, make_encoder
 from irlfast.data.rows import Demonstration
@@ -309,6 +310,19 @@ def test_a_row_that_the_template_refuses_is_an_error_or_left_out_or_mended():
         "user\none\n\ntwo\nmodel",
     ]
     assert counts.counts["rows_that_the_chat_template_refuses"] == 1
+
+
+def test_a_row_for_which_a_template_takes_too_long_is_refused(monkeypatch):
+    loops = "{% for a in messages[0].content %}{% for b in messages[0].content %}{% endfor %}{% endfor %}"
+    tokenizer = tokenizer_of(KINDS["ChatML"])
+    tokenizer.chat_template = loops + tokenizer.chat_template
+    config = config_of(bad_rows="refuse")
+    rows = [Demonstration([user(length * "q")], reply("a"), where="x.jsonl, line 5") for length in (9, 20_000)]
+    encoder = make_encoder(tokenizer, config, BEGUN)
+    monkeypatch.setattr(template_cost, "SECONDS", 0.2)
+    assert len([*encode(rows[:1], encoder, config, SetCounts())]) == 1
+    with pytest.raises(InputError, match=r"x.jsonl, line 5: .* takes more than 0.2 s of CPU time"):
+        [*encode(rows[1:], encoder, config, SetCounts())]
 
 
 def test_the_message_shows_both_texts_if_the_answers_place_is_unknown():

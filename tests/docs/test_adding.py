@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.test_pages import EXTENDING, ROOT, Block, Command, blocks_of, commands_of
+from tests.helpers.tiers import full, slow
 
 PAGES = sorted(page for page in EXTENDING.glob("*.md") if "title=" in page.read_text(encoding="utf-8"))
 PLACE = re.compile(r'title="(?P<file>[\w/.-]+)(?:, before (?P<name>\w+))?"')
@@ -40,9 +41,8 @@ def copy(tmp_path):
     return tmp_path
 
 
-PARAMETERS = [
-    pytest.param(page, id=page.stem, marks=[pytest.mark.full] * (page.stem != "data-format")) for page in PAGES
-]
+TIERS = {"data-format": [], "kernel": slow, "loss": slow}
+PARAMETERS = [pytest.param(page, id=page.stem, marks=TIERS.get(page.stem, full)) for page in PAGES]
 
 
 @pytest.mark.parametrize("page", PARAMETERS)

@@ -13,8 +13,10 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from irlfast import evaluate
 from irlfast.config import Config, load_config, make_config
 from irlfast.data.demonstrations import to_demonstration
+from irlfast.evaluation.models import Model
 from irlfast.ops.rewards.losses import REWARD_LOSSES
 from tests.helpers import keys_page, losses_page
 
@@ -150,6 +152,8 @@ def check_command(words: list[str], monkeypatch) -> None:
     if program == "torchrun" or (program.endswith("python") and "-m" in rest):
         at = rest.index("-m") + 1
         return check_arguments(rest[at], rest[at + 1 :], monkeypatch)
+    if program in ("hf", "vllm"):  # they need the network, or another environment
+        return None
     if program == "pip":
         return check_installation(rest)
     if program == "make":
@@ -171,14 +175,21 @@ def check_arguments(module: str, arguments: list[str], monkeypatch) -> None:
         extra = ["method=rft", "reward_data=none", "align=bon"] if module == "irlfast.bon" else []
         load_config([*arguments, *extra])
         return None
-    parse = argparse.ArgumentParser.parse_args
+    if module == "irlfast.evaluate":
+        options, keys = evaluate.read_arguments(arguments)
+        evaluate.configure([Model(name, name, None) for name in options.models], keys, options.leaderboard)
+        evaluate.judge_settings(options)
+        return None
+    method = "parse_known_intermixed_args" if module == "irlfast.plan" else "parse_args"
+    parse = getattr(argparse.ArgumentParser, method)
 
     def parse_alone(self, *given):
-        parse(self, *given)
+        parsed = parse(self, *given)
+        assert method == "parse_args" or not parsed[1], f"unknown arguments: {parsed[1]}"
         raise Parsed
 
     with monkeypatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_alone)
+        patch.setattr(argparse.ArgumentParser, method, parse_alone)
         patch.setattr("sys.argv", [module, *arguments])
         importlib.import_module(module).main()
     return None

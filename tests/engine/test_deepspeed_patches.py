@@ -1,5 +1,7 @@
 """DeepSpeed still needs every patch, and a patch whose place in DeepSpeed is gone says so and does nothing."""
 
+import datetime
+import importlib.metadata
 import json
 from types import SimpleNamespace
 
@@ -11,9 +13,10 @@ from deepspeed.comm import comm
 from deepspeed.comm.torch import build_shm_op
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
+from irlfast.common.files import InputError
 from irlfast.engine import deepspeed_patches as patches
 from irlfast.engine.meters import Stopwatch
-from tests.helpers.runs import printed
+from tests.helpers.runs import ROOT, printed
 
 
 def test_deepspeed_still_does_what_the_patches_undo():
@@ -25,6 +28,7 @@ def test_deepspeed_still_does_what_the_patches_undo():
         "released": True,
         "dtype of a float32 parameter": "torch.bfloat16",
         "collectives of one process": 1,
+        "minutes of groups": [30, 70],
     }
 
 
@@ -38,6 +42,14 @@ def test_deepspeed_would_compile_its_shared_memory_collectives(monkeypatch):
     patches.skip_shared_memory_collectives()
     build_shm_op()
     assert len(loaded) == 1
+
+
+def test_no_start_of_a_run_has_deepspeed_try_its_operations_with_a_compiler(monkeypatch):
+    monkeypatch.setitem(vars(deepspeed.ops), "__compatible_ops__", None)
+    del deepspeed.ops.__compatible_ops__
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: pytest.fail("it is tried"))
+    patches.skip_shared_memory_collectives()
+    assert deepspeed.ops.__compatible_ops__ == {"deepspeed_shm_comm": False}
 
 
 @pytest.fixture
@@ -59,6 +71,12 @@ def test_lists_and_caches_of_zero_3_that_are_gone_are_reported(monkeypatch, repo
     monkeypatch.delattr(partitioned_param_coordinator, "PartitionedParameterCoordinator")
     patches.release_zero3_engines()
     assert reported == ["parameter_offload.FWD_MODULE_STACK", "cached method of PartitionedParameterCoordinator"]
+
+
+def test_a_maker_of_groups_that_is_gone_is_reported(monkeypatch, reported):
+    monkeypatch.setattr(comm, "cdb", None)
+    patches.give_timeout_to_groups(datetime.timedelta(hours=1))
+    assert reported == ["new_group in deepspeed.comm.comm.cdb"]
 
 
 def test_a_switch_of_the_reduction_that_is_gone_is_reported(reported):
@@ -89,6 +107,26 @@ def test_the_report_is_one_line_with_both_versions_and_the_effect(capsys):
     for _ in range(2):
         patches.report_missing("place", "steps are slower")
     assert capsys.readouterr().err == (
-        f"warning: DeepSpeed {deepspeed.__version__} has no place (irlfast was tested with {patches.SEEN_ON}); "
-        "steps are slower\n"
+        f"warning: DeepSpeed {deepspeed.__version__} has no place ({patches.TRIED_WITH}); steps are slower\n"
     )
+
+
+@pytest.mark.parametrize(("version", "line"), [("0.19.3", ""), ("0.19.8", ""), ("0.20.0", "is newer than those tried")])
+def test_a_newer_deepspeed_than_those_tried_is_named_in_one_line(monkeypatch, capsys, version, line):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    patches.check_version()
+    patches.check_version()
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == bool(line)
+
+
+def test_an_older_deepspeed_than_those_tried_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.19.2")
+    with pytest.raises(InputError, match=r"DeepSpeed 0\.19\.2 is too old"):
+        patches.check_version()
+
+
+def test_the_oldest_and_the_newest_deepspeed_are_those_that_are_installed_and_tested():
+    assert f'"deepspeed>={patches.OLDEST}"' in (ROOT / "setup.py").read_text()
+    assert f"deepspeed=={patches.NEWEST}" in (ROOT / "requirements.txt").read_text().split()
+    assert f"$(VENV)/deepspeed-{patches.OLDEST}\n" in (ROOT / "Makefile").read_text()

@@ -106,13 +106,13 @@ def test_selective_recomputation_repeats_no_matrix_product():
 SFT = {"method": "sft", "inner_steps": "null"}
 
 
-@full
-@pytest.mark.parametrize("keys", [SFT, pytest.param({"stages": 1}, marks=slow)], ids=["sft", "irft"])
+@slow
+@pytest.mark.parametrize("keys", [SFT, {"stages": 1}], ids=["sft", "irft"])
 def test_a_compiled_run_that_is_killed_resumes_to_the_same_policy(tmp_path, keys):
     needs_a_compiler()
     keys = {"torch_compile": "true", **keys}
     run(tmp_path / "unbroken", **keys)
-    run_killed_at(tmp_path / "run", ["sft/checkpoint/progress.json"], **keys)
+    run_killed_at(tmp_path / "run", ["sft/checkpoint/step-2"], **keys)
     run(tmp_path / "run", **keys)
     unbroken, resumed = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("unbroken", "run"))
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)

@@ -101,7 +101,7 @@ def test_a_cpu_measures_nothing():
 
 # ---------------------------------------------------------------- out of memory
 
-SFT = {"method": "sft", "inner_steps": "null", "per_device_train_batch_size": 32}
+SFT = {"method": "sft", "inner_steps": "null", "global_batch_size": 32}
 
 
 def short_of_memory(folder, most, **keys):

@@ -1,6 +1,7 @@
 """A step and its meters: the operations that are counted, and the places where it waits for the device."""
 
 import json
+import random
 from collections import Counter
 from functools import partial
 
@@ -16,15 +17,18 @@ from irlfast.data.packing import Layout, PromptGroup, pack, token_counts
 from irlfast.engine.deepspeed_patches import timed_collectives
 from irlfast.engine.memory import TokenLimit
 from irlfast.engine.meters import Stopwatch
-from irlfast.engine.step import prepare_steps
+from irlfast.engine.step import prepare_step, prepare_steps
+from irlfast.losses.distillation import distillation_loss
 from irlfast.losses.inputs import Teacher
-from irlfast.losses.pairs import irft_loss
+from irlfast.losses.pairs import irft_loss, t_spin_loss
 from irlfast.losses.policy import align_loss
+from irlfast.losses.reasoning import THOUGHT_REWARDS, reasoning_loss
 from irlfast.losses.rewards import reward_loss
 from irlfast.losses.sft import SFT_LOSSES, sft_loss
 from irlfast.models.forward import hidden_states
-from tests.data.test_packing import model_of, ragged
+from tests.data.test_packing import VOCABULARY, model_of, ragged
 from tests.helpers.runs import printed, run
+from tests.helpers.tiers import slow
 
 
 def test_attended_tokens_are_those_that_the_mask_shows():
@@ -45,7 +49,19 @@ LOSSES = {
     "irft": partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1),
     **{align: partial(align_loss, align=align, **ALIGN) for align in ("rloo", "ppo", "apa")},
     **{kind: partial(reward_loss, kind=kind, **REWARD) for kind in ("linear", "gail", "bradley_terry")},
-    "gail, tokens": partial(reward_loss, kind="gail", **REWARD | {"level": "token"}),
+    **{
+        f"{kind}, tokens": partial(reward_loss, kind=kind, **REWARD | {"level": "token"})
+        for kind in ("bce", "airl", "gail", "alpha")
+    },
+}
+# The answers of a prompt group in each of the losses; 2 where it is not said.
+ANSWERS = {"t_spin": 3, "distillation": 1, **{name: 1 for name in LOSSES if name.startswith("sft")}}
+DISTILLATION = {"mode": "full_logits", "alpha": 1.0, "top_k": 5}
+ALL_LOSSES = LOSSES | {
+    "gaussian": partial(reward_loss, kind="gaussian", **REWARD),
+    "t_spin": partial(t_spin_loss, beta=0.1, historical_weight=0.5, loss_type="sigmoid"),
+    "distillation": partial(distillation_loss, **DISTILLATION),
+    **{f"reasoning, {name}": partial(reasoning_loss, reward=name, thoughts=2) for name in THOUGHT_REWARDS},
 }
 
 
@@ -67,6 +83,61 @@ def test_a_process_without_prompt_groups_adds_nothing_to_loss_and_gradients(name
     assert loss == 0 and all(value == 0 for value in metrics.values())
     trained = [parameter.grad for parameter in model.base_model.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in trained)
+
+
+def drawn_groups(draw: random.Random, answers: int) -> list[PromptGroup]:
+    """Up to 9 prompts with answers of 1 to 9 tokens, and all values per token that a loss may take."""
+
+    def values(lengths: list[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.tensor([draw.uniform(-2, 0) for _ in range(length)]) for length in lengths)
+
+    groups = []
+    for _ in range(draw.randint(1, 9)):
+        lengths = [draw.randint(1, 9) for _ in range(answers)]
+        prompt, *each = ([draw.randrange(VOCABULARY) for _ in range(n)] for n in (draw.randint(1, 9), *lengths))
+        known, whole = [values(lengths) for _ in range(2)], values([1] * answers)
+        advantages = tuple(value.expand(length) for value, length in zip(whole, lengths, strict=True))
+        thoughts = tuple(draw.randrange(length) for length in lengths)
+        groups.append(PromptGroup(prompt, tuple(each), *known, advantages, thoughts))
+    return groups
+
+
+def loss_and_gradients(
+    name: str, groups: list[PromptGroup], layout: Layout, limit: int, ranks: int, monkeypatch
+) -> tuple[torch.Tensor, ...]:
+    """The loss of a step that takes all groups, and its gradients: the means over the ranks."""
+    model, other = model_of("Llama").double(), model_of("Qwen2").double()
+    torch.manual_seed(0)
+    heads = torch.nn.Linear(32, 4).double()
+    is_reward, total = ALL_LOSSES[name].func is reward_loss, torch.zeros((), dtype=torch.float64)
+    head = ops.Head(heads.weight, heads.bias, 1.0, None) if is_reward else ops.lm_head(model)
+    has_teacher = name == "distillation" or ALL_LOSSES[name].keywords.get("loss_type") in SFT_TEACHERS
+    monkeypatch.setattr(dist, "world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        prepared = prepare_step(np.arange(len(groups)), groups, layout, limit)
+        for batch in prepared.batches:
+            taught = Teacher(hidden_states(other, batch).detach(), ops.lm_head(other), batch.rows)
+            keywords = {"teacher": taught} if has_teacher else {}
+            loss, _ = ALL_LOSSES[name](hidden_states(model, batch), head, batch, prepared.normalisers, **keywords)
+            (loss / ranks).backward()
+            total += loss.detach() / ranks
+    trained = [*model.named_parameters(), *heads.named_parameters()]
+    return total, *(parameter.grad for _, parameter in trained if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=slow) for seed in range(1, 9))])
+@pytest.mark.parametrize("name", ALL_LOSSES)
+def test_a_steps_loss_and_gradients_are_the_same_however_its_groups_are_packed_and_shared_out(name, seed, monkeypatch):
+    """Drawn groups, drawn limits of tokens, and drawn numbers of ranks, also more than there are groups."""
+    draw = random.Random(f"{name} {seed}")
+    groups = drawn_groups(draw, ANSWERS.get(name, 2))
+    layouts = [Layout(keep_last_token=ALL_LOSSES[name].func is reward_loss, one_row=row) for row in (False, True)]
+    expected = loss_and_gradients(name, groups, layouts[0], 10**6, 1, monkeypatch)
+    for _ in range(3):
+        how = draw.choice(layouts), draw.randint(10, 120), draw.randint(1, 4)
+        actual = loss_and_gradients(name, groups, *how, monkeypatch)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7, msg=lambda text, how=how: f"{how}: {text}")
 
 
 def test_meters_divide_the_time_of_a_step_and_a_profile_is_written(tmp_path):
@@ -123,10 +194,11 @@ def test_a_step_waits_for_the_device_at_known_places_only_and_reduces_gradients_
         "slab.py:add_gradients": batches,  # is any gradient of a slab not zero? Checked on a CPU only
         "custom_op.py:scaled": 2 * batches,  # is a gradient multiplied by 1? Checked on a CPU only
     }
+    known["step.py:train_step"] = 1  # is the gradient's norm finite?
     assert alone["places"] == known
-    assert alone["operations"] == 3 * batches  # those of the last two: no other operation waits
+    assert alone["operations"] == 3 * batches + 1  # those of the last three: no other operation waits
     for row in zero:
-        assert row["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed checks the norm
-        assert row["operations"] <= 3 * batches + 2 + 1  # and copies one value from the CPU
+        assert row["places"] == known | {"utils.py:is_invalid_grad_norm": 2}  # DeepSpeed checks the norm, too
+        assert row["operations"] <= 3 * batches + 3 + 1  # and copies one value from the CPU
     assert alone["collectives"] == 0
     assert [row["collectives"] for row in zero] == [2, 2]  # one for the gradients, one for the norm

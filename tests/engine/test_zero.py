@@ -20,6 +20,15 @@ def test_steps_are_pytorchs_at_every_zero_stage_with_the_optimiser_offloaded_or_
         assert "offload cpu" not in case or "ZeRO 0" in case or row["state"] == ["torch.float32 on cpu"], case
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=full)])
+def test_bfloat16_gradients_over_many_micro_batches_are_those_of_one_large_batch(tmp_path, processes):
+    out, _ = printed(["-m", "tests.helpers.accumulated_steps", str(tmp_path)], processes)
+    norms = json.loads(out.splitlines()[-1])
+    assert len(norms) == 3
+    for stage, (micro, large) in norms.items():
+        assert micro == pytest.approx(large, rel=0.01), stage  # sums in bfloat16 are 2% off
+
+
 @full
 def test_universal_checkpoints_go_on_with_another_number_of_processes(tmp_path):
     def trained(action: str, processes: int) -> dict:

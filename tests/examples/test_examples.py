@@ -31,11 +31,11 @@ def test_the_loops_first_step_is_the_trainers(tmp_path):
         "prompts_per_stage": "all",
         "max_train_samples": 16,
         "max_eval_samples": 4,
-        "per_device_train_batch_size": 16,
+        "global_batch_size": 16,
     }
     run(tmp_path, sft_steps=0, stages=1, inner_steps=1, logging_steps=1, save_steps=1, **settings, **sizes)
     demonstrations = load_examples(tmp_path / "data/train.safetensors")
-    answers = read_samples(tmp_path / "stage-00/samples")
+    answers = read_samples([tmp_path / "stage-00/samples/00000.jsonl"])
     pairs = [
         ([*example.prompt_ids], [*example.answer_ids], [*answer])
         for example, answer in zip(demonstrations, answers, strict=True)

@@ -166,6 +166,8 @@ def brief(error: Exception) -> str:
 class Silent:
     """Stands in for the tokenizer, which a training step does not need."""
 
+    chat_template = None
+
     def save_pretrained(self, folder: Path) -> None: ...
 
 
@@ -176,13 +178,13 @@ def train(given: Path, output: Path, zero_stage: int | None = None, **keys: Any)
     """
     output.mkdir()
     if zero_stage is not None:
-        keys["deepspeed"] = str(output / "deepspeed.json")
+        keys |= {"deepspeed": str(output / "deepspeed.json"), "zero_stage": zero_stage}
         Path(keys["deepspeed"]).write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(given), "method": "sft"} | keys)
     groups = [PromptGroup(list(range(3, 9)), (list(range(20 + i, 30 + i)),)) for i in range(4)]
     encoder: Any = SimpleNamespace(tokenizer=Silent())  # a step reads no other attribute
     run = Run(config, output, given, encoder, [], [], MetricsLog(output, config), None)
-    plan = Plan(None, plan_steps(len(groups), 4, epochs=None, steps=1, seed=[0]), 4, 0.0, config.optim)
+    plan = Plan(None, plan_steps(len(groups), 4, epochs=None, steps=1, seed=[0]), 0.0, config.optim)
     policy = fit(run, output / "sft", given, groups, sft_loss, plan)
     if not config.use_peft:
         return policy

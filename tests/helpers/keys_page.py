@@ -5,14 +5,14 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from irlfast.config import schema
+from irlfast.config import inputs, schema
 from irlfast.config.types import Dataset
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "keys.md"
 HEAD = """# All keys
 
-This page is made from `irlfast/config/schema.py`: `python -m tests.helpers.keys_page` writes it anew.
+This page is made from `irlfast/config/inputs.py` and `schema.py`: `python -m tests.helpers.keys_page` writes it anew.
 
 A configuration is flat YAML, and the command line overrides it: `key=value`, `--key value` or `--key=value`.
 `irlfast train --help` shows the same keys. Names are TRL's where TRL has one.
@@ -30,8 +30,8 @@ NAMES = {
 
 def sections() -> list[tuple[str, list[str]]]:
     """The keys under each heading: the comments that stand alone between the fields of the schema."""
-    source = Path(schema.__file__).read_text(encoding="utf-8")
-    fields = source[source.index("class Config") :]
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (inputs, schema)]
+    fields = "".join(source[source.index("\nclass ") :] for source in sources)
     found: list[tuple[str, list[str]]] = []
     for comment, name in re.findall(r"^    (?:# (.+)|(\w+): .* = key\()", fields, re.M):
         if comment:

@@ -8,7 +8,7 @@ from irlfast.data.counts import SetCounts
 from irlfast.data.encoding import Encoder, encode
 from irlfast.data.rows import Demonstration
 from irlfast.data.sets import collect_examples
-from irlfast.data.store import Example
+from irlfast.data.store import Examples
 
 
 def pair(prompt: str, answer: str, rejected: str | None = None) -> Demonstration:
@@ -17,6 +17,6 @@ def pair(prompt: str, answer: str, rejected: str | None = None) -> Demonstration
     return Demonstration([{"role": "user", "content": prompt}], *answers)
 
 
-def examples_of(rows: list[Demonstration], encoder: Encoder, config: Config) -> tuple[list[Example], Counter[str]]:
+def examples_of(rows: list[Demonstration], encoder: Encoder, config: Config) -> tuple[Examples, Counter[str]]:
     counts = SetCounts()
     return collect_examples(encode(rows, encoder, config, counts), None, 0), counts.counts

@@ -16,11 +16,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the commands have it before they import torch
 # A server process imports these modules once, and every run is a fork of it: half of a small run's time is imports.
 PRELOADED = (
     *(f"irlfast.{name}" for name in ("data.leaks", "evaluation.heldout", "methods", "reports.final")),
     "irlfast.startup.prepare",
-    *("deepspeed", "matplotlib.pyplot", "peft", "sklearn.linear_model", "transformers.models.llama.modeling_llama"),
+    *("deepspeed", "tests.helpers.vega", "peft", "sklearn.linear_model", "transformers.models.llama.modeling_llama"),
 )
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*PRELOADED, "bitsandbytes"])  # the last only where it is installed
@@ -44,7 +45,7 @@ SMALL = {
     "inner_steps": 4,
     "learning_rate": 1e-5,
     "beta": 0.5,
-    "per_device_train_batch_size": 8,
+    "global_batch_size": 8,
     "logging_steps": 2,
     "save_steps": 2,
 }
@@ -59,17 +60,28 @@ def settings(output: Path, **keys) -> list[str]:
     return [f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in pairs.items()]
 
 
-class Forked:
-    """``python ARGUMENTS`` in forks of a process that has imported what runs do: one, or several as torchrun has."""
+def as_torchrun(count: int) -> list[dict[str, str]]:
+    """The variables that torchrun gives each of its processes."""
+    several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [several | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(count))]
 
-    def __init__(self, arguments: list[str], count: int = 1):
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+class Forked:
+    """``python ARGUMENTS`` in forks of a process that has imported what runs do: one, or several.
+
+    ``variables`` are those that each process gets from its launcher (default: as torchrun has it).
+    """
+
+    def __init__(self, arguments: list[str], count: int = 1, variables: Sequence[dict[str, str]] = ()):
         self.folder = tempfile.TemporaryDirectory()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         self.processes = []
-        for rank in map(str, range(count)):
-            own = several | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+        for own in variables or (as_torchrun(count) if count > 1 else [{}]):
             given = arguments, os.environ | own, Path(self.folder.name)
             self.processes.append(SERVER.Process(target=forked, args=given))
             self.processes[-1].start()
@@ -108,13 +120,18 @@ def forked(arguments: list[str], environment: dict[str, str], folder: Path) -> N
 
 
 def run_killed_at(output: Path, moments: Sequence[str], **keys) -> None:
-    """Start a run and kill it as soon as the first of ``moments`` exists: a file or folder of its output.
+    """Start a run and kill it at ``moments``; see :func:`kill_at`."""
+    kill_at(output, moments, command(output, **keys))
 
-    Then start it again and kill it at the next one, until it was killed once at each.
+
+def kill_at(output: Path, moments: Sequence[str], arguments: list[str], processes: int = 1) -> None:
+    """Run ``python ARGUMENTS`` and kill it as soon as the first of ``moments`` exists: a file or folder of its output.
+
+    Then run it again and kill it at the next one, until it was killed once at each.
     """
     for moment in moments:
         assert not (output / moment).exists(), f"{moment}: the run has passed it"
-        run = Forked(command(output, **keys))
+        run = Forked(arguments, processes)
         while not (output / moment).exists():
             assert run.processes[0].is_alive(), run.wait(0)
             time.sleep(0.002)

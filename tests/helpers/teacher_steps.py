@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from irlfast import ops
 from irlfast.common import dist
+from irlfast.common.files import remove
 from irlfast.config import Config, make_config
 from irlfast.data.packing import PromptGroup
 from irlfast.engine.checkpoint import resume, save_checkpoint
@@ -24,10 +24,10 @@ from irlfast.engine.deepspeed_engine import make_engine
 from irlfast.engine.memory import TokenLimit
 from irlfast.engine.meters import Stopwatch
 from irlfast.engine.plan import Plan
-from irlfast.engine.process_group import destroy_process_group, init_process_group
 from irlfast.engine.step import prepare_steps, train_step
 from irlfast.engine.teacher import follow
-from irlfast.startup.prepare import quiet
+from tests.helpers.results import print_results
+from tests.helpers.small_llama import start_with_llama
 
 STEPS, BATCH = 6, 4
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -64,17 +64,17 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 def trained(config: Config, folder: Path, first: int, last: int) -> tuple[Any, list[dict[str, torch.Tensor]], list]:
     """Take the steps after ``first`` up to ``last``, and leave a checkpoint. Return the policy's weights after each."""
-    plan = Plan(0, [np.arange(BATCH) + step % 2 * BATCH for step in range(STEPS)], BATCH, 1e-2, "adamw_torch")
+    plan = Plan(0, [np.arange(BATCH) + step % 2 * BATCH for step in range(STEPS)], 1e-2, "adamw_torch")
     engine = make_engine(folder / "model", loss, plan, config, GROUPS, folder / "model")
-    assert resume(engine, folder / "checkpoint", config) == first
+    assert resume(engine, folder / "checkpoint", plan)["step"] == first
     history, metrics = [weights(engine.module.model)], []
     steps = prepare_steps(plan.steps[first:last], GROUPS, engine.module.prepared.layout, TokenLimit(64, auto=False))
     for step, prepared in enumerate(steps, first + 1):
-        sums, _ = train_step(engine, prepared, 0.0, Stopwatch())
+        sums = train_step(engine, prepared, 0.0, Stopwatch()).metrics
         follow(engine.module.teacher, step, config)
         history.append(weights(engine.module.model))
         metrics.append(sums["kl"].item())
-    save_checkpoint(engine, folder / "checkpoint", last, config)
+    save_checkpoint(engine, folder / "checkpoint", {"step": last}, {}, plan)
     return engine, history, metrics
 
 
@@ -109,7 +109,7 @@ def case(folder: Path, keys: dict[str, Any]) -> dict[str, Any]:
     def forget() -> None:
         dist.barrier()
         if dist.is_main():
-            (folder / "checkpoint" / "progress.json").unlink()
+            remove(folder / "checkpoint")
         dist.barrier()
 
     forget()
@@ -132,21 +132,13 @@ def case(folder: Path, keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    quiet()
-    init_process_group()
     folder = Path(sys.argv[1])
-    if dist.is_main():
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(vocab_size=13, **SHAPE)).save_pretrained(folder / "model")
-    dist.barrier()
+    start_with_llama(folder, vocab_size=13, **SHAPE)
     results = {
         f"{kind}, {engine}": case(folder, KEYS[kind] | ENGINES[engine])
         for kind, engine in (name.split(", ") for name in sys.argv[2:])
     }
-    if dist.is_main():
-        print(json.dumps(results))
-    dist.barrier()
-    destroy_process_group()
+    print_results(results)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import torch
 from irlfast.common import dist
 from irlfast.config import make_config
 from irlfast.engine.deepspeed_engine import deepspeed_settings
-from irlfast.engine.process_group import destroy_process_group, init_process_group
+from irlfast.engine.process_group import init_process_group
 from irlfast.optim import FusedRMSprop
 from irlfast.startup.prepare import quiet
+from tests.helpers.results import print_results
 from tests.helpers.zero_steps import batches, network
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -34,7 +35,8 @@ def make_engine(folder: Path, case: str, universal: bool) -> Any:
     own = folder / f"{dist.rank()}.json"
     keys = {"zero_optimization": {"stage": stage}, "checkpoint": {"load_universal": universal}}
     own.write_text(json.dumps(keys | {"gradient_clipping": 0.0}))
-    config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "deepspeed": str(own)})
+    given = {"dataset_name": __file__, "model_name_or_path": ".", "deepspeed": str(own), "zero_stage": stage}
+    config = make_config(given)
     model = network()
     optimizer = FusedRMSprop(model.parameters(), lr=1e-3, **options)
     settings = deepspeed_settings(config)
@@ -75,10 +77,7 @@ def main() -> None:
             "states": sorted({name for state in engine.optimizer.optimizer.state.values() for name in state}),
         }
         engine.destroy()
-    if dist.is_main():
-        print(json.dumps(results))
-    dist.barrier()
-    destroy_process_group()
+    print_results(results)
 
 
 if __name__ == "__main__":

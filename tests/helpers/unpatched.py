@@ -6,7 +6,9 @@ import weakref
 from typing import Any
 
 import torch
+from deepspeed.comm import comm
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+from deepspeed.utils.groups import _clone_world_group
 
 from irlfast.common import dist
 from irlfast.engine.deepspeed_patches import coordinator_caches, release_zero3_engines, timed_collectives
@@ -75,13 +77,21 @@ def collectives_of_one_process() -> int:
     return len(watch.collectives)
 
 
+def minutes_of_groups() -> list[float]:
+    """The time limits of a group as DeepSpeed's own method makes it, and of DeepSpeed's clone of all processes."""
+    groups = [type(comm.cdb).new_group(comm.cdb, [0]), _clone_world_group()]
+    limits = [group._get_backend(dist.device()).options._timeout for group in groups]
+    return [limit.total_seconds() / 60 for limit in limits]
+
+
 def main() -> None:
     quiet()
-    init_process_group()
+    init_process_group(stall_timeout=3600)
     seen = {
         **held_layers(),
         "dtype of a float32 parameter": float32_parameter(),
         "collectives of one process": collectives_of_one_process(),
+        "minutes of groups": minutes_of_groups(),
     }
     print(json.dumps(seen))
     destroy_process_group()

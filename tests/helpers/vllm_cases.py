@@ -1,22 +1,26 @@
-"""Helpers of the tests of sampling by vLLM: prompts, tiny models, and a call of the sampler."""
+"""Helpers of the tests with vLLM: its interpreter, prompts, tiny models, and a call of the sampler.
 
+IRLFAST_VLLM_PYTHON names the interpreter that has vLLM.
+"""
+
+import os
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 import transformers
 
-from irlfast.sampling.vllm_sampler import Shard, generate_vllm
+from irlfast.sampling.shards import Shard
+from irlfast.sampling.vllm_sampler import generate_vllm
+from tests.helpers.shards import SETTINGS, claims
 
-SETTINGS = {
-    "temperature": 0.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "max_new_tokens": 24,
-    "ends": [2],
-    "dtype": "float32",
-    "max_model_len": 256,
-}
+VLLM_PYTHON = os.environ.get("IRLFAST_VLLM_PYTHON", "")
+
+# If the named interpreter has no vLLM, the tests fail: skipping them would hide a broken set-up.
+needs_vllm = pytest.mark.skipif(
+    not VLLM_PYTHON, reason="IRLFAST_VLLM_PYTHON is not set to an interpreter that has vLLM (.ci/run makes one)"
+)
 
 VOCABULARY = 101
 # Different lengths. The last two prompts share more than a block of the engine's cache (128 tokens on a CPU).
@@ -28,8 +32,9 @@ PROMPTS = [
 PROMPTS[-1][:140] = PROMPTS[-2][:140]
 
 
-def answers(policy: Path, *shards: Shard, python: str | None = None, **settings) -> dict[int, list[list[int]]]:
-    return dict(generate_vllm(policy, shards, python=python, **SETTINGS | settings))
+def answers(policy: Path, *shards: Shard, **settings) -> dict[int, list[list[int]]]:
+    """The answers to all shards, in the order in which the shards were done."""
+    return dict(generate_vllm(policy, claims(*shards), **SETTINGS | settings))
 
 
 def tiny(architecture: str):

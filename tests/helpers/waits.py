@@ -64,10 +64,10 @@ def count(folder: Path, groups: list[PromptGroup], stage: int) -> dict[str, Any]
     own = folder / "own.json"
     own.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     keys = {"dataset_name": ".", "model_name_or_path": str(folder), "max_tokens_per_batch": 64}
-    config = make_config(keys | ({"deepspeed": str(own)} if stage else {}))
+    config = make_config(keys | ({"deepspeed": str(own), "zero_stage": stage} if stage else {}))
     steps = [np.arange(BATCH)] * STEPS
     loss = functools.partial(irft_loss, beta=0.1, loss_type="sigmoid", nll_weight=0.1)
-    engine = make_engine(folder / "model", loss, Plan(0, steps, BATCH, 1e-5, "rmsprop"), config, groups)
+    engine = make_engine(folder / "model", loss, Plan(0, steps, 1e-5, "rmsprop"), config, groups)
     watch, places = Stopwatch(), Counter[str]()
     *_, prepared = prepare_steps(
         steps, groups, engine.module.prepared.layout, TokenLimit(config.max_tokens_per_batch, auto=False)

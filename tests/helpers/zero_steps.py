@@ -13,9 +13,10 @@ import torch
 from irlfast.common import dist
 from irlfast.config import make_config
 from irlfast.engine.deepspeed_engine import deepspeed_settings
-from irlfast.engine.process_group import destroy_process_group, init_process_group
+from irlfast.engine.process_group import init_process_group
 from irlfast.optim import FusedRMSprop
 from irlfast.startup.prepare import quiet
+from tests.helpers.results import print_results
 
 OPTIONS, STEPS = {"lr": 1e-3, "weight_decay": 0.1}, 20
 
@@ -44,7 +45,7 @@ def by_deepspeed(own: Path, zero: dict) -> tuple[list[torch.Tensor], set[str]]:
     import deepspeed
 
     own.write_text(json.dumps({"zero_optimization": zero, "gradient_clipping": 0.0}))
-    keys = {"dataset_name": __file__, "model_name_or_path": ".", "deepspeed": str(own)}
+    keys = {"dataset_name": __file__, "model_name_or_path": ".", "deepspeed": str(own), "zero_stage": zero["stage"]}
     settings = deepspeed_settings(make_config(keys))
     model = network()
     optimizer = FusedRMSprop(model.parameters(), **OPTIONS)
@@ -72,10 +73,7 @@ def main() -> None:
             parameters, state = by_deepspeed(own, zero)
             error = max((p - q).abs().max().item() for p, q in zip(parameters, expected, strict=True))
             results[f"ZeRO {stage}, offload {offload}"] = {"error": error, "state": sorted(state)}
-    if dist.is_main():
-        print(json.dumps(results))
-    dist.barrier()
-    destroy_process_group()
+    print_results(results)
 
 
 if __name__ == "__main__":

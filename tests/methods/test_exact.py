@@ -10,11 +10,11 @@ from irlfast.config.types import PairLossName
 from irlfast.data.packing import PromptGroup
 from irlfast.losses.pairs import irft_loss
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
-from irlfast.sampling.generation import Sampling, generate_batch
+from irlfast.sampling.shards import DRAWN
+from irlfast.sampling.transformers_sampler import generate_batch
 from tests.helpers.exact import ANSWERS, END, LONGEST, PROMPTS, answer_logps, flat_gradient, kl, loss_of, model, scored
 from tests.helpers.tiers import first_then_full, full
 
-DRAWN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
 BETA = 0.7
 
 
@@ -24,7 +24,8 @@ def irft(loss_type: str | list[str], beta: float = BETA, **options: float):
 
 def draw(policy, prompt: list[int], count: int) -> list[int]:
     """Indices into ANSWERS of ``count`` answers by the trainer's sampler."""
-    answers = generate_batch(policy, [prompt] * count, [END], DRAWN, LONGEST)
+    seeds = torch.randint(2**40, (count,)).tolist()
+    answers = generate_batch(policy, [prompt] * count, seeds, [END], DRAWN, LONGEST)
     return [ANSWERS.index(answer) for answer in answers]
 
 

@@ -48,7 +48,7 @@ def test_a_lower_beta_than_the_rewards_own_scale_overshoots_the_expert():
 def test_the_first_policy_is_the_reference_of_a_later_stage(tmp_path):
     output = tmp_path / "run"
     run(output, method="rft", stages=2, num_generations=2, reward_data="sft_demo", reference="initial")
-    rows = [json.loads(line) for path in (output / "stage-01" / "rollouts").glob("*") for line in path.open()]
+    rows = [json.loads(line) for path in (output / "stage-01" / "rollouts").glob("*.jsonl") for line in path.open()]
     rows.sort(key=lambda row: row["index"])
     scored = load_file(output / "stage-01" / "reference.safetensors")["values"]
     lengths = [len(row["answer_ids"]) for row in rows]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from irlfast.reports.files import TIMES, read_metrics, read_phases, split_time
+from irlfast.reports.files import read_run, split_time
 from tests.helpers.runs import contents, run, run_killed_at
 from tests.helpers.tiers import full, one_run_or_each_its_own
 
@@ -57,7 +57,7 @@ def test_the_reward_learns_in_every_round_from_the_answers_that_it_then_judges(r
 
 def test_prompts_without_answers_are_answered_in_every_round_and_teach_no_reward(rounds):
     output, _, out, err = rounds
-    samples = [json.loads(line) for line in (output / "stage-00/samples/00000.jsonl").open()]
+    samples = [json.loads(line) for path in (output / "stage-00/samples").glob("*.jsonl") for line in path.open()]
     assert len(samples) == 96
     assert not any("o'clock at night" in row["prompt"] for row in samples)
     assert "prompts without answers: 12 of 12 rows" in out + err
@@ -68,8 +68,8 @@ def test_prompts_without_answers_are_answered_in_every_round_and_teach_no_reward
 
 def test_the_report_counts_the_sampling_of_a_round_once(rounds):
     output, *_ = rounds
-    pairs, seconds = (read_phases(output, name, []) for name in ("pairs.json", "round.json"))
-    times = split_time(read_metrics(output, TIMES, []), pairs, seconds)
+    read = read_run(output)
+    pairs, times = read.pairs, split_time(read)
     assert list(times)[1:] == [
         "stage-00/reward",
         "stage-00/round-00/reward",
@@ -79,13 +79,13 @@ def test_the_report_counts_the_sampling_of_a_round_once(rounds):
     ]
     assert times["stage-00/round-00/reward"][0] == pairs["stage-00/round-00"]["sample_seconds"]
     assert times["stage-00/round-00"][0] < 0.2 * times["stage-00/round-00/reward"][0]
-    assert "Missing from this run" not in (output / "report.html").read_text()
+    assert "Missing from these files" not in (output / "report.html").read_text()
 
 
 MOMENTS = [
-    "stage-00/reward/model",
     "stage-00/round-00/rollouts/00000.jsonl",
-    "stage-00/round-00/reward/checkpoint/progress.json",
+    "stage-00/reward/model",
+    "stage-00/round-00/reward/checkpoint/step-2",
     "stage-00/round-00/reward/DONE",
     "stage-00/round-00/DONE",
     "stage-00/round-01/reward/DONE",

@@ -14,7 +14,7 @@ from irlfast.config import make_config
 from irlfast.data.encoding import make_encoder
 from irlfast.data.sets import read_sets
 from irlfast.data.store import load_examples
-from irlfast.reports.files import TIMES, read_metrics, read_phases, split_time
+from irlfast.reports.files import read_run, split_time
 from tests.helpers.runs import PYTHON, contents, printed, run, run_killed_at
 from tests.helpers.tiers import first_then_full, full, one_run_or_each_its_own
 
@@ -61,12 +61,12 @@ def test_the_files_and_metrics_of_a_run(rft):
     assert {"rewards/accuracies", "rewards/margins"} <= set(rows[3])
     report = (output / "report.html").read_text()
     assert "00/reward" in report
-    pairs, rounds = (read_phases(output, name, []) for name in ("pairs.json", "round.json"))
-    times = split_time(read_metrics(output, TIMES, []), pairs, rounds)
-    assert times["stage-00/reward"][0] == pairs["stage-00"]["sample_seconds"] > 0
+    read = read_run(output)
+    rounds, times = read.rounds, split_time(read)
+    assert times["stage-00/reward"][0] == read.pairs["stage-00"]["sample_seconds"] > 0
     for phase in ("stage-00/round-00", "stage-00"):
         assert times[phase][:2] == [rounds[phase]["sample_seconds"], rounds[phase]["score_seconds"]]
-        assert min(times[phase]) > 0
+        assert min(times[phase][:-2]) > 0  # one process need not communicate
 
 
 def test_rewards_and_advantages_of_a_round_are_those_of_its_rollouts(rft):
@@ -80,11 +80,11 @@ def test_rewards_and_advantages_of_a_round_are_those_of_its_rollouts(rft):
 
 MOMENTS = [
     "stage-00/samples/00000.jsonl",
-    "stage-00/reward/checkpoint/progress.json",
+    "stage-00/reward/checkpoint/step-2",
     "stage-00/reward/model",
-    "stage-00/round-00/rollouts/00000.jsonl",
     "stage-00/round-00/DONE",
-    "stage-00/checkpoint/progress.json",
+    "stage-00/rollouts/00000.jsonl",
+    "stage-00/checkpoint/step-2",
 ]
 
 
@@ -253,7 +253,7 @@ def test_a_folder_with_a_comma_in_its_name_is_a_reward_model_and_not_two_policie
 @full
 def test_two_processes_under_zero_3_end_with_the_parameters_of_one(rft, tmp_path):
     """The same global batches of pairs and of prompts; the reward's heads are gathered as an LM head is."""
-    run(tmp_path / "two", 2, **RFT, zero_stage=3, per_device_train_batch_size=4)
+    run(tmp_path / "two", 2, **RFT, zero_stage=3)
     for part in ("stage-00/reward/model", "final"):
         one, two = (load_file(folder / part / "model.safetensors") for folder in (rft[0], tmp_path / "two"))
         first = load_file(rft[0] / "sft" / "policy" / "model.safetensors")

@@ -31,7 +31,7 @@ def test_t_spin_learns_from_the_first_policys_answers_from_its_second_stage_on(t
     assert "logps/first" not in first and second["logps/first"] < 0
     assert not any("logps/reference" in row for row in (first, second))
     assert not list(tmp_path.glob("stage-*/reference.safetensors"))
-    samples = [read_samples(tmp_path / f"stage-0{stage}" / "samples") for stage in (0, 1)]
+    samples = [read_samples([tmp_path / f"stage-0{stage}" / "samples/00000.jsonl"]) for stage in (0, 1)]
     assert len(samples[0]) == len(samples[1]) == 32
     counts = json.loads((tmp_path / "stage-01" / "pairs.json").read_text())
     assert counts["pairs"] + counts["dropped_empty"] == 32
@@ -40,7 +40,7 @@ def test_t_spin_learns_from_the_first_policys_answers_from_its_second_stage_on(t
 @full
 def test_t_spin_that_is_killed_in_its_second_stage_resumes_to_the_same_bytes(tmp_path):
     run(tmp_path / "unbroken", **T_SPIN)
-    run_killed_at(tmp_path / "killed", ["stage-01/pairs.json", "stage-01/checkpoint/progress.json"], **T_SPIN)
+    run_killed_at(tmp_path / "killed", ["stage-01/pairs.json", "stage-01/checkpoint/step-2"], **T_SPIN)
     run(tmp_path / "killed", **T_SPIN)
     assert contents(tmp_path / "killed" / "final") == contents(tmp_path / "unbroken" / "final")
 

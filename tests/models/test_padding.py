@@ -17,7 +17,8 @@ from irlfast.config import Config
 from irlfast.data.encoding import make_encoder
 from irlfast.models.load import save_pretrained
 from irlfast.models.padding import add_unique_padding
-from irlfast.sampling.generation import GREEDY, generate_batch
+from irlfast.sampling.shards import GREEDY
+from irlfast.sampling.transformers_sampler import generate_batch
 from tests.helpers.tokenizers_like import FAMILIES, QWEN, byte_level
 
 TURNS = [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "Four!!!"}]
@@ -93,8 +94,8 @@ def test_the_padding_of_a_batch_of_prompts_changes_no_answer():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=40, pad_token_id=0, eos_token_id=0, initializer_range=0.5, **size))
     draw = random.Random(0)
     prompts = [[draw.randrange(40) for _ in range(draw.randint(1, 20))] for _ in range(24)]
-    alone = [generate_batch(model.eval(), [prompt], [0, 1], GREEDY, 12)[0] for prompt in prompts]
-    assert generate_batch(model, prompts, [0, 1], GREEDY, 12) == alone
+    alone = [generate_batch(model.eval(), [prompt], [0], [0, 1], GREEDY, 12)[0] for prompt in prompts]
+    assert generate_batch(model, prompts, range(24), [0, 1], GREEDY, 12) == alone
     assert {len(answer) for answer in alone} != {12}  # some end, the others go on beside their padding
 
 

@@ -38,7 +38,7 @@ def test_qlora_learns_and_resumes_and_its_final_model_is_close_to_the_trained_on
     assert not hasattr(final.config, "quantization_config")
     assert final.dtype == getattr(torch, dtype)
     check_merged(output, final)
-    run_killed_at(killed, ["stage-00/checkpoint/progress.json"], dtype=dtype, **QLORA)
+    run_killed_at(killed, ["stage-00/checkpoint/step-2"], dtype=dtype, **QLORA)
     run(killed, dtype=dtype, **QLORA)
     assert contents(killed / "final") == contents(output / "final")
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import types
 
 import peft
 import pytest
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.models.build import resize_model
-from irlfast.models.load import load_model
+from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import base_and_adapter, check_adapter
 from irlfast.models.tokenizers import load_tokenizer
-from irlfast.startup.prepare import check_weights
+from irlfast.sampling.transformers_sampler import check_logits
+from irlfast.startup.prepare import check_weights, starting_policy
 from tests.data.test_packing import FAMILIES, model_of
+from tests.helpers.tokenizers_like import pythia
 
 
 def config_of(folder, **keys):
@@ -31,8 +34,18 @@ def test_a_checkpoint_that_lacks_tensors_is_refused_and_one_with_more_is_logged(
     load_model(tmp_path, config_of(tmp_path))
     assert "has no place for 2 tensors of its checkpoint, such as vision.bias; they are not" in capsys.readouterr().err
     save_file({name: tensor for name, tensor in kept.items() if "layers.1.mlp" not in name}, path)
-    with pytest.raises(InputError, match=r"found no model\.layers\.1\.mlp\.\S+ \(3 tensors missing\), expected all of"):
+    with pytest.raises(
+        InputError, match=r"found no (model\.layers\.1\.mlp\.\S+ ){3}\(3 tensors missing\), expected all of"
+    ):
         load_model(tmp_path, config_of(tmp_path))
+
+
+def test_every_process_can_save_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 1)
+    model = model_of("Llama")
+    save_pretrained(tmp_path, model, pythia())
+    assert load_file(tmp_path / "model.safetensors") and json.loads((tmp_path / "config.json").read_text())
 
 
 def test_tensors_that_transformers_ignores_in_a_checkpoint_are_logged(tmp_path, capsys):
@@ -136,6 +149,56 @@ def test_the_hub_revision_is_the_runs_for_its_model_and_the_adapters_for_its_bas
         (load_model, "owner/model", config),
         (load_model, tmp_path, config),
     ):
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(InputError, match="division by zero"):
             load(*given)
     assert asked == [("owner/model", "v2"), ("owner/model", "v2"), ("owner/base", "v3")]
+
+
+def test_tensors_that_a_start_model_lacks_are_named_and_get_values_by_the_seed(tmp_path, capsys):
+    model_of("Llama").save_pretrained(tmp_path / "given")
+    path, kept = tmp_path / "given" / "model.safetensors", load_file(tmp_path / "given" / "model.safetensors")
+    lacks = "model.layers.1.mlp.up_proj.weight"
+    save_file({name: tensor for name, tensor in kept.items() if name != lacks}, path)
+    encoder = types.SimpleNamespace(
+        tokenizer=load_tokenizer(
+            make_config({"dataset_name": __file__, "config_name": __file__, "train_tokenizer": 300}), ["some text"]
+        )
+    )
+    starts = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = config_of(tmp_path / "given", seed=seed, allow_missing_weights=True)
+        torch.rand(3)  # whatever was drawn before
+        start = starting_policy(config, tmp_path / name, encoder)
+        assert f"found no {lacks}: new, seeded values" in capsys.readouterr().err
+        starts[name] = load_model(start, config).state_dict()  # it lacks nothing
+    assert all(torch.equal(tensor, starts["a"][name]) for name, tensor in kept.items() if name != lacks)
+    assert starts["a"][lacks].std().item() == pytest.approx(kept[lacks].std().item(), rel=0.2)
+    assert torch.equal(starts["a"][lacks], starts["b"][lacks])
+    assert not torch.equal(starts["a"][lacks], starts["c"][lacks])
+    (tmp_path / "lora").mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "given")}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        InputError, match=r"allow_missing_weights: found true with the adapter .* expected a whole model"
+    ):
+        starting_policy(config_of(tmp_path / "lora", allow_missing_weights=True), tmp_path / "d", encoder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_a_weight_that_is_not_finite_is_refused_by_its_name(tmp_path, value):
+    model_of("Llama").save_pretrained(tmp_path)
+    path, kept = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    kept[name][3, 4] = value
+    save_file(kept, path)
+    with pytest.raises(InputError, match=rf"{name} \(of 1 tensors\) is not finite"):
+        load_model(tmp_path, config_of(tmp_path))
+
+
+def test_a_model_whose_logits_are_nan_is_refused_before_it_answers(tmp_path):
+    model = model_of("Llama")
+    check_logits(model, tmp_path, [1, 2, 3])
+    for parameter in model.model.layers[1].parameters():
+        parameter.data.fill_(3e38)  # finite, and infinite once it is summed
+    with pytest.raises(InputError, match="its logits are NaN, so that it cannot answer"):
+        check_logits(model, tmp_path, [1, 2, 3])

@@ -1,9 +1,11 @@
-"""TensorBoard and W&B see the whole run over its optimiser steps; W&B is the real one, offline."""
+"""Every tracker sees the whole run over its optimiser steps. All are the real ones, offline."""
 
+import importlib
 import json
 import struct
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -11,10 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.runs.metrics_log import MetricsLog
+from irlfast.runs.trackers import Tracker, name_of
 from tests.helpers.runs import ROOT
 from tests.helpers.tiers import full
 
-WANDB = next(iter((ROOT / ".venv").glob("wandb-*")), None)  # `make test-all` installs it apart from the other packages
+# pytest-xdist's main process lacks the packages of the trackers, and so cannot read their classes of warnings.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 ANSWERS = [{"prompt": "a|b", "expert": "two\nlines", "answer": "c"}]
 
 
@@ -70,11 +75,17 @@ def test_tensorboard_has_curves_by_kind_over_the_steps_of_the_run_without_rows_l
     assert b"| a\\|b | two<br>lines | c |" in samples[0].tensor_proto.string_val[0]
 
 
+def install(name: str, monkeypatch) -> None:
+    """Let a package be imported that `make test-all` installs apart from the other packages."""
+    folder = next(iter((ROOT / ".venv").glob(f"{name}-*")), None)
+    if folder is None:
+        pytest.skip(f"{name} is not installed: make .venv/{name}-*")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])  # after the environment's own packages
+
+
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    if WANDB is None:
-        pytest.skip("wandb is not installed: make .venv/wandb-*")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(WANDB)])  # after the environment's own packages
+    install("wandb", monkeypatch)
     for name, value in {"MODE": "offline", "SILENT": "true", "PROJECT": "of-the-environment"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     import wandb
@@ -145,3 +156,113 @@ def test_wandb_that_cannot_start_is_one_sentence(wandb, tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", fails)
     with pytest.raises(InputError, match=r"report_to: wandb cannot start \(no API key\); `wandb login`, or"):
         MetricsLog(tmp_path, config_of("wandb"))
+
+
+@full
+def test_trackio_has_the_same_curves_of_one_run_and_the_config_project_and_samples(monkeypatch, tmp_path):
+    install("trackio", monkeypatch)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_PROJECT", "of-the-environment")
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for write in (write_all, resume):
+        write(MetricsLog(tmp_path, config_of("trackio", run_name="mine")))
+        trackio.finish()
+    MetricsLog(tmp_path / "other", config_of("trackio", run_name="mine")).write_held_out({"nll": 1.0})
+    trackio.finish()
+    name, other = sorted(SQLiteStorage.get_runs("of-the-environment"), key=lambda name: name != named(tmp_path))
+    assert name == named(tmp_path) != other  # of another folder, with the same run_name
+    assert SQLiteStorage.get_run_config("of-the-environment", name)["beta"] == 0.1
+    rows = SQLiteStorage.get_logs("of-the-environment", name)
+    assert curves_of((name, row["step"], value) for row in rows for name, value in row.items()) == CURVES
+    assert [row["step"] for row in rows if "eval/samples" in row] == [15, 24]
+
+
+def named(output) -> str:
+    return name_of(output, "mine")
+
+
+def curves_of(points) -> dict:
+    """The curves of (name, step, value), where a later value of a step replaces an earlier one."""
+    curves: dict = {}
+    for name, step, value in points:
+        if name in CURVES:
+            curves.setdefault(name, {})[step] = pytest.approx(value)
+    return {name: [*curve.items()] for name, curve in curves.items()}
+
+
+@full
+def test_mlflow_has_the_same_curves_of_one_run_and_the_config_experiment_and_samples(monkeypatch, tmp_path):
+    install("mlflow-skinny", monkeypatch)
+    monkeypatch.chdir(tmp_path)  # where MLflow keeps artifacts
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of-the-environment")
+    import mlflow
+
+    output = tmp_path / "it's"
+    output.mkdir()
+    for write in (write_all, resume):
+        write(MetricsLog(output, config_of("mlflow", run_name="mine")))
+        mlflow.end_run()
+    MetricsLog(tmp_path / "other", config_of("mlflow", run_name="mine"))
+    mlflow.end_run()
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("of-the-environment")
+    runs = {run.data.tags["irlfast.run"]: run for run in client.search_runs([experiment.experiment_id])}
+    assert len(runs) == 2  # one of each folder
+    run = runs[name_of(output, "run")]
+    assert (run.info.run_name, run.data.params["method"], run.data.params["beta"]) == ("mine", "rft", "0.1")
+    histories = {name: client.get_metric_history(run.info.run_id, name) for name in CURVES}
+    assert curves_of((name, x.step, x.value) for name, points in histories.items() for x in points) == CURVES
+    names = [item.path for item in client.list_artifacts(run.info.run_id, "samples")]
+    assert names == ["samples/step-000015.md", "samples/step-000024.md"]
+
+
+@full
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_no_tracker_gets_a_secret_of_the_configuration_the_environment_or_the_command(monkeypatch, tmp_path, name):
+    install({"mlflow": "mlflow-skinny"}.get(name, name), monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    key, password, token = "ab" * 20, "correct-horse", f"hf_{'cd' * 17}"
+    variables = {"WANDB_API_KEY": key, "SERVICE_PASSWORD": password, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    variables |= {"TRACKIO_DIR": str(tmp_path / "trackio"), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "argv", ["irlfast", f"run_name={token}"])
+    (tmp_path / "run").mkdir()
+    config = config_of(name, run_name=f"run {token}", project=f"project-{password}", hub_model_id=f"me/{key}")
+    write_all(MetricsLog(tmp_path / "run", config))
+    tracker = importlib.import_module(name)
+    getattr(tracker, {"wandb": "teardown", "trackio": "finish", "mlflow": "end_run"}[name])()
+    places = tmp_path, Path(getattr(tracker, "TRACKIO_DIR", tmp_path))  # Trackio keeps the folder of its first import
+    contents = {path: path.read_bytes() for place in places for path in place.rglob("*") if path.is_file()}
+    assert any(b"SECRET-" in content for content in contents.values())
+    assert not [
+        str(path)
+        for path, content in contents.items()
+        for secret in (key, password, token)
+        if secret.encode() in content
+    ]
+
+
+def test_a_tracker_that_fails_gets_no_more_metrics_and_the_run_goes_on(tmp_path, capsys):
+    log = MetricsLog(tmp_path, config_of("tensorboard"))
+    told = []
+
+    def fails(*_):
+        raise ConnectionError("the server is gone. Try later.")
+
+    log.trackers.insert(0, Tracker("mlflow", fails, fails, fails))
+    log.trackers.append(Tracker("last", lambda *of: told.append(of), lambda *_: None, lambda *_: None))
+    write_all(log)
+    assert [tracker.name for tracker in log.trackers] == ["tensorboard", "last"]
+    assert len(told) == 8
+    assert capsys.readouterr().err == "warning: mlflow gets no more metrics, as it failed (the server is gone)\n"
+    assert len(log.path.read_text().splitlines()) == 5
+
+
+def test_a_file_in_the_place_of_tensorboards_folder_is_set_aside(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    write_all(MetricsLog(tmp_path, config_of("tensorboard")))
+    assert (tmp_path / "tensorboard").is_dir()

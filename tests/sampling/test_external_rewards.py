@@ -218,7 +218,7 @@ def test_a_function_may_be_in_a_module_of_the_working_folder(tmp_path, monkeypat
     (tmp_path / "my_rewards").mkdir()
     (tmp_path / "my_rewards" / "short.py").write_text("def reward(completions, **given): return [0.0]\n")
     monkeypatch.chdir(tmp_path)
-    assert load_function("my_rewards.short:reward")(completions=[]) == [0.0]
+    assert load_function("my_rewards.short:reward", "reward_function")(completions=[]) == [0.0]
 
 
 @pytest.mark.parametrize("name", ["my_rewards", "my_rewards:", ":reward", "a/b:reward", "nothing.py:reward"])

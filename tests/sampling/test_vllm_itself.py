@@ -1,32 +1,28 @@
-"""Sampling by the real vLLM, compared with Transformers on tiny fp32 models.
-
-IRLFAST_VLLM_PYTHON names the interpreter that has vLLM.
-"""
+"""Sampling by the real vLLM, compared with Transformers on tiny fp32 models."""
 
 import collections
-import os
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from irlfast.sampling.vllm_sampler import Shard
+from irlfast.sampling.shards import DRAWN
+from tests.helpers.shards import LONGEST, shard
 from tests.helpers.tiers import full
-from tests.helpers.vllm_cases import PROMPTS, SETTINGS, VOCABULARY, answers, perturbed_lora, tiny
-
-VLLM_PYTHON = os.environ.get("IRLFAST_VLLM_PYTHON", "")
-
-# If the named interpreter has no vLLM, the tests fail: skipping them would hide a broken set-up.
-needs_vllm = pytest.mark.skipif(
-    not VLLM_PYTHON, reason="IRLFAST_VLLM_PYTHON is not set to an interpreter that has vLLM (.ci/run makes one)"
+from tests.helpers.vllm_cases import (
+    PROMPTS,
+    VLLM_PYTHON,
+    VOCABULARY,
+    answers,
+    needs_vllm,
+    perturbed_lora,
+    tiny,
 )
 
 
 def greedy(model, prompt: list[int], end_id: int | None) -> list[int]:
     model.generation_config = GenerationConfig()  # without the checkpoint's defaults
-    options = GenerationConfig(
-        do_sample=False, max_new_tokens=SETTINGS["max_new_tokens"], eos_token_id=end_id, pad_token_id=0
-    )
+    options = GenerationConfig(do_sample=False, max_new_tokens=LONGEST, eos_token_id=end_id, pad_token_id=0)
     ids = torch.tensor([prompt])
     generated = model.generate(
         ids, attention_mask=torch.ones_like(ids), generation_config=options
@@ -53,9 +49,7 @@ def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
     expected = [greedy(model, prompt, end_id) for prompt in PROMPTS]
     stopped = [answer[-1] == end_id for answer in expected]
     assert any(stopped) and not all(stopped) and any(named in answer[:-1] for answer in expected)
-    assert all(
-        (len(answer) == SETTINGS["max_new_tokens"]) or stop for answer, stop in zip(expected, stopped, strict=True)
-    )
+    assert all((len(answer) == LONGEST) or stop for answer, stop in zip(expected, stopped, strict=True))
 
     model.config.eos_token_id = model.generation_config.eos_token_id = named
     model.config.save_pretrained(policy)
@@ -64,8 +58,8 @@ def test_greedy_answers_are_those_of_transformers(architecture, lora, tmp_path):
         model.peft_config["default"].base_model_name_or_path = str(policy)
         policy = tmp_path / "adapter"
         model.save_pretrained(policy)
-    shards = [Shard(0, PROMPTS[:4], 0), Shard(1, PROMPTS[4:], 1)]
-    by_shard = answers(policy, *shards, python=VLLM_PYTHON, ends=[end_id])
+    shards = [shard(0, *PROMPTS[:4], ends=[end_id]), shard(1, *PROMPTS[4:], ends=[end_id])]
+    by_shard = answers(policy, *shards, python=VLLM_PYTHON)
     assert by_shard[0] + by_shard[1] == expected
 
 
@@ -80,22 +74,27 @@ def test_sampled_answers_depend_on_prompts_and_seed_and_have_the_policys_distrib
     draws, likely = 2000, int(chances[spread].argmax())
     chances[spread][likely] = 0
     chances[spread] /= chances[spread].sum()
+    how = {"how": DRAWN, "max_new_tokens": 6}
     by_shard = answers(
         tmp_path,
-        Shard(0, PROMPTS, 5),
-        Shard(1, [PROMPTS[spread]] * draws, 6),
-        Shard(2, PROMPTS, 5),
-        Shard(3, PROMPTS, 7),
-        Shard(4, [[5] * 37] * 400, 8),  # more tokens than one step of vLLM takes; its limit falls inside a prompt
+        shard(0, *PROMPTS, seed=5, **how),
+        shard(1, PROMPTS[spread], seed=100, n=draws, **how),
+        shard(2, *PROMPTS[::-1], seed=5, **how),
+        shard(3, *PROMPTS, seed=50, **how),
+        shard(5, *PROMPTS, seed=5, **how),
+        shard(
+            4, *[[5] * 37] * 400, seed=5000, **how
+        ),  # more tokens than one step of vLLM takes; its limit falls inside a prompt
         python=VLLM_PYTHON,
-        temperature=1.0,
-        max_new_tokens=6,
-        ends=[2],
         never=[likely],
     )
     assert len(by_shard[4]) == 400
     assert not any(likely in answer for shard in by_shard.values() for answer in shard)
-    assert by_shard[2] == by_shard[0]  # whatever was sampled in between
+    assert by_shard[5] == by_shard[0]  # whatever was sampled beside them
+    few = [shard(0, *PROMPTS, seed=5, **how), shard(3, *PROMPTS, seed=50, **how)]
+    alone = answers(tmp_path, *few, python=VLLM_PYTHON, never=[likely], at_once=len(PROMPTS))
+    assert (alone[0], alone[3]) == (by_shard[0], by_shard[3])
+    assert by_shard[2] != by_shard[0][::-1]  # the same prompts with other seeds
     assert sum(a != b for a, b in zip(by_shard[0], by_shard[3], strict=True)) > len(PROMPTS) // 2
     assert all(len(answer) == 6 or answer[-1] == 2 for shard in by_shard.values() for answer in shard)
     assert all(2 not in answer[:-1] for shard in by_shard.values() for answer in shard)

@@ -1,0 +1,157 @@
+"""The seconds that a step, answers, scores and loads take: operations and bytes, divided by the rates of the machine.
+
+Per process and step, with P processes and m micro-batches, W bytes of weights and G bytes of gradients, a ring of
+processes sends and receives (Patarasuk and Yuan 2009):
+
+    ZeRO 0    2 G (P-1)/P                       gradients are summed in all processes
+    ZeRO 1    (G + W) (P-1)/P                   each process gets its share of the sum, then all get the new weights
+    ZeRO 2    (m G + W) (P-1)/P                 as ZeRO 1, after each micro-batch
+    ZeRO 3    m (G + 2 W) (P-1)/P               weights are gathered forward and backward
+
+On a CPU, gradients are reduced once per step, and everywhere (2 G in place of G).
+"""
+
+import math
+from typing import NamedTuple
+
+from irlfast.config import Config
+from irlfast.data.packing import SHARED, PromptGroup, token_counts
+from irlfast.engine.hardware import Cluster
+from irlfast.engine.optim import STATE_BYTES
+from irlfast.engine.plan import Plan
+from irlfast.models.costs import operations
+from irlfast.startup.plan_memory import Room, zero_of
+from irlfast.startup.sizes import Size, bytes_of
+
+TRAINING = 0.4  # assumed share of a data sheet's operations that forward and backward passes reach
+MOVING = 0.7  # assumed share of a data sheet's bytes per second of memory and links
+STORAGE = 2e9  # assumed bytes per second that a model is read with
+START = 60.0  # assumed seconds that vLLM takes to start, without its weights
+SEQUENCES = 256  # that vLLM decodes at a time at most
+
+
+class Rates(NamedTuple):
+    """The operations and bytes per second of a process, as measured or assumed."""
+
+    training: float  # operations per second of forward and backward passes
+    memory: float  # bytes per second of the optimiser's step and of decoding
+    link: float  # bytes per second to other processes
+    storage: float = STORAGE  # bytes per second of a model that is loaded
+    start: float = START  # seconds
+    sampling: float = 1.0  # seconds of sampling per second of the model's
+    scoring: float = 1.0  # the same of scoring
+    runtime: float = 2e9  # bytes that libraries take: CUDA's context and NCCL's buffers are assumed to take 2 GB
+    source: str = "assumed shares of data sheets' figures"
+
+
+class Lengths(NamedTuple):
+    """Mean numbers of tokens."""
+
+    prompt: float
+    answer: float  # of a demonstration
+    sampled: float  # of a sampled answer
+
+
+def assumed_rates(cluster: Cluster, config: Config) -> Rates:
+    """Return the rates that a cluster is assumed to reach without a measurement."""
+    gpu = cluster.gpu
+    link = gpu.nvlink if cluster.nodes == 1 else min(gpu.nvlink, gpu.network)
+    return Rates(TRAINING * gpu.operations[config.dtype], MOVING * gpu.bandwidth, MOVING * link)
+
+
+def group_of(lengths: Lengths, answers: int) -> PromptGroup:
+    """Make a prompt group of mean lengths: a demonstration first where there are several answers, then sampled ones."""
+    first, others = (lengths.answer if answers <= 2 else lengths.sampled), (lengths.sampled,) * (answers - 1)
+    return PromptGroup(range(round(lengths.prompt)), tuple(range(max(1, round(n))) for n in (first, *others)))
+
+
+def group_operations(config: Config, size: Size, lengths: Lengths, answers: int, reward: bool = False) -> float:
+    """Return the operations that a group takes in training: those of a step, and those of recomputed layers."""
+    costs = size.costs._replace(answer_token=0) if reward else size.costs
+    counts = token_counts([group_of(lengths, answers)], SHARED)
+    once = operations(costs, counts)
+    forward: float = size.forward * counts["tokens"] + costs.attended / 3 * counts["attended"]
+    return once + (forward if config.gradient_checkpointing is True else 0)
+
+
+def step_seconds(
+    config: Config,
+    size: Size,
+    room: Room,
+    rates: Rates,
+    lengths: Lengths,
+    plan: Plan,
+    answers: int,
+    micro_batches: int,
+) -> dict[str, float]:
+    """Return the seconds of each part of an optimiser step of ``plan``, with so many ``answers`` per prompt group."""
+    processes, each = room.processes, bytes_of(config)
+    stage = zero_of(config, processes)["stage"]
+    computed = group_operations(config, size, lengths, answers, bool(plan.reward)) * plan.steps[0].size / processes
+    sent = bytes_sent(stage, processes, micro_batches, each * size.parameters, each * size.trained, room.on_gpu)
+    return {
+        "forward and backward": computed / rates.training,
+        "communication": sent / rates.link,
+        "optimiser": updated_bytes(config, size, processes, plan.optim) / rates.memory,
+    }
+
+
+def updated_bytes(config: Config, size: Size, processes: int, optim: str) -> float:
+    """Return the bytes that the optimiser's step reads and writes in a process.
+
+    Gradients, states and fp32 weights are read; states and weights are written, and so are bf16 weights.
+    """
+    share = size.trained / (processes if zero_of(config, processes)["stage"] else 1)
+    return share * (4 + 2 * STATE_BYTES[optim] + 8 + (2 if config.dtype == "bfloat16" else 0))
+
+
+def bytes_sent(stage: int, processes: int, micro_batches: int, weights: float, gradients: float, on_gpu: bool) -> float:
+    """Return the bytes that a process sends in a step; see the table above."""
+    times = micro_batches if on_gpu and stage > 1 else 1
+    both = 1 if on_gpu and stage else 2
+    moved = {
+        0: 2 * gradients,
+        1: both * gradients + weights,
+        2: both * times * gradients + weights,
+        3: times * gradients + 2 * micro_batches * weights,
+    }[stage]
+    return moved * (processes - 1) / processes
+
+
+def sampling_seconds(
+    config: Config, size: Size, room: Room, rates: Rates, lengths: Lengths, answers: float, cache: float
+) -> float:
+    """Return the seconds of ``answers`` sampled answers, where ``cache`` bytes hold keys and values.
+
+    A decoding step reads the weights, and the keys and values of all its sequences; or its products take longer.
+    """
+    if not answers:
+        return 0.0
+    split = config.vllm_tensor_parallel_size if config.use_vllm else 1
+    engines = max(1, room.processes // split)
+    token = size.key_values * bytes_of(config) / split
+    most = SEQUENCES if config.use_vllm else config.per_device_eval_batch_size
+    held = cache / max(token * (lengths.prompt + lengths.sampled), 1)
+    together = max(1.0, min(most, held, answers / engines))
+    weights = size.parameters * bytes_of(config) / split
+    read = (weights + together * token * (lengths.prompt + lengths.sampled / 2)) / rates.memory
+    step = max(read, 2 * size.parameters * together / split / rates.training)
+    prompts = 2 * size.parameters * lengths.prompt * answers / engines / split / rates.training
+    return rates.sampling * (math.ceil(answers / engines / together) * lengths.sampled * step + prompts)
+
+
+def scoring_seconds(
+    size: Size, room: Room, rates: Rates, lengths: Lengths, groups: float, answers: int, models: int
+) -> float:
+    """Return the seconds in which ``models`` score ``groups`` prompt groups: the forward part of training."""
+    counts = token_counts([group_of(lengths, answers)], SHARED)
+    head = size.vocabulary * size.hidden
+    forward: float = size.forward * counts["tokens"] + 2 * head * counts["answer_tokens"]
+    forward += size.costs.attended / 3 * counts["attended"]
+    return rates.scoring * models * groups * forward / room.processes / rates.training
+
+
+def load_seconds(config: Config, size: Size, rates: Rates) -> dict[str, float]:
+    """Return the seconds in which a model is loaded to train or to score, and in which a sampler starts."""
+    read = size.parameters * bytes_of(config) / rates.storage
+    return {"model": read, "sampler": read + (rates.start if config.use_vllm else 0.0)}

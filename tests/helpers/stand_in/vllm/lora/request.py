@@ -1,0 +1,3 @@
+class LoRARequest:
+    def __init__(self, *given):
+        self.given = given

@@ -1,0 +1,85 @@
+"""The bytes that a run is estimated to write are those that it writes, and too little room is said at the start."""
+
+import shutil
+
+import pytest
+import yaml
+
+from irlfast.common import files
+from irlfast.common.files import InputError
+from irlfast.config import make_config
+from irlfast.data.store import load_examples
+from irlfast.methods import METHODS
+from irlfast.startup.disk import check_room, checkpoint_bytes, disk_needs, most
+from irlfast.startup.sizes import Size, mean_length, model_size
+from tests.helpers.runs import run, run_killed_at
+from tests.helpers.tiers import full
+
+
+def needs_of(output):
+    """Estimate the needs of the run in a folder, and return them with its configuration and its model's size."""
+    config = make_config(yaml.safe_load((output / "config.yaml").read_text()))
+    train, size = load_examples(output / "data/train.safetensors"), model_size(config, config.train_tokenizer)
+    return disk_needs(config, size, mean_length(train), len(train), 0), config, size
+
+
+def bytes_below(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_left(output):
+    needs, *_ = needs_of(output)
+    for name in {need.phase.partition("/")[0] for need in needs[:-1]}:
+        left = sum(need.left for need in needs if need.phase.partition("/")[0] == name)
+        assert left == pytest.approx(bytes_below(output / name), rel=0.1), name
+    built = bytes_below(output / "initial")
+    assert sum(need.left for need in needs) + built == pytest.approx(bytes_below(output), rel=0.1)
+
+
+def test_the_estimate_of_a_run_is_within_a_tenth_of_what_it_leaves(finished):
+    check_left(finished[0])
+
+
+@full
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "rft", "sft_steps": 0, "stages": 1, "num_generations": 2, "reward_steps": 2, "inner_steps": 2},
+        {"use_peft": "true", "sft_steps": 0, "stages": 2},
+        {"dtype": "bfloat16", "optim": "adamw_torch", "stages": 1},
+    ],
+    ids=["rft", "lora", "bfloat16"],
+)
+def test_the_estimate_holds_for_other_methods_and_types(tmp_path, keys):
+    run(tmp_path / "run", **keys)
+    check_left(tmp_path / "run")
+
+
+@pytest.mark.parametrize("keys", [{}, pytest.param({"dtype": "bfloat16", "sft_optim": "rmsprop"}, marks=full)])
+def test_the_estimate_of_a_checkpoint_is_within_a_tenth_of_its_size(tmp_path, keys):
+    run_killed_at(tmp_path / "run", ["sft/checkpoint/step-2"], **keys)
+    needs, config, size = needs_of(tmp_path / "run")
+    [sft, *_] = METHODS[config.method].phases(config, 96)
+    checkpoint = bytes_below(tmp_path / "run/sft/checkpoint/step-2")
+    assert checkpoint_bytes(sft.plan(), size) == pytest.approx(checkpoint, rel=0.1)
+    assert needs[0].work == pytest.approx(2 * checkpoint, rel=0.1)  # the second of two replaces the first
+
+
+def test_too_little_room_is_said_with_the_phase_and_what_needs_less(finished, tmp_path, monkeypatch):
+    output = finished[0]
+    needs, *_ = needs_of(output)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    check_room(output, needs[:-1])  # all phases are done
+    with pytest.raises(InputError, match=r"1\.0 MB are free, but .* of them during sft; expected more room, or a"):
+        check_room(tmp_path, needs)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, most(needs)))
+    check_room(tmp_path, needs)
+
+
+def test_policies_that_save_total_limit_deletes_count_no_longer():
+    keys = {"dataset_name": __file__, "model_name_or_path": ".", "stages": 5, "dtype": "bfloat16"}
+    size = Size(parameters=10**9, trained=10**9, layers=1, hidden=1)
+    every, two = (
+        most(disk_needs(make_config(keys | limit), size, 20.0, 96, 0)) for limit in ({}, {"save_total_limit": 1})
+    )
+    assert every - two == pytest.approx(3 * 10**9 * 2, rel=0.01)  # of five in bfloat16, the last and the best stay

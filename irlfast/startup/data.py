@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
+import irlfast
 from irlfast.common.artefacts import intact, keep, keep_json, keep_jsonl
 from irlfast.common.files import check_written
 from irlfast.common.secrets import redacted
@@ -29,7 +30,7 @@ from irlfast.startup.inputs import fingerprint as fingerprint_of_file
 from irlfast.startup.inputs import sums_of
 
 FORMAT = 1  # of the prepared data: another number makes resumed runs prepare it anew
-PACKAGES = ("irlfast", "transformers", "tokenizers", "jinja2", "datasets", "pyarrow")  # which read and tokenise rows
+PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")  # with irlfast, they read and tokenise rows
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -63,7 +64,7 @@ def origin_of(config: Config, encoder: Encoder, prompts_only: bool, earlier: dic
         return None
     same = {*MAY_CHANGE, *RATES, *PER_STAGE, "stages"}  # keys that may change in a run, and shape no row
     keys = {name: value for name, value in dataclasses.asdict(config).items() if name not in same}
-    versions = [importlib.metadata.version(package) for package in PACKAGES]
+    versions = [irlfast.__version__, *map(importlib.metadata.version, PACKAGES)]
     template = encoder.template._replace(tokenizer=encoder.tokenizer.chat_template)
     settings = [FORMAT, versions, keys, prompts_only, backend.to_str(), template, encoder[2:]]
     known = earlier.get("files", {})

@@ -1,9 +1,10 @@
 """Run one contender of test_throughput.py in its own process: ``python -m benchmarks.throughput FOLDER CONTENDER``.
 
 FOLDER holds ``policy/``, ``reference/``, ``pairs.json`` (token ids of prompt, chosen, rejected) and ``workload.json``.
-The script prints JSON: the loss of the first step, the seconds of scoring and of every step, and the peak of resident
-memory above the size after the imports. All contenders train on the same pairs in the same order, by RMSprop, with the
-gradient clipped to 1. Under torchrun, each process is pinned to one core (test_scaling.py).
+The script prints JSON: the loss of the first step, the seconds of scoring and of every step, and the peak of memory:
+resident above the size after the imports, or what torch allocates on a GPU. All contenders train on the same pairs in
+the same order, by RMSprop, with the gradient clipped to 1. On a GPU they compute in bf16 and update fp32 weights, and
+scoring is timed when everything is compiled. Under torchrun, each process is pinned to one core (test_scaling.py).
 """
 
 import itertools
@@ -18,19 +19,25 @@ from typing import Any
 import torch
 
 RATE, BETA = 1e-5, 0.1
+GPU = torch.cuda.is_available()
 
 Moment = tuple[float, float]  # seconds of wall time, and CPU seconds of this process
 
 
 def memory(field: str) -> int:
-    """Return KiB of this process: ``VmRSS`` is the current size, ``VmHWM`` the peak."""
+    """Return KiB of this process, on a GPU of torch there: ``VmRSS`` is the current size, ``VmHWM`` the peak."""
+    if GPU:
+        return (torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()) // 1024
     match = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
     assert match
     return int(match.group(1))
 
 
 def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], best: bool) -> dict[str, Any]:
-    """Run TRL's ``DPOTrainer`` with its defaults, or (``best``) with precomputed reference and ``padding_free``."""
+    """Run TRL's ``DPOTrainer`` with its defaults, or (``best``) with precomputed reference and ``padding_free``.
+
+    On a GPU, ``padding_free`` runs without flash-attn, which TRL advises: Transformers masks the sequences of a row.
+    """
     import datasets
     import transformers
     from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
@@ -94,8 +101,8 @@ def dpo_config(folder: Path, pairs: int, workload: dict[str, Any], best: bool) -
         optim="rmsprop",
         max_length=None,
         gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
+        bf16=GPU,
+        use_cpu=not GPU,
         report_to=[],
         save_strategy="no",
         logging_steps=1,
@@ -113,7 +120,8 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
 
     import numpy as np
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not GPU:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.models.llama import modeling_llama  # noqa: F401, part of the base memory
 
     from irlfast.data.packing import PromptGroup
@@ -127,6 +135,8 @@ def irlfast(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any]
     run = make_run(folder, workload)
     base, log = memory("VmRSS"), run.metrics_log
     groups = [PromptGroup(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs]
+    if GPU:
+        score(run, folder / "reference", groups, run.output / "warm-up.safetensors")
     start = now()
     ref_logps = score(run, folder / "reference", groups, run.output / "reference.safetensors")
     scoring = [start, now()]
@@ -163,6 +173,7 @@ def make_run(folder: Path, workload: dict[str, Any]) -> Any:
 
     keys = {"dataset_name": "none", "model_name_or_path": str(folder / "policy"), "learning_rate": RATE, "beta": BETA}
     keys |= {"lr_scheduler_type": "constant", "logging_steps": 1, "save_steps": 0}
+    keys |= {"dtype": "bfloat16"} if GPU else {}
     config = make_config(keys | workload.get("keys", {}))
     output = folder / "irlfast"
     if dist.is_main():
@@ -183,6 +194,8 @@ def empty_tokenizer() -> Any:
 
 
 def now() -> Moment:
+    if GPU:
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 

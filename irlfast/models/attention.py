@@ -19,6 +19,7 @@ from irlfast.models.forward import attention_of, takes_cu_seqlens
 
 MIN_SAVING = 0.05  # share of the operations that makes flex_attention worth more than a faster kernel
 FLEX_HEAD_SIZE = 16  # the smallest head that flex_attention's kernel takes
+FLEX_VARIANTS = 64  # that torch may compile of flex_attention: for grouped rows, single rows, gradients, each policy
 SAMPLE_SIZE = 1000  # prompt groups whose lengths are looked at
 
 
@@ -35,13 +36,25 @@ def arrange(model: Any, config: Config, costs: Costs, groups: Sequence[PromptGro
     else:
         saving, lengths = sharing(costs, groups)
         if not on_cpu:
-            flex = can_share and attention_head_size(model) >= FLEX_HEAD_SIZE
-            model.set_attn_implementation(choose(flex, saving, unshared_attention(model)))
+            can_flex = can_share and attention_head_size(model) >= FLEX_HEAD_SIZE
+            model.set_attn_implementation(choose(can_flex, saving, unshared_attention(model)))
         shared = can_share and not takes_cu_seqlens(model)
         saves = f"sharing prompts {'saves' if shared else 'would save'} {saving:.0%} of the operations"
         log_once(f"attention: {attention_of(model)}; {saves}: {lengths}")
-    one_row = not on_cpu and (takes_cu_seqlens(model) or attention_of(model) == "flex_attention")
-    return Layout(shared, one_row)
+    flex = attention_of(model) == "flex_attention"
+    if flex:
+        keep_compiled()
+    return Layout(shared, not on_cpu and (flex or takes_cu_seqlens(model)))
+
+
+def keep_compiled() -> None:
+    """Let torch compile flex_attention anew for every kind of batch of a run.
+
+    torch's own limit is 8 variants. After it, torch runs code that holds the scores of all pairs of tokens in memory.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, FLEX_VARIANTS)
 
 
 def choose(flex: bool, saving: float, unshared: str | None) -> str:

@@ -267,10 +267,11 @@ CANCELLING = ("log_ratio with token_statistics", "token_divergence")
 def sum_of_magnitudes(operation: Operation, case: dict[str, Any], upstream: Callable) -> float:
     """The largest Σ |slope| · |weight| of a number of d hidden, by the slopes ``[N, V]`` of the tokens' logits."""
     hidden, weight = case["hidden"].detach(), case["weight"].detach()
-    tokens = torch.arange(len(hidden), dtype=torch.int64) if case.get("rows") is None else case["rows"].long()
+    on = {"device": hidden.device}
+    tokens = torch.arange(len(hidden), **on) if case.get("rows") is None else case["rows"].long()
     logits = hidden[tokens] @ weight.T
     logits = logits if case["bias"] is None else logits + case["bias"].detach()
-    per_token = {"hidden": logits.requires_grad_(), "weight": torch.eye(len(weight), dtype=torch.float64)}
+    per_token = {"hidden": logits.requires_grad_(), "weight": torch.eye(len(weight), dtype=torch.float64, **on)}
     per_token |= {"bias": None, "rows": None}
     if case.get("ref_hidden") is not None:
         ref_rows = case.get("ref_rows")

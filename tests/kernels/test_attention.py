@@ -11,6 +11,7 @@ from irlfast.config import make_config
 from irlfast.data.packing import Layout, PromptGroup, pack
 from irlfast.models import varlen
 from irlfast.models.attention import unshared_attention
+from irlfast.models.forward import hidden_states
 from irlfast.models.prepare import prepare_model
 from tests.data.test_packing import separate, with_gradients
 
@@ -78,3 +79,22 @@ def test_a_phase_chooses_attention_by_the_lengths_and_tries_it():
     model = model_of(LLAMA).to(torch.bfloat16)
     assert not prepare_model(model, config, short).layout.shared
     assert model.config._attn_implementation == unshared_attention(model)
+
+
+def test_no_batch_of_a_run_has_all_its_scores_in_memory():
+    """torch gives compilation up after 8 kinds of batches, where it is not told otherwise."""
+    config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "attn_implementation": "flex_attention"})
+    scores = 4 * 4096**2 * 4  # bytes: heads, pairs of tokens, fp32
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model_of(LLAMA).to(dtype)
+        model.set_attn_implementation("flex_attention")
+        prepare_model(model, config, groups())
+        for rows, lengths in [(1, (60, 70)), (3, (20, 30)), (2, (300, 5)), (1, (4000, 90))]:
+            batch = pack([PromptGroup([1], tuple([2] * n for n in lengths))] * rows, Layout(True, rows == 1)).to("cuda")
+            for gradients in (False, True):
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                with torch.set_grad_enabled(gradients):
+                    hidden_states(model, batch)
+                torch.cuda.synchronize()
+                assert torch.cuda.max_memory_allocated() - before < scores, (dtype, rows, lengths, gradients)

@@ -53,7 +53,9 @@ def test_pair_loss_matches_the_oracle_in_fp64(factors, backend):
     assert {name: gradient.dtype for name, gradient in ours.items()} == {name: case[name].dtype for name in ours}
     for name, gradient in ours.items():
         error, largest = (gradient.double() - exact[name]).abs().max(), exact[name].abs().max()
-        assert error <= (1e-4 if factors["dtype"] == torch.float32 else 2**-7) * largest + 1e-9, name
+        share = 1e-4 if factors["dtype"] == torch.float32 else 2**-7
+        # Of a vocabulary of one token, the exact gradient is 0, and what rounding leaves of 1 - p remains.
+        assert error <= share * largest + (1e-9 if factors["vocabulary"] > 1 else 1e-7), name
 
 
 @pytest.mark.parametrize("rows_in_buffer", [1, 9, 10**6])

@@ -77,7 +77,7 @@ def circumstances() -> dict[str, Any]:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": " ".join([program_name(), *sys.argv[1:]]),
         "quick": "--quick" in sys.argv,
-        "commit": git("rev-parse", "HEAD") or os.environ.get("IRLFAST_COMMIT"),  # a copy without the history is told
+        "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name() if gpu else cpu_name(),
         "kind": "cuda" if gpu else "cpu",

@@ -37,7 +37,8 @@ def seconds_left(parts: Sequence[Part], done: Sequence[float], speeds: Mapping[s
 class Clock:
     """Follows this process's run through its parts, which are in order, and measures the speed of each kind.
 
-    A part that trains comes after a part that samples and scores its answers.
+    A part that trains comes after a part that samples and scores its answers. Its first step compiles on a GPU, so that
+    this step counts only until there is another.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,8 @@ class Clock:
 
     def begin(self, at: int, done: float) -> None:
         self.at, self.begun, self.done = at, done, done
-        self.since = time.monotonic()
+        self.since = self.reported = time.monotonic()
+        self.warming_up = True
 
     def answer(self, count: float) -> None:
         """Count answers that were sampled."""
@@ -68,7 +70,9 @@ class Clock:
                 self.done = self.parts[self.at].work
             self.speeds = self.measured()
             self.begin(index, work)
-        self.done = work
+        elif self.warming_up and self.done > self.begun:
+            self.since, self.begun, self.warming_up = self.reported, self.done, False
+        self.done, self.reported = work, time.monotonic()
 
     def finish(self) -> None:
         """Go on to the next part; the present one may have ended early."""

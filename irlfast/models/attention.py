@@ -47,6 +47,12 @@ def arrange(model: Any, config: Config, costs: Costs, groups: Sequence[PromptGro
     return Layout(shared, not on_cpu and (flex or takes_cu_seqlens(model)))
 
 
+def set_uncompiled(model: Any, config: Config) -> None:
+    """Replace flex_attention, which an earlier phase chose: the checks of a model would compile it for their batches."""
+    if config.attn_implementation == "auto" and attention_of(model) == "flex_attention":
+        model.set_attn_implementation("sdpa")
+
+
 def keep_compiled() -> None:
     """Let torch compile flex_attention anew for every kind of batch of a run.
 

@@ -13,7 +13,7 @@ from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.packing import Layout, PromptGroup
-from irlfast.models.attention import arrange
+from irlfast.models.attention import arrange, set_uncompiled
 from irlfast.models.checks import can_share_prompts, check_forward, check_layout, check_logits
 from irlfast.models.costs import Costs, costs_of
 from irlfast.models.load import is_reward_model, load_model, load_to_train, trains_split
@@ -115,6 +115,7 @@ def prepare_model(model: Any, config: Config, groups: Sequence[PromptGroup]) -> 
         raise InputError(str(error)) from error
     head = Head(module.weight, module.bias, scale, softcap)
     costs = costs_of(base, head.weight)
+    set_uncompiled(base, config)
     with runnable(model, config):
         separate_states = check_forward(base)
         if not reward:

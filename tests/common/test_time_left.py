@@ -96,6 +96,18 @@ def test_a_phase_that_ends_early_or_begins_again_is_counted_once(passing):
     assert clock.left() == pytest.approx(90, rel=0.5)
 
 
+def test_the_first_step_which_compiles_counts_only_until_there_is_another(passing):
+    clock = Clock()
+    clock.plan([Part("a", "irft", 100)], 0)
+    clock.train("a", 0.0)
+    lefts = []
+    for seconds, share in ((70, 0.1), (10, 0.2), (10, 0.3)):
+        passing.now += seconds
+        clock.train("a", share)
+        lefts.append(clock.left())
+    assert lefts == pytest.approx([630, 80, 70])
+
+
 def test_a_phase_that_is_not_of_the_plan_changes_nothing(passing):
     clock = Clock()
     clock.train("sft", 0.5)

@@ -6,6 +6,7 @@ from irlfast.config import make_config
 from irlfast.data.packing import Layout, PromptGroup
 from irlfast.models.attention import choose, sharing
 from irlfast.models.costs import costs_of
+from irlfast.models.forward import attention_of
 from irlfast.models.prepare import prepare_model
 from tests.data.test_packing import model_of
 
@@ -37,6 +38,14 @@ def test_the_log_gives_the_chosen_attention_with_the_lengths_that_decided(capsys
         f"attention: sdpa; sharing prompts saves {saving:.0%} of the operations: on average prompts of 80 tokens with 2"
     )
     assert capsys.readouterr().err.count(line) == 1
+
+
+def test_the_checks_of_a_model_that_ran_before_do_not_compile_flex_attention():
+    """On a GPU, a compilation takes seconds. On a CPU, where ``auto`` keeps the attention of the checks, it is seen."""
+    model = model_of("Llama")
+    model.set_attn_implementation("flex_attention")
+    prepare_model(model, make_config({"dataset_name": __file__, "model_name_or_path": "."}), of_lengths(80, 20, 20))
+    assert attention_of(model) == "sdpa"
 
 
 CHOICES = [

@@ -1,6 +1,7 @@
 """Kernels run on a GPU where there is one.
 
 With ``TRITON_INTERPRET=1`` they run on the CPU: Triton's by its interpreter, CUDA C++ by :mod:`tests.kernels.emulated`.
+A run on a GPU writes what passed and failed to ``benchmarks/results/DATE-gpu-tests.json``.
 """
 
 import os
@@ -25,6 +26,17 @@ if INTERPRETED:
         native.cuda = emulated.module()
 elif not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    outcomes = {name: terminalreporter.stats.get(name, []) for name in ("passed", "skipped", "failed", "error")}
+    if hasattr(config, "workerinput") or not torch.cuda.is_available() or not any(outcomes.values()):
+        return
+    from benchmarks.conftest import write_result
+
+    counts = {name: len(reports) for name, reports in outcomes.items()}
+    failures = [report.nodeid for report in outcomes["failed"] + outcomes["error"]]
+    terminalreporter.write_line(f"written to {write_result('gpu-tests', {'outcomes': counts, 'failures': failures})}")
 
 
 @pytest.fixture(params=["triton", "cuda"])

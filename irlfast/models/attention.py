@@ -48,7 +48,7 @@ def arrange(model: Any, config: Config, costs: Costs, groups: Sequence[PromptGro
 
 
 def set_uncompiled(model: Any, config: Config) -> None:
-    """Replace flex_attention, which an earlier phase chose: the checks of a model would compile it for their batches."""
+    """Replace flex_attention, which an earlier phase chose: the checks of a model would compile it for their batch."""
     if config.attn_implementation == "auto" and attention_of(model) == "flex_attention":
         model.set_attn_implementation("sdpa")
 

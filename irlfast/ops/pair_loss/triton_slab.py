@@ -119,7 +119,7 @@ EPILOGUE = KERNELS._replace(
     slab_dtype=torch.bfloat16,
     otherwise=KERNELS,
 )
-# Whether the exponential is taken in the product's epilogue by default. An H200 is slower with it (docs/performance.md).
+# Whether the exponential is taken in the product's epilogue by default. An H200 is slower so (docs/performance.md).
 EPILOGUE_BY_DEFAULT = False
 
 

@@ -156,6 +156,23 @@ def skip_reduction_of_one_process(engine: Any) -> None:
     engine.enable_backward_allreduce = False
 
 
+def keep_head_whole(engine: Any) -> None:
+    """Let ZeRO-3 keep the head whole from its first use in a step to the step's update: one gather, by every process.
+
+    ZeRO-3 would gather it for each micro-batch. It releases a parameter once no module is at work on it, and notes the
+    numbers of those that are in ``ds_active_sub_modules``. A name there that is no module's keeps the parameter; the
+    update empties the note and splits all parameters. DeepSpeed's own ``ds_persist`` would hold the head between steps,
+    too, and would not hold it in the first step. No upstream issue was found.
+    """
+    if engine.zero_optimization_stage() < 3:
+        return
+    for parameter in engine.module.prepared.head_module.parameters(recurse=False):
+        if not hasattr(parameter, "ds_active_sub_modules"):
+            report_missing("ds_active_sub_modules of a parameter", "the head is gathered for each micro-batch")
+            return
+        parameter.ds_active_sub_modules.add("the step")
+
+
 class Span(NamedTuple):
     """A run of a trained parameter's values, and where this process's optimiser has it."""
 

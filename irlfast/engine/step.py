@@ -20,6 +20,7 @@ from torch import Tensor
 from irlfast.common import dist
 from irlfast.data.batching import micro_batches
 from irlfast.data.packing import Batch, Layout, PromptGroup, learned, pack, token_counts
+from irlfast.engine.deepspeed_patches import keep_head_whole
 from irlfast.engine.memory import TokenLimit
 from irlfast.engine.meters import Stopwatch
 from irlfast.losses.inputs import Metrics, Normalisers
@@ -83,6 +84,7 @@ def train_step(engine: Any, prepared: PreparedStep, max_grad_norm: float, watch:
     """Take one optimiser step. If a loss or the gradient is not finite, only the learning rate's schedule goes on."""
     sums: Metrics = {}
     losses = []
+    keep_head_whole(engine)
     with reduced_together(engine):
         for number, batch in enumerate(prepared.batches, 1):
             on_device = batch.to(dist.device())

@@ -87,6 +87,15 @@ def test_a_switch_of_the_reduction_that_is_gone_is_reported(reported):
     assert vars(engine) == {"optimizer": optimizer}
 
 
+def test_a_note_of_the_modules_at_work_on_a_parameter_that_is_gone_is_reported(reported):
+    prepared = SimpleNamespace(head_module=torch.nn.Linear(1, 1))
+    module = SimpleNamespace(prepared=prepared)
+    patches.keep_head_whole(SimpleNamespace(module=module, zero_optimization_stage=lambda: 2))
+    assert not reported
+    patches.keep_head_whole(SimpleNamespace(module=module, zero_optimization_stage=lambda: 3))
+    assert reported == ["ds_active_sub_modules of a parameter"]
+
+
 def test_collectives_that_are_gone_are_reported_and_the_others_are_timed(monkeypatch, reported):
     class Backend:
         """DeepSpeed's, but for ``broadcast``."""

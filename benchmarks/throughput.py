@@ -159,10 +159,14 @@ def make_run(folder: Path, workload: dict[str, Any]) -> Any:
     from irlfast.runs.run import Run
 
     class Clock(MetricsLog):
-        def start_phase(self, *given: Any) -> list[dict[str, Any]]:
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
             self.losses: list[float] = []
+            self.moments: list[Moment] = []
+
+        def start_phase(self, *given: Any) -> list[dict[str, Any]]:  # of the main process alone
             rows = super().start_phase(*given)
-            self.moments = [now()]
+            self.moments.append(now())
             return rows
 
         def write(self, row: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Files of a run: each is written under a temporary name, flushed to disk, then renamed (docs/design.md, section 5)."""
 
+import contextlib
 import errno
 import json
 import os
@@ -159,9 +160,20 @@ def put_text(path: Path, text: str) -> None:
     check_written(path, len(content))
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder of files to a new folder."""
-    shutil.copytree(source, target)
+def copy_folder(source: Path, target: Path, linked: str = "") -> None:
+    """Copy a folder of files to a new folder. Files whose names end with ``linked``, if it is given, become hard links.
+
+    Where the file system has no hard links, or the target is on another one, these files are copied, too.
+    """
+
+    def copy(file: str, to: str) -> None:
+        if linked and file.endswith(linked):
+            with contextlib.suppress(OSError):
+                os.link(file, to)
+                return
+        shutil.copy2(file, to)
+
+    shutil.copytree(source, target, copy_function=copy)
     for file in source.rglob("*"):
         if file.is_file():
             check_written(target / file.relative_to(source), file.stat().st_size)

@@ -7,8 +7,8 @@ from typing import Any
 from irlfast.common.files import lost
 
 
-def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Write tensors, or NumPy's arrays, as safetensors.
+def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors, or NumPy's arrays, as safetensors, with ``metadata`` in the file's header.
 
     Raises:
         OSError: the file does not hold them afterwards.
@@ -17,7 +17,7 @@ def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     from safetensors.torch import save_file
 
     own = {name: torch.as_tensor(values) for name, values in tensors.items()}
-    save_file(own, path)
+    save_file(own, path, metadata)
     check_tensors(path, own)
 
 

@@ -13,7 +13,7 @@ from irlfast.common.artefacts import intact, keep, keep_staged
 from irlfast.common.files import InputError, open_to_umask, read_json, remove, temporary_name, write_json
 from irlfast.common.messages import log
 from irlfast.common.movement import at_length
-from irlfast.common.tensors import save_tensors
+from irlfast.common.tensors import is_finite, save_tensors
 from irlfast.config import Config
 from irlfast.data.encoding import Encoder
 from irlfast.engine.optim import continue_schedule
@@ -25,6 +25,9 @@ from irlfast.losses.inputs import Metrics
 from irlfast.models.load import load_to_train, save_pretrained
 from irlfast.models.lora import base_and_adapter, merge, revision_of, save_lora
 from irlfast.models.padding import add_unique_padding
+from irlfast.models.saved import is_converted
+from irlfast.models.split import is_split
+from irlfast.models.split_save import save_shards
 
 AVERAGES = "teacher.safetensors"
 
@@ -142,13 +145,17 @@ def save_model(
     """Write the trained weights in Hugging Face's format, gathered from all processes.
 
     With LoRA, a policy is written as its adapter alone. A reward model's adapter is merged into ``start``, the model
-    that the phase started from.
+    that the phase started from. A whole policy that ZeRO-3 has split is gathered and written shard by shard.
 
     Raises:
-        InputError: a weight is not finite; nothing is written then.
+        InputError: a weight is not finite; nothing is left then.
     """
-    model, state = engine.module.model, gather_state(engine, trained_only=config.use_peft)
-    refuse_not_finite(state, folder)
+    model = engine.module.model
+    if is_split(model) and not config.use_peft and not reward and not is_converted(model):
+        save_split(model, folder, encoder)
+        return
+    state = gather_state(engine, trained_only=config.use_peft)
+    refuse_not_finite(not_finite(state), folder)
     if not dist.is_main():
         return
     if config.use_peft and not reward:
@@ -163,11 +170,26 @@ def save_model(
     keep(folder, lambda temporary: save_pretrained(temporary, model, tokenizer, state))
 
 
+def save_split(model: Any, folder: Path, encoder: Encoder) -> None:
+    """Write a whole policy that ZeRO-3 has split, as :func:`save_model` does."""
+    temporary = temporary_name(folder)
+    if dist.is_main():
+        remove(temporary)
+        save_pretrained(temporary, model, encoder.tokenizer, state={})
+    bad = save_shards(temporary, model)
+    if dist.is_main() and bad:
+        remove(temporary)
+    refuse_not_finite(bad, folder)
+    if dist.is_main():
+        open_to_umask(temporary)
+        keep_staged(temporary, folder)
+
+
 def save_teacher(engine: Any, start: Path | str, folder: Path, encoder: Encoder, config: Config) -> None:
     """Write a teacher that follows the policy as :func:`save_model` writes the policy."""
     teacher = engine.module.teacher
     model, state = teacher.prepared.model, {name: x.teacher.cpu() for name, x in teacher.followed.items()}
-    refuse_not_finite(state, folder)
+    refuse_not_finite(not_finite(state), folder)
     if not dist.is_main():
         return
     if config.use_peft:
@@ -176,9 +198,14 @@ def save_teacher(engine: Any, start: Path | str, folder: Path, encoder: Encoder,
         keep(folder, lambda temporary: save_pretrained(temporary, model, encoder.tokenizer))
 
 
-def refuse_not_finite(state: dict[str, Tensor], folder: Path) -> None:
-    """Raise an InputError, in every process, if the main process has a value in ``state`` that is not finite."""
-    names = dist.on_main(lambda: [name for name, x in state.items() if not x.isfinite().all()])
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """Return the names of the tensors of which a value is not finite."""
+    return [name for name, tensor in state.items() if not is_finite(tensor)]
+
+
+def refuse_not_finite(bad: list[str], folder: Path) -> None:
+    """Raise an InputError, in every process, if the main process names ``bad`` tensors, which are not finite."""
+    names = dist.on_main(lambda: bad)
     if names:
         raise InputError(
             f"{folder.parent.name}: {names[0]} (of {len(names):,} tensors) is not finite after the last step, so that "

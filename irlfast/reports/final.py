@@ -23,6 +23,8 @@ from irlfast.reports.page import write_report
 from irlfast.runs.hub import upload
 from irlfast.runs.run import Run
 
+WEIGHTS = ".safetensors"  # files that nothing here changes once they are written
+
 
 def finish(run: Run, policies: dict[str, Path | str], metrics: list[dict[str, Any]]) -> None:
     """Write ``final/`` and ``report.html``, print the closing table, and push to the hub if asked."""
@@ -54,7 +56,7 @@ def finish_reward(run: Run, reward: Path) -> None:
 
 
 def save_reward(folder: Path, run: Run, reward: Path, metrics: dict[str, Any]) -> None:
-    copy_folder(reward, folder)
+    copy_folder(reward, folder, linked=WEIGHTS)
     write_text(folder / "README.md", reward_card(run.config, read_json(run.output / "data.json"), metrics))
 
 
@@ -80,7 +82,7 @@ def save_final(
 ) -> None:
     policy = policies[kept]
     if isinstance(policy, Path) and not base_and_adapter(policy)[1]:
-        copy_folder(policy, folder)
+        copy_folder(policy, folder, linked=WEIGHTS if run.output in policy.parents else "")
     else:
         save_pretrained(folder, merge(load_model(policy, run.config), str(policy)), run.encoder.tokenizer)
     name_end_tokens(folder, run.encoder)

@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one_and_then_to_none(tmp_pat
 def test_a_model_with_a_value_that_is_not_finite_is_not_written(tmp_path, monkeypatch, value):
     state = {"a.weight": torch.ones(3), "b.weight": torch.tensor([1.0, value])}
     monkeypatch.setattr(checkpoint, "gather_state", lambda engine, trained_only: state)
-    engine = types.SimpleNamespace(module=types.SimpleNamespace(model=None))
+    engine = types.SimpleNamespace(module=types.SimpleNamespace(model=torch.nn.Module()))
     config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
     with pytest.raises(InputError, match=r"stage-01: b\.weight \(of 1 tensors\) is not finite .* no policy is written"):
         checkpoint.save_model(engine, "start", tmp_path / "stage-01" / "policy", None, None, config)

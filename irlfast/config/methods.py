@@ -98,6 +98,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     ),
     "aligns": (
         *("align", "kl_in", "reward_credit", "gamma", "whiten_rewards", "missing_eos_penalty", "length_penalty"),
+        *("vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"),
     ),
     "has_teacher": (
         *("teacher_prompt_template", "distillation_mode", "distillation_alpha", "distillation_topk"),

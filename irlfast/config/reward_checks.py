@@ -121,11 +121,28 @@ def check_alignment(config: Any) -> None:
             f"kl_in: found {config.kl_in!r} with align {config.align}; expected it left out: the loss of apa has a KL "
             "of its own, and SFT on the best of n has none"
         )
+    check_importance_sampling(config)
     if config.kl_in == "reward" and config.reference == "stage" and config.align_rounds == 1:
         raise InputError(
             "kl_in: found 'reward' with reference 'stage' and align_rounds 1, where the policy that samples is the "
             "reference and its KL is 0; expected kl_in: loss, more rounds, reference: initial, or kl_in: none"
         )
+
+
+def check_importance_sampling(config: Any) -> None:
+    """Check that there is a policy gradient to weight, and that keys of weights have some."""
+    if config.vllm_importance_sampling_correction and config.align in OWN_KL:
+        raise InputError(
+            f"vllm_importance_sampling_correction: found true with align {config.align}, which is no policy gradient; "
+            "expected align rloo, ppo or grpo"
+        )
+    given = {"vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0}
+    for name, default in given.items():
+        if getattr(config, name) != default and not config.vllm_importance_sampling_correction:
+            raise InputError(
+                f"{name}: found {getattr(config, name)!r} without weights, expected "
+                "vllm_importance_sampling_correction: true"
+            )
 
 
 def check_features(config: Any) -> None:

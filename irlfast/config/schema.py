@@ -176,6 +176,20 @@ class Config(Inputs):
     )
     whiten_rewards: bool = key(False, "Divide the advantages of rloo and ppo by their standard deviation.")
     cliprange: Positive = key(0.2, "Clip range of ppo and grpo, and of sft_loss_type psft.")
+    vllm_importance_sampling_correction: bool = key(
+        False,
+        "Weight the gradients of rloo, ppo and grpo by pi / pi_sampler: the trainer's probabilities by those of the "
+        "sampler, which may be vLLM or Transformers.",
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = key(
+        "sequence_mask",
+        "The weights of vllm_importance_sampling_correction: of each token or of the whole answer. truncate cuts those "
+        "above vllm_importance_sampling_clip_max, mask makes them 0.",
+    )
+    vllm_importance_sampling_clip_max: Positive | None = key(
+        3.0,
+        "The largest weight of vllm_importance_sampling_correction (null: no bound, which is unbiased by sequence).",
+    )
     missing_eos_penalty: NotNegative = key(0.0, "Subtracted from the reward of an answer that was cut.")
     length_penalty: float = key(0.0, "Subtracted from the reward per token of the answer.")
 

@@ -28,6 +28,7 @@ class PromptGroup(NamedTuple):
     ref_logps: tuple[Tensor, ...] = ()  # per answer, the reference's log-probability of each token, fp32
     old_logps: tuple[Tensor, ...] = ()  # the same, of the policy that sampled the answer
     advantages: tuple[Tensor, ...] = ()  # per answer, the advantage of each token, fp32
+    weights: tuple[Tensor, ...] = ()  # per answer, the importance weight of each token, fp32
     thoughts: tuple[int, ...] = ()  # per answer, how many of its first tokens are a thought
     learned: Sequence[int] | None = None  # tokens of a single answer that the loss is on; None: all of them
     teacher_prompt: Sequence[int] | None = None  # the prompt that the teacher reads; None: the same
@@ -80,6 +81,7 @@ class Batch(NamedTuple):
     ref_logps: Tensor | None  # [N] fp32
     old_logps: Tensor | None  # [N] fp32
     advantages: Tensor | None  # [N] fp32
+    weights: Tensor | None  # [N] fp32
     thoughts: Tensor | None  # [S] int64, how many of an answer's first tokens are a thought
     teacher: "Batch | None" = None  # the same answers behind the teacher's own prompts, in the same order
 
@@ -93,7 +95,7 @@ class Batch(NamedTuple):
 
     def unscored(self) -> "Batch":
         """Return the same tokens without targets: such a batch has neither a loss nor a gradient."""
-        names = ("rows", "targets", "ref_logps", "old_logps", "advantages", "thoughts")
+        names = ("rows", "targets", "ref_logps", "old_logps", "advantages", "weights", "thoughts")
         none = {name: value[:0] for name, value in self._asdict().items() if name in names and value is not None}
         return self._replace(**none, cu_seqlens=self.cu_seqlens[:1], teacher=self.teacher and self.teacher.unscored())
 
@@ -146,6 +148,7 @@ def pack(groups: Sequence[PromptGroup], layout: Layout = SHARED) -> Batch:
         ref_logps=joined([group.ref_logps for group in groups]),
         old_logps=joined([group.old_logps for group in groups]),
         advantages=joined([group.advantages for group in groups]),
+        weights=joined([group.weights for group in groups]),
         thoughts=torch.tensor(thoughts, dtype=torch.int64) if thoughts else None,
         teacher=pack([*map(for_teacher, groups)], layout) if groups[0].teacher_prompt is not None else None,
     )

@@ -62,6 +62,14 @@ def apa(x: SampledAnswers) -> Tensor:
     return x.beta / 2 * (gap - gap.mean(1, keepdim=True)).flatten() ** 2
 
 
+def weighted_kl(result: ops.LogRatio, batch: Batch) -> Tensor:
+    """Return ρ²/2 ``[S]`` of each answer, ρ = log π(y)/π_ref(y), with the gradient Σ_t w_t·ρ·∇log π(y_t)."""
+    assert batch.weights is not None and batch.ref_logps is not None
+    weighted = per_sequence(batch.weights * (result.token_logps - batch.ref_logps), batch.cu_seqlens)
+    ratio = result.log_ratio.detach()
+    return ratio**2 / 2 + ratio * (weighted - weighted.detach())
+
+
 class PolicyLoss(NamedTuple):
     """A policy loss, and how a round of alignment prepares the answers for it."""
 
@@ -97,6 +105,8 @@ def align_loss(
 
     ``kl_in_loss`` adds β/2·(log π(y)/π_ref(y))² per answer. At the policy that sampled, its gradient is that of
     β·KL(π‖π_ref).
+
+    Where the batch has importance weights w, the gradient of log π(y_t) has the factor w_t in both parts.
     """
     result = ops.log_ratio(hidden, **arguments(head, batch), ref_logps=batch.ref_logps)
     loss_of = POLICY_LOSSES[align].loss
@@ -105,14 +115,14 @@ def align_loss(
         token_logps=result.token_logps,
         old_logps=batch.old_logps,
         cu_seqlens=batch.cu_seqlens,
-        advantages=batch.advantages,
+        advantages=batch.advantages if batch.weights is None else batch.weights * batch.advantages,
         n=answers,
         beta=beta,
         clip_range=clip_range,
     )
     losses = loss_of(sampled)
     if kl_in_loss:
-        losses = losses + beta / 2 * result.log_ratio**2
+        losses = losses + beta * (result.log_ratio**2 / 2 if batch.weights is None else weighted_kl(result, batch))
     loss = losses.sum() / (normalisers.pairs * answers)
     lengths = batch.cu_seqlens.diff()
     metrics = {

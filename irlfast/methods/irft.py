@@ -6,18 +6,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from irlfast.common import dist
-from irlfast.common.artefacts import intact, keep_json
 from irlfast.config import Config
 from irlfast.config.types import listed
 from irlfast.data.store import Example, TokenIds
 from irlfast.engine.fit import finished, fit
 from irlfast.losses.pairs import irft_loss
 from irlfast.methods.sft import sft_phases
-from irlfast.methods.stages import Phase, make_pairs, policy_plan, stage_name, stage_request, stage_size
+from irlfast.methods.stages import (
+    Phase,
+    expert_and_synthetic,
+    is_kept,
+    keep_facts,
+    make_pairs,
+    policy_plan,
+    stage_name,
+    stage_request,
+    stage_size,
+)
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import answers_to, begin
+from irlfast.sampling.generation import answers_to, begin, sampler_logps
+from irlfast.sampling.mismatch import measure_mismatch
 from irlfast.sampling.scoring import score
 
 
@@ -28,7 +40,9 @@ def irft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) 
         return folder / "policy"
     begun = begin(folder / "samples")
     request = stage_request(run, stage)
-    return fit_pairs(run, stage, policy, reference, request.examples, answers_to(policy, request), begun)
+    answers = answers_to(policy, request)
+    sampler = sampler_logps(request) if reference == policy and dist.is_main() else []
+    return fit_pairs(run, stage, policy, reference, request.examples, answers, begun, sampler)
 
 
 def fit_pairs(
@@ -39,17 +53,27 @@ def fit_pairs(
     examples: Sequence[Example],
     answers: Sequence[TokenIds],
     begun: float,
+    sampler: Sequence[Tensor] = (),
 ) -> Path:
-    """Score the pairs (y, ỹ) under the reference, then make K steps on their loss. The stage began at ``begun``."""
+    """Score the pairs (y, ỹ) under the reference, then make K steps on their loss. The stage began at ``begun``.
+
+    ``sampler`` has the sampler's log-probabilities of the answers, if it drew them from the reference.
+    """
     config, folder = run.config, run.output / stage_name(stage)
-    sampled = time.perf_counter()
-    pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not compares(config))
+    sampled, identical = time.perf_counter(), not compares(config)
+    pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=identical)
     # In 4 bits the reference has the quantised base of the policy in training, so that the log-ratio starts at 0.
     ref_logps = score(run, reference, pairs, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
     pairs = [pair._replace(ref_logps=logps) for pair, logps in zip(pairs, ref_logps, strict=True)]
-    if dist.is_main() and not intact(folder / "pairs.json"):
-        seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
-        keep_json(folder / "pairs.json", counts | seconds)
+    seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
+
+    def facts() -> dict[str, Any]:
+        fresh = zip(expert_and_synthetic(examples, answers), sampler, strict=False)  # those of earlier stages follow
+        own = [logps for pair, logps in fresh if is_kept(pair, identical)]
+        trainer = [pair.ref_logps[1] for pair in pairs[: len(own)]]
+        return counts | seconds | measure_mismatch(trainer, own, folder.name)
+
+    keep_facts(run, folder / "pairs.json", facts)
     loss = functools.partial(irft_loss, nll_weight=config.nll_weight, **pair_options(config, stage))
     return fit(run, folder, policy, pairs, loss, policy_plan(config, stage, len(pairs)))
 

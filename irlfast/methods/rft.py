@@ -8,13 +8,12 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.artefacts import intact, keep_json
 from irlfast.common.files import remove
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
@@ -35,6 +34,7 @@ from irlfast.methods.reward import (
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import (
     Phase,
+    keep_facts,
     policy_plan,
     round_examples,
     round_folder,
@@ -45,10 +45,11 @@ from irlfast.methods.stages import (
     stage_size,
 )
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import begin, sample_groups
+from irlfast.sampling.generation import begin, groups_of, sampler_logps
+from irlfast.sampling.mismatch import importance_weights, measure_mismatch
 from irlfast.sampling.rewards import complete, token_rewards
 from irlfast.sampling.scoring import Scores, log_ratios, score
-from irlfast.sampling.shards import Request, Sampling
+from irlfast.sampling.shards import Request
 
 
 def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -> Path | str:
@@ -89,8 +90,13 @@ def rft_asks(run: Run, stage: int) -> list[Request]:
     asks = reward_asks(run, stage) if config.reward_data != "none" else []
     if rounds_done(run, stage):
         return asks
-    examples, folder = asked_in_round(run, stage, 0), run.output / round_name(config, stage, 0) / "rollouts"
-    return [*asks, Request(run, examples, config.num_generations, folder, round_sampling(config, stage, 0))]
+    return [*asks, rollout_request(run, stage, 0, asked_in_round(run, stage, 0))]
+
+
+def rollout_request(run: Run, stage: int, number: int, examples: Sequence[Example]) -> Request:
+    """Return the request for a round's n answers to each prompt."""
+    config, folder = run.config, run.output / round_name(run.config, stage, number) / "rollouts"
+    return Request(run, examples, config.num_generations, folder, round_sampling(config, stage, number))
 
 
 class Rollouts(NamedTuple):
@@ -100,6 +106,7 @@ class Rollouts(NamedTuple):
     rewards: Scores  # of each token of each answer, fp64; with reward_credit sequence, all at the last token
     old_logps: Scores  # each token's under the policy that sampled
     ref_logps: Scores  # the same under the reference
+    sampler_logps: Scores  # the same as the sampler computed them; empty where nothing needs them
 
 
 def align(
@@ -114,9 +121,7 @@ def align(
     """Do one round: sample n answers to each prompt, score them, and make the better answers likelier."""
     config, folder = run.config, run.output / round_name(run.config, stage, number)
     scales = run.output / stage_name(stage) / "reward_scales.json"
-    rollouts = roll_out(
-        run, policy, reference, learned, examples, folder, round_sampling(config, stage, number), scales
-    )
+    rollouts = roll_out(run, policy, reference, learned, rollout_request(run, stage, number, examples), scales)
     rewards = less_penalties(rollouts.rewards, rollouts.groups, config, run.encoder.ends)
     plan = policy_plan(config, stage, len(rollouts.groups), number)
     if POLICY_LOSSES[config.align].loss is None:
@@ -130,6 +135,8 @@ def align(
     groups = [
         x._replace(old_logps=old, ref_logps=ref if kl_in == "loss" else (), advantages=a) for x, old, ref, a in each
     ]
+    if config.vllm_importance_sampling_correction:
+        groups = with_weights(groups, rollouts.sampler_logps, config)
     loss = functools.partial(
         align_loss,
         align=config.align,
@@ -146,32 +153,54 @@ def roll_out(
     policy: Path | str,
     reference: Path | str,
     learned: Sequence[Path],
-    examples: Sequence[Example],
-    folder: Path,
-    how: Sampling,
+    request: Request,
     scales: Path,
 ) -> Rollouts:
     """Sample n answers to each prompt, and score them under the rewards, the policy and the reference."""
-    config, n = run.config, run.config.num_generations
-    begun = begin(folder / "rollouts")
-    groups = sample_groups(run, policy, examples, n, folder / "rollouts", how)
+    config, n, folder = run.config, request.n, request.folder.parent
+    phase = folder.relative_to(run.output).as_posix()
+    begun = begin(request.folder)
+    groups = groups_of(policy, request)
+    read = dist.is_main() or config.vllm_importance_sampling_correction
+    flat = sampler_logps(request) if read else []
     sampled = time.perf_counter()
     rewards = token_rewards(run, learned, groups, folder, scales)
     kept = complete(totals(rewards))
     groups, rewards = [groups[i] for i in kept], [rewards[i] for i in kept]
+    sampler = [tuple(flat[n * i : n * (i + 1)]) for i in kept] if flat else []
     ref: Scores = []
     if reference != policy:
         ref = score(run, reference, groups, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
     old = score(run, policy, groups, folder / "old.safetensors", in_4bit=config.load_in_4bit)  # last: it trains next
     ref = ref or old
-    if dist.is_main() and not intact(folder / "round.json"):
+    seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
+
+    def facts() -> dict[str, Any]:
         reward, kl = totals(rewards), torch.cat([log_ratios(*both) for both in zip(old, ref, strict=True)])
         ended = [answer[-1] in run.encoder.ends for group in groups for answer in group.answers]
         metrics = {"reward": reward.mean().item(), "reward_std": reward.std(1).mean().item(), "kl": kl.mean().item()}
         metrics |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
-        seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
-        keep_json(folder / "round.json", metrics | seconds)
-    return Rollouts(groups, rewards, old, ref)
+        return metrics | seconds | measure_mismatch(flattened(old), flattened(sampler), phase)
+
+    keep_facts(run, folder / "round.json", facts)
+    return Rollouts(groups, rewards, old, ref, sampler)
+
+
+def flattened(scores: Scores) -> list[Tensor]:
+    return [values for answers in scores for values in answers]
+
+
+def with_weights(groups: Sequence[PromptGroup], sampler: Scores, config: Config) -> list[PromptGroup]:
+    """Give each answer's tokens their importance weights π_old/π_sampler."""
+    mode, clip_max = config.vllm_importance_sampling_mode, config.vllm_importance_sampling_clip_max
+    return [
+        group._replace(
+            weights=tuple(
+                importance_weights(old, own, mode, clip_max) for old, own in zip(group.old_logps, logps, strict=True)
+            )
+        )
+        for group, logps in zip(groups, sampler, strict=True)
+    ]
 
 
 def kl_place(config: Config) -> str:

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from irlfast.common import dist
 from irlfast.common.artefacts import intact, keep_json
-from irlfast.common.files import InputError, remove
+from irlfast.common.files import InputError, read_json, remove
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
@@ -112,15 +112,20 @@ def delete_policies(run: Run, stage: int, best: str) -> None:
     dist.barrier()
 
 
-def sampling(config: Config, stage: int, *more: int) -> Sampling:
-    """Return how a stage's answers are sampled. Other answers to the same prompts take ``more`` numbers as a seed."""
-    return Sampling(config.at("temperature", stage), config.top_p, config.top_k, (config.seed, stage, *more))
+def sampling(config: Config, stage: int, *more: int, logps: bool = False) -> Sampling:
+    """Return how a stage's answers are sampled. Other answers to the same prompts take ``more`` numbers as a seed.
+
+    With ``logps``, the sampler also says its log-probabilities, to compare them with those of the trainer.
+    """
+    return Sampling(config.at("temperature", stage), config.top_p, config.top_k, (config.seed, stage, *more), logps)
 
 
 def stage_request(run: Run, stage: int) -> Request:
     """Return the request for one answer to each of a stage's prompts."""
-    folder = run.output / stage_name(stage) / "samples"
-    return Request(run, stage_examples(run.train, run.config, stage), 1, folder, sampling(run.config, stage))
+    config, folder = run.config, run.output / stage_name(stage) / "samples"
+    scored = config.facts.learns_pairs and not config.facts.triplets and (config.reference == "stage" or not stage)
+    how = sampling(config, stage, logps=scored)  # scored by the policy that draws them, which is the reference
+    return Request(run, stage_examples(run.train, config, stage), 1, folder, how)
 
 
 def stage_asks(run: Run, stage: int) -> list[Request]:
@@ -144,7 +149,7 @@ def rounds_done(run: Run, stage: int) -> int:
 
 def round_sampling(config: Config, stage: int, number: int) -> Sampling:
     """Return how the answers of a round of alignment are sampled."""
-    return sampling(config, stage, 1, number)
+    return sampling(config, stage, 1, number, logps=config.facts.aligns)
 
 
 def make_pairs(
@@ -171,7 +176,7 @@ def make_pairs(
         "from_history": len(pairs) - fresh,
         "synthetic_tokens": sum(map(len, answers)),
     }
-    kept = [pair for pair in pairs if pair.answers[1] and (keep_identical or pair.answers[0] != pair.answers[1])]
+    kept = [pair for pair in pairs if is_kept(pair, keep_identical)]
     if not kept:
         raise InputError(
             f"{stage_name(stage)}: all {len(pairs)} synthetic answers equal the expert's or are empty; "
@@ -180,12 +185,31 @@ def make_pairs(
     return kept, {"pairs": len(kept)} | counts
 
 
+def is_kept(pair: PromptGroup, keep_identical: bool) -> bool:
+    """Return whether :func:`make_pairs` keeps a pair."""
+    expert, synthetic = pair.answers
+    return bool(synthetic) and (keep_identical or expert != synthetic)
+
+
 def expert_and_synthetic(examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> list[PromptGroup]:
     """Return the pair (y, ỹ) of each example's own answer and a sampled one."""
     return [
         PromptGroup(x.prompt_ids, (x.answer_ids, answer), row=x.row)
         for x, answer in zip(examples, answers, strict=True)
     ]
+
+
+def keep_facts(run: Run, path: Path, facts: Callable[[], dict[str, Any]]) -> None:
+    """Keep what is known of a phase before its first step in the file ``path`` of its folder, if it is not there.
+
+    All rows of the phase in metrics.jsonl have those facts that are named ``sampling/…``, too.
+    """
+    if not dist.is_main():
+        return
+    if not intact(path):
+        keep_json(path, facts())
+    known = {name: value for name, value in read_json(path).items() if name.startswith("sampling/")}
+    run.metrics_log.known[path.parent.relative_to(run.output).as_posix()] = known
 
 
 def write_counts(place: Path, counts: dict[str, int], begun: float) -> None:

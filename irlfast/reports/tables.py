@@ -30,6 +30,14 @@ PAIRS = {  # of pairs.json
     "synthetic_tokens": "synthetic tokens",
 }
 
+MISMATCH = {  # of pairs.json and round.json: how far sampler and trainer are apart
+    "sampling/sampling_logp_difference/mean": "mean difference of a token, nats",
+    "sampling/sampling_logp_difference/max": "largest, nats",
+    "sampling/importance_sampling_ratio/min": "least ratio of an answer",
+    "sampling/importance_sampling_ratio/mean": "mean ratio",
+    "sampling/importance_sampling_ratio/max": "largest ratio",
+}
+
 
 class Row(NamedTuple):
     name: str
@@ -72,6 +80,13 @@ def pairs_table(pairs: dict[str, dict[str, Any]]) -> Table:
     """Tabulate the pairs that each stage trained on, and those it dropped."""
     rows = [Row(phase, [show(row.get(key)) for key in PAIRS]) for phase, row in pairs.items()]
     return Table(["stage", *PAIRS.values()], rows)
+
+
+def mismatch_table(*files: dict[str, dict[str, Any]]) -> Table:
+    """Tabulate the mismatch between sampler and trainer of the phases whose files have it."""
+    measured = {phase: row for each in files for phase, row in each.items() if any(key in row for key in MISMATCH)}
+    rows = [Row(phase, [show(row.get(key), ".3g") for key in MISMATCH]) for phase, row in measured.items()]
+    return Table(["phase", *MISMATCH.values()], rows)
 
 
 def leaks_table(leaks: dict[str, dict[str, Any]]) -> Table:

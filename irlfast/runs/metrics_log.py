@@ -25,6 +25,7 @@ class MetricsLog:
         self.path = output / "metrics.jsonl"
         self.method = config.method
         self.trackers: list[Tracker] = []
+        self.known: dict[str, dict[str, float]] = {}  # phase -> metrics that all its rows have
         self.earlier_steps = 0  # optimiser steps of the phases before the present one
         self.step = 0  # optimiser steps of the run until the last row
         if dist.is_main():
@@ -50,9 +51,10 @@ class MetricsLog:
         return [row for row in read_log(self.path, is_logged)[0] if row["phase"] == phase]
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row of metrics, which has its ``phase`` and ``step``."""
+        """Append a row of metrics, which has its ``phase`` and ``step``, with what is ``known`` of the phase."""
         if not dist.is_main():
             return
+        row = row | self.known.get(row["phase"], {})
         append_row(self.path, row)
         self.step = self.earlier_steps + row["step"]
         metrics = {name: value for name, value in row.items() if name not in ("step", "stage")}

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from irlfast.common import dist, stop
 from irlfast.common.artefacts import intact, keep_jsonl
 from irlfast.common.files import InputError, read_jsonl, remove
@@ -29,13 +32,13 @@ from irlfast.models.prepare import forget
 from irlfast.models.tokenizers import unused_ids
 from irlfast.runs.run import Run
 from irlfast.sampling.gpus import leads_engine
-from irlfast.sampling.shards import Part, Request, Sampling, Shard, parts_of
+from irlfast.sampling.shards import Drawn, Part, Request, Sampling, Shard, parts_of
 from irlfast.sampling.transformers_sampler import transformers_answers
 from irlfast.sampling.vllm_sampler import MOST_AT_ONCE, UnsupportedAdapter, generate_vllm
 from irlfast.sampling.vllm_servers import server_answers
 from irlfast.sampling.work_queue import Queue, WorkerLost, new_queue
 
-Answers = Iterator[tuple[int, list[list[int]]]]  # (number of a shard, its answers, those to one prompt together)
+Answers = Iterator[tuple[int, list[Drawn]]]  # (number of a shard, its answers, those to one prompt together)
 AHEAD: dict[Path, float] = {}  # seconds that the answers in a folder took before they were asked for
 PAUSE = 0.1  # seconds between two looks for shards that other workers give back
 
@@ -170,14 +173,18 @@ def answer_count(part: Part) -> int:
     return len(part.chosen) * part.request.n
 
 
-def keep_answers(part: Part, answers: Sequence[list[int]]) -> None:
-    """Keep the answers to a part's prompts in its file: a row for each answer, with its number in the request."""
+def keep_answers(part: Part, answers: Sequence[Drawn]) -> None:
+    """Keep the answers to a part's prompts in its file: a row for each answer, with its number in the request.
+
+    The sampler's log-probabilities have 9 digits, which are all of a float32.
+    """
     run, examples, n, *_ = part.request
-    texts = run.encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    texts = run.encoder.tokenizer.batch_decode([drawn.ids for drawn in answers], skip_special_tokens=True)
     numbers = [(i, i * n + k) for i in part.chosen for k in range(n)]
     rows = [
         {"index": number, "prompt": prompt_of(run, examples[i]), "answer": text, "answer_ids": ids}
-        for (i, number), ids, text in zip(numbers, answers, texts, strict=True)
+        | ({"logps": [float(f"{logp:.9g}") for logp in logps]} if logps else {})
+        for (i, number), (ids, logps), text in zip(numbers, answers, texts, strict=True)
     ]
     keep_jsonl(part.path, rows)
 
@@ -202,6 +209,17 @@ def read_samples(shards: Sequence[Path]) -> list[TokenIds]:
     return [answers[i] for i in range(len(answers))]
 
 
+def sampler_logps(request: Request) -> list[Tensor]:
+    """Return the sampler's log-probability of each token of a request's answers, fp32, in the order of its answers.
+
+    The answers are there. Nothing is returned where their sampler was not asked for it.
+    """
+    rows = [row for part in parts_of(request) for _, row in read_jsonl(part.path)]
+    if not all("logps" in row for row in rows):
+        return []
+    return [torch.tensor(row["logps"], dtype=torch.float32) for row in sorted(rows, key=lambda row: row["index"])]
+
+
 def with_progress(results: Answers, parts: Sequence[Part], queue: Queue, label: str) -> Answers:
     """Pass this process's results on. Show how many answers all processes have sampled, and its tokens per second."""
     begun, tokens, shown = time.perf_counter(), 0, 0
@@ -209,7 +227,7 @@ def with_progress(results: Answers, parts: Sequence[Part], queue: Queue, label: 
     with Progress(label, total, "answer", seconds=10.0) as progress:
         for number, answers in results:
             yield number, answers
-            tokens += sum(map(len, answers))
+            tokens += sum(len(drawn.ids) for drawn in answers)
             done = round(total * queue.finished() / len(parts))
             progress.advance(done - shown)
             CLOCK.answer(done - shown)

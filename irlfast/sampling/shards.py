@@ -24,6 +24,7 @@ class Sampling(NamedTuple):
     top_p: float  # 1 keeps every token
     top_k: int  # 0 keeps every token
     seed: tuple[int, ...]  # other numbers, other answers: the run's seed, the stage, the round
+    logps: bool = False  # whether the sampler says the log-probability of each token, too
 
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=(0,))
@@ -57,6 +58,15 @@ class Shard(NamedTuple):
     sampling: Sampling
     max_new_tokens: int
     ends: Sequence[int]  # each of these tokens ends an answer
+
+
+class Drawn(NamedTuple):
+    """An answer as a sampler gives it."""
+
+    ids: list[int]
+    # Of each token, fp32: the policy's log-probability as the sampler computes it, without temperature, top_p and
+    # top_k. Empty where ``Sampling.logps`` does not ask for it.
+    logps: list[float]
 
 
 class Part(NamedTuple):

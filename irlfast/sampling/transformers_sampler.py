@@ -13,13 +13,15 @@ from irlfast.common.movement import in_small_units
 from irlfast.models.prepare import forget, frozen_model
 from irlfast.models.tokenizers import unused_ids
 from irlfast.runs.run import Run
-from irlfast.sampling.shards import Sampling, Shard
+from irlfast.sampling.shards import Drawn, Sampling, Shard
+
+Processors = list[Callable[[Tensor, Tensor], Tensor]]  # (ids so far [B, L], logits [B, V]) -> logits
 
 
 @torch.no_grad()
 def transformers_answers(
     run: Run, policy: Path | str, claim: Callable[[], Shard | None]
-) -> Iterator[tuple[int, list[list[int]]]]:
+) -> Iterator[tuple[int, list[Drawn]]]:
     """Yield (shard number, its answers, those to one prompt together) by Transformers' ``generate``.
 
     ``claim`` returns the next shard, or None if there is none now. Without a first one, the model is not loaded.
@@ -36,7 +38,7 @@ def transformers_answers(
     while shard:
         each = zip(shard.prompts, shard.seeds, strict=True)
         rows = [(prompt, seed + k) for prompt, seed in each for k in range(shard.n)]
-        answers: list[list[int]] = []
+        answers: list[Drawn] = []
         for start in range(0, len(rows), config.per_device_eval_batch_size):
             prompts, seeds = zip(*rows[start : start + config.per_device_eval_batch_size], strict=True)
             with in_small_units(f"sampling by {policy}"):
@@ -67,36 +69,60 @@ def generate_batch(
     sampling: Sampling,
     max_new_tokens: int,
     never: Sequence[int] = (),
-) -> list[list[int]]:
+) -> list[Drawn]:
     """Generate an answer to each prompt, up to its first token in ``ends``; ids in ``never`` are not drawn.
 
     An answer depends on its prompt and its seed. The other prompts of the batch matter only as far as they change the
     rounding of the logits.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, SuppressTokensLogitsProcessor
 
     longest = max(map(len, prompts))
     ids = torch.tensor([[*[ends[0]] * (longest - len(prompt)), *prompt] for prompt in prompts])  # left-padded
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    processors = drawn_token(sampling, seeds, longest, max_new_tokens, model.device)
+    if never:
+        processors = [SuppressTokensLogitsProcessor(list(never), model.device), *processors]
+    logps: list[Tensor] = []  # of each position: [B] fp32
     model.generation_config = GenerationConfig()  # the checkpoint's defaults (top_k 50, penalties) would bias samples
     generated = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=GenerationConfig(
-            do_sample=False,  # the most likely token, of those that `drawn_token` leaves
+            do_sample=False,  # the most likely token, of those that the processors leave
             max_new_tokens=max_new_tokens,
             eos_token_id=list(ends),
             pad_token_id=ends[0],
-            suppress_tokens=list(never) or None,
         ),
-        logits_processor=drawn_token(sampling, seeds, longest, max_new_tokens, model.device),
+        logits_processor=with_logps(processors, logps) if sampling.logps else processors,
     )
-    return [cut_at(answer, ends) for answer in generated[:, longest:].tolist()]
+    answers = [cut_at(answer, ends) for answer in generated[:, longest:].tolist()]
+    of_answers = torch.stack(logps, 1).tolist() if logps else [[]] * len(answers)
+    return [Drawn(ids, own[: len(ids)]) for ids, own in zip(answers, of_answers, strict=True)]
+
+
+def with_logps(processors: Processors, logps: list[Tensor]) -> Processors:
+    """Return processors of logits that also append the log-probabilities ``[B]`` of each position's tokens to a list.
+
+    They are those of the logits as the model gave them.
+    """
+    given: list[Tensor] = []
+
+    def keep(ids: Tensor, logits: Tensor) -> Tensor:
+        given[:] = [logits]
+        return logits
+
+    def note(ids: Tensor, logits: Tensor) -> Tensor:
+        token = logits.argmax(-1, keepdim=True)
+        logps.append(given[0].float().log_softmax(-1).gather(1, token)[:, 0])
+        return logits
+
+    return [keep, *processors, note]
 
 
 def drawn_token(
     sampling: Sampling, seeds: Sequence[int], prompt_length: int, max_new_tokens: int, device: torch.device
-) -> list[Callable[[Tensor, Tensor], Tensor]]:
+) -> Processors:
     """Return processors of logits that leave one token per row: the one drawn by the row's own random numbers.
 
     The draw inverts the distribution's cumulative sum. Greedy sampling needs no processor.
@@ -114,7 +140,7 @@ def drawn_token(
         drawn = torch.searchsorted(total, uniform[:, ids.shape[1] - prompt_length, None].contiguous(), right=True)
         return torch.full_like(logits, -torch.inf).scatter(1, drawn, 0.0)
 
-    warpers: list[Callable[[Tensor, Tensor], Tensor]] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    warpers: Processors = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:

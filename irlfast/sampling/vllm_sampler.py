@@ -19,7 +19,7 @@ from irlfast.common import stop
 from irlfast.common.files import InputError, read_json
 from irlfast.models.lora import ADAPTER_CONFIG, base_and_adapter
 from irlfast.sampling.gpus import engine_gpus
-from irlfast.sampling.shards import Shard
+from irlfast.sampling.shards import Drawn, Shard
 from irlfast.sampling.work_queue import WorkerLost
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -51,7 +51,7 @@ def generate_vllm(
     gpu_memory_utilization: float = 0.9,
     tensor_parallel_size: int = 1,
     at_once: int = MOST_AT_ONCE,
-) -> Iterator[tuple[int, list[list[int]]]]:
+) -> Iterator[tuple[int, list[Drawn]]]:
     """Yield (shard number, its answers, those to one prompt together) as shards are done.
 
     An answer ends with one of its shard's ``ends``, unless it has ``max_new_tokens`` tokens. No other end token of the
@@ -96,7 +96,8 @@ def generate_vllm(
 
 def settings_of(shard: Shard) -> dict[str, Any]:
     """Return the arguments of vLLM's ``SamplingParams`` for all prompts of a shard."""
-    return {
+    asked: dict[str, Any] = {"logprobs": 0} if shard.sampling.logps else {}  # 0: of the sampled token alone
+    return asked | {
         "n": shard.n,
         "temperature": shard.sampling.temperature,
         "top_p": shard.sampling.top_p,
@@ -128,13 +129,13 @@ def results_of(
     variables: dict[str, str],
     claim: Callable[[], Shard | None],
     at_once: int,
-) -> Iterator[tuple[int, list[list[int]]]]:
+) -> Iterator[tuple[int, list[Drawn]]]:
     """Run the worker on ``job`` and yield its results. The worker is killed when this ends, for whatever reason."""
     shard = claim()
     if not shard:
         return
     in_work: dict[int, Shard] = {}  # by number
-    given: dict[int, dict[int, list[list[int]]]] = {}  # number of a shard -> place of a prompt in it -> its answers
+    given: dict[int, dict[int, list[Drawn]]] = {}  # number of a shard -> place of a prompt in it -> its answers
     # A file rather than a pipe, so that much output of vLLM cannot block it.
     with tempfile.TemporaryFile("w+", errors="replace") as output, start(interpreter, output, variables) as child:
         assert child.stdin and child.stdout
@@ -152,10 +153,11 @@ def results_of(
                         break
                     result = json.loads(line)
                     number = result["shard"]
-                    given[number][result["place"]] = result["answers"]
+                    pairs = zip(result["answers"], result["logps"], strict=True)
+                    given[number][result["place"]] = [Drawn(*pair) for pair in pairs]
                     if len(given[number]) == len(in_work[number].prompts):
                         del in_work[number]
-                        yield number, [ids for _, group in sorted(given.pop(number).items()) for ids in group]
+                        yield number, [drawn for _, group in sorted(given.pop(number).items()) for drawn in group]
                     shard = claim() if has_room(in_work, given, at_once) else None
                     if not shard and not in_work:
                         return  # vLLM would take two seconds to end by itself

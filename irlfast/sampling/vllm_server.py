@@ -22,7 +22,7 @@ from irlfast.common.endpoint import client_options
 from irlfast.common.files import InputError, find_path, remove
 from irlfast.common.messages import first_sentence, log
 from irlfast.models.lora import base_and_adapter
-from irlfast.sampling.shards import Shard
+from irlfast.sampling.shards import Drawn, Shard
 from irlfast.sampling.vllm_sampler import REFUSALS, UnsupportedAdapter, settings_of
 
 CONNECT = 10.0  # seconds that a connection may take
@@ -206,7 +206,7 @@ async def set_version(server: Server, version: str) -> None:
 # ---------------------------------------------------------------- answers
 
 
-async def answer(server: Server, policy: Policy, shard: Shard, bias: dict[int, float]) -> list[list[int]]:
+async def answer(server: Server, policy: Policy, shard: Shard, bias: dict[int, float]) -> list[Drawn]:
     """Return the server's answers to a shard's prompts, those to one prompt together."""
     settings = settings_of(shard) | {"logit_bias": bias or None}
     asked = zip(shard.prompts, shard.seeds, strict=True)
@@ -219,14 +219,12 @@ async def answer(server: Server, policy: Policy, shard: Shard, bias: dict[int, f
                 task.result()
             if waiting:
                 await ask(server, "get", "/health", timeout=HEARTBEAT)
-        return [ids for task in tasks for ids in task.result()]
+        return [drawn for task in tasks for drawn in task.result()]
     finally:
         await cancel(tasks)
 
 
-async def answers_to(
-    server: Server, policy: Policy, prompt: Sequence[int], sampling: dict[str, Any]
-) -> list[list[int]]:
+async def answers_to(server: Server, policy: Policy, prompt: Sequence[int], sampling: dict[str, Any]) -> list[Drawn]:
     """Return the server's answers to one prompt.
 
     Raises:
@@ -239,8 +237,11 @@ async def answers_to(
         raise ServerFailed("has restarted, without the policy")
     if versions != {policy.version}:
         raise InputError(f"vllm_server {server.url}: another run loads its policies into it; expected a server per run")
-    answers = [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
-    for ids in answers:
+    answers = [
+        Drawn(choice["token_ids"], [each["logprob"] for each in (choice.get("logprobs") or {}).get("content", ())])
+        for choice in sorted(choices, key=lambda choice: choice["index"])
+    ]
+    for ids, _ in answers:
         if ids[-1] not in sampling["stop_token_ids"] and len(ids) < sampling["max_tokens"]:
             raise InputError(
                 f"vllm_server {server.url}: cut an answer to a prompt of {len(prompt):,} tokens after {len(ids):,} "

@@ -18,7 +18,7 @@ from irlfast.config import Config
 from irlfast.models.configs import load_model_config
 from irlfast.models.load import load_model
 from irlfast.runs.run import Run
-from irlfast.sampling.shards import Shard
+from irlfast.sampling.shards import Drawn, Shard
 from irlfast.sampling.vllm_server import (
     CONNECT,
     Policy,
@@ -56,7 +56,7 @@ class Work:
 
 def server_answers(
     policy: Path | str, claim: Callable[[], Shard | None], *, run: Run, never: Sequence[int] = ()
-) -> Iterator[tuple[int, list[list[int]]]]:
+) -> Iterator[tuple[int, list[Drawn]]]:
     """Yield (shard number, its answers, those to one prompt together) as shards are done.
 
     The answers follow the rules of :func:`irlfast.sampling.vllm_sampler.generate_vllm`, and have the same seeds.
@@ -108,7 +108,7 @@ def text_logps(policy: Path | str, config: Config, ids: tuple[int, ...]) -> list
 
 async def answer_all(
     servers: Sequence[Server], policy: Policy, work: Work, room: int, bias: dict[int, float], output: Path
-) -> AsyncGenerator[tuple[int, list[list[int]]], None]:
+) -> AsyncGenerator[tuple[int, list[Drawn]], None]:
     """Yield (shard number, answers) as shards are done. A server has ``room`` shards in work at a time."""
     tasks = [
         asyncio.create_task(serve(server, servers, policy, work, bias, output))

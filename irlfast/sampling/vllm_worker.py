@@ -6,7 +6,8 @@ It is run by path, in any interpreter that has vLLM, and imports nothing of irlf
 Each line is JSON. The first line is the job: ``{"model": folder, "adapter": its LoRA's folder or null,
 "engine": {LLM's arguments}, "never": [ids that are not drawn]}``. Each other line is a shard:
 ``{"number": s, "prompts": [[ids], …], "seeds": [one per prompt, …], "sampling": {SamplingParams' arguments}}``.
-A line of the output: ``{"shard": s, "place": of the prompt in the shard, "answers": [[ids], …]}``, n answers.
+A line of the output: ``{"shard": s, "place": of the prompt in the shard, "answers": [[ids], …], "logps": [[…], …]}``,
+n answers. ``logps`` has the log-probability of each token where ``sampling`` asks for ``logprobs``, else nothing.
 Shards are answered side by side: one that comes while others are in work joins their batches.
 """
 
@@ -75,8 +76,19 @@ def answer(engine, shards, results, never, lora) -> None:
                 engine.add_request(name, {"prompt_token_ids": ids}, options, lora_request=lora)
         for output in engine.step():
             number, place = map(int, output.request_id.split())
-            answers = [list(each.token_ids) for each in output.outputs]
-            print(json.dumps({"shard": number, "place": place, "answers": answers}), file=results, flush=True)
+            result = {
+                "shard": number,
+                "place": place,
+                "answers": [list(each.token_ids) for each in output.outputs],
+                "logps": [logps_of(each) for each in output.outputs],
+            }
+            print(json.dumps(result), file=results, flush=True)
+
+
+def logps_of(answer) -> list:
+    """Return the log-probability of each token of an answer; nothing where they were not asked for."""
+    steps = zip(answer.token_ids, answer.logprobs, strict=True) if answer.logprobs else ()
+    return [step[token].logprob for token, step in steps]
 
 
 def end_with_parent() -> None:

@@ -19,7 +19,7 @@ from irlfast.methods.stages import Phase, stage_name
 from irlfast.runs.run import Run
 from irlfast.startup.sizes import Size, bytes_of, mean_length, model_size
 
-PER_TOKEN = 10  # bytes of a token of a sampled answer: about 4 of text, and about 6 of its number
+PER_TOKEN = 22  # bytes of a token of a sampled answer: about 4 of text, 6 of its number, 12 of its log-probability
 SMALL = 20_000  # bytes of the configurations and the tokenizer beside a model's weights
 REPORT = 1_000_000  # bytes of report.html
 

@@ -206,6 +206,7 @@ def test_spin_with_adamw_zero_0_tensorboard_own_deepspeed_json_and_the_best_poli
     pairs = [json.loads((output / f"stage-0{stage}" / "pairs.json").read_text()) for stage in (0, 1)]
     assert pairs[0]["from_history"] == 0
     assert pairs[1]["from_history"] == 96  # every prompt again, and the stage before mixed in
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in pairs)  # of the stage's own answers
     assert list((output / "tensorboard").glob("events*"))
     metrics = {path.parent.name: json.loads(path.read_text())["nll"] for path in output.glob("*/eval.json")}
     best = min(metrics, key=metrics.__getitem__)

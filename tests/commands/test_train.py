@@ -42,6 +42,12 @@ def test_metrics_use_trls_names(finished):
     assert names <= set(rows[-1])
     assert rows[-1]["stage"] == 1
     assert rows[0]["stage"] == -1
+    for row in rows:
+        known = {name: value for name, value in row.items() if name.startswith("sampling/")}
+        assert bool(known) == (row["phase"] != "sft")
+        if known:
+            assert 0 < known["sampling/sampling_logp_difference/max"] < 1e-4  # both by Transformers, in fp32
+            assert known.items() <= json.loads((finished[0] / row["phase"] / "pairs.json").read_text()).items()
 
 
 def test_final_loads_with_plain_transformers_and_stops_at_the_end_token(finished):

@@ -250,7 +250,7 @@ def test_a_real_policy_against_itself_shows_no_difference_in_95_percent(finished
         ids = tokenizer(tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)).input_ids
         end, seeds = tokenizer.eos_token_id, range(1000 * number, 1000 * number + 2 * cases)
         with torch.no_grad():
-            answers = generate_batch(model, [ids] * (2 * cases), seeds, [end], DRAWN, 12)
+            answers = [each.ids for each in generate_batch(model, [ids] * (2 * cases), seeds, [end], DRAWN, 12)]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         lengths = [{"length": float(len(answer)), "ended": float(answer[-1] == end)} for answer in answers]
         drawn.append([own | text_figures(text, row["completion"]) for own, text in zip(lengths, texts, strict=True)])

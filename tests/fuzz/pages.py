@@ -18,6 +18,7 @@ from tests.reports.test_report import Page
 
 LEAKS = {"length": 0.6, "first_token": 0.5}
 ROUND = {"sample_seconds": 1.0, "score_seconds": 0.5, "reward": 0.1}
+ROUND |= {"sampling/sampling_logp_difference/mean": 0.01, "sampling/importance_sampling_ratio/max": 1.5}
 PAIRS = {"pairs": 10, "dropped_identical": 1, "sample_seconds": 2.0, "score_seconds": 1.0}
 START = {
     "time": "2026-01-01 00:00:00",

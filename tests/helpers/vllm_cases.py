@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from irlfast.sampling.shards import Shard
+from irlfast.sampling.shards import Drawn, Shard
 from irlfast.sampling.vllm_sampler import generate_vllm
 from tests.helpers.shards import SETTINGS, claims
 
@@ -34,6 +34,11 @@ PROMPTS[-1][:140] = PROMPTS[-2][:140]
 
 def answers(policy: Path, *shards: Shard, **settings) -> dict[int, list[list[int]]]:
     """The answers to all shards, in the order in which the shards were done."""
+    return {number: [each.ids for each in drawn] for number, drawn in drawn_by(policy, *shards, **settings).items()}
+
+
+def drawn_by(policy: Path, *shards: Shard, **settings) -> dict[int, list[Drawn]]:
+    """The answers to all shards with their log-probabilities, in the order in which the shards were done."""
     return dict(generate_vllm(policy, claims(*shards), **SETTINGS | settings))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from irlfast.config import make_config
-from irlfast.sampling.shards import GREEDY, Sampling, Shard
+from irlfast.sampling.shards import GREEDY, Drawn, Sampling, Shard
 from irlfast.sampling.vllm_servers import server_answers
 from tests.helpers.endpoint import Response, failure
 from tests.helpers.shards import claims
@@ -103,6 +103,7 @@ class StandIn:
             {
                 "index": k,
                 "token_ids": [seed + k, *prompt, 2],
+                "logprobs": {"content": [{"logprob": -0.5}] * (len(prompt) + 2)} if "logprobs" in settings else None,
                 "weight_versions": [{"version": self.version, "start": 0, "end": 1}],
             }
             for k in reversed(range(settings.get("n", 1)))
@@ -123,6 +124,14 @@ def answers(
     policy: Path, urls: list[str], given: list[Shard], output: Path, never: Sequence[int] = (), **keys
 ) -> dict[int, list[list[int]]]:
     """The servers' answers to all shards, in the order in which they came."""
+    done = drawn_by(policy, urls, given, output, never, **keys)
+    return {number: [each.ids for each in drawn] for number, drawn in done.items()}
+
+
+def drawn_by(
+    policy: Path, urls: list[str], given: list[Shard], output: Path, never: Sequence[int] = (), **keys
+) -> dict[int, list[Drawn]]:
+    """The same with log-probabilities."""
     run = types.SimpleNamespace(config=config_of(policy, urls, **keys), output=output)
     return dict(server_answers(policy, claims(*given), run=run, never=never))
 

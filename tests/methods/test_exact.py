@@ -26,7 +26,7 @@ def draw(policy, prompt: list[int], count: int) -> list[int]:
     """Indices into ANSWERS of ``count`` answers by the trainer's sampler."""
     seeds = torch.randint(2**40, (count,)).tolist()
     answers = generate_batch(policy, [prompt] * count, seeds, [END], DRAWN, LONGEST)
-    return [ANSWERS.index(answer) for answer in answers]
+    return [ANSWERS.index(answer.ids) for answer in answers]
 
 
 def expert_gradient(expert, policy, prompt):

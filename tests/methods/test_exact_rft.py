@@ -14,6 +14,7 @@ from irlfast.losses.policy import align_loss
 from irlfast.losses.rewards import reward_loss
 from irlfast.methods.credit import advantages_of
 from irlfast.ops import Head
+from irlfast.sampling.mismatch import importance_weights
 from tests.helpers.exact import ANSWERS, PROMPTS, answer_logps, flat_gradient, model
 from tests.helpers.prepared import prepared
 
@@ -187,6 +188,73 @@ def test_the_expected_gradient_is_that_of_the_objective_by_enumeration(bed, alig
     total = torch.outer(q, q).flatten() @ torch.stack(gradients)
     scale = 0.5 if align == "apa" else 1.0  # centring two answers by their own mean halves the gradient: (n − 1)/n
     torch.testing.assert_close(total, scale * exact, rtol=1e-6, atol=1e-7)
+
+
+def weighted(groups, chosen, sampler, mode: str, clip_max: float | None):
+    """The groups with the weights of answers that were drawn by another policy."""
+    drawn_with = tokens_of(sampler)
+    return [
+        group._replace(
+            weights=tuple(
+                importance_weights(old, drawn_with[i], mode, clip_max)
+                for old, i in zip(group.old_logps, indices, strict=True)
+            )
+        )
+        for group, indices in zip(groups, chosen, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("align", "kl_in", "how", "unbiased"),
+    [
+        ("rloo", "reward", ("sequence_truncate", None), True),
+        ("ppo", "loss", ("sequence_mask", None), True),
+        ("rloo", "loss", ("sequence_truncate", 1.0), False),
+        ("ppo", "reward", None, False),
+    ],
+)
+def test_with_weights_the_gradient_of_another_samplers_answers_is_unbiased(bed, align, kl_in, how, unbiased):
+    """Over all pairs drawn independently from q, Σ q(y)q(y') ∇loss with weights π/q is −∇(E_π[r] − β KL(π ‖ π_ref)).
+
+    Without weights, and with weights that are cut, it is not.
+    """
+    reference, policy = bed
+    sampler = model(4)
+    reward = rewards_at(0)
+    exact = -flat_gradient(objective(policy, reference, reward), policy)
+    q = answer_logps(sampler, PROMPT).detach().exp()
+    count = len(ANSWERS)
+    chosen = [(i, j) for i in range(count) for j in range(count)]
+    groups = groups_of(policy, reference, chosen, reward, align, kl_in)
+    groups = weighted(groups, chosen, *(sampler, *how) if how else (policy, "token_truncate", None))
+    chances = torch.outer(q, q).flatten() * len(groups)  # the gradient is linear in the weights: all pairs at once
+    groups = [
+        group._replace(weights=tuple(chance * weights.double() for weights in group.weights))
+        for group, chance in zip(groups, chances, strict=True)
+    ]
+    total = flat_gradient(aligned_loss(policy, groups, align, kl_in), policy)
+    if unbiased:
+        torch.testing.assert_close(total, exact, rtol=1e-6, atol=1e-7)
+    else:
+        assert (total - exact).norm() > 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("align", ["rloo", "ppo", "grpo"])
+def test_the_weights_of_a_sampler_that_is_the_policy_change_no_bit(bed, align, mode):
+    reference, policy = bed
+    chosen = [(0, 3, 5), (7, 1, 2)]
+    for kl_in in ("reward", "loss"):
+        groups = groups_of(policy, reference, chosen, rewards_at(0), align, kl_in)
+        same = weighted(groups, chosen, policy, mode, 1.0)
+        assert all((weights == 1).all() for group in same for weights in group.weights)
+        losses = [aligned_loss(model(3), each, align, kl_in) for each in (groups, same)]
+        assert torch.equal(*losses)
+        gradients = []
+        for each in (groups, same):
+            trained = model(3)
+            gradients.append(flat_gradient(aligned_loss(trained, each, align, kl_in), trained))
+        assert torch.equal(*gradients)
 
 
 def test_apa_is_least_at_the_kl_regularised_optimum(bed):

@@ -61,6 +61,15 @@ def test_the_files_and_metrics_of_a_run(rft):
     assert {"rewards/accuracies", "rewards/margins"} <= set(rows[3])
     report = (output / "report.html").read_text()
     assert "00/reward" in report
+    assert "Sampler and trainer" in report
+    for phase in ("stage-00/round-00", "stage-00"):
+        kept = json.loads((output / phase / "round.json").read_text())
+        known = {name: value for name, value in kept.items() if name.startswith("sampling/")}
+        assert 0 < known["sampling/sampling_logp_difference/max"] < 1e-4  # both by Transformers, in fp32
+        assert known["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+        assert all(known.items() <= row.items() for row in rows if row["phase"] == phase)
+        assert f"{phase}: log-probabilities of tokens differ between sampler and trainer" in err
+    assert not any("sampling/" in name for row in rows for name in row if row["phase"] in ("sft", "stage-00/reward"))
     read = read_run(output)
     rounds, times = read.rounds, split_time(read)
     assert times["stage-00/reward"][0] == read.pairs["stage-00"]["sample_seconds"] > 0
@@ -126,6 +135,11 @@ OPTIONS = {
         "stages": 2,
         "kl_in": "reward",
         "reference": "initial",
+    },
+    "grpo-weighted": {
+        "align": "grpo",
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "token_truncate",
     },
 }
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from irlfast.common.files import InputError
 from irlfast.sampling import generation, shards, transformers_sampler
 from irlfast.sampling.generation import answers_from, sample, sample_groups
-from irlfast.sampling.shards import DRAWN, Request, Sampling, Shard, parts_of, seed_of
+from irlfast.sampling.shards import DRAWN, Drawn, Request, Sampling, Shard, parts_of, seed_of
 from irlfast.sampling.transformers_sampler import generate_batch
 from irlfast.sampling.vllm_sampler import has_room
 from irlfast.sampling.work_queue import LocalStore, Queue, WorkerLost
@@ -67,7 +67,7 @@ def sampled_by(workers: int, request: Request, draw: random.Random) -> dict[int,
 
 
 def prompts_and_seeds(model, prompts, seeds, ends, sampling, max_new_tokens, never):
-    return [[*ids, seed % 2**31] for ids, seed in zip(prompts, seeds, strict=True)]
+    return [Drawn([*ids, seed % 2**31], []) for ids, seed in zip(prompts, seeds, strict=True)]
 
 
 def test_answers_are_the_same_on_any_number_of_workers(run, policy, monkeypatch, tmp_path):
@@ -115,13 +115,47 @@ def test_the_first_token_has_the_distribution_that_the_settings_ask_for(policy, 
     expected = count * TopPLogitsWarper(top_p)(None, logits).softmax(-1)[0].double()
     seeds = [seed_of((0,), place) for place in range(count)]
     answers = generate_batch(policy, [[5, 6, 7]] * count, seeds, [END], how, 1, never)
-    observed = torch.bincount(torch.tensor([answer[0] for answer in answers]), minlength=WORDS).double()
+    observed = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=WORDS).double()
     assert not observed[expected == 0].any()
     common = expected >= 5
     expected = torch.cat([expected[common], expected[~common].sum()[None] + 1e-9])
     observed = torch.cat([observed[common], observed[~common].sum()[None]])
     freedom = len(expected) - 1
     assert ((observed - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_the_samplers_log_probabilities_are_the_policys_without_the_settings(policy, temperature):
+    """Those of a forward pass over prompt and answer, whatever temperature, top_k and ids that are not drawn."""
+    draw = random.Random(7)
+    asked = [[*example.prompt_ids] for example in prompts(draw, 6)]
+    how = Sampling(temperature, 0.9, 5, (0,), logps=True)
+    answers = generate_batch(policy, asked, range(6), [END], how, 8, [7, 9])
+    assert [each.ids for each in answers] == [
+        each.ids for each in generate_batch(policy, asked, range(6), [END], how._replace(logps=False), 8, [7, 9])
+    ]
+    for prompt, (ids, logps) in zip(asked, answers, strict=True):
+        with torch.no_grad():
+            logits = policy(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logps), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_log_probabilities_are_kept_with_all_digits_in_the_answers_order(run, policy, monkeypatch, tmp_path):
+    monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_: policy)
+    monkeypatch.setattr(shards, "SHARD_SIZE", 4)
+    examples, how = prompts(random.Random(8), 5), DRAWN._replace(logps=True)
+    request = Request(run, examples, 3, tmp_path / "rollouts", how)
+    answers = generation.answers_to("policy", request)
+    asked = [[*x.prompt_ids] for x in examples for _ in range(3)]
+    seeds = [seed_of(how.seed, place) + k for place in range(5) for k in range(3)]
+    alone = [generate_batch(policy, [ids], [seed], [END], how, 12)[0] for ids, seed in zip(asked, seeds, strict=True)]
+    assert [[*answer] for answer in answers] == [each.ids for each in alone]
+    for kept, each in zip(generation.sampler_logps(request), alone, strict=True):
+        torch.testing.assert_close(kept, torch.tensor(each.logps))
+    unasked = Request(run, examples, 3, tmp_path / "unasked", DRAWN)
+    generation.answers_to("policy", unasked)
+    assert generation.sampler_logps(unasked) == []
 
 
 def test_no_two_answers_of_a_run_share_a_seed():
@@ -178,7 +212,7 @@ def test_the_shards_of_a_lost_worker_are_taken_by_the_others(run, monkeypatch, t
 
     def well(run, policy, claim):
         while shard := claim():
-            yield shard.number, [[END] for _ in shard.prompts]
+            yield shard.number, [Drawn([END], []) for _ in shard.prompts]
 
     first, second = (Queue(store, "queue", len(parts)) for _ in range(2))
     monkeypatch.setattr(generation, "transformers_answers", lost)

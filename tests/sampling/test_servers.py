@@ -15,7 +15,7 @@ from irlfast.sampling.vllm_sampler import UnsupportedAdapter
 from irlfast.sampling.vllm_servers import check_servers
 from tests.helpers.endpoint import Response, failure, serving
 from tests.helpers.vllm_cases import perturbed_lora, tiny
-from tests.helpers.vllm_servers import StandIn, answers, config_of, shards
+from tests.helpers.vllm_servers import StandIn, answers, config_of, drawn_by, shards
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +27,20 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def asked(model, tmp_path, monkeypatch):
-    """A function that has scripts answer shards. The policy's own log-probabilities are those of the stand-ins."""
+    """A function that has scripts answer shards. The policy's own log-probabilities are those of the stand-ins.
+
+    It returns the answers' ids; with ``how=drawn_by``, their log-probabilities, too.
+    """
     monkeypatch.setattr(vllm_servers, "text_logps", lambda policy, config, ids: [-1.0] * (len(ids) - 1))
     monkeypatch.setattr(vllm_servers, "PAUSE", 0.05)
     monkeypatch.setattr(vllm_servers, "POLL", 0.01)
     monkeypatch.setattr(vllm_servers, "PATIENCE", 0.2)
 
-    def ask(*scripts, given=None, policy=model, **keys):
+    def ask(*scripts, given=None, policy=model, how=answers, **keys):
         with ExitStack() as stack:
             servers = [stack.enter_context(serving(script)) for script in scripts]
             urls = [server.url.removesuffix("/v1") for server in servers]
-            return answers(policy, urls, given or shards(8), tmp_path, never=[98, 99], **keys)
+            return how(policy, urls, given or shards(8), tmp_path, never=[98, 99], **keys)
 
     return ask
 
@@ -73,6 +76,14 @@ def test_answers_have_the_order_seeds_and_rules_of_the_runs_own_vllm(asked, mode
             "logit_bias": {"98": -1e9, "99": -1e9},
         }
         assert request["cache_salt"] == server.version
+
+
+def test_the_log_probability_of_each_token_comes_where_it_is_asked_for(asked):
+    server, how = StandIn(), Sampling(1.0, 1.0, 0, (1,), logps=True)
+    drawn = asked(server, given=shards(2, n=2, sampling=how), how=drawn_by)
+    assert all(each.logps == [-0.5] * len(each.ids) for group in drawn.values() for each in group)
+    assert {request["sampling_params"]["logprobs"] for request in server.asked[1:]} == {0}
+    assert not any(each.logps for group in asked(StandIn(), how=drawn_by).values() for each in group)
 
 
 def test_a_policy_that_a_server_has_is_not_loaded_again_and_another_is(asked, model, tmp_path):

@@ -15,8 +15,8 @@ from tests.helpers.runs import ROOT, contents, run
 from tests.helpers.shards import claims
 from tests.helpers.tiers import slow
 from tests.helpers.vllm_cases import PROMPTS, VLLM_PYTHON, needs_vllm, perturbed_lora, tiny
-from tests.helpers.vllm_servers import ENDS, VllmServer, answers, config_of
-from tests.sampling.test_vllm_itself import greedy
+from tests.helpers.vllm_servers import ENDS, VllmServer, answers, config_of, drawn_by
+from tests.sampling.test_vllm_itself import greedy, logps_of
 
 
 @pytest.fixture
@@ -68,11 +68,15 @@ def test_a_server_takes_policies_in_turn_and_answers_as_transformers(models, sta
     for policy, model in [*models.items(), *models.items()]:
         got = answers(policy, [server.url], one_prompt_each(), tmp_path)
         assert got == by_transformers(model), policy.name
-    drawn = one_prompt_each(Sampling(1.0, 1.0, 0, (1,)), n=3)
+    drawn = one_prompt_each(Sampling(1.0, 1.0, 0, (1,), logps=True), n=3)
     first, second, _ = models
-    got = answers(first, [server.url], drawn, tmp_path)
-    assert got == answers(first, [server.url], drawn, tmp_path)
-    assert len({tuple(ids) for each in got.values() for ids in each}) > 2 * len(PROMPTS)
+    got = drawn_by(first, [server.url], drawn, tmp_path)
+    assert got == drawn_by(first, [server.url], drawn, tmp_path)
+    assert len({tuple(each.ids) for group in got.values() for each in group}) > 2 * len(PROMPTS)
+    for number, group in got.items():
+        for each in group:
+            trainer = logps_of(models[first], PROMPTS[number], each.ids)
+            torch.testing.assert_close(torch.tensor(each.logps), trainer, rtol=0, atol=1e-4)
     monkeypatch.setattr(vllm_servers, "text_logps", lambda policy, config, ids: text_logps(first, config, ids))
     with pytest.raises(InputError, match=r"serves other weights than those of .*/second: the log-probabilities of"):
         answers(second, [server.url], one_prompt_each(), tmp_path)
@@ -87,7 +91,7 @@ def test_of_two_servers_one_may_be_killed_and_restarted_while_they_answer(models
         given, got = claims(*one_prompt_each(times=4)), {}
         run = types.SimpleNamespace(config=config_of(policy, urls, vllm_server_requests=2), output=tmp_path)
         for number, answer in server_answers(policy, given, run=run):
-            got[number] = answer
+            got[number] = [drawn.ids for drawn in answer]
             if len(got) == 5:
                 one.end()
                 if restarts:

@@ -50,8 +50,11 @@ class LLM:
             job = {"engine": self.given, "sampling": option, "lora": lora and lora.given}
             json.dump(job, open(os.environ["JOB"], "w"))
         answers = [[os.getpid(), option["seed"] + k, *ids] for k in range(option["n"])]
-        outputs = [types.SimpleNamespace(token_ids=tuple(answer)) for answer in answers]
+        outputs = [types.SimpleNamespace(token_ids=tuple(ids), logprobs=self.logprobs(ids, option)) for ids in answers]
         return [types.SimpleNamespace(request_id=name, outputs=outputs)]
+    def logprobs(self, ids, option):
+        if "logprobs" not in option: return None
+        return [{token: types.SimpleNamespace(logprob=-token / 8)} for token in ids]
 """
 PARAMETERS = """
 class SamplingParams:
@@ -99,6 +102,14 @@ def test_answers_come_by_shards_and_other_output_on_stdout_does_not_mix_in(stand
 def test_the_answers_to_one_prompt_are_together_and_have_seeds_that_follow_each_other(stand_in):
     [drawn] = answers(stand_in, shard(0, [5], [6], seed=40, n=3)).values()
     assert [answer[1:] for answer in drawn] == [[40, 5], [41, 5], [42, 5], [43, 6], [44, 6], [45, 6]]
+
+
+def test_the_log_probability_of_each_token_comes_where_it_is_asked_for(stand_in):
+    how = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=(0,), logps=True)
+    given = claims(shard(0, [5], [6], n=2, how=how), shard(1, [7]))
+    drawn = dict(generate_vllm(stand_in, given, **SETTINGS))
+    assert [answer.logps for answer in drawn[0]] == [[-token / 8 for token in answer.ids] for answer in drawn[0]]
+    assert [answer.logps for answer in drawn[1]] == [[]]
 
 
 @pytest.mark.parametrize(("at_once", "claimed"), [(2, [1, 2, 3, 4]), (3, [2, 3, 4, 4]), (7, [4, 4, 4, 4])])
@@ -192,7 +203,7 @@ def test_adapters_that_vllm_does_not_support_are_not_tried(settings):
 
 def test_closing_the_generator_kills_the_child(stand_in):
     results = generate_vllm(stand_in, claims(shard(0, [1]), shard(1, [15])), **SETTINGS)
-    _, [[process, *_]] = next(results)
+    _, [((process, *_), _)] = next(results)
     results.close()
     assert has_ended(process)
 
@@ -204,7 +215,7 @@ def test_the_child_does_not_outlive_its_parent(stand_in, how):
         "import signal; from irlfast.sampling.vllm_sampler import *; from tests.helpers.shards import *\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "shards = claims(shard(0, [1]), shard(1, [15]))\n"
-        f"for _, [[process, *_]] in generate_vllm({str(stand_in)!r}, shards, **SETTINGS):\n"
+        f"for _, [((process, *_), _)] in generate_vllm({str(stand_in)!r}, shards, **SETTINGS):\n"
         "    print(process, flush=True)\n"
     )
     root = Path(vllm_sampler.__file__).parents[2]
@@ -231,7 +242,7 @@ def test_a_signal_to_the_whole_group_lets_the_child_end_its_shard_within_the_gra
         f"def job():\n  stop.grant({grace})\n  with stop.held('a shard'):\n"
         f"    shards = claims(shard(0, [1]), shard(1, [{token}]), shard(2, [{token}]))\n"
         "    claim = lambda: None if stop.asked() else shards()\n"
-        f"    for _, [[process, *_]] in generate_vllm({str(stand_in)!r}, claim, at_once=2, **SETTINGS):\n"
+        f"    for _, [((process, *_), _)] in generate_vllm({str(stand_in)!r}, claim, at_once=2, **SETTINGS):\n"
         "      print(process, flush=True)\n"  # the next shard is in work when the test reads the first line
         "sys.exit(run_command(job))\n"
     )

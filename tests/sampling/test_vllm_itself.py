@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from irlfast.sampling.mismatch import measure_mismatch
 from irlfast.sampling.shards import DRAWN
 from tests.helpers.shards import LONGEST, shard
 from tests.helpers.tiers import full
@@ -14,6 +15,7 @@ from tests.helpers.vllm_cases import (
     VLLM_PYTHON,
     VOCABULARY,
     answers,
+    drawn_by,
     needs_vllm,
     perturbed_lora,
     tiny,
@@ -28,6 +30,13 @@ def greedy(model, prompt: list[int], end_id: int | None) -> list[int]:
         ids, attention_mask=torch.ones_like(ids), generation_config=options
     )  # token 0 is not padding
     return generated[0, len(prompt) :].tolist()
+
+
+def logps_of(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Transformers' log-probability of each token of an answer."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 @full
@@ -75,19 +84,25 @@ def test_sampled_answers_depend_on_prompts_and_seed_and_have_the_policys_distrib
     chances[spread][likely] = 0
     chances[spread] /= chances[spread].sum()
     how = {"how": DRAWN, "max_new_tokens": 6}
-    by_shard = answers(
+    drawn = drawn_by(
         tmp_path,
         shard(0, *PROMPTS, seed=5, **how),
         shard(1, PROMPTS[spread], seed=100, n=draws, **how),
         shard(2, *PROMPTS[::-1], seed=5, **how),
         shard(3, *PROMPTS, seed=50, **how),
-        shard(5, *PROMPTS, seed=5, **how),
+        shard(5, *PROMPTS, seed=5, how=DRAWN._replace(logps=True), max_new_tokens=6),
         shard(
             4, *[[5] * 37] * 400, seed=5000, **how
         ),  # more tokens than one step of vLLM takes; its limit falls inside a prompt
         python=VLLM_PYTHON,
         never=[likely],
     )
+    by_shard = {number: [each.ids for each in group] for number, group in drawn.items()}
+    trainer = [logps_of(model, prompt, ids) for prompt, ids in zip(PROMPTS, by_shard[5], strict=True)]
+    found = measure_mismatch(trainer, [torch.tensor(each.logps) for each in drawn[5]], "vLLM in fp32")
+    assert 0 < found["sampling/sampling_logp_difference/max"] < 1e-4  # the ids in `never` have their share in both
+    assert found["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-4)
+    assert not any(each.logps for each in drawn[0])
     assert len(by_shard[4]) == 400
     assert not any(likely in answer for shard in by_shard.values() for answer in shard)
     assert by_shard[5] == by_shard[0]  # whatever was sampled beside them

@@ -31,9 +31,15 @@ class LLM:
 
     def answers(self, prompt, given):
         seeds = range(given["seed"], given["seed"] + given["n"])
-        return [types.SimpleNamespace(token_ids=self.answer(prompt, given, seed)) for seed in seeds]
+        return [with_logprobs(self.answer(prompt, given, seed), given) for seed in seeds]
 
     def answer(self, prompt, given, seed):
         draw = random.Random(f"{seed} {prompt}")
         ids = [token for token in range(self.words) if token not in given.get("logit_bias", ())]
         return draw.choices(ids, k=given["max_tokens"])
+
+
+def with_logprobs(ids, given):
+    """An answer with the log-probability −1 of each token, where they are asked for."""
+    steps = [{token: types.SimpleNamespace(logprob=-1.0)} for token in ids]
+    return types.SimpleNamespace(token_ids=ids, logprobs=steps if "logprobs" in given else None)

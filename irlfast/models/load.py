@@ -46,7 +46,7 @@ def load_model(
     base, adapter = base_and_adapter(name)
     revision = revision_of(name, config)
     with explain_errors(f"model {base}: cannot be loaded"):
-        model, unexpected = load_split(base, revision, config) if split else (None, set())
+        model, unexpected = load_split(base, revision, config, heads) if split else (None, set())
         if model is None:
             model, unexpected = load_whole(base, revision, config, heads, in_4bit, may_lack)
         log_left_out(base, model, unexpected, revision)
@@ -101,7 +101,9 @@ def load_to_train(
     outputs = config.reward_heads * (2 if reward and reward.get("variance") else 1)
     model = loaded
     if model is None:
-        model = load_model(name, config, outputs if reward else 0, in_4bit, split=trains_split(config, reward, in_4bit))
+        model = load_model(
+            name, config, outputs if reward else 0, in_4bit, split=not reward and is_run_split(config, in_4bit)
+        )
     if config.use_peft and not has_adapter(model):
         model = add_lora(model, config, reward=bool(reward))
     if reward:
@@ -110,9 +112,9 @@ def load_to_train(
     return model
 
 
-def trains_split(config: Config, reward: dict[str, Any] | None, in_4bit: bool) -> bool:
-    """Return whether ZeRO-3 splits a model while it is loaded to train."""
-    return not reward and not in_4bit and dist.world_size() > 1 and zero_stage(config) == 3
+def is_run_split(config: Config, in_4bit: bool) -> bool:
+    """Return whether ZeRO-3 splits the models of a run among its processes, where they train or score."""
+    return not in_4bit and dist.world_size() > 1 and zero_stage(config) == 3
 
 
 def save_pretrained(folder: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:

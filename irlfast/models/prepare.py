@@ -16,7 +16,7 @@ from irlfast.data.packing import Layout, PromptGroup
 from irlfast.models.attention import arrange, set_uncompiled
 from irlfast.models.checks import can_share_prompts, check_forward, check_layout, check_logits
 from irlfast.models.costs import Costs, costs_of
-from irlfast.models.load import is_reward_model, load_model, load_to_train, trains_split
+from irlfast.models.load import is_reward_model, is_run_split, load_model, load_to_train
 from irlfast.models.split import runnable
 from irlfast.ops import Head
 from irlfast.ops.common.heads import linear_module, scale_and_softcap, unwrapped
@@ -45,18 +45,19 @@ class PreparedModel(NamedTuple):
 KEPT: dict[tuple[str, ...], Any] = {}  # the language model that was loaded last, by what it was loaded with
 
 
-def frozen_model(name: Path | str, config: Config, heads: int = 0, in_4bit: bool = False) -> Any:
+def frozen_model(name: Path | str, config: Config, heads: int = 0, in_4bit: bool = False, split: bool = False) -> Any:
     """Load a frozen model on this process's device. A language model that was loaded last is there still.
 
-    So a policy is loaded once to answer, to score and to train, where nothing else is loaded in between.
+    So a policy is loaded once to answer, to score and to train, where nothing else is loaded in between. With
+    ``split``, it is one that ZeRO-3 splits, which cannot answer.
 
     Raises:
         InputError: as :func:`irlfast.models.load.load_model`.
     """
-    key = key_of(name, config, in_4bit)
+    key = key_of(name, config, in_4bit, split)
     if heads or key not in KEPT:
         forget()
-        model = load_model(name, config, heads, in_4bit).to(dist.device()).eval()
+        model = load_model(name, config, heads, in_4bit, split=split).to(dist.device()).eval()
         if heads:
             return model
         KEPT[key] = model
@@ -68,9 +69,9 @@ def forget() -> None:
     KEPT.clear()
 
 
-def key_of(name: Path | str, config: Config, in_4bit: bool) -> tuple[str, ...]:
+def key_of(name: Path | str, config: Config, in_4bit: bool, split: bool) -> tuple[str, ...]:
     keys = (config.dtype, config.attn_implementation, config.model_revision, config.trust_remote_code)
-    return (str(name), *map(str, keys), str(in_4bit))
+    return (str(name), *map(str, keys), str(in_4bit), str(split))
 
 
 def prepare_to_score(
@@ -78,10 +79,13 @@ def prepare_to_score(
 ) -> PreparedModel:
     """Load and prepare a frozen model that scores ``groups``: a reward model if it has ``heads``.
 
+    ZeRO-3 splits it, as it does those in training.
+
     Raises:
         InputError: as :func:`irlfast.models.load.load_model` and :func:`prepare_model`.
     """
-    return prepare_model(frozen_model(name, config, heads, in_4bit), config, groups)
+    model = frozen_model(name, config, heads, in_4bit, split=is_run_split(config, in_4bit))
+    return prepare_model(model, config, groups)
 
 
 def prepare_to_train(
@@ -92,8 +96,8 @@ def prepare_to_train(
     Raises:
         InputError: as :func:`irlfast.models.load.load_model` and :func:`prepare_model`.
     """
-    whole = not reward and not trains_split(config, reward, config.load_in_4bit)
-    kept = KEPT.get(key_of(name, config, config.load_in_4bit)) if whole else None
+    split = is_run_split(config, config.load_in_4bit)
+    kept = None if reward else KEPT.get(key_of(name, config, config.load_in_4bit, split))
     forget()  # training changes the model
     model = load_to_train(name, config, reward=reward, in_4bit=config.load_in_4bit, loaded=kept)
     return prepare_model(model.to(dist.device()).eval(), config, groups)

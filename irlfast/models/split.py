@@ -1,4 +1,4 @@
-"""Policies that ZeRO-3 splits while they are loaded: no process ever holds more than its part and one whole tensor.
+"""Models that ZeRO-3 splits while they are loaded: no process ever holds more than its part and one whole tensor.
 
 The model is made without memory for its parameters. The main process reads one tensor after the other, and each is
 split among all processes before the next one is read.
@@ -30,8 +30,10 @@ class Stored(NamedTuple):
     shape: list[int]
 
 
-def load_split(base: str, revision: str, config: Config) -> tuple[Any, set[str]]:
-    """Load a policy, each of its parameters split among all processes, and return the names of tensors without a place.
+def load_split(base: str, revision: str, config: Config, heads: int = 0) -> tuple[Any, set[str]]:
+    """Load a model, each of its parameters split among all processes, and return the names of tensors without a place.
+
+    With ``heads``, it is a reward model that was saved with as many.
 
     Unless the tensors of its safetensors files are the model's own one by one, it must be loaded whole: log why, and
     return None in its place.
@@ -40,9 +42,9 @@ def load_split(base: str, revision: str, config: Config) -> tuple[Any, set[str]]
         InputError: a weight is not finite.
     """
     stored = dist.on_main(lambda: stored_tensors(folder_of(base, revision)))
-    model = model_without_memory(base, revision, config)
+    model = model_without_memory(base, revision, config, heads)
     if reason := why_whole(model, stored, config):
-        log_once(f"model {base}: each process loads it whole before ZeRO-3 splits it, because {reason}")
+        log_once(f"model {base}: each process loads it whole, because {reason}")
         return None, set()
     split: list[Any] = []
     bad: list[str] = []
@@ -98,15 +100,17 @@ def read_tensor(path: Path, name: str, into: Tensor) -> None:
         into.copy_(file.get_tensor(name))
 
 
-def model_without_memory(base: str, revision: str, config: Config) -> Any:
+def model_without_memory(base: str, revision: str, config: Config, heads: int) -> Any:
     """Make a model whose parameters have shapes, but no memory. Its buffers are there."""
     import transformers
 
+    kind: Any = transformers.AutoModelForSequenceClassification if heads else transformers.AutoModelForCausalLM
+    options = {"num_labels": heads} if heads else {}
     model_config = transformers.AutoConfig.from_pretrained(
-        base, revision=revision, trust_remote_code=config.trust_remote_code
+        base, revision=revision, trust_remote_code=config.trust_remote_code, **options
     )
     with parameters_without_memory():
-        model = transformers.AutoModelForCausalLM.from_config(model_config, **building_options(config))
+        model = kind.from_config(model_config, **building_options(config))
     with contextlib.suppress(OSError):  # most models have such a file
         model.generation_config = transformers.GenerationConfig.from_pretrained(base, revision=revision)
     return model

@@ -24,7 +24,8 @@ from irlfast.data.batching import longest_of, micro_batches, token_limit
 from irlfast.data.packing import Batch, PromptGroup, pack
 from irlfast.losses.inputs import arguments
 from irlfast.models.forward import hidden_states, states_at
-from irlfast.models.prepare import prepare_to_score
+from irlfast.models.prepare import PreparedModel, prepare_to_score
+from irlfast.models.split import gathered, is_split, runnable
 from irlfast.ops import Head
 from irlfast.runs.run import Run
 
@@ -91,7 +92,11 @@ def score_share(
     """Return the scores of this process's share of the prompt groups, by the groups' numbers.
 
     The scores are arrays: sending 100,000 small tensors to other processes would take a minute, and would send each
-    with the memory of its whole batch.
+    with the memory of its whole batch. Where ZeRO-3 has split the model, the processes take their forward passes
+    together: each as many, and one without prompts runs the first of all for the others.
+
+    Raises:
+        InputError: out of memory with one prompt, or with a split model.
     """
     prepared = prepare_to_score(name, config, groups, heads, in_4bit)
     layout = prepared.layout
@@ -99,18 +104,22 @@ def score_share(
     batches = micro_batches(range(len(groups)), groups, layout, limit, dist.rank(), dist.world_size())
     scores: dict[int, list[np.ndarray]] = {}
     label = f"{path.parent.name}/{path.stem}"
-    todo = [chosen for chosen in reversed(batches) if chosen]
-    with in_small_units(label), Progress(label, sum(map(len, batches)), "prompt", seconds=10.0) as progress:
+    split = is_split(prepared.model)
+    todo = [chosen for chosen in reversed(batches) if chosen or split]
+    with (
+        in_small_units(label),
+        Progress(label, sum(map(len, batches)), "prompt", seconds=10.0) as progress,
+        runnable(prepared.model, config),
+    ):
         while todo:
             chosen = todo.pop()
-            batch = pack([groups[i] for i in chosen], layout).to(dist.device())
+            batch = pack([groups[i] for i in chosen or [0]], layout).to(dist.device())
             try:
-                hidden = states_at(prepared.model, batch, depths) if depths else hidden_states(prepared.model, batch)
-                answers = iter(measure(hidden, prepared.head(), batch))
+                answers = iter(measured(prepared, batch, measure, depths))
             except torch.OutOfMemoryError as error:
                 half = len(chosen) // 2
-                if not half:
-                    raise InputError(f"{label}: out of memory with one prompt; expected a lower max_length") from error
+                if split or not half:
+                    raise InputError(f"{label}: out of memory with {advice(split)}") from error
                 todo += [chosen[half:], chosen[:half]]
                 continue
             for i in chosen:
@@ -118,6 +127,19 @@ def score_share(
             progress.advance(len(chosen))
             progress.show()
     return scores
+
+
+def measured(prepared: PreparedModel, batch: Batch, measure: Measure, depths: Sequence[float]) -> Sequence[Tensor]:
+    """Return what ``measure`` computes of the answers of a batch."""
+    hidden = states_at(prepared.model, batch, depths) if depths else hidden_states(prepared.model, batch)
+    with gathered(prepared.head_module.weight, prepared.head_module.bias):
+        return measure(hidden, prepared.head(), batch)
+
+
+def advice(split: bool) -> str:
+    if split:
+        return "a model that zero_stage 3 splits; expected a lower max_tokens_per_batch or per_device_eval_batch_size"
+    return "one prompt; expected a lower max_length"
 
 
 def save_scores(path: Path, scores: Sequence[Sequence[np.ndarray]]) -> None:

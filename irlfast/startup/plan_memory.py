@@ -136,10 +136,23 @@ def communication_bytes(config: Config, size: Size, zero: dict[str, Any], room: 
 
 
 def scoring_memory(config: Config, size: Size, room: Room, tokens: int) -> dict[str, float]:
-    """Return the bytes of each part while a whole model scores batches of ``tokens`` tokens."""
+    """Return the bytes of each part while a model scores batches of ``tokens`` tokens.
+
+    ZeRO-3 splits the model, and gathers the parameters of one module at a time, of which the head has the most.
+    """
     each = FOUR_BITS if config.load_in_4bit else bytes_of(config)
     layer = size.kept.recomputed or size.kept.layer
-    return {"weights": size.parameters * each, "activations": tokens * layer, "runtime": room.runtime}
+    split = scores_split(config, room)
+    return {
+        "weights": size.parameters * each / (room.processes if split else 1),
+        "activations": tokens * layer,
+        "communication": each * size.vocabulary * size.hidden if split else 0.0,
+        "runtime": room.runtime,
+    }
+
+
+def scores_split(config: Config, room: Room) -> bool:
+    return room.processes > 1 and not config.load_in_4bit and merged_settings(config)["zero_optimization"]["stage"] == 3
 
 
 def sampling_memory(config: Config, size: Size, room: Room, prompt: int) -> dict[str, float]:
@@ -211,7 +224,9 @@ def what_helps(config: Config, room: Room, moment: str, longest: int) -> str:
     if moment == "sampling":
         return "expected use_vllm: true with a higher vllm_tensor_parallel_size"
     if moment == "scoring":
-        return "expected GPUs with more memory, or a smaller model: each process scores with the whole model"
+        if scores_split(config, room):
+            return "expected more GPUs, GPUs with more memory, or a smaller model"
+        return "expected zero_stage: 3 on several GPUs, which share the model then"
     for change, keys in CHANGES.items():
         changed = dataclasses.replace(config, **keys)
         size = model_size(changed)

@@ -142,6 +142,23 @@ def test_a_given_limit_is_not_halved(tmp_path):
     assert "sft: out of memory with 400 tokens per batch; expected a lower max_tokens_per_batch" in err.splitlines()[-1]
 
 
+def test_a_split_model_that_runs_out_of_memory_ends_the_run_because_the_processes_halve_no_batch_apart(
+    tmp_path, monkeypatch
+):
+    model_of("Llama").save_pretrained(tmp_path)
+    groups = [group for group in ragged() if all(group.answers)]
+
+    def short(model, batch):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(scoring, "is_split", lambda model: True)
+    monkeypatch.setattr(scoring, "hidden_states", short)
+    with pytest.raises(
+        InputError, match="out of memory with a model that zero_stage 3 splits; expected a lower max_tok"
+    ):
+        scoring.score_share(AUTO, tmp_path, groups, tmp_path / "stage" / "scores", scoring.token_logps, 0, False)
+
+
 @pytest.mark.parametrize("most", [40, 10])
 def test_a_batch_too_large_to_score_is_scored_in_halves(tmp_path, monkeypatch, most):
     model_of("Llama").save_pretrained(tmp_path)

@@ -19,4 +19,4 @@ def test_no_process_holds_a_policy_that_zero_3_splits_while_it_is_loaded(tmp_pat
     assert results["differences"] == pytest.approx(dict.fromkeys(("plain", "tied", "bfloat16", "LoRA"), 0.0), abs=1e-6)
     for name, reason in (("nan", "is not finite; expected finite weights"), ("missing", "(1 tensors missing)")):
         assert all(reason in each for each in results["refusals"][name]), name
-    assert "missing: each process loads it whole before ZeRO-3 splits it, because its checkpoint has no" in err
+    assert "missing: each process loads it whole, because its checkpoint has no" in err

@@ -12,7 +12,7 @@ from irlfast.config import make_config
 from irlfast.models.costs import Costs
 from irlfast.models.lora import add_lora
 from irlfast.models.steady import recompute_layers
-from irlfast.startup.plan_memory import Room, misfit, most, tokens_per_batch, training_memory
+from irlfast.startup.plan_memory import Room, misfit, most, scoring_memory, tokens_per_batch, training_memory
 from irlfast.startup.sizes import Kept, Size, kept_activations, model_size
 from tests.helpers.engine_tensors import SIZES
 from tests.helpers.runs import printed
@@ -96,6 +96,19 @@ def test_twice_the_processes_never_take_more_memory_each_and_more_tokens_never_l
     largest = tokens_per_batch(config, SIZE, few, longest=1000, step=10**6)
     assert tokens_per_batch(config, SIZE, many, longest=1000, step=10**6) >= largest
     assert min(value for parts in memory.values() for value in parts.values()) >= 0
+
+
+def test_zero_3_shares_out_a_model_that_scores_and_gathers_its_head():
+    parts = {}
+    for stage in (2, 3):
+        config = make_config(GIVEN | {"dtype": "bfloat16", "zero_stage": stage})
+        parts[stage] = scoring_memory(config, SIZE, Room(80e9, 4, on_gpu=True, runtime=1e9), 1000)
+    assert parts[3]["weights"] == parts[2]["weights"] / 4 == 2 * SIZE.parameters / 4
+    assert parts[3]["communication"] == 2 * SIZE.vocabulary * SIZE.hidden and not parts[2]["communication"]
+    room, configs = Room(1e9, 4, on_gpu=True, runtime=0.0), {n: make_config(GIVEN | {"zero_stage": n}) for n in parts}
+    said = [misfit(configs[n], room, {"scoring": parts[n]}, longest=9) for n in parts]
+    assert said[0].endswith("expected zero_stage: 3 on several GPUs, which share the model then")
+    assert said[1].endswith("expected more GPUs, GPUs with more memory, or a smaller model")
 
 
 @settings(max_examples=60, deadline=None)

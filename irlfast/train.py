@@ -5,6 +5,7 @@ train it to prefer the demonstrations. Every step leaves its result in ``output_
 skipped, so that the same command resumes a run that was stopped.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def train(config: Config) -> None:
     plan_time(run)
     needs = plan_disk(run)
     check_room(run.output, needs)
+    run = run._replace(check_room=functools.partial(check_room, run.output, needs))
     train_stage, _, stage_asks = METHODS[config.method]
     policies: dict[str, Path | str] = {}  # by phase
     metrics = []

@@ -17,6 +17,7 @@ from irlfast.common.ranks import world_size
 HERE = "127.0.0.1"
 PORT = "29500"  # torch's own default, where nothing tells two runs on a machine apart
 MORE = 60.0  # seconds beyond the grace in which processes end after a signal
+SAID = os.environ.pop("IRLFAST_SAID", "")  # whether the command that started this process has said what keys mean
 LOCAL_RANK = re.compile(r"--local[-_]rank(?:=(-?\d+))?")
 
 
@@ -90,6 +91,7 @@ def start_processes(module: str, count: int | None, grace: float) -> None:
             raise InputError(f"num_processes: found {count}, but the launcher has started {world_size()}")
         return
     if (count := processes(count)) > 1:
+        os.environ["IRLFAST_SAID"] = "yes"
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(grace + MORE))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         os.execv(sys.executable, [sys.executable, "-m", "irlfast.common.agent", str(count), module, *sys.argv[1:]])

@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from irlfast.common import launch
 from irlfast.common.files import InputError, find_path
-from irlfast.common.ranks import world_size
 from irlfast.config.types import shown
 
 # Settings that other keys of a run decide. DeepSpeed would ignore them, or divide gradients a second time.
@@ -140,12 +140,18 @@ def check_stage(path: Path, settings: dict[str, Any], config: Any) -> None:
 
 
 def check_sizes(path: Path, settings: dict[str, Any], config: Any) -> None:
-    """Check that the file's sizes of batches make the run's step: max_tokens_per_batch decides how it is cut."""
-    whole, processes = config.global_batch_size, world_size()
+    """Check that the file's sizes of batches make the run's step: max_tokens_per_batch decides how it is cut.
+
+    The processes are those that the run has, or that the command starts later.
+    """
+    whole = config.global_batch_size
     check_same(path, settings, "train_batch_size", "global_batch_size", whole)
     given = {name: settings[name] for name in SIZES[1:] if name in settings}
+    if not given:
+        return
+    processes = launch.processes(config.num_processes)
     whole_numbers = len(given) == 2 and all(type(size) is int for size in given.values())
-    if given and not (whole_numbers and math.prod(given.values()) * processes == whole):
+    if not (whole_numbers and math.prod(given.values()) * processes == whole):
         named = " and ".join(f"{name}: {shown(size)}" for name, size in given.items())
         raise InputError(
             f"deepspeed: {path} has {named}, and global_batch_size is {whole} in {processes} process"

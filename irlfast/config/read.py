@@ -203,15 +203,21 @@ def in_all_processes(config: Config) -> Config:
         return config
     processes = launch.processes(config.num_processes)
     whole = device * (times or 1) * processes
-    from irlfast.common.messages import log  # which imports torch
-
-    log(
+    say(
         f"global_batch_size: per_device_train_batch_size {device} * {ACCUMULATION} {times or 1} * {processes} "
         f"process{'es' * (processes > 1)} = {whole}"
     )
     return dataclasses.replace(
         config, global_batch_size=whole, per_device_train_batch_size=None, gradient_accumulation_steps=None
     )
+
+
+def say(line: str) -> None:
+    """Print what becomes of a key, once: the processes that a command starts read the same keys again."""
+    if not launch.SAID:
+        from irlfast.common.messages import log  # which imports torch
+
+        log(line)
 
 
 def resolved(config: Config) -> Config:
@@ -221,9 +227,7 @@ def resolved(config: Config) -> Config:
     # A checkpoint is written at a logged step, so that a resumed run logs and stops where an unbroken one does.
     save_steps = math.ceil(config.save_steps / config.logging_steps) * config.logging_steps
     if save_steps != config.save_steps:
-        from irlfast.common.messages import log  # which imports torch
-
-        log(f"save_steps: {config.save_steps} is rounded up to {save_steps}, a multiple of logging_steps")
+        say(f"save_steps: {config.save_steps} is rounded up to {save_steps}, a multiple of logging_steps")
     return dataclasses.replace(config, divergence=config.divergence or own, save_steps=save_steps)
 
 

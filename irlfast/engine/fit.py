@@ -53,7 +53,7 @@ def fit(
 
     Raises:
         InputError: too many steps in a row were skipped, or ``on_spike`` is ``stop`` and a logged value is one; no
-            policy is written then.
+            policy is written then. Or the disk has no room for the phases that are left.
     """
     while not finished(folder):
         with contextlib.suppress(OutOfMemory, WentBad):
@@ -90,6 +90,7 @@ def train_phase(
     teacher: Path | str | None,
 ) -> None:
     """Train from the last checkpoint, or from the start, to the end of the phase; save the model."""
+    run.check_room()
     config, checkpoint = run.config, folder / "checkpoint"
     log_doubts(phase_of(run, folder), plan, groups)
     plan = plan._replace(lower_after=dist.on_main(lower_after, folder, plan.learning_rate))

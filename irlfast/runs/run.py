@@ -1,5 +1,6 @@
 """The record that every part of a run is given."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,3 +20,4 @@ class Run(NamedTuple):
     metrics_log: MetricsLog
     rows: Rows | None  # the rows of data/rows.jsonl that the examples were made from; None where no reward reads them
     prompts: Examples = NONE  # without answers; the policy answers them beside those of the demonstrations
+    check_room: Callable[[], None] = lambda: None  # is called by all processes before a phase trains

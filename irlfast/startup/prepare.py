@@ -19,7 +19,7 @@ from irlfast.common.secrets import redacted
 from irlfast.config import Config, dump
 from irlfast.data.encoding import Encoder, make_encoder
 from irlfast.data.sets import read_sets, tokenizer_texts
-from irlfast.data.store import Examples, Rows
+from irlfast.data.store import NONE, Examples, Rows
 from irlfast.engine.deepspeed_engine import check_deepspeed
 from irlfast.engine.process_group import init_process_group
 from irlfast.models.build import build_model, complete_model, resize_model
@@ -73,8 +73,9 @@ def prepare(config: Config, prompts_only: bool = False) -> Run:
     train, held_out, *more = load_data(config, output)
     for line in lines:
         log(line)
+    prompts = more[0] if more else NONE
     initial, rows = starting_policy(config, output, encoder), Rows(output / "data" / "rows.jsonl")
-    return Run(config, output, initial, encoder, train, held_out, MetricsLog(output, config), rows, *more)
+    return Run(config, output, initial, encoder, train, held_out, MetricsLog(output, config), rows, prompts)
 
 
 def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Encoder, list[str]]:

@@ -1,11 +1,13 @@
 """The configuration: spellings, defaults, presets, and the sentence for each wrong value."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import yaml
 
+from irlfast.common import launch
 from irlfast.common.files import InputError
 from irlfast.config import Config, difference, dump, load_config, make_config
 from irlfast.config.checks import remarks, unread_keys
@@ -91,6 +93,25 @@ def test_the_batch_of_a_step_is_the_same_number_in_either_spelling(given, proces
     alone = {"per_device_train_batch_size": 3, "num_processes": processes}  # without a launcher
     monkeypatch.delenv("RANK")
     assert make_config(given | alone).global_batch_size == 3 * processes
+
+
+def test_what_becomes_of_a_key_is_said_by_the_command_and_not_again_by_the_processes_that_it_starts(
+    given, monkeypatch, capsys
+):
+    keys = given | {"per_device_train_batch_size": 3, "num_processes": 2, "save_steps": 3, "logging_steps": 2}
+    make_config(keys)
+    said = capsys.readouterr().err
+    assert said.startswith("global_batch_size: per_device_train_batch_size 3 * ") and "\nsave_steps: 3 is round" in said
+    started = {}
+    monkeypatch.setattr(launch.os, "execv", lambda *_: started.update(os.environ))
+    monkeypatch.setattr(launch.os, "environ", os.environ.copy())
+    launch.start_processes("irlfast.train", 2, 0.0)
+    program = "from irlfast.common import launch; import os; print(launch.SAID, 'IRLFAST_SAID' in os.environ)"
+    done = subprocess.run([sys.executable, "-c", program], env=started, capture_output=True, text=True, check=True)
+    assert done.stdout == "yes False\n"
+    monkeypatch.setattr(launch, "SAID", "yes")
+    make_config(keys)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,20 @@ def test_sizes_of_a_deepspeed_file_that_are_those_of_the_run_are_accepted(start)
     check_deepspeed(make_config(start[0] | {"deepspeed": str(file), "global_batch_size": 32}))
 
 
+@pytest.mark.parametrize("launcher", [{}, {"RANK": "0", "WORLD_SIZE": "2"}], ids=["irlfast alone", "torchrun"])
+def test_sizes_of_a_deepspeed_file_are_those_of_all_processes_even_where_the_command_starts_them_later(
+    start, monkeypatch, launcher
+):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    file = start[1] / "sizes.json"
+    file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}))
+    keys = start[0] | {"deepspeed": str(file), "num_processes": 2}
+    assert make_config(keys | {"global_batch_size": 8}).global_batch_size == 8
+    said = refusal(lambda: make_config(keys | {"global_batch_size": 4}))
+    assert "gradient_accumulation_steps: 2, and global_batch_size is 4 in 2 processes; expected both sizes" in said
+
+
 def test_auto_in_a_deepspeed_file_is_filled_in_as_by_trainer(start):
     from irlfast.engine.deepspeed_engine import deepspeed_settings
 

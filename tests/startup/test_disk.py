@@ -6,11 +6,16 @@ import pytest
 import yaml
 
 from irlfast.common import files
+from irlfast.common.artefacts import keep_json
 from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.data.store import load_examples
+from irlfast.engine.fit import fit
+from irlfast.engine.plan import plan_phase
+from irlfast.losses.sft import sft_loss
 from irlfast.methods import METHODS
-from irlfast.startup.disk import check_room, checkpoint_bytes, disk_needs, most
+from irlfast.runs.run import Run
+from irlfast.startup.disk import Need, check_room, checkpoint_bytes, disk_needs, most
 from irlfast.startup.sizes import Size, mean_length, model_size
 from tests.helpers.runs import run, run_killed_at
 from tests.helpers.tiers import full
@@ -74,6 +79,49 @@ def test_too_little_room_is_said_with_the_phase_and_what_needs_less(finished, tm
         check_room(tmp_path, needs)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, most(needs)))
     check_room(tmp_path, needs)
+
+
+def test_room_is_checked_before_each_phase_trains_but_not_for_one_that_is_done(tmp_path):
+    asked = []
+
+    def full():
+        asked.append(True)
+        raise InputError("no room")
+
+    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+    run = Run(config, tmp_path, "initial", None, [], [], None, None, check_room=full)
+    plan = plan_phase(config, 8, stage=0, epochs=None, steps=1, learning_rate=1e-6, optim="rmsprop", seed=[0])
+    folder = tmp_path / "stage-00" / "round-00"
+    with pytest.raises(InputError, match=r"^no room$"):
+        fit(run, folder, "initial", [], sft_loss, plan)
+    (folder / "policy").mkdir(parents=True)
+    keep_json(folder / "DONE", [])
+    assert fit(run, folder, "initial", [], sft_loss, plan) == folder / "policy"
+    assert len(asked) == 1
+
+
+def test_a_run_whose_disk_fills_in_a_phase_ends_before_the_next_one(tmp_path, monkeypatch):
+    from irlfast import train
+
+    class Reached(Exception):
+        pass
+
+    def stage_of_a_run(run, *_):
+        with pytest.raises(InputError, match=r"0\.0 MB are free, but the run has up to"):
+            run.check_room()
+        raise Reached
+
+    config = make_config({"dataset_name": __file__, "model_name_or_path": ".", "output_dir": str(tmp_path)})
+    run = Run(config, tmp_path, "initial", None, [], [], None, None)
+    monkeypatch.setattr("irlfast.startup.prepare.prepare", lambda config: run)
+    monkeypatch.setattr("irlfast.startup.time_plan.plan_time", lambda run: None)
+    monkeypatch.setattr("irlfast.startup.disk.plan_disk", lambda run: [Need("sft", 10**6, 10**6)])
+    monkeypatch.setattr("irlfast.methods.sft.sft", stage_of_a_run)
+    monkeypatch.setattr("irlfast.methods.stages.wants_sft", lambda config: True)
+    free = iter([10**9, 0])  # at the start of the run, and when its first phase trains
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, next(free)))
+    with pytest.raises(Reached):
+        train.train(config)
 
 
 def test_policies_that_save_total_limit_deletes_count_no_longer():

@@ -54,14 +54,24 @@ def frozen_model(name: Path | str, config: Config, heads: int = 0, in_4bit: bool
     Raises:
         InputError: as :func:`irlfast.models.load.load_model`.
     """
-    key = key_of(name, config, in_4bit, split)
-    if heads or key not in KEPT:
+    model = None if heads else kept_model(name, config, in_4bit, split)
+    if model is None:
         forget()
         model = load_model(name, config, heads, in_4bit, split=split).to(dist.device()).eval()
-        if heads:
-            return model
-        KEPT[key] = model
-    return KEPT[key]
+        if not heads:
+            KEPT[key_of(name, config, in_4bit, split)] = model
+    return model
+
+
+def kept_model(name: Path | str, config: Config, in_4bit: bool, split: bool) -> Any:
+    """Return the language model that was loaded last, if it is this one; else None.
+
+    A split model is there only if every process has its part: one that samples alone has given up its own.
+    """
+    model = KEPT.get(key_of(name, config, in_4bit, split))
+    if split and not all(dist.all_gather_object(model is not None)):
+        return None
+    return model
 
 
 def forget() -> None:
@@ -97,7 +107,7 @@ def prepare_to_train(
         InputError: as :func:`irlfast.models.load.load_model` and :func:`prepare_model`.
     """
     split = is_run_split(config, config.load_in_4bit)
-    kept = None if reward else KEPT.get(key_of(name, config, config.load_in_4bit, split))
+    kept = None if reward else kept_model(name, config, config.load_in_4bit, split)
     forget()  # training changes the model
     model = load_to_train(name, config, reward=reward, in_4bit=config.load_in_4bit, loaded=kept)
     return prepare_model(model.to(dist.device()).eval(), config, groups)

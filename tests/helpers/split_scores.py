@@ -95,7 +95,11 @@ def reused(folder: Path) -> float:
     """Train by LoRA the split model that has just scored; return how far its states are from the whole one's."""
     keys = {"dataset_name": ".", "model_name_or_path": str(folder / "plain"), "zero_stage": 3, "use_peft": True}
     config = make_config(keys)
+    given_up = prepare_to_score(folder / "plain", config, GROUPS)
+    if dist.is_main():
+        forget()  # as before it samples alone
     scorer = prepare_to_score(folder / "plain", config, GROUPS)
+    assert scorer.base is not given_up.base
     own = prepare_to_train(folder / "plain", config, GROUPS)
     assert own.base is scorer.base
     with runnable(own.model, config):

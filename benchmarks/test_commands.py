@@ -1,6 +1,7 @@
 """Run every script on small data, by the commands of the pages: ``pytest benchmarks/test_commands.py --quick``."""
 
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -14,10 +15,15 @@ from benchmarks.conftest import ROOT
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 SCRIPTS = sorted({(name, given.strip()) for name, given in re.findall(r"python -m benchmarks\.(\w+)([^`#\n]*)", TEXT)})
+LONGER = {longer for command, longer in itertools.pairwise(SCRIPTS) if longer[1].startswith(command[1] + " --")}
+COMMANDS = [  # one with more options than the one before does the same work
+    pytest.param(*command, id=" ".join(command), marks=pytest.mark.slow if command in LONGER else ())
+    for command in SCRIPTS
+]
 BENCHMARKS = sorted(set(re.findall(r"pytest (?:-\S+ )*(benchmarks/[\w/{},.]*)", TEXT)))
 
 
-@pytest.mark.parametrize("name, arguments", SCRIPTS, ids=[" ".join(command) for command in SCRIPTS])
+@pytest.mark.parametrize("name, arguments", COMMANDS)
 def test_a_script_runs_as_a_page_says(name, arguments, pytestconfig, data, tmp_path, monkeypatch):
     if not pytestconfig.getoption("quick"):
         pytest.skip("hours; its command is in docs/")

@@ -1,9 +1,14 @@
 """The GPUs that a plan can be made for, with the figures of their makers' data sheets.
 
-- NVIDIA A100 Tensor Core GPU data sheet (2021), SXM: memory, operations of bf16 (dense) and fp32, NVLink 600 GB/s.
-- NVIDIA H100 Tensor Core GPU data sheet (2024), SXM: the same; bf16 is given with sparsity, which doubles it.
-- NVIDIA H200 Tensor Core GPU data sheet (2024), SXM: the same.
-- NVIDIA DGX A100 and DGX H100 data sheets: an InfiniBand adapter of 200 and 400 Gb/s per GPU.
+- Memory and its bytes per second. NVIDIA A100 Tensor Core GPU data sheet (2021), SXM: 40 GB at 1,555 GB/s, 80 GB at
+  2,039 GB/s. NVIDIA H100 Tensor Core GPU data sheet (2024), SXM: 80 GB at 3.35 TB/s. NVIDIA H200 Tensor Core GPU data
+  sheet (2024), SXM: 141 GB at 4.8 TB/s.
+- Operations, of the same sheets. A100: bf16 312 TFLOPS without sparsity, fp32 19.5. H100 and H200: bf16 1,979 TFLOPS
+  with sparsity, of which 989 is the dense half, and fp32 67. fp32 is that of the CUDA cores: torch computes no float32
+  product in TF32 by default.
+- NVLink, of the same sheets. A100 (third generation, 12 links): 600 GB/s. H100 and H200 (fourth, 18 links): 900 GB/s.
+- Networks. NVIDIA DGX A100 data sheet: an InfiniBand adapter of 200 Gb/s (25 GB/s) for each of eight GPUs. NVIDIA DGX
+  H100 and H200 data sheets: one of 400 Gb/s (50 GB/s).
 
 A data sheet counts NVLink in both directions together. Here a link is one direction.
 """

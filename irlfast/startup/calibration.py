@@ -12,18 +12,26 @@ import torch
 
 from irlfast.common import dist
 from irlfast.common.artefacts import intact
-from irlfast.common.files import InputError, read_json, read_jsonl
+from irlfast.common.files import InputError, read_json
 from irlfast.common.logs import read_log
+from irlfast.common.messages import first_sentence
 from irlfast.common.yaml_text import parse_yaml
 from irlfast.config import Config
 from irlfast.config.read import make_config
 from irlfast.data.store import Examples, load_examples
 from irlfast.methods import METHODS
-from irlfast.runs.metrics_log import is_logged
-from irlfast.startup.plan_memory import Room, training_memory, zero_of
+from irlfast.runs.metrics_log import is_logged, kind_of
+from irlfast.startup.plan_memory import TRAINING_MOMENTS, Room, most, zero_of
+from irlfast.startup.plan_run import Planned, plan_run, work_on
 from irlfast.startup.plan_seconds import TRAINING, Lengths, Rates, bytes_sent, sampling_seconds, updated_bytes
 from irlfast.startup.sizes import Size, bytes_of, model_size
 
+FILES = ("config.yaml", "starts.jsonl", "metrics.jsonl", "data/train.safetensors")  # of a run, that are read here
+COLUMNS = {  # of a row of metrics.jsonl, that are read here
+    *("seconds", "tokens_per_second", "answer_tokens_per_second", "tflops", "memory_gib"),
+    *("time/forward", "time/backward", "time/optimizer", "time/communication"),
+}
+HOOKS = 0.02  # assumed seconds per layer and pass that the hooks of ZeRO-3 take on a CPU (benchmarks/plans.py)
 LOOPBACK = 0.1  # assumed share of a CPU's copying rate that gloo reaches between processes of one machine
 
 
@@ -36,7 +44,8 @@ class Measured(NamedTuple):
     config: Config
     size: Size
     processes: int
-    rows: list[dict[str, Any]]  # of metrics.jsonl
+    on_gpu: bool
+    rows: list[dict[str, Any]]  # of metrics.jsonl, of the policy's phases
     train: Examples
 
 
@@ -46,46 +55,124 @@ def read_run(folder: Path) -> Measured:
     Raises:
         InputError: the folder is no run, or the run has not logged a step after the first ones.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise InputError(f"--calibrate {folder}: found no config.yaml, expected the folder of a run")
-    config = make_config(parse_yaml(path.read_text(encoding="utf-8")))
-    rows = read_log(folder / "metrics.jsonl", is_logged)[0]
-    size = model_size(config, config.train_tokenizer)
-    starts = [row for _, row in read_jsonl(folder / "starts.jsonl")]
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"--calibrate {folder}: found no {missing[0]}, expected the folder of a run that has trained")
+    try:
+        config = make_config(parse_yaml((folder / "config.yaml").read_text(encoding="utf-8")))
+        rows = [row for row in read_log(folder / "metrics.jsonl", is_logged)[0] if row.keys() >= COLUMNS]
+        start = read_log(folder / "starts.jsonl", lambda row: type(row.get("processes")) is int)[0][-1]
+        size = model_size(config, config.train_tokenizer)
+        train = load_examples(folder / "data" / "train.safetensors")
+    except Exception as error:  # of any class: the files of another program may hold anything
+        reason = first_sentence(error) or type(error).__name__
+        raise InputError(f"--calibrate {folder}: is not the folder of a run ({reason})") from error
+    rows = [row for row in rows if kind_of(row["phase"], config.method) != "reward"]
     if size is None or len(rows) < 2:
         raise InputError(
-            f"--calibrate {folder}: found {len(rows)} rows in metrics.jsonl, expected at least 2, and a model's config"
+            f"--calibrate {folder}: found {len(rows)} rows of a policy in metrics.jsonl, expected at least 2, and a "
+            "model's config"
         )
-    return Measured(config, size, starts[-1]["processes"], rows, load_examples(folder / "data" / "train.safetensors"))
+    on_gpu = not str(start.get("device")).endswith(" cores")
+    return Measured(config, size, start["processes"], on_gpu, rows, train)
 
 
-def rates_of_run(folder: Path, assumed: Rates) -> Rates:
+def rates_of_run(folder: Path, assumed: Rates, processes: int, on_gpu: bool) -> Rates:
     """Return the rates that a run reached; the ``assumed`` ones where it has no figure.
 
-    The rates of training are medians over the logged rows, without the first row of each phase.
+    The rates of training are medians over the logged rows, without the first row of each phase. The processes of a CPU
+    share its cores, so that each of twice as many computes and copies half as fast.
+
+    Raises:
+        InputError: the folder is no run, or the run was not on a GPU as the plan is, or not on a CPU.
     """
     run = read_run(folder)
+    if run.on_gpu != on_gpu:
+        found, expected = ("GPU", "CPU") if run.on_gpu else ("CPU", "GPU")
+        raise InputError(
+            f"--calibrate {folder}: found a run on a {found}, expected one on a {expected}, as the plan is"
+        )
     rows = [row for row, before in zip(run.rows[1:], run.rows, strict=False) if row["phase"] == before["phase"]]
-    training = statistics.median(map(training_rate, rows or run.rows))
+    share = 1.0 if on_gpu else run.processes / processes
+    planned, waits = planned_of(run), [hook_seconds(run, row) for row in rows or run.rows]
+    passes = 3 if run.config.gradient_checkpointing is True else 2
+    training = [
+        training_rate(row, run.config, run.size, run.processes, passes * wait)
+        for row, wait in zip(rows or run.rows, waits, strict=True)
+    ]
     rates = assumed._replace(
-        training=training,
-        memory=statistics.median(moved_per_second(run, row, run.rows) for row in rows) if rows else assumed.memory,
+        training=share * statistics.median(training),
         source=f"measured in {folder}, with {run.processes} process{'es' * (run.processes > 1)}",
     )
-    if run.processes > 1 and rows:
-        rates = rates._replace(link=statistics.median(sent_per_second(run, row, run.rows) for row in rows))
-    if not torch.cuda.is_available():
-        room = Room(0.0, run.processes, on_gpu=False, runtime=0.0)
-        held = training_memory(run.config, run.size, room, 0)["update"]
-        kept = sum(held[part] for part in ("weights", "teacher", "optimiser state"))
-        rates = rates._replace(runtime=max(row["memory_gib"] for row in run.rows) * 2**30 - kept)
+    if rows:
+        rates = rates._replace(memory=share * statistics.median(moved_per_second(run, row) for row in rows))
+    if sending := [row for row in rows if row["time/communication"] > 0]:  # on GPUs all of it may be overlapped
+        rates = rates._replace(link=share * statistics.median(sent_per_second(run, row) for row in sending))
+    if not on_gpu:
+        rates = rates._replace(runtime=runtime_of(run, planned))
+    if any(waits):
+        seconds = {phase.name: phase.step["gathering"] / passes for phase in planned.phases}  # per second of hooks
+        own = [
+            wait / seconds[row["phase"]] / steps_of(row, run.rows)
+            for row, wait in zip(rows or run.rows, waits, strict=True)
+        ]
+        rates = rates._replace(hooks=statistics.median(own) / share)
     return rates._replace(sampling=sampling_factor(folder, run, rates))
 
 
-def training_rate(row: dict[str, Any]) -> float:
-    """Return the operations per second of the forward and backward passes of a row of metrics."""
-    return row["tflops"] * 1e12 / (row["time/forward"] + row["time/backward"])
+def planned_of(run: Measured) -> Planned:
+    """Plan a run as it was, with hooks of a second, and of no other rate."""
+    room = Room(0.0, run.processes, run.on_gpu, runtime=0.0)
+    return plan_run(run.config, run.size, room, Rates(1.0, 1.0, 1.0, hooks=1.0), work_on(run.config, run.train, 0, 0))
+
+
+def runtime_of(run: Measured, planned: Planned) -> float:
+    """Return the bytes that the libraries took in a run on a CPU: what it had beside the tensors of its fullest moment.
+
+    The memory that is logged after a step is about that of its fullest moment, as malloc keeps what is freed.
+    """
+    tensors = most({moment: planned.memory[moment] for moment in TRAINING_MOMENTS})
+    return max(0.0, max(row["memory_gib"] for row in run.rows) * 2**30 - tensors)
+
+
+def operations_of(row: dict[str, Any], config: Config, size: Size, processes: int) -> tuple[float, float]:
+    """Return the operations of a process's forward passes, and of its backward passes, which may compute layers again.
+
+    ``tflops`` of a row of metrics counts no layer twice.
+    """
+    done = row["tflops"] * 1e12 * row["seconds"]
+    tokens, answers = (
+        row[name] * row["seconds"] / processes for name in ("tokens_per_second", "answer_tokens_per_second")
+    )
+    attended = (done - size.costs.token * tokens - size.costs.answer_token * answers) / 3
+    forward = size.forward * tokens + attended + 2 * size.vocabulary * size.hidden * answers
+    again = size.forward * tokens + attended if config.gradient_checkpointing is True else 0.0
+    return forward, done - forward + again
+
+
+def training_rate(row: dict[str, Any], config: Config, size: Size, processes: int, waited: float = 0.0) -> float:
+    """Return the operations per second of the forward and backward passes of a row of metrics.
+
+    ``waited`` seconds of them went to hooks.
+    """
+    spent = row["seconds"] * (row["time/forward"] + row["time/backward"])
+    return sum(operations_of(row, config, size, processes)) / (spent - waited)
+
+
+def hook_seconds(run: Measured, row: dict[str, Any]) -> float:
+    """Return the seconds that a process spent in the hooks of ZeRO-3's forward passes; 0 without ZeRO-3, or on a GPU.
+
+    Hooks take the same time in each pass. So the rate follows from what a backward pass takes longer than the forward
+    passes in it, and the hooks take what the rate does not explain.
+    """
+    if run.on_gpu or zero_of(run.config, run.processes)["stage"] != 3:
+        return 0.0
+    forward, backward = (row["seconds"] * row[f"time/{part}"] for part in ("forward", "backward"))
+    done, more = operations_of(row, run.config, run.size, run.processes)
+    passes = 2 if run.config.gradient_checkpointing is True else 1  # of a backward pass, in which weights are gathered
+    if backward <= passes * forward:
+        return 0.0
+    return max(0.0, forward - done * (backward - passes * forward) / (more - passes * done))
 
 
 def steps_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> int:
@@ -94,19 +181,19 @@ def steps_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> int:
     return row["step"] - max(earlier, default=0)
 
 
-def moved_per_second(run: Measured, row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
+def moved_per_second(run: Measured, row: dict[str, Any]) -> float:
     """Return the bytes per second that the optimiser read and wrote."""
     optim = run.config.sft_optim or run.config.optim if row["phase"].startswith("sft") else run.config.optim
     moved = updated_bytes(run.config, run.size, run.processes, optim)
-    return moved * steps_of(row, rows) / (row["seconds"] * row["time/optimizer"])
+    return moved * steps_of(row, run.rows) / (row["seconds"] * row["time/optimizer"])
 
 
-def sent_per_second(run: Measured, row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
+def sent_per_second(run: Measured, row: dict[str, Any]) -> float:
     """Return the bytes per second that a process sent, with a reduction per step as on a CPU."""
     each = bytes_of(run.config)
     stage, weights = zero_of(run.config, run.processes)["stage"], each * run.size.parameters
-    sent = bytes_sent(stage, run.processes, 1, weights, each * run.size.trained, torch.cuda.is_available())
-    return sent * steps_of(row, rows) / (row["seconds"] * row["time/communication"])
+    sent = bytes_sent(stage, run.processes, 1, weights, each * run.size.trained, run.on_gpu)
+    return sent * steps_of(row, run.rows) / (row["seconds"] * row["time/communication"])
 
 
 def sampling_factor(folder: Path, run: Measured, rates: Rates) -> float:
@@ -118,7 +205,7 @@ def sampling_factor(folder: Path, run: Measured, rates: Rates) -> float:
         if phase.sampled and counts.get("synthetic_tokens") and counts.get("sample_seconds"):
             prompt, answer = (float(n) for n in run.train.lengths[:, :2].mean(0))
             lengths = Lengths(prompt, answer, counts["synthetic_tokens"] / phase.sampled)
-            room = Room(0.0, run.processes, on_gpu=torch.cuda.is_available(), runtime=0.0)
+            room = Room(0.0, run.processes, run.on_gpu, runtime=0.0)
             planned = sampling_seconds(run.config, run.size, room, rates, lengths, phase.sampled, float("inf"))
             factors.append(counts["sample_seconds"] / planned)
     return statistics.median(factors) if factors else 1.0
@@ -145,6 +232,7 @@ def rates_here(config: Config, processes: int) -> Rates:
         memory=copied,
         link=LOOPBACK * copied,
         start=60.0,
+        hooks=0.0 if on_gpu else HOOKS / share,
         source=f"{TRAINING:.0%} of a matrix product's operations on this machine",
     )
 

@@ -146,7 +146,7 @@ def rates_of_step(
         destroy_process_group()
         *_, (_, row) = read_jsonl(output / "metrics.jsonl")
     return here._replace(
-        training=training_rate(row),
+        training=training_rate(row, config, size, 1),
         memory=updated_bytes(config, size, 1, config.optim) / (row["seconds"] * row["time/optimizer"]),
         source="measured on a step of SFT of this model",
     )

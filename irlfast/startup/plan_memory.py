@@ -11,6 +11,10 @@ N parameters, of which T are trained, in b bytes each; P processes; a bytes of a
 
 From ZeRO 1 on, the optimiser updates an fp32 copy of its share (the 4 in 4 + s) by fp32 gradients. On a CPU, where
 a = b, gradients are reduced once per step: until then, ZeRO 2 and 3 hold all b T of them.
+
+A backward pass holds the most at its beginning, when it has all activations. Gradients of earlier micro-batches are
+there, but none of its own: these come as activations go. So a step of one micro-batch has no gradients at that moment,
+apart from the process's share of the sum (a T/P from ZeRO 1 on). It has them all at the end of the pass.
 """
 
 import dataclasses
@@ -23,12 +27,14 @@ from irlfast.data.batching import CPU_TOKENS
 from irlfast.engine.memory import GPU_TOKENS, SAFE
 from irlfast.engine.optim import STATE_BYTES
 from irlfast.engine.teacher import is_live
+from irlfast.methods.stages import wants_sft
 from irlfast.startup.sizes import Size, bytes_of, model_size
 
 FOUR_BITS = 0.6  # bytes of a weight in 4 bits, with its scales and the layers that stay whole
 HEAD_BUFFER = 1024 * 2**20  # bytes of logits at most: buffer_mb of irlfast.ops
 CPU_BUFFER, CPU_ROWS = 16 * 2**20, 256  # a CPU's logits: so many bytes, or so many rows where these take more
 BUCKET = 500_000_000  # reduce_bucket_size of DeepSpeed, in elements
+TRAINING_MOMENTS = ("backward", "end of backward", "update")
 LIVE = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed
 
 
@@ -57,8 +63,13 @@ def offloaded(zero: dict[str, Any], part: str) -> bool:
     return (zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
 
 
-def training_memory(config: Config, size: Size, room: Room, tokens: int) -> dict[str, dict[str, float]]:
-    """Return the bytes of each part in a backward pass of ``tokens`` tokens, and in the optimiser's update after it."""
+def training_memory(
+    config: Config, size: Size, room: Room, tokens: int, micro_batches: int = 2
+) -> dict[str, dict[str, float]]:
+    """Return the bytes of each part at the moments of a step: its last backward pass, that one's end, and the update.
+
+    The step has so many ``micro_batches``, and the largest has so many ``tokens``.
+    """
     zero, processes, each = zero_of(config, room.processes), room.processes, bytes_of(config)
     stage = zero["stage"]
     share = size.trained / (processes if stage else 1)
@@ -67,21 +78,33 @@ def training_memory(config: Config, size: Size, room: Room, tokens: int) -> dict
     always = {
         "weights": 0.0 if room.on_gpu and stage == 3 and offloaded(zero, "param") else weights,
         "teacher": teacher_bytes(config, size),
-        "optimiser state": 0.0 if offloads else share * (STATE_BYTES[config.optim] + (4 if stage else 0)),
+        "optimiser state": 0.0 if offloads else share * (state_bytes(config) + (4 if stage else 0)),
         "runtime": room.runtime,
     }
     sums = sum_bytes(config)
+    summed = 0.0 if offloads else summed_bytes(size.trained, share, each, sums, stage, room.on_gpu)
+    alone = 0.0 if offloads or not stage else share * sums
     update = 0.0 if offloads else {0: each, 3: sums + 4}.get(stage, 4) * share
+    communication = {"communication": communication_bytes(config, size, zero, room)}
+    passing = {
+        "activations": tokens * activations_per_token(config, size, room.on_gpu),
+        "head buffer": head_bytes(config, size, room, tokens),
+    }
     return {
         "backward": always
-        | {
-            "gradients": 0.0 if offloads else summed_bytes(size.trained, share, each, sums, stage, room.on_gpu),
-            "activations": tokens * activations_per_token(config, size, room.on_gpu),
-            "head buffer": head_bytes(config, size, room, tokens),
-            "communication": communication_bytes(config, size, zero, room),
-        },
+        | {"gradients": summed if micro_batches > 1 else min(summed, alone)}
+        | passing
+        | communication,
+        "end of backward": always | {"gradients": summed} | communication,
         "update": always | {"gradients": update},
     }
+
+
+def state_bytes(config: Config) -> int:
+    """Return the bytes of the optimiser's state per trained parameter, in the phase that has the most."""
+    names = [config.optim] * (config.method != "sft")
+    names += [config.sft_optim or config.optim] * wants_sft(config)
+    return max(STATE_BYTES[name] for name in names or [config.optim])
 
 
 def summed_bytes(trained: int, share: float, each: int, sums: int, stage: int, on_gpu: bool) -> float:

@@ -66,10 +66,14 @@ def work_of(config: Config, sets: Sets | None) -> Work:
         lengths = Lengths(config.max_prompt_length, most, config.max_new_tokens)
         longest = longest_group(config, [full_row(config)])
         return Work(rows, 0, held_out, lengths, longest, measured=False)
-    prompt, answer = (float(n) for n in sets.train.lengths[:, :2].mean(0))
+    return work_on(config, sets.train, len(sets.prompts), len(sets.held_out))
+
+
+def work_on(config: Config, train: Examples, prompts: int, held_out: int) -> Work:
+    """Return the work of a run on demonstrations, so many ``prompts`` without one, and so many that are held out."""
+    prompt, answer = (float(n) for n in train.lengths[:, :2].mean(0))
     lengths = Lengths(prompt, answer, min(answer, config.max_new_tokens))
-    longest = longest_group(config, different_lengths(sets.train))
-    return Work(len(sets.train), len(sets.prompts), len(sets.held_out), lengths, longest, measured=True)
+    return Work(len(train), prompts, held_out, lengths, longest_group(config, different_lengths(train)), measured=True)
 
 
 def full_row(config: Config) -> Example:
@@ -90,7 +94,7 @@ def plan_run(config: Config, size: Size, room: Room, rates: Rates, work: Work) -
     own = math.ceil(groups / room.processes) * count_tokens(group_of(work.lengths, answers))
     tokens = tokens_per_batch(config, size, room, work.longest, own)
     scored = room_to_score(config, work, room)
-    memory = training_memory(config, size, room, tokens)
+    memory = training_memory(config, size, room, tokens, math.ceil(own / tokens))
     if any(phase.sampled for phase in phases):
         memory["scoring"] = scoring_memory(config, size, room, scored)
     memory["sampling"] = sampling_memory(config, size, room, config.max_prompt_length)

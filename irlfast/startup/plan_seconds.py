@@ -9,6 +9,10 @@ processes sends and receives (Patarasuk and Yuan 2009):
     ZeRO 3    m (G + 2 W) (P-1)/P               weights are gathered forward and backward
 
 On a CPU, gradients are reduced once per step, and everywhere (2 G in place of G).
+
+ZeRO-3 has a hook of DeepSpeed before and after each module, which gathers and frees its weights. That takes the same
+time however few tokens a pass has: a CPU that trains a small model in small batches spends half a step on it. A GPU is
+taken to compute meanwhile.
 """
 
 import math
@@ -40,6 +44,7 @@ class Rates(NamedTuple):
     start: float = START  # seconds
     sampling: float = 1.0  # seconds of sampling per second of the model's
     scoring: float = 1.0  # the same of scoring
+    hooks: float = 0.0  # seconds per layer and pass in which DeepSpeed's hooks gather the weights of ZeRO-3
     runtime: float = 2e9  # bytes that libraries take: CUDA's context and NCCL's buffers are assumed to take 2 GB
     source: str = "assumed shares of data sheets' figures"
 
@@ -92,17 +97,27 @@ def step_seconds(
     return {
         "forward and backward": computed / rates.training,
         "communication": sent / rates.link,
+        "gathering": gathering_passes(config, size, stage) * micro_batches * rates.hooks,
         "optimiser": updated_bytes(config, size, processes, plan.optim) / rates.memory,
     }
+
+
+def gathering_passes(config: Config, size: Size, stage: int) -> int:
+    """Return how many times a layer's weights are gathered in a micro-batch, summed over all layers."""
+    return (3 if config.gradient_checkpointing is True else 2) * size.layers if stage == 3 else 0
 
 
 def updated_bytes(config: Config, size: Size, processes: int, optim: str) -> float:
     """Return the bytes that the optimiser's step reads and writes in a process.
 
-    Gradients, states and fp32 weights are read; states and weights are written, and so are bf16 weights.
+    The gradients are read for their norm, scaled in place, and read by the update. The update reads and writes states
+    and fp32 weights. With ZeRO, a search for values that are not finite reads the gradients once more, and the fp32
+    weights are copied to those of the model.
     """
-    share = size.trained / (processes if zero_of(config, processes)["stage"] else 1)
-    return share * (4 + 2 * STATE_BYTES[optim] + 8 + (2 if config.dtype == "bfloat16" else 0))
+    stage, each = zero_of(config, processes)["stage"], bytes_of(config)
+    share = size.trained / (processes if stage else 1)
+    gradients, states, weights = 4 + 8 + 4, 2 * STATE_BYTES[optim], 8
+    return share * (gradients + states + weights + (4 + 4 + each if stage else 0))
 
 
 def bytes_sent(stage: int, processes: int, micro_batches: int, weights: float, gradients: float, on_gpu: bool) -> float:

@@ -43,7 +43,7 @@ def show_plan(config: Config, cluster: Cluster | None, processes: int, run: Path
     else:
         rates, room = rates_here(config, processes), room_here(processes)
     if run:
-        rates = rates_of_run(run, rates)
+        rates = rates_of_run(run, rates, processes, room.on_gpu)
         room = room if room.on_gpu else room._replace(runtime=rates.runtime)
     title(out, "model", *size_lines(size), "")
     title(out, "work", *work_lines(work), "")

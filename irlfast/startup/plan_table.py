@@ -7,7 +7,7 @@ from typing import Any
 
 from irlfast.config.read import make_config
 from irlfast.engine.hardware import Cluster
-from irlfast.startup.plan_memory import Room, gib, total
+from irlfast.startup.plan_memory import TRAINING_MOMENTS, Room, gib, total
 from irlfast.startup.plan_run import plan_run, work_of
 from irlfast.startup.plan_seconds import assumed_rates
 from irlfast.startup.sizes import model_size
@@ -85,7 +85,7 @@ def figures(keys: dict[str, Any], cluster: Cluster) -> tuple[str, ...]:
     room = Room(cluster.gpu.memory, cluster.processes, on_gpu=True, runtime=rates.runtime)
     work = work_of(config, None)
     plan = plan_run(config, size, room, rates, work)
-    parts = max((plan.memory[moment] for moment in ("backward", "update")), key=total)
+    parts = max((plan.memory[moment] for moment in TRAINING_MOMENTS), key=total)
     memory = [gib(parts.get(part, 0.0)) for part in ("weights", "gradients", "optimiser state", "activations")]
     row = (str(cluster.processes), *memory, gib(total(parts)))
     if too_large := [moment for moment, parts in plan.memory.items() if total(parts) > room.memory]:

@@ -103,9 +103,11 @@ def prepare_rows(keys: dict[str, Any]) -> dict[str, Any]:
     return {"used_again": "used again" in lines[-1]}
 
 
-def rows(quick: bool) -> dict[str, Any]:
+def rows(quick: bool, up_to: int) -> dict[str, Any]:
     results = []
     for count, template in ((100_000, None), (100_000, CHAT), (1_000_000, None)):
+        if count > up_to:
+            continue
         count = count // 500 if quick else count
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -154,8 +156,8 @@ def slope(rows: list[dict[str, Any]]) -> float:
     return 1000 * float(np.polyfit([row["step"] for row in later], [1024 * row["memory_gib"] for row in later], 1)[0])
 
 
-def steps(quick: bool) -> dict[str, Any]:
-    count = 40 if quick else 10_000
+def steps(quick: bool, up_to: int) -> dict[str, Any]:
+    count = 40 if quick else min(10_000, up_to)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", 2000)
@@ -176,9 +178,11 @@ def steps(quick: bool) -> dict[str, Any]:
     return result
 
 
-def prompts(quick: bool) -> dict[str, Any]:
+def prompts(quick: bool, up_to: int) -> dict[str, Any]:
     results = []
     for count in (10_000, 100_000):
+        if count > up_to:
+            continue
         count = count // 100 if quick else count
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -209,8 +213,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("part", choices=PARTS)
     arguments.add_argument("--quick", action="store_true", help="few rows and steps, to check that everything runs")
+    arguments.add_argument("--up-to", type=int, default=10**9, help="leave out cases of more rows, steps or prompts")
     options = arguments.parse_args()
-    print(write_result(f"load-{options.part}", PARTS[options.part](options.quick)))
+    print(write_result(f"load-{options.part}", PARTS[options.part](options.quick, options.up_to)))
 
 
 if __name__ == "__main__":

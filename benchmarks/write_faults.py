@@ -3,6 +3,7 @@
     python -m benchmarks.write_faults                    # every call in every way: hours
     python -m benchmarks.write_faults --draws 8          # eight drawn calls per way
     python -m benchmarks.write_faults --each-kind        # one drawn call per way, kind of call and kind of file
+    python -m benchmarks.write_faults --each-kind --minutes 60 --rows FILE     # begin, or go on, for an hour
 
 A library that is loaded before libc numbers the calls that change files (tests/helpers/faulty_disk.c). The ways are:
 a disk that is full from this call on, one error of the disk, a kill after half of the bytes, and half of the bytes with
@@ -11,14 +12,17 @@ success reported. The script writes ``benchmarks/results/DATE-write-faults.json`
 
 import argparse
 import json
+import math
 import os
 import random
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from benchmarks.conftest import write_result
 from irlfast.common.files import read_jsonl, remove
@@ -123,6 +127,7 @@ def main() -> int:
     parser.add_argument("--each-kind", action="store_true", help="one drawn call per way, kind of call and of file")
     parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
     parser.add_argument("--rows", type=Path, help="a file that gets a row per fault, and is continued")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no fault after so many minutes [no end]")
     parser.add_argument("--quick", action="store_true", help="one call per way, to check that everything runs")
     options = parser.parse_args()
     if options.quick:
@@ -140,13 +145,18 @@ def main() -> int:
     for end, count in sorted(ends.items()):
         print(f"{end:40} {count:5}")
     bad = [row for row in rows if row["end"] not in GOOD]
-    print(write_result("write-faults", {"draws": options.draws, "ends": ends, "bad": bad}))
+    kinds = len({which_kind(row) for row in rows})
+    result = {"draws": options.draws, "faults": len(rows), "kinds": kinds, "ends": ends, "bad": bad}
+    print(write_result("write-faults", result))
     return int(bool(bad))
 
 
 def do_faults(options: argparse.Namespace) -> None:
     """Do the faults that are asked for, but those that have a row already, and append a row for each."""
-    done = {(row["way"], row["call"]) for _, row in read_jsonl(options.rows)} if options.rows.exists() else set()
+    end_of_faults = time.monotonic() + 60 * options.minutes
+    rows = [row for _, row in read_jsonl(options.rows)] if options.rows.exists() else []
+    key = which_kind if options.each_kind else which_call
+    done = {key(row) for row in rows}
     with tempfile.TemporaryDirectory() as place:
         disk, log = Disk(Path(place).resolve() / "disk"), Path(place) / "calls"
         disk.empty()
@@ -157,11 +167,20 @@ def do_faults(options: argparse.Namespace) -> None:
         calls, whole = own_calls(log, disk.output), disk.files()
         print(f"{len(calls)} calls of the run change files", flush=True)
         for way, number in faults(calls, options):
-            if (way, number) not in done:
+            name, path = calls[number]
+            at = {"way": way, "call": number, "name": name, "path": path.removeprefix(str(disk.folder))}
+            if key(at) not in done and time.monotonic() < end_of_faults:
                 end, why = outcome(disk, way, number, whole)
-                name, path = calls[number]
-                at = {"way": way, "call": number, "name": name, "path": path.removeprefix(str(disk.folder))}
                 append_row(options.rows, at | {"end": end, "why": why})
+
+
+def which_call(row: dict[str, Any]) -> tuple:
+    return row["way"], row["call"]
+
+
+def which_kind(row: dict[str, Any]) -> tuple:
+    """Return the way and the kind of a row's fault: another start of the run may number its calls otherwise."""
+    return row["way"], kind_of(row["name"], row["path"])
 
 
 def own_calls(log: Path, output: Path) -> dict[int, tuple[str, str]]:

@@ -88,11 +88,11 @@ def stop_tokens(config: Config) -> list[int]:
         except OSError:  # most models have no generation config
             if Path(name, "generation_config.json").exists():
                 raise
-    tokens = {token for ids in end_tokens for token in (ids if isinstance(ids, list) else [ids]) if token is not None}
+    tokens = [token for ids in end_tokens for token in (ids if isinstance(ids, list) else [ids]) if token is not None]
     wrong = [token for token in tokens if not isinstance(token, int)]
     if wrong:
         raise InputError(f"model {name}: found the eos_token_id {shown(wrong[0])}, expected ids")
-    return sorted(tokens)
+    return sorted({*tokens})
 
 
 def attention_head_size(model: Any) -> int:

@@ -139,6 +139,7 @@ def fuzz(target: str, engine: str, notes: Notes, seed: int) -> None:
         own.mkdir(exist_ok=True)
         (CORPUS / target).mkdir(parents=True, exist_ok=True)
         options = ["-max_len=4096", f"-seed={seed}", "-timeout=100000", "-rss_limit_mb=0", "-reload=0", "-verbosity=1"]
+        options.append(f"-artifact_prefix={notes.folder}/")  # for inputs that libFuzzer finds slow by the clock
         atheris.Setup([sys.argv[0], *options, str(own), str(CORPUS / target)], take)
         atheris.Fuzz()
 

@@ -136,6 +136,8 @@ EXAMPLES: list[Any] = [
     ({"config.json": b'{"model_type": "llama", "dtype": {"a": 1}}'}, True),
     ({"config.json": b'{"model_type": "llama", "dtype": "words"}'}, True),
     ({"config.json": b'{"model_type": "llama", "hidden_act": {"a": 1}}'}, True),
+    ({"generation_config.json": b'{"eos_token_id": {"a": 1}}'}, False),
+    ({"generation_config.json": b'{"eos_token_id": [[1]]}'}, False),
 ]
 
 

@@ -13,7 +13,7 @@ from tests.helpers.runs import command, contents, ended, run_killed_at
 from tests.helpers.tiers import full, slow
 
 KILLED_AT = "stage-01/checkpoint/step-2"
-SHARES = 8  # of the product of faults and artefacts, in drawn order: each is a sample of the whole
+SHARES = 16  # of the product of faults and artefacts, in drawn order: each is a sample of the whole
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,9 @@ def run_command(job: Callable[[], None]) -> int:
             if isinstance(error, InputError):
                 return ranks.end(2, str(error))
             if ranks.world_size() > 1 and ranks.is_loss(error):
-                time.sleep(EXPLAINED_WITHIN)  # the watchdog ends this process meanwhile, and says who is gone
+                time.sleep(EXPLAINED_WITHIN)  # the watchdog ends this process meanwhile, if it knows who is gone
+                said = str(error).partition("\n")[0]
+                return ranks.end(1, f"another process is gone, or did not answer in time ({said}); {stop.RESUMES}")
             return ranks.end(1, f"{type(error).__name__}: {error}", traceback.format_exc())
     return 0
 

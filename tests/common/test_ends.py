@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from irlfast.common import ranks, watchdog
+from irlfast.common import command, ranks, watchdog
 from tests.helpers.runs import ROOT, TORCHRUN, Forked, as_torchrun
 from tests.helpers.tiers import first_then_full, full
 
@@ -136,3 +136,19 @@ def test_processes_end_with_their_launcher_and_one_that_a_shell_started_outlives
     assert not launched or last == [
         f"irlfast: the launcher, process {launcher.pid}, has ended; the same command resumes"
     ]
+
+
+def test_a_broken_connection_that_nothing_explains_is_one_sentence(monkeypatch):
+    """Processes of another machine, without an agent that knows them."""
+    ended = []
+    monkeypatch.setattr(command, "EXPLAINED_WITHIN", 0.0)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "end", lambda *given: ended.append(given) or given[0])
+
+    def job():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Read error: Connection reset by peer\nframe #0: …")
+
+    assert command.run_command(job) == 1
+    [(code, sentence)] = ended  # without a stack
+    assert code == 1 and "another process is gone" in sentence and "Connection reset by peer" in sentence
+    assert "frame" not in sentence and sentence.endswith("the same command resumes")

@@ -222,3 +222,6 @@ def runnable(model: torch.nn.Module, config: Config) -> Iterator[None]:
     finally:
         hooks.partition_all_parameters()
         hooks.destroy()
+        for module in model.modules():  # or the engine's backward passes would go on with these hooks
+            for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
+                vars(module).pop(name, None)

@@ -74,8 +74,10 @@ class Handler(BaseHTTPRequestHandler):
 def serving(script: Callable[[dict], Response]) -> Iterator[Server]:
     with Server(script) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
+        try:
+            yield server
+        finally:
+            server.shutdown()  # or, after a test that raised, the thread would try to accept without end
 
 
 # ---------------------------------------------------------------- scripts of a judge

@@ -98,7 +98,8 @@ def drawn_groups(draw: random.Random, answers: int) -> list[PromptGroup]:
         known, whole = [values(lengths) for _ in range(2)], values([1] * answers)
         advantages = tuple(value.expand(length) for value, length in zip(whole, lengths, strict=True))
         thoughts = tuple(draw.randrange(length) for length in lengths)
-        groups.append(PromptGroup(prompt, tuple(each), *known, advantages, thoughts))
+        weights = values(lengths)
+        groups.append(PromptGroup(prompt, tuple(each), *known, advantages, weights, thoughts))
     return groups
 
 

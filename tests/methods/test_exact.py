@@ -13,7 +13,7 @@ from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.sampling.shards import DRAWN
 from irlfast.sampling.transformers_sampler import generate_batch
 from tests.helpers.exact import ANSWERS, END, LONGEST, PROMPTS, answer_logps, flat_gradient, kl, loss_of, model, scored
-from tests.helpers.tiers import first_then_full, full
+from tests.helpers.tiers import first_then_full, full, slow
 
 BETA = 0.7
 
@@ -121,10 +121,10 @@ def test_a_step_raises_the_margin_and_lowers_the_loss(bed, loss_type):
     assert losses[0] > losses[1] > losses[2]
 
 
-OF_EACH_REWARD = [pytest.param(name, 4, marks=full) for name in ("space", "iris")]
+OTHERS = [pytest.param(name, 4, marks=tier) for name, tier in (("space", full), ("iris", full), ("hinge", slow))]
 
 
-@pytest.mark.parametrize(("loss_type", "inner_steps"), [("sigmoid", 4), ("hinge", 4), ("linear", 1), *OF_EACH_REWARD])
+@pytest.mark.parametrize(("loss_type", "inner_steps"), [("sigmoid", 4), ("linear", 1), *OTHERS])
 def test_self_play_brings_the_policy_to_the_expert(bed, loss_type, inner_steps):
     """Stages of fresh samples and a few inner steps: KL(π_E ‖ π_θ) falls from nats to hundredths."""
     expert, _ = bed

@@ -32,7 +32,7 @@ SHAPE = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 1024,
 }
-QUICK = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+QUICK = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 KEYS = {
     "method": "sft",
     "max_prompt_length": 200,

@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import random
-import re
 import resource
 import tempfile
 import time
@@ -24,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.conftest import write_result
+from benchmarks.memory import memory_of_process
 from tests.helpers.runs import PRELOADED
 
+MIB = 2**20
 WORDS = "one two three four five six seven eight nine ten north south east west red green blue black white grey".split()
 CHAT = (
     "{% for turn in messages %}{{ '<|im_start|>' + turn.role + '\\n' + turn.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -49,11 +50,6 @@ def write_rows(path: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def status(name: str) -> float:
-    """Return a line of this process's status, in MiB."""
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024  # type: ignore[union-attr]
-
-
 def measured(part: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """Run ``part`` in a process of its own. Return its figures, its CPU seconds and its memory in MiB."""
     receiver, sender = SERVER.Pipe(duplex=False)
@@ -69,11 +65,12 @@ def in_child(sender: Any, part: Callable[..., dict[str, Any]], arguments: tuple)
     import torch
 
     torch.set_num_threads(1)
-    before, begun = status("VmRSS"), time.process_time()
+    before, begun = memory_of_process("VmRSS") / MIB, time.process_time()
     figures = part(*arguments)
     own = resource.getrusage(resource.RUSAGE_SELF)
     figures |= {"cpu_seconds": time.process_time() - begun, "system_seconds": own.ru_stime}
-    sender.send(figures | {"before": before, "peak": status("VmHWM"), "anonymous": status("RssAnon")})
+    peak, anonymous = (memory_of_process(field) / MIB for field in ("VmHWM", "RssAnon"))
+    sender.send(figures | {"before": before, "peak": peak, "anonymous": anonymous})
 
 
 def keys_of(folder: Path, **keys: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.memory import memory_of_process
 from benchmarks.peers import BETA, IGNORE, PEERS, Inputs, Result, reason_not_to_run
 from irlfast.ops import log_ratio, pair_loss
 
@@ -341,10 +342,6 @@ def cpu_memory(case: Case, threads: int, row: str) -> float | None:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current resident size
     except OSError:  # a sandbox without this file
         return None
-    base = resident("VmRSS")
+    base = memory_of_process("VmRSS")
     step()
-    return resident("VmHWM") - base
-
-
-def resident(field: str) -> float:
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+    return (memory_of_process("VmHWM") - base) / MIB

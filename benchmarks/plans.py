@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.conftest import ROOT, write_result
+from benchmarks.planned import BUCKET, STEPS
 
-STEPS, WORDS, ROWS, VOCABULARY = 6, 4000, 200, 4096
+WORDS, ROWS, VOCABULARY = 4000, 200, 4096
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 320,
@@ -46,7 +47,6 @@ KEYS = {
     "learning_rate": 1e-5,
 }
 CASES = [(1, 2), (2, 2), (4, 2), (2, 1), (4, 1), (2, 3), (4, 3)]  # processes, zero_stage
-BUCKET = 4 * 500_000_000  # bytes of DeepSpeed's bucket
 GOALS = {"memory": 0.10, "seconds": 0.25}
 
 
@@ -121,7 +121,7 @@ def train(folder: Path, processes: int, stage: int) -> None:
     }
     launcher = ["-m", "irlfast.common.agent", str(processes), "benchmarks.planned"]
     command = [sys.executable, *(launcher if processes > 1 else ["-m", "benchmarks.planned"])]
-    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PLANNED_STEPS": str(STEPS)}
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*command, *(f"{name}={value}" for name, value in keys.items())],
         cwd=ROOT,

@@ -10,13 +10,14 @@ scoring is timed when everything is compiled. Under torchrun, each process is pi
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.memory import memory_of_process
 
 RATE, BETA = 1e-5, 0.1
 GPU = torch.cuda.is_available()
@@ -25,12 +26,10 @@ Moment = tuple[float, float]  # seconds of wall time, and CPU seconds of this pr
 
 
 def memory(field: str) -> int:
-    """Return KiB of this process, on a GPU of torch there: ``VmRSS`` is the current size, ``VmHWM`` the peak."""
+    """Return bytes of this process, on a GPU of torch there: ``VmRSS`` is the current size, ``VmHWM`` the peak."""
     if GPU:
-        return (torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()) // 1024
-    match = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert match
-    return int(match.group(1))
+        return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
+    return memory_of_process(field)
 
 
 def trl(folder: Path, pairs: list[list[list[int]]], workload: dict[str, Any], best: bool) -> dict[str, Any]:
@@ -209,7 +208,7 @@ def spans(moments: list[Moment], clock: int) -> list[float]:
 
 def report(loss: float, score: list[Moment], moments: list[Moment], peak: int) -> dict[str, Any]:
     seconds, cpu = ({"score": spans(score, clock)[0], "steps": spans(moments, clock)} for clock in (0, 1))
-    return {"loss": loss, "seconds": seconds, "cpu_seconds": cpu, "mib": peak / 1024}
+    return {"loss": loss, "seconds": seconds, "cpu_seconds": cpu, "mib": peak / 2**20}
 
 
 CONTENDERS = {

@@ -15,7 +15,7 @@ from irlfast.config import Config
 from irlfast.data.leaks import find_leaks, log_leaks
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example
-from irlfast.engine.fit import finished, fit
+from irlfast.engine.fit import finished, fit, phase_of
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.rewards import reward_loss
 from irlfast.methods.sft import sft_phases
@@ -268,7 +268,7 @@ def evaluate_rewards(run: Run, models: Sequence[Path], policy: Path | str) -> di
         return read_json(path)
     begun = begin(folder / "drawn")
     drawn = answers_to(policy, held_out_request(run, models))
-    metrics: dict[str, Any] = {"phase": folder.relative_to(run.output).as_posix()}
+    metrics: dict[str, Any] = {"phase": phase_of(run, folder)}
     rejected_ids = [example.rejected_ids for example in run.held_out]
     for name, part, others in (("reward", "drawn", drawn), ("preference", "rejected", rejected_ids)):
         both = zip(run.held_out, others, strict=True)

@@ -18,7 +18,7 @@ from irlfast.common.files import remove
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example
-from irlfast.engine.fit import fit
+from irlfast.engine.fit import fit, phase_of
 from irlfast.losses.policy import POLICY_LOSSES, align_loss
 from irlfast.losses.sft import sft_loss
 from irlfast.methods.credit import advantages_of, less_kl, less_penalties, totals
@@ -158,7 +158,6 @@ def roll_out(
 ) -> Rollouts:
     """Sample n answers to each prompt, and score them under the rewards, the policy and the reference."""
     config, n, folder = run.config, request.n, request.folder.parent
-    phase = folder.relative_to(run.output).as_posix()
     begun = begin(request.folder)
     groups = groups_of(policy, request)
     read = dist.is_main() or config.vllm_importance_sampling_correction
@@ -180,7 +179,7 @@ def roll_out(
         ended = [answer[-1] in run.encoder.ends for group in groups for answer in group.answers]
         metrics = {"reward": reward.mean().item(), "reward_std": reward.std(1).mean().item(), "kl": kl.mean().item()}
         metrics |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
-        return metrics | seconds | measure_mismatch(flattened(old), flattened(sampler), phase)
+        return metrics | seconds | measure_mismatch(flattened(old), flattened(sampler), phase_of(run, folder))
 
     keep_facts(run, folder / "round.json", facts)
     return Rollouts(groups, rewards, old, ref, sampler)

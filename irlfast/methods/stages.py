@@ -14,7 +14,7 @@ from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example, Examples, TokenIds
-from irlfast.engine.fit import finished
+from irlfast.engine.fit import finished, phase_of
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import answers_to
@@ -209,7 +209,7 @@ def keep_facts(run: Run, path: Path, facts: Callable[[], dict[str, Any]]) -> Non
     if not intact(path):
         keep_json(path, facts())
     known = {name: value for name, value in read_json(path).items() if name.startswith("sampling/")}
-    run.metrics_log.known[path.parent.relative_to(run.output).as_posix()] = known
+    run.metrics_log.known[phase_of(run, path.parent)] = known
 
 
 def write_counts(place: Path, counts: dict[str, int], begun: float) -> None:

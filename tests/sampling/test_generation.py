@@ -126,7 +126,7 @@ def test_the_first_token_has_the_distribution_that_the_settings_ask_for(policy, 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_the_samplers_log_probabilities_are_the_policys_without_the_settings(policy, temperature):
-    """Those of a forward pass over prompt and answer, whatever temperature, top_k and ids that are not drawn."""
+    """They are those of a forward pass. Temperature, top_p, top_k and suppressed ids do not change them."""
     draw = random.Random(7)
     asked = [[*example.prompt_ids] for example in prompts(draw, 6)]
     how = Sampling(temperature, 0.9, 5, (0,), logps=True)

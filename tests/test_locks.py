@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -113,3 +114,19 @@ def test_the_reports_of_an_audit_never_fail_and_say_what_they_lack(tmp_path):
     done = subprocess.run([tmp_path / "python", ROOT / ".ci/audit.py"], capture_output=True, text=True, check=True)
     assert "none, as pip-audit cannot be started (No such file or directory)" in done.stdout
     assert "none, as cyclonedx-py cannot be started" in done.stdout
+
+
+def test_an_audit_whose_tools_do_not_start_is_reported_and_tried_again(tmp_path):
+    """pip ends well here, and leaves no tool."""
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks/audit.txt").write_text("")
+    python = tmp_path / "python"  # `python -m venv --clear .venv-audit` makes a pip that installs nothing
+    python.write_text("#!/bin/sh\nmkdir -p .venv-audit/bin\nln -sf /bin/true .venv-audit/bin/pip\n")
+    python.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/installed").touch()
+    make = ["make", "--old-file=.venv/installed", "audit", f"PYTHON={python}"]
+    done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "pip-audit: " in done.stderr and "make audit: no reports, for the error above; CI goes on" in done.stdout
+    assert not (tmp_path / ".venv-audit/installed").exists()

@@ -28,9 +28,11 @@ test: $(VENV)/installed lint
 	@echo "make test-all runs the rest of what CI runs; make sweep the products; make gpu, on a GPU, the kernels there."
 
 # The kernels compile for sm_80 and sm_90 by the Triton of torch 2.11 (`make test` has a sample by the one installed).
+# The interpreter is slow: of its pairs of values CI runs those of the kernels that multiply most, and `make sweep` all.
+PAIRS := $(addprefix tests/kernels/test_,divergence.py epilogue.py sharded.py)
 test-all: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 $(VENV)/triton-3.6.0 $(TRACKERS) $(VENV)/lm_eval-0.4.13
 	$(PYTEST) $(FULL) --ignore=tests/aot --ignore=tests/ptx
-	TRITON_INTERPRET=1 $(PYTEST) $(FULL) tests/kernels
+	TRITON_INTERPRET=1 $(PYTEST) $(FULL) $(PAIRS)
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(PYTEST) -m "not slow" tests/aot
 	PYTHONPATH=$(VENV)/bitsandbytes-0.50.2 $(PYTEST) -m "not slow" tests/models/test_qlora.py
 	$(PYTEST) -m "not slow" benchmarks --quick
@@ -38,16 +40,19 @@ test-all: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 $(VENV)/triton-3.6.0 $(T
 
 # Compiled kernels without a GPU: an interpreter runs their PTX for sm_80 and sm_90 (docs/ptx.md).
 ptx: $(VENV)/installed $(VENV)/triton-3.6.0
-	$(PYTEST) -m "not slow" tests/ptx
-	PYTHONPATH=$(VENV)/triton-3.6.0 $(PYTEST) $(FIRST) tests/ptx/test_binder.py tests/ptx/test_triton_kernels.py
+	$(PYTEST) $(FIRST) tests/ptx --ignore=tests/ptx/test_triton_kernels.py
+	PYTHONPATH=$(VENV)/triton-3.6.0 $(PYTEST) $(FIRST) tests/ptx/test_triton_kernels.py
 	@echo "make ptx: kernels run as compiled code, agree with fp64, and mistakes put into them are reported."
 
 # With the tests that touch DeepSpeed's insides by the oldest version that irlfast takes.
-sweep: $(VENV)/installed $(VENV)/deepspeed-0.19.3
+sweep: $(VENV)/installed $(VENV)/deepspeed-0.19.3 $(VENV)/triton-3.6.0
 	$(PYTEST) $(SWEEP)
 	PYTHONPATH=$(VENV)/deepspeed-0.19.3 $(PYTEST) -m "not slow" $(addprefix tests/engine/test_,deepspeed_patches.py zero.py bad_steps.py)
-	TRITON_INTERPRET=1 $(PYTEST) $(SWEEP) tests/kernels
-	$(PYTEST) -m full tests/aot
+	TRITON_INTERPRET=1 $(PYTEST) -m "full or slow" tests/kernels
+	$(PYTEST) -m full tests/aot tests/ptx
+	$(PYTEST) $(FIRST) tests/ptx/test_triton_kernels.py
+	PYTHONPATH=$(VENV)/triton-3.6.0 $(PYTEST) tests/aot tests/ptx/test_binder.py
+	$(PYTEST) $(SWEEP) benchmarks --quick
 
 # Drawn and mutated inputs for everything that reads foreign files (docs/reliability.md, "Fuzz"): make fuzz ARGS="--minutes 30".
 fuzz: $(VENV)/installed $(VENV)/atheris-3.0.0

@@ -119,19 +119,17 @@ def train(folder: Path, processes: int, stage: int) -> None:
         "zero_stage": stage,
         "output_dir": output,
     }
-    launcher = ["-m", "irlfast.common.agent", str(processes), "benchmarks.planned"]
-    command = [sys.executable, *(launcher if processes > 1 else ["-m", "benchmarks.planned"])]
-    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, *(f"{name}={value}" for name, value in keys.items())],
-        cwd=ROOT,
-        env=os.environ | alone,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    start(processes, [f"{name}={value}" for name, value in keys.items()])
     (output / "load.json").write_text(json.dumps(load))
+
+
+def start(processes: int, settings: list[str]) -> None:
+    """Run ``benchmarks.planned`` by a number of processes."""
+    launcher = ["-m", "irlfast.common.agent", str(processes), "benchmarks.planned"]
+    command = [sys.executable, *(launcher if processes > 1 else ["-m", "benchmarks.planned"]), *settings]
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def compare(folder: Path, processes: int, stage: int) -> Compared:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks import conftest, runs
+from benchmarks import conftest, plans, runs
 from benchmarks.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,7 +32,9 @@ def test_a_script_runs_as_a_page_says(name, arguments, pytestconfig, data, tmp_p
     given = [str(data) if word == "DATA" else word for word in shlex.split(arguments)]
     given = [str(ROOT / word) if word.startswith("benchmarks/") else word for word in given]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / f"{name}.py"), *given, "--quick"])
-    monkeypatch.setattr(runs, "start", printed)  # the same commands, in processes that have imported already
+    # The same commands, in processes that have imported already.
+    monkeypatch.setattr(runs, "start", printed)
+    monkeypatch.setattr(plans, "start", lambda count, given: printed(["-m", "benchmarks.planned", *given], count))
     monkeypatch.setattr(conftest, "RESULTS_FOLDER", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     importlib.import_module(f"benchmarks.{name}").main()

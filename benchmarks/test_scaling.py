@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from benchmarks.conftest import ROOT, write_result
-from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, hh, ids_of, make_models
+from benchmarks.test_throughput import BATCH, QUICK, SEEN, SHAPE, VOCABULARY, contend_in_forks, hh, ids_of, make_models
 
 PAIRS, STEPS, ROUNDS = 64, 4, 5  # pairs per step, over all processes; the first step warms up
 GOAL = 1.7
@@ -26,9 +26,11 @@ CONTENDERS = {"one": 1, "two": 2}  # processes
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 
 
-def train(folder: Path, processes: int, batch: int) -> dict[str, Any]:
+def train(folder: Path, processes: int, shape: dict[str, int], batch: int) -> dict[str, Any]:
     """Train by a number of processes, and return the report of the first (see benchmarks/throughput.py)."""
     (folder / "workload.json").write_text(json.dumps({"batch": batch, "keys": {"zero_stage": 2}}))
+    if shape is QUICK:
+        return contend_in_forks(folder, "irlfast", processes)
     command = [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "benchmarks.throughput", str(folder), "irlfast"]
     alone = {
         "CUDA_VISIBLE_DEVICES": "",
@@ -52,7 +54,7 @@ def compare(folder: Path, pairs: list[list[list[int]]], shape: dict[str, int], b
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name, done in runs.items():
-            done.append(train(folder, CONTENDERS[name], batch))
+            done.append(train(folder, CONTENDERS[name], shape, batch))
     result: dict[str, Any] = {"pairs_per_second": {}, "times": {}, "runs": runs}
     for clock in ("seconds", "cpu_seconds"):
         one, two = (rates(runs[name], clock, batch) for name in CONTENDERS)

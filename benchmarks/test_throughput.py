@@ -4,7 +4,7 @@
 
 Contenders take turns, each in its own process, with the same policy, reference, pairs, optimiser and batch; their first
 losses must agree. CPU seconds are reported, too, for a machine that is not quiet. A missed goal fails no test.
-On a GPU the model has a billion parameters, in bf16; ``--quick`` stays on the CPU.
+On a GPU the model has a billion parameters, in bf16; ``--quick`` stays on the CPU, and forks a process.
 """
 
 import itertools
@@ -86,10 +86,23 @@ def make_models(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
     model.save_pretrained(folder / "reference")
 
 
-def contend(folder: Path, contender: str, on_gpu: bool = False) -> dict[str, Any]:
+def contend_in_forks(folder: Path, contender: str, processes: int = 1) -> dict[str, Any]:
+    """Run a contender as ``--quick`` does: on the CPU, in forks of a process that has imported what runs do."""
+    from tests.helpers.runs import Forked, as_torchrun
+
+    variables = as_torchrun(processes) if processes > 1 else [{}]
+    variables = [own | {"CUDA_VISIBLE_DEVICES": ""} for own in variables]
+    code, out, err = Forked(["-m", "benchmarks.throughput", str(folder), contender], variables=variables).wait(600)
+    assert code == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def contend(folder: Path, contender: str, shape: dict[str, int]) -> dict[str, Any]:
+    if shape is QUICK:
+        return contend_in_forks(folder, contender)
     command = [sys.executable, "-m", "benchmarks.throughput", str(folder), contender]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads would slow down other programs
-    environment |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    environment |= {} if shape is GPU_SHAPE else {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -106,7 +119,7 @@ def measure(
     runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in CONTENDERS}
     for _ in range(rounds):
         for contender, reports in runs.items():
-            reports.append(contend(folder, contender, on_gpu=shape is GPU_SHAPE))
+            reports.append(contend(folder, contender, shape))
     answers = sum(len(answer) for _, *both in pairs for answer in both)
     lengths = [statistics.mean(len(pair[part]) for pair in pairs) for part in range(3)]
     return {

@@ -33,7 +33,7 @@ def compare(folder: Path, pairs: list[list[list[int]]], shape: dict[str, int], r
         for way, reports in runs.items():
             workload = {"batch": BATCH, "keys": {"max_tokens_per_batch": TOKENS} | WAYS[way]}
             (folder / "workload.json").write_text(json.dumps(workload))
-            reports.append(contend(folder, "irlfast"))
+            reports.append(contend(folder, "irlfast", shape))
     return {way: medians(reports) | {"runs": reports} for way, reports in runs.items()}
 
 

@@ -8,13 +8,12 @@ pytest.importorskip("triton")
 from irlfast.kernels.divergence import divergence
 from irlfast.ops.divergence.mixtures import DIVERGENCES
 from tests.helpers.aot import check_compiles, launches_of
-from tests.helpers.tiers import full, sweep
+from tests.helpers.tiers import sweep
 
 SOFTCAPS = [(None, None), (30.0, 20.0)]
 
 
 @sweep(
-    full,
     kind=["forward_kl", "jensen_shannon"],  # a pure one, and one with a mixture
     vocabulary=[7, 50257, 128256],
     dtype=[None, torch.float32, torch.bfloat16, torch.float16],

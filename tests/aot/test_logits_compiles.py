@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 from tests.helpers.aot import check_compiles, launches_of
-from tests.helpers.tiers import full, sweep
+from tests.helpers.tiers import sweep
 
 TOKENS = 16
 SIZES = [1, 50257, 128256]  # a 1 is compiled in; rows that no vector fits; and that 16 bytes do
@@ -17,7 +17,7 @@ def inputs(vocabulary: int, dtype: torch.dtype, reference: bool) -> tuple[torch.
     return logits, torch.empty(TOKENS, dtype=torch.long, device="meta"), logits if reference else None
 
 
-@sweep(full, vocabulary=SIZES, dtype=DTYPES, reference=[False, True], softcap=[None, 30.0])
+@sweep(vocabulary=SIZES, dtype=DTYPES, reference=[False, True], softcap=[None, 30.0])
 def test_forward_compiles(vocabulary, dtype, reference, softcap):
     from irlfast.kernels import logits as kernels
 
@@ -26,7 +26,7 @@ def test_forward_compiles(vocabulary, dtype, reference, softcap):
     check_compiles(launch, vocabulary, dtype)
 
 
-@sweep(full, vocabulary=SIZES, dtype=DTYPES, softcap=[None, 30.0])
+@sweep(vocabulary=SIZES, dtype=DTYPES, softcap=[None, 30.0])
 def test_backward_compiles(vocabulary, dtype, softcap):
     from irlfast.kernels import logits as kernels
 
@@ -36,7 +36,7 @@ def test_backward_compiles(vocabulary, dtype, softcap):
     check_compiles(launch, vocabulary, dtype)
 
 
-@sweep(full, dtype=[*DTYPES, torch.float64], sizes=[(4, None), (4, TOKENS), (4, 4), (1, 1)])
+@sweep(dtype=[*DTYPES, torch.float64], sizes=[(4, None), (4, TOKENS), (4, 4), (1, 1)])
 def test_sums_compile(sizes, dtype):
     from irlfast.kernels import logits as kernels
 

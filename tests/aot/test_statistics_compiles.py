@@ -7,11 +7,10 @@ pytest.importorskip("triton")
 
 from irlfast.kernels import statistics
 from tests.helpers.aot import check_compiles, launches_of
-from tests.helpers.tiers import full, sweep
+from tests.helpers.tiers import sweep
 
 
 @sweep(
-    full,
     vocabulary=[7, 50257, 128256],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
     softcap=[None, 30.0],

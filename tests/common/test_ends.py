@@ -13,7 +13,7 @@ import pytest
 
 from irlfast.common import command, ranks, watchdog
 from tests.helpers.runs import ROOT, TORCHRUN, Forked, as_torchrun
-from tests.helpers.tiers import first_then_full, full
+from tests.helpers.tiers import first_then_full, full, slow
 
 SECONDS = 30  # in which all have ended
 SENTENCES = {
@@ -62,7 +62,7 @@ def outcome(folder: Path, how: str, rank: int = 1, stall_timeout: float = 0, cou
     [
         ("InputError", 1),
         *[
-            pytest.param(how, rank, marks=full)
+            pytest.param(how, rank, marks=full if (how, rank) in (("refused", 1), ("ValueError", 0)) else slow)
             for how in SENTENCES
             for rank in (0, 1)
             if (how, rank) != ("InputError", 1)
@@ -78,7 +78,7 @@ def test_when_a_process_fails_all_end_with_its_exit_code_and_its_sentence_is_the
     assert err.count("Traceback") == (code == 1)
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=full)])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=slow)])
 def test_when_a_process_is_killed_the_others_end_and_say_which(tmp_path, rank):
     codes, err = outcome(tmp_path / "run", "SIGKILL", rank, count=3)
     assert codes[rank] == -signal.SIGKILL

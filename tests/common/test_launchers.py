@@ -49,9 +49,9 @@ def places(out: str, count: int) -> None:
     ("launcher", "count"),
     [
         (srun, 2),
-        pytest.param(srun, 4, marks=full),
+        pytest.param(srun, 4, marks=slow),
         pytest.param(mpirun, 2, marks=full),
-        pytest.param(mpiexec, 2, marks=full),
+        pytest.param(mpiexec, 2, marks=slow),
         pytest.param(mpirun, 4, marks=slow),
         pytest.param(mpiexec, 4, marks=slow),
     ],
@@ -95,7 +95,7 @@ def test_a_task_whose_variables_contradict_each_other_ends_all_and_its_sentence_
 @pytest.mark.parametrize(
     ("how", "code"),
     [
-        pytest.param("InputError", 2, marks=full),
+        pytest.param("InputError", 2, marks=slow),
         pytest.param("SIGUSR1", 75, marks=full),
         pytest.param("SIGINT", 130, marks=slow),
         pytest.param("SIGKILL", 1, marks=slow),

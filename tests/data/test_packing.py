@@ -18,6 +18,7 @@ from irlfast.losses.inputs import arguments
 from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
 from irlfast.sampling.scoring import score_share, token_logps
+from tests.helpers.tiers import first_then_full
 
 VOCABULARY = 61
 SHAPE = {
@@ -98,7 +99,7 @@ def test_packed_answers_have_the_log_probabilities_and_gradients_of_separate_one
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral, window 4", "GPT-NeoX"])
+@pytest.mark.parametrize("name", first_then_full(["Llama", "Mistral, window 4", "GPT-NeoX"], others=1))
 def test_flex_attention_attends_to_the_same_tokens_as_the_dense_mask(name):
     model, batch = model_of(name), pack(ragged(), Layout(one_row=True))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from irlfast.models.forward import hidden_states
 from tests.data.test_packing import model_of
 from tests.helpers.prepared import prepared
 from tests.helpers.runs import printed
-from tests.helpers.tiers import full
+from tests.helpers.tiers import full, slow
 
 ENGINES = ("ZeRO 0", "ZeRO 2", "ZeRO 1 in bf16", "LoRA in bf16")
 CASES = [f"{kind}, {engine}" for kind in ("frozen", "averaged", "every second step", "live") for engine in ENGINES]
@@ -21,7 +21,7 @@ CASES = [f"{kind}, {engine}" for kind in ("frozen", "averaged", "every second st
 
 @pytest.mark.parametrize(
     ("cases", "processes"),
-    [(["averaged, LoRA in bf16"], 1), pytest.param(CASES, 1, marks=full), pytest.param(CASES, 2, marks=full)],
+    [(["averaged, LoRA in bf16"], 1), pytest.param(CASES, 1, marks=slow), pytest.param(CASES, 2, marks=full)],
 )
 def test_a_teacher_is_frozen_or_follows_the_policy_and_resumes_with_the_same_weights(tmp_path, cases, processes):
     out, _ = printed(["-m", "tests.helpers.teacher_steps", str(tmp_path), *cases], processes)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.runs import printed
-from tests.helpers.tiers import full
+from tests.helpers.tiers import full, slow
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=full)])
@@ -20,7 +20,7 @@ def test_steps_are_pytorchs_at_every_zero_stage_with_the_optimiser_offloaded_or_
         assert "offload cpu" not in case or "ZeRO 0" in case or row["state"] == ["torch.float32 on cpu"], case
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=full)])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
 def test_bfloat16_gradients_over_many_micro_batches_are_those_of_one_large_batch(tmp_path, processes):
     out, _ = printed(["-m", "tests.helpers.accumulated_steps", str(tmp_path)], processes)
     norms = json.loads(out.splitlines()[-1])

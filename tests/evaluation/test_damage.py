@@ -9,7 +9,7 @@ import pytest
 from irlfast.common.artefacts import MANIFEST
 from tests.helpers.faults import FAULTS, artefacts, restore, strike
 from tests.helpers.runs import ROOT, ended, printed
-from tests.helpers.tiers import full, slow
+from tests.helpers.tiers import full_then_slow, slow
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,7 @@ def outcome(arguments, output, pristine) -> str:
     return "repaired" if (output / "quarantine").exists() or "is missing" in err else "not needed"
 
 
-@full
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", full_then_slow(range(2)))
 def test_all_parts_that_are_damaged_at_once_are_made_anew_with_the_same_figures(evaluation, seed):
     _, output, pristine = evaluation
     restore(output, pristine)

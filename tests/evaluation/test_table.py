@@ -215,7 +215,7 @@ def test_two_methods_of_the_same_seeds_are_compared_seed_by_seed(tmp_path, gener
     assert own["b-*"]["differences"]["nll"]["mean"] == pytest.approx(pooled(differences).mean)
 
 
-@pytest.mark.parametrize("cases", [30, pytest.param(200, marks=full)])
+@pytest.mark.parametrize("cases", [30, pytest.param(200, marks=slow)])
 def test_a_model_against_itself_with_another_seed_shows_no_difference_in_95_percent(
     tmp_path, generator, monkeypatch, cases
 ):

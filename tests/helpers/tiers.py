@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -51,10 +51,26 @@ def covering_cases(factors: dict[str, list[Any]], beyond: Any = full, drawn: int
     return cases
 
 
-def first_then_full(values: Iterable[Any]) -> list[Any]:
-    """The first value in `make test`, the others in `make test-all`."""
-    first, *others = values
-    return [first, *(pytest.param(value, marks=full) for value in others)]
+def first_then_full(values: Iterable[Any], others: int | None = None) -> list[Any]:
+    """The first value in `make test`, the others in `make test-all`. With ``others``, so many; the rest is nightly."""
+    first, *rest = values
+    marks = [slow if others is not None and place >= others else full for place in range(len(rest))]
+    return [first, *(pytest.param(value, marks=mark) for value, mark in zip(rest, marks, strict=True))]
+
+
+def full_then_slow(values: Iterable[Any], count: int = 1) -> list[Any]:
+    """The first ``count`` values in `make test-all`, the others in the nightly sweep."""
+    return [pytest.param(value, marks=full if place < count else slow) for place, value in enumerate(values)]
+
+
+def first_of_each_kind(values: Iterable[Any], kind_of: Callable[[Any], Any]) -> list[Any]:
+    """The first value of each kind in its test's own tier, and those that repeat a kind in the nightly sweep."""
+    seen, parameters = set(), []
+    for value in values:
+        kind = kind_of(value)
+        parameters.append(pytest.param(value, marks=slow) if kind in seen else value)
+        seen.add(kind)
+    return parameters
 
 
 def label(value: Any) -> str:

@@ -89,7 +89,7 @@ def test_the_same_loss_statistics_and_gradients(case):
 PLAIN_CASE = {name: values[0] for name, values in OPTIONS.items()} | {"pairs": 3}
 
 
-@sweep(rest=full, loss_type=LOSSES, average_log_prob=[True, False])
+@sweep(loss_type=LOSSES, average_log_prob=[True, False])
 def test_in_bf16_the_errors_are_no_larger_than_ligers(loss_type, average_log_prob):
     case = PLAIN_CASE | {"loss_type": loss_type, "average_log_prob": average_log_prob}
     (exact, *_), exact_gradients = results(LigerFusedLinearDPOLoss, case, torch.bfloat16, torch.float64)

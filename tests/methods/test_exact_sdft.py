@@ -110,7 +110,7 @@ def test_nothing_is_left_to_learn_from_a_teacher_that_the_policy_equals(way):
     assert flat_gradient(loss, policy).norm().item() == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("way", first_then_full(["reverse", "forward", "Jensen-Shannon", "sampled"]))
+@pytest.mark.parametrize("way", first_then_full(["reverse", "forward", "Jensen-Shannon", "sampled"], others=1))
 def test_the_policy_becomes_a_teacher_that_is_the_expert(way):
     """With T = π_E(· | x) the expert is the fixed point: KL(π_E ‖ π) falls from nats to hundredths on-policy."""
     expert, policy = model(2), model(1)

@@ -144,7 +144,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", first_then_full(OPTIONS))
+@pytest.mark.parametrize("name", first_then_full(OPTIONS, others=2))
 def test_alignment_with_each_option_changes_every_tensor_that_is_trained(tmp_path, name):
     run(tmp_path / "run", **{**RFT, "align_rounds": 1, **OPTIONS[name]})
     last = f"stage-0{OPTIONS[name].get('stages', RFT['stages']) - 1}"
@@ -223,7 +223,7 @@ def bon(output, how=1, **keys) -> str:
     return printed(["-m", "irlfast.bon", *arguments], how)[0]
 
 
-@pytest.mark.parametrize("kind", first_then_full(["explicit", "implicit", "likelihood"]))
+@pytest.mark.parametrize("kind", first_then_full(["explicit", "implicit", "likelihood"], others=1))
 def test_best_of_n_chooses_the_highest_reward_and_resumes(rft, tmp_path, kind):
     folder, output = rft[0], tmp_path / "bon"
     policy = folder / "sft" / "policy"

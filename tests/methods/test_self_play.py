@@ -13,7 +13,7 @@ from irlfast.data.store import Example
 from irlfast.methods.t_spin import make_groups
 from irlfast.sampling.generation import read_samples
 from tests.helpers.runs import contents, run, run_killed_at
-from tests.helpers.tiers import full
+from tests.helpers.tiers import full, full_then_slow
 
 T_SPIN = {"method": "t_spin", "max_train_samples": 32, "inner_steps": 3}
 GIVEN = {"dataset_name": __file__, "model_name_or_path": "."}
@@ -88,8 +88,11 @@ OPTIONS = {
 }
 
 
-@full
-@pytest.mark.parametrize("loss_type", typing.get_args(PairLossName))
+NAMES = ["sigmoid", "space", "iris", "exo_pair"]  # of CI: a plain one, and those with options of three kinds
+NAMES += [name for name in typing.get_args(PairLossName) if name not in NAMES]
+
+
+@pytest.mark.parametrize("loss_type", full_then_slow(NAMES, 4))
 def test_every_loss_on_pairs_trains_and_raises_the_margin(tmp_path, loss_type):
     keys = {"loss_type": loss_type, "learning_rate": 1e-4, "inner_steps": 10} | OPTIONS.get(loss_type, {})
     run(tmp_path, **keys)

@@ -165,7 +165,7 @@ def test_the_reference_scores_the_tokens_that_are_learned_and_no_others(tmp_path
 MOMENTS = ("sft-nll/checkpoint", "sft-nll/eval.json", "sft/checkpoint")
 
 
-@pytest.mark.parametrize("loss_type", first_then_full(["psft", "iw_sft", "dft", "asft"]))
+@pytest.mark.parametrize("loss_type", first_then_full(["psft", "iw_sft", "dft", "asft"], others=1))
 def test_a_killed_run_ends_with_the_same_bytes_and_logs_the_likelihood_beside_the_loss(tmp_path, loss_type):
     keys = {"method": "sft", "inner_steps": "null", "sft_nll_steps": 4, "sft_loss_type": loss_type}
     if loss_type == "psft":

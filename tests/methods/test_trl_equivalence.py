@@ -22,7 +22,7 @@ from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
 from tests.helpers.prepared import prepared
 from tests.helpers.rows import examples_of, pair
-from tests.helpers.tiers import full
+from tests.helpers.tiers import full, slow
 from tests.helpers.tokenizers_like import pythia
 from tests.ops.test_losses_of_trl import OF_TRL
 
@@ -88,7 +88,8 @@ def trl_loss(policy, reference, tokenizer, folder, loss_type, **options) -> torc
 
 
 CASES = [(LlamaConfig, "sigmoid"), (GPTNeoXConfig, "sigmoid")]
-CASES += [pytest.param(LlamaConfig, name, marks=full) for name in OF_TRL if name != "sigmoid"]
+OTHERS = [name for name in OF_TRL if name != "sigmoid"]
+CASES += [pytest.param(LlamaConfig, name, marks=full if place < 3 else slow) for place, name in enumerate(OTHERS)]
 
 
 @pytest.mark.parametrize(("config_class", "loss_type"), CASES)

@@ -38,7 +38,7 @@ def test_cpu_matches_the_oracle_in_fp64(factors):
         check_against_fp64(case, "cpu", narrow_products=True)
 
 
-@sweep(full, kind=KINDS, top_k=TOP_K, frozen=[False, True], options=[{}, EVERYTHING], backend=BACKENDS)
+@sweep(kind=KINDS, top_k=TOP_K, frozen=[False, True], options=[{}, EVERYTHING], backend=BACKENDS)
 def test_the_gradient_is_the_derivative(kind, top_k, frozen, options, backend):
     case = make(kind=kind, share=0.3, top_k=top_k, frozen=frozen, count=4, size=3, rows_in_buffer=3, **options)
     names = [name for name in ("hidden", "weight", "bias") if getattr(case[name], "requires_grad", False)]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests.helpers.tiers import first_of_each_kind
 from tests.ptx import csrc_cases
 from tests.ptx.csrc_cases import Outcome
 from tests.ptx.csrc_module import ARCHITECTURES, Module, with_changes
@@ -110,7 +111,7 @@ def outcomes(module: Module, source: str) -> list[Outcome]:
     ]
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", first_of_each_kind(MUTANTS, lambda name: MUTANTS[name].finding))
 def test_a_mistake_is_reported(name, tmp_path):
     mutant = MUTANTS[name]
     module = with_changes(mutant.source, mutant.file, mutant.old, mutant.new, tmp_path)

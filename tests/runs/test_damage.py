@@ -10,7 +10,7 @@ import pytest
 from irlfast.common.artefacts import MANIFEST
 from tests.helpers.faults import FAULTS, artefacts, restore, strike
 from tests.helpers.runs import command, contents, ended, run_killed_at
-from tests.helpers.tiers import full, slow
+from tests.helpers.tiers import slow
 
 KILLED_AT = "stage-01/checkpoint/step-2"
 SHARES = 16  # of the product of faults and artefacts, in drawn order: each is a sample of the whole
@@ -36,7 +36,7 @@ def outcome(output: Path, whole: Path) -> str:
     return "repaired" if (output / "quarantine").exists() or "is missing" in err else "not needed"
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=full) for seed in range(1, 4))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=slow) for seed in range(1, 4))])
 def test_all_artefacts_that_are_damaged_at_once_are_made_anew_with_the_same_result(killed, finished, seed):
     output, pristine = killed
     restore(output, pristine)

@@ -18,7 +18,7 @@ from irlfast.runs.hub import create_repository, upload
 from irlfast.train import main
 from tests.helpers.endpoint import failure, serving
 from tests.helpers.runs import ROOT, command
-from tests.helpers.tiers import full
+from tests.helpers.tiers import full_then_slow
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
@@ -93,8 +93,7 @@ sys.exit(run_command(lambda: create_repository(make_config(keys))))
 """
 
 
-@full
-@pytest.mark.parametrize("status", [401, 403, 500])
+@pytest.mark.parametrize("status", full_then_slow([401, 403, 500]))
 def test_a_hub_that_refuses_the_token_is_one_sentence_without_the_token(status):
     """huggingface_hub reads its address when it is imported, so that this is a process of its own."""
     with serving(lambda request: failure(status, f"Refused: {request['key']}")) as server:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.runs import ROOT, printed, settings
 from tests.helpers.storm import stand_in
-from tests.helpers.tiers import full
+from tests.helpers.tiers import full_then_slow
 
 IRFT = {"max_train_samples": 32, "inner_steps": 2, "sft_steps": 2, "stages": 2}
 RFT = {**IRFT, "method": "rft", "align_rounds": 2, "num_generations": 2, "reward_steps": 2, "beta": 0.1}
@@ -30,8 +30,7 @@ def test_vllm_starts_once_per_policy_and_the_policy_is_loaded_once_to_score_and_
     assert all(loads[name] == {"samples": 1, "scores": 1} for name in ("sft", "stage-00", "stage-01")), loads
 
 
-@full
-@pytest.mark.parametrize("keys", [IRFT, RFT], ids=["irft", "rft"])
+@pytest.mark.parametrize("keys", full_then_slow([RFT, IRFT]), ids=["rft", "irft"])
 def test_by_transformers_a_policy_is_loaded_once_and_again_where_a_reward_model_came_between(tmp_path, keys):
     """RFT loads a policy to answer, then its rewards, then the policy to train, and later once as the reference."""
     loads = loads_of(tmp_path, **keys)

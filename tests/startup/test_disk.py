@@ -18,7 +18,7 @@ from irlfast.runs.run import Run
 from irlfast.startup.disk import Need, check_room, checkpoint_bytes, disk_needs, most
 from irlfast.startup.sizes import Size, mean_length, model_size
 from tests.helpers.runs import run, run_killed_at
-from tests.helpers.tiers import full
+from tests.helpers.tiers import full, full_then_slow
 
 
 def needs_of(output):
@@ -45,16 +45,14 @@ def test_the_estimate_of_a_run_is_within_a_tenth_of_what_it_leaves(finished):
     check_left(finished[0])
 
 
-@full
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"method": "rft", "sft_steps": 0, "stages": 1, "num_generations": 2, "reward_steps": 2, "inner_steps": 2},
-        {"use_peft": "true", "sft_steps": 0, "stages": 2},
-        {"dtype": "bfloat16", "optim": "adamw_torch", "stages": 1},
-    ],
-    ids=["rft", "lora", "bfloat16"],
-)
+OTHERS = [
+    {"method": "rft", "sft_steps": 0, "stages": 1, "num_generations": 2, "reward_steps": 2, "inner_steps": 2},
+    {"use_peft": "true", "sft_steps": 0, "stages": 2},
+    {"dtype": "bfloat16", "optim": "adamw_torch", "stages": 1},
+]
+
+
+@pytest.mark.parametrize("keys", full_then_slow(OTHERS, 2), ids=["rft", "lora", "bfloat16"])
 def test_the_estimate_holds_for_other_methods_and_types(tmp_path, keys):
     run(tmp_path / "run", **keys)
     check_left(tmp_path / "run")

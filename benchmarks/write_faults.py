@@ -4,6 +4,8 @@
     python -m benchmarks.write_faults --draws 8          # eight drawn calls per way
     python -m benchmarks.write_faults --each-kind        # one drawn call per way, kind of call and kind of file
     python -m benchmarks.write_faults --each-kind --minutes 60 --rows FILE     # begin, or go on, for an hour
+    python -m benchmarks.write_faults --each-kind --share 0/4 --rows FILE-0    # a quarter of the faults, on one core
+    cat FILE-* > FILE; python -m benchmarks.write_faults --minutes 0 --rows FILE    # the result of all quarters
 
 A library that is loaded before libc numbers the calls that change files (tests/helpers/faulty_disk.c). The ways are:
 a disk that is full from this call on, one error of the disk, a kill after half of the bytes, and half of the bytes with
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
     parser.add_argument("--rows", type=Path, help="a file that gets a row per fault, and is continued")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no fault after so many minutes [no end]")
+    parser.add_argument("--share", default="0/1", help="2/8: the third of eight shares of the faults [0/1]")
     parser.add_argument("--quick", action="store_true", help="one call per way, to check that everything runs")
     options = parser.parse_args()
     if options.quick:
@@ -137,7 +141,8 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as place:
         rows_path = options.rows or Path(place) / "rows.jsonl"
-        environment = os.environ | {"LD_PRELOAD": str(build(Path(place))), "FAULTY_FOLDER": "", "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"LD_PRELOAD": str(build(Path(place))), "FAULTY_FOLDER": "", "PYTHONPATH": paths}
         again = [sys.executable, "-m", "benchmarks.write_faults", *sys.argv[1:], "--rows", str(rows_path)]
         subprocess.run(again, env=environment, check=True)
         rows = [row for _, row in read_jsonl(rows_path)]
@@ -166,10 +171,12 @@ def do_faults(options: argparse.Namespace) -> None:
         assert code == 0, err
         calls, whole = own_calls(log, disk.output), disk.files()
         print(f"{len(calls)} calls of the run change files", flush=True)
+        share, shares = map(int, options.share.split("/"))
         for way, number in faults(calls, options):
             name, path = calls[number]
             at = {"way": way, "call": number, "name": name, "path": path.removeprefix(str(disk.folder))}
-            if key(at) not in done and time.monotonic() < end_of_faults:
+            own = zlib.crc32(repr(key(at)).encode()) % shares == share
+            if own and key(at) not in done and time.monotonic() < end_of_faults:
                 end, why = outcome(disk, way, number, whole)
                 append_row(options.rows, at | {"end": end, "why": why})
 

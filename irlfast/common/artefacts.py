@@ -122,10 +122,20 @@ def notes(folder: Path) -> dict[str, Files]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
-            noted[entry["name"]] = entry["files"]
-        except (ValueError, TypeError, KeyError):
+        except ValueError:
             continue
+        if is_entry(entry):
+            noted[entry["name"]] = entry["files"]
     return noted
+
+
+def is_entry(entry: Any) -> bool:
+    """Return whether a line of ``MANIFEST`` has the name of a file in its folder, and files with two figures each."""
+    if not isinstance(entry, dict) or not isinstance(name := entry.get("name"), str):
+        return False
+    files = entry.get("files")
+    plain = name not in ("", ".", "..") and not {"/", "\0"} & {*name} and name.isprintable()
+    return plain and isinstance(files, dict) and all(isinstance(each, list) for each in files.values())
 
 
 def note(path: Path, files: Files) -> None:

@@ -106,7 +106,8 @@ def rates_of_run(folder: Path, assumed: Rates, processes: int, on_gpu: bool) -> 
     )
     if rows:
         rates = rates._replace(memory=share * statistics.median(moved_per_second(run, row) for row in rows))
-    if sending := [row for row in rows if row["time/communication"] > 0]:  # on GPUs all of it may be overlapped
+    # One process sends nothing, though the clock of its reductions runs. On GPUs all of the time may be overlapped.
+    if sending := [row for row in rows if row["time/communication"] > 0 and run.processes > 1]:
         rates = rates._replace(link=share * statistics.median(sent_per_second(run, row) for row in sending))
     if not on_gpu:
         rates = rates._replace(runtime=runtime_of(run, planned))

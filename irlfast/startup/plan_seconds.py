@@ -32,6 +32,9 @@ MOVING = 0.7  # assumed share of a data sheet's bytes per second of memory and l
 STORAGE = 2e9  # assumed bytes per second that a model is read with
 START = 60.0  # assumed seconds that vLLM takes to start, without its weights
 SEQUENCES = 256  # that vLLM decodes at a time at most
+# Seconds per layer of a decoding step of Transformers on a GPU, however few sequences it has: the host starts each of
+# its kernels. 39.4 s on an H200 for 10.5 batches of 128 steps of 24 layers (benchmarks/results/2026-11-26-stage.json).
+DECODING_LAYER = 1.2e-3
 
 
 class Rates(NamedTuple):
@@ -138,7 +141,8 @@ def sampling_seconds(
 ) -> float:
     """Return the seconds of ``answers`` sampled answers, where ``cache`` bytes hold keys and values.
 
-    A decoding step reads the weights, and the keys and values of all its sequences; or its products take longer.
+    A decoding step reads the weights, and the keys and values of all its sequences; or its products take longer; or,
+    in Transformers on a GPU, the host does.
     """
     if not answers:
         return 0.0
@@ -150,7 +154,8 @@ def sampling_seconds(
     together = max(1.0, min(most, held, answers / engines))
     weights = size.parameters * bytes_of(config) / split
     read = (weights + together * token * (lengths.prompt + lengths.sampled / 2)) / rates.memory
-    step = max(read, 2 * size.parameters * together / split / rates.training)
+    started = size.layers * DECODING_LAYER if room.on_gpu and not config.use_vllm else 0.0
+    step = max(read, 2 * size.parameters * together / split / rates.training, started)
     prompts = 2 * size.parameters * lengths.prompt * answers / engines / split / rates.training
     return rates.sampling * (math.ceil(answers / engines / together) * lengths.sampled * step + prompts)
 

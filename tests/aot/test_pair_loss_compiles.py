@@ -7,6 +7,7 @@ from torch.torch_version import TorchVersion
 pytest.importorskip("triton")
 
 from irlfast.kernels import exponentials, heavy_tiles, linear
+from irlfast.kernels.scale import scaled
 from irlfast.kernels.slab import softmax
 from irlfast.ops.pair_loss import triton_slab
 from tests.helpers.aot import ARCHITECTURES, check_compiles, launches_of
@@ -24,6 +25,13 @@ def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
         [launch] = launches_of(softmax, z, targets, bias, dtype, 1.0, softcap, slopes)
         registers = 65536 // (32 * launch.options["num_warps"])  # as many as a multiprocessor has for one program
         check_compiles(launch, vocabulary, dtype, registers=min(registers, 255))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_with_a_factor_compiles(dtype):
+    for count in (8192, 8191):
+        [launch] = launches_of(scaled, torch.empty(count), torch.empty(()), dtype)
+        check_compiles(launch, count, dtype)
 
 
 SHAPES = [(8192, 128256, 4096, 4096), (63, 50257, 96, 1000)]  # rows, vocabulary, hidden sizes of policy and reference

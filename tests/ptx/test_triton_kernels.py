@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from irlfast.kernels import linear, rewards
+from irlfast.kernels import linear, rewards, scale
 from tests.helpers import reward_cases
 from tests.helpers.divergence_cases import KINDS
 from tests.helpers.reward_cases import FORMS, POOLINGS, labels_of, options_of
@@ -40,6 +40,14 @@ def test_softmax_of_the_slab(vocabulary, dtype, bias, softcap, architecture, on_
 @pytest.mark.parametrize("scale", [-0.7, 0.3])
 def test_softmax_of_the_slab_with_a_scale(scale, session):
     cases.check_slab(vocabulary=37, dtype=torch.bfloat16, scale=scale)
+
+
+@sweep(count=[1, 2048, 2049, 6000], dtype=DTYPES, architecture=ARCHITECTURES)
+def test_product_with_a_factor(count, dtype, architecture, on_gpu):
+    values, factor = torch.randn(count), torch.tensor(0.3)
+    with on_gpu(architecture):
+        result = scale.scaled(values, factor, dtype)
+    torch.testing.assert_close(result, (values * factor).to(dtype), rtol=0, atol=0)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Artefacts: what a kill, a fault or another process can do to their manifest, and when their bytes are on the disk."""
 
+import json
 import os
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -77,14 +78,32 @@ def test_a_line_that_a_kill_or_a_fault_breaks_costs_its_own_artefact_alone(tmp_p
 
 
 def test_no_bit_of_a_manifest_makes_another_content_intact(tmp_path):
-    keep_text(tmp_path / "a", "as it was")
-    whole, other = (tmp_path / MANIFEST).read_bytes(), tmp_path / "a"
-    for bit in range(0, 8 * len(whole), 5):
+    other = tmp_path / "a.json"
+    keep_text(other, "as it was")
+    whole = (tmp_path / MANIFEST).read_bytes()
+    for bit in range(0, 8 * len(whole), 3):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         (tmp_path / MANIFEST).write_bytes(flipped)
         other.write_text("as it is!")
+        finish_kept(tmp_path)
         assert not intact(other), bit
+
+
+NAMES = ["", ".", "..", "a/b", "../a", "/a", "a\0b", "\ud800", "n" * 5000, 7, None, ["a"], {}]
+FILES = [None, 7, "a", [], {"a": None}, {"a": 7}]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [*({"name": name, "files": {}} for name in NAMES), *({"name": "a", "files": each} for each in FILES), 7, None, []],
+)
+def test_a_line_of_json_that_names_no_file_of_its_folder_counts_as_none(tmp_path, entry):
+    keep_text(tmp_path / "kept", "kept")
+    with (tmp_path / MANIFEST).open("a") as manifest:
+        manifest.write(json.dumps(entry) + "\n")
+    finish_kept(tmp_path)
+    assert intact(tmp_path / "kept") and not intact(tmp_path / "a")
 
 
 def test_processes_that_note_artefacts_at_once_lose_none(tmp_path):

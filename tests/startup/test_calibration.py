@@ -3,11 +3,12 @@
 import json
 import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 
 from irlfast.common.files import InputError
-from irlfast.common.logs import read_log
+from irlfast.common.logs import read_log, rewrite
 from irlfast.config import make_config
 from irlfast.models.costs import Costs
 from irlfast.runs.metrics_log import is_logged
@@ -83,6 +84,13 @@ def test_a_plan_has_the_rates_of_a_saved_run_and_its_memory(finished, tmp_path):
     assert sum(stage.step.values()) == pytest.approx(step, rel=0.5)
     out, _ = printed(["-m", "irlfast.plan", *settings(tmp_path / "run"), "--calibrate", str(output)])
     assert f"1 process, {rates.training / 1e12:.3f} TFLOP/s, measured in {output}, with 1 process\n" in out
+
+
+def test_one_process_sends_nothing_whatever_its_clock_says(finished, tmp_path):
+    output = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    rows = [row | {"time/communication": 1e-6} for row in read_log(output / "metrics.jsonl", is_logged)[0]]
+    rewrite(output / "metrics.jsonl", rows)
+    assert rates_of_run(output, ASSUMED, 1, on_gpu=False).link == ASSUMED.link
 
 
 DAMAGES = {

@@ -12,7 +12,15 @@ from irlfast.engine.hardware import GPUS, Cluster, peak_operations, read_cluster
 from irlfast.engine.plan import Plan
 from irlfast.startup.plan_memory import Room
 from irlfast.startup.plan_run import plan_run, work_of
-from irlfast.startup.plan_seconds import Lengths, assumed_rates, bytes_sent, group_operations, step_seconds
+from irlfast.startup.plan_seconds import (
+    DECODING_LAYER,
+    Lengths,
+    assumed_rates,
+    bytes_sent,
+    group_operations,
+    sampling_seconds,
+    step_seconds,
+)
 from irlfast.startup.sizes import model_size
 from tests.helpers.runs import ROOT, printed
 
@@ -133,6 +141,17 @@ def test_a_step_takes_its_operations_and_bytes_over_the_rates(keys):
     assert seconds["forward and backward"] == 8 * group_operations(config, size, lengths, 2) / (0.4 * 989e12)
     assert seconds["communication"] == pytest.approx(7 / 8 * 4 * size.parameters / (0.7 * 450e9))
     assert assumed_rates(Cluster("H100-80G", 8, 2), config).link == 0.7 * 50e9
+
+
+def test_a_gpu_waits_for_the_host_where_transformers_samples(keys):
+    config = make_config(keys)
+    size, room, lengths = model_size(config), Room(80e9, 1, on_gpu=True, runtime=2e9), Lengths(10.0, 5.0, 100.0)
+    rates = assumed_rates(Cluster("H100-80G", 1, 1), config)
+    batches = 3 * config.per_device_eval_batch_size
+    slow = sampling_seconds(config, size, room, rates, lengths, batches, 60e9)
+    assert slow == pytest.approx(3 * 100 * size.layers * DECODING_LAYER, rel=0.01)
+    by_vllm = make_config(keys | {"use_vllm": True})
+    assert sampling_seconds(by_vllm, size, room, rates, lengths, batches, 60e9) < slow / 10
 
 
 @pytest.mark.parametrize("method", ["irft", "spin", "rft", "sdft", "sft", "reward", "reasoning"])

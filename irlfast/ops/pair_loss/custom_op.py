@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from irlfast.ops.common.checks import HAS_TRITON
 from irlfast.ops.common.precision import fp32_precision
 from irlfast.ops.common.records import rebuild, schema_of
 from irlfast.ops.common.types import HeadInputs, PairLoss, PairLossSpec, ScoredTokens
@@ -242,6 +243,11 @@ def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``sums · factor``, rounded once to ``dtype``, without a tensor in between; a factor of 1 is free on a CPU."""
     concrete = type(factor) is Tensor and not torch.compiler.is_compiling()  # not the tensor of a tracer
     # A GPU is not asked for its factor: the host would wait for it.
+    if concrete and factor.is_cuda and HAS_TRITON and sums.dtype == factor.dtype == torch.float32:
+        from irlfast.kernels.scale import scaled as kernel
+
+        with torch.cuda.device_of(sums):
+            return kernel(sums, factor, dtype)
     if not concrete or factor.device.type != "cpu":
         return torch.mul(sums, factor, out=torch.empty_like(sums, dtype=dtype))
     if factor == 1:

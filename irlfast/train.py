@@ -21,7 +21,7 @@ from irlfast.config.checks import remarks
 def train(config: Config) -> None:
     """Do everything that a configuration asks for. Every process of the run calls this function."""
     from irlfast.evaluation.heldout import evaluate, held_out_asks
-    from irlfast.methods import METHODS
+    from irlfast.methods import METHODS, ask_early, asks_of
     from irlfast.methods.sft import sft
     from irlfast.methods.stages import check_policy_left, delete_policies, stage_name, wants_sft
     from irlfast.reports.final import choose, finish, finish_reward
@@ -34,8 +34,9 @@ def train(config: Config) -> None:
     plan_time(run)
     needs = plan_disk(run)
     check_room(run.output, needs)
-    run = run._replace(check_room=functools.partial(check_room, run.output, needs))
-    train_stage, _, stage_asks = METHODS[config.method]
+    check = functools.partial(check_room, run.output, needs)
+    run = run._replace(check_room=check, ask_early=functools.partial(ask_early, run))
+    train_stage = METHODS[config.method].stage
     policies: dict[str, Path | str] = {}  # by phase
     metrics = []
 
@@ -52,8 +53,7 @@ def train(config: Config) -> None:
         policies[phase] = policy
         if config.eval_every_stage or len(policies) == 1:
             asks = held_out_asks(run, run.output / phase, is_first=len(policies) == 1)
-            starts_stage = following < config.stages and phase != "sft-nll"
-            sample_ahead(policy, [*asks, *(stage_asks(run, following) if stage_asks and starts_stage else ())])
+            sample_ahead(policy, [*asks, *(asks_of(run, following) if phase != "sft-nll" else ())])
             evaluate_policy(phase)
 
     policy = run.initial

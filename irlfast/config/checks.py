@@ -13,6 +13,7 @@ from irlfast.common.secrets import redacted
 from irlfast.config.deepspeed import merged_settings, zero_stage
 from irlfast.config.methods import METHOD_FACTS, READ_WITH, SFT_TEACHERS
 from irlfast.config.reward_checks import check_added_rewards, check_alignment, check_features, check_reward
+from irlfast.config.sampling_checks import check_async_sampling, check_vllm_server
 from irlfast.config.types import DATASETS, listed, shown
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
@@ -66,6 +67,7 @@ def check(config: Any) -> None:
     check_4bit(config)
     check_tracking(config)
     check_vllm_server(config)
+    check_async_sampling(config)
     check_data(config)
 
 
@@ -332,16 +334,6 @@ def check_tracking(config: Any) -> None:
         address = os.environ.get(variable)
         if address and (variable != "MLFLOW_TRACKING_URI" or address.startswith("http")):  # it may name a database
             warn_of_open_key(variable, check_address(variable, address))
-
-
-def check_vllm_server(config: Any) -> None:
-    servers = config.vllm_server
-    if servers and not config.use_vllm:
-        raise InputError("vllm_server: found servers with use_vllm: false, expected use_vllm: true")
-    for url in servers:
-        check_address("vllm_server", url)
-    if len({*servers}) < len(servers):
-        raise InputError("vllm_server: found an address twice, expected each server once")
 
 
 def remarks(config: Any) -> list[str]:

@@ -292,6 +292,13 @@ class Config(Inputs):
 
     # Sampling
     use_vllm: bool = key(False, "Sample by vLLM, not by Transformers.")
+    async_sampling: bool = key(
+        False,
+        "Sample a stage's answers while the stage before still trains, by vLLM, from its policy at async_sampling_at.",
+    )
+    async_sampling_at: Annotated[float, Field(gt=0, lt=1)] = key(
+        0.5, "Share of a stage's optimiser steps after which its policy answers the next stage's prompts."
+    )
     temperature: NotNegative | list[NotNegative] = key(
         1.0, "Temperature of synthetic answers. The gradients of rloo, ppo, grpo, apa and reasoning are unbiased at 1."
     )

@@ -15,6 +15,7 @@ from irlfast.common.files import read_json, remove
 from irlfast.common.messages import Progress, log
 from irlfast.common.movement import in_small_units
 from irlfast.common.time_left import CLOCK
+from irlfast.config import Config
 from irlfast.config.deepspeed import merged_settings
 from irlfast.data.packing import PromptGroup
 from irlfast.engine.agreement import Agreement
@@ -23,6 +24,7 @@ from irlfast.engine.bad_steps import BadSteps, WentBad, end_phase, lower_after, 
 from irlfast.engine.checkpoint import resume, save_checkpoint, save_model, save_teacher, unlogged
 from irlfast.engine.deepspeed_engine import make_engine
 from irlfast.engine.deepspeed_patches import release_zero3_engines, timed_collectives
+from irlfast.engine.early import begin_early, note_staleness, save_early
 from irlfast.engine.memory import OutOfMemory, TokenLimit, out_of_memory, phase_limit
 from irlfast.engine.meters import Stopwatch, meters, profiled
 from irlfast.engine.optim import set_lower_rate
@@ -96,20 +98,24 @@ def train_phase(
     plan = plan._replace(lower_after=dist.on_main(lower_after, folder, plan.learning_rate))
     engine = make_engine(policy, loss, plan, config, groups, teacher)
     limit = phase_limit(config, groups, engine.module.prepared.layout, plan.steps[0].size, checkpoint)
+    begin_early(run, folder, plan)
     progress = resume(engine, checkpoint, plan)
     if plan.lower_after is not None:
         set_lower_rate(engine.lr_scheduler, plan.lower_after)
     with stop.held(f"the end of {phase_of(run, folder)}"):
         try:
-            train_steps(run, folder, engine, groups, plan, progress, limit)
+            last = train_steps(run, folder, engine, policy, groups, plan, progress, limit)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(limit, checkpoint) from error
+        if dist.is_main():
+            log_lessons(phase_of(run, folder), run.metrics_log.rows(phase_of(run, folder)))
         CLOCK.finish()
         left = [result_name(plan)]
         save_model(engine, policy, folder / left[0], run.encoder, plan.reward, config)
         if plan.stage is not None and engine.module.teacher and engine.module.teacher.followed:
             left.append("teacher")
             save_teacher(engine, policy, folder / left[1], run.encoder, config)
+        left += note_staleness(folder, plan, last)
         engine.destroy()
         if dist.is_main():
             keep_json(folder / "DONE", left)
@@ -120,12 +126,15 @@ def train_steps(
     run: Run,
     folder: Path,
     engine: Any,
+    policy: Path | str,
     groups: Sequence[PromptGroup],
     plan: Plan,
     progress: dict[str, Any],
     limit: TokenLimit,
-) -> None:
+) -> int:
     """Take the steps that are left; log every ``logging_steps`` and save every ``save_steps`` steps.
+
+    Return the last step. The phase started from ``policy``.
 
     Raises:
         Preempted: a process was asked to stop. There is a checkpoint of the last step, if it was a good one.
@@ -160,6 +169,7 @@ def train_steps(
             else:
                 note_bad_step(bad, step, engine, taken, prepared, groups)
             progress = {"step": step, "bad_steps": bad.count, "grad_norm": grad_norm}
+            save_early(run, folder, engine, policy, plan, step)
             profile_step()
             shown.advance()
             CLOCK.train(phase, step / last)
@@ -172,15 +182,21 @@ def train_steps(
             shown.show(postfix(row))
             check_row(row, recent, config)
             recent = [*recent, row][-LAST_ROWS:]
-            if config.max_expert_drop and expert_drop(row) > config.max_expert_drop:
-                log(f"{phase} ends at step {step}: {expert_drop(row):.2f} nats are more than max_expert_drop")
+            if falls_too_far(row, config):
                 break
             if config.save_steps and step % config.save_steps == 0 and step < last and not bad.in_a_row:
                 bad.back_to = step
                 save_checkpoint(engine, checkpoint, progress | {"back_to": step}, sums, plan)
     end_phase(bad, engine, groups, limit)
-    if dist.is_main():
-        log_lessons(phase, run.metrics_log.rows(phase))
+    return progress["step"]
+
+
+def falls_too_far(row: dict[str, Any], config: Config) -> bool:
+    """Return, and say, whether the demonstrations' log-likelihood in a logged row ends the phase."""
+    too_far = config.max_expert_drop is not None and expert_drop(row) > config.max_expert_drop
+    if too_far:
+        log(f"{row['phase']} ends at step {row['step']}: {expert_drop(row):.2f} nats are more than max_expert_drop")
+    return too_far
 
 
 def phase_of(run: Run, folder: Path) -> str:

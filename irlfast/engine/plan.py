@@ -15,6 +15,7 @@ class Plan(NamedTuple):
     optim: str
     reward: dict[str, Any] | None = None  # how the reward model in training is scored; None for a policy
     lower_after: int | None = None  # the step after which the learning rate is lower; None: it never is
+    early: int | None = None  # the step after which the policy is also saved to answer the next stage's prompts
 
 
 def plan_phase(

@@ -15,6 +15,7 @@ from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import Phase, stage_asks
 from irlfast.methods.t_spin import t_spin_phases, t_spin_stage
 from irlfast.runs.run import Run
+from irlfast.sampling.generation import answer_in_background
 from irlfast.sampling.shards import Request
 
 
@@ -50,3 +51,20 @@ METHODS: dict[str, Method] = {
 def phases_of(config: Config, rows: int, prompts: int) -> list[Phase]:
     """List the phases of a run on so many ``rows``, and on ``prompts`` without demonstrations."""
     return [*METHODS[config.method].phases(config, rows, *[prompts] * bool(prompts))]
+
+
+def asks_of(run: Run, stage: int, early: bool = False) -> list[Request]:
+    """List the answers that a stage, if there is one, asks of the policy that it starts from.
+
+    With ``async_sampling``, a later stage than the first asks it about held-out prompts alone. The others are those
+    that the stage asks of an ``early`` policy, while the stage before trains.
+    """
+    listed = METHODS[run.config.method].asks
+    asks = listed(run, stage) if listed and stage < run.config.stages else []
+    older = run.config.async_sampling and stage > 0
+    return [request for request in asks if (older and request.examples is not run.held_out) == early]
+
+
+def ask_early(run: Run, stage: int, policy: Path) -> None:
+    """Have the early policy of a stage answer the prompts of the next stage in the background."""
+    answer_in_background(policy, asks_of(run, stage + 1, early=True))

@@ -17,6 +17,7 @@ from irlfast.losses.pairs import irft_loss
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import (
     Phase,
+    answering,
     expert_and_synthetic,
     is_kept,
     keep_facts,
@@ -25,6 +26,7 @@ from irlfast.methods.stages import (
     stage_name,
     stage_request,
     stage_size,
+    staleness,
 )
 from irlfast.ops.pair_loss.losses import PAIR_LOSSES
 from irlfast.runs.run import Run
@@ -39,10 +41,10 @@ def irft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) 
     if finished(folder):
         return folder / "policy"
     begun = begin(folder / "samples")
-    request = stage_request(run, stage)
-    answers = answers_to(policy, request)
+    request, source = stage_request(run, stage), answering(run, stage, policy)
+    answers = answers_to(source, request)
     sampler = sampler_logps(request) if reference == policy and dist.is_main() else []
-    return fit_pairs(run, stage, policy, reference, request.examples, answers, begun, sampler)
+    return fit_pairs(run, stage, policy, reference, request.examples, answers, begun, sampler, source)
 
 
 def fit_pairs(
@@ -54,10 +56,12 @@ def fit_pairs(
     answers: Sequence[TokenIds],
     begun: float,
     sampler: Sequence[Tensor] = (),
+    source: Path | str | None = None,
 ) -> Path:
     """Score the pairs (y, ỹ) under the reference, then make K steps on their loss. The stage began at ``begun``.
 
-    ``sampler`` has the sampler's log-probabilities of the answers, if it drew them from the reference.
+    ``source`` is the model that answered, and ``sampler`` has its log-probabilities of the answers where they are
+    compared with the reference's.
     """
     config, folder = run.config, run.output / stage_name(stage)
     sampled, identical = time.perf_counter(), not compares(config)
@@ -71,7 +75,8 @@ def fit_pairs(
         fresh = zip(expert_and_synthetic(examples, answers), sampler, strict=False)  # those of earlier stages follow
         own = [logps for pair, logps in fresh if is_kept(pair, identical)]
         trainer = [pair.ref_logps[1] for pair in pairs[: len(own)]]
-        return counts | seconds | measure_mismatch(trainer, own, folder.name)
+        stale = staleness(run, source) if source else {}
+        return counts | seconds | measure_mismatch(trainer, own, folder.name) | stale
 
     keep_facts(run, folder / "pairs.json", facts)
     loss = functools.partial(irft_loss, nll_weight=config.nll_weight, **pair_options(config, stage))

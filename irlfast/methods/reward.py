@@ -21,6 +21,7 @@ from irlfast.losses.rewards import reward_loss
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import (
     Phase,
+    answering,
     make_pairs,
     round_folder,
     round_name,
@@ -80,7 +81,8 @@ def learn_rewards_in_round(
         rollouts = run.output / round_name(config, stage, number) / "rollouts"
         begun = begin(rollouts)
         how = round_sampling(config, stage, number)
-        groups = sample_groups(run, policy, examples, config.num_generations, rollouts, how)
+        source = policy if number else answering(run, stage, policy)
+        groups = sample_groups(run, source, examples, config.num_generations, rollouts, how)
         each = zip(examples, groups, strict=True)
         both = [(example, ids) for example, group in each for ids in group.answers if example.answer_ids]
         shown, synthetic = [example for example, _ in both], [ids for _, ids in both]
@@ -159,7 +161,7 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
     if config.reward_data == "preference":
         examples, answers = with_rejected(examples)
     else:
-        source = run.initial if config.reward_data.startswith("init") else policy
+        source = run.initial if config.reward_data.startswith("init") else answering(run, stage, policy)
         answers = answers_to(source, stage_request(run, stage))
     if config.reward_data == "init_sft":
         better = answers_to(policy, better_request(run, stage))

@@ -34,6 +34,7 @@ from irlfast.methods.reward import (
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import (
     Phase,
+    answering,
     keep_facts,
     policy_plan,
     round_examples,
@@ -43,6 +44,7 @@ from irlfast.methods.stages import (
     rounds_done,
     stage_name,
     stage_size,
+    staleness,
 )
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import begin, groups_of, sampler_logps
@@ -104,7 +106,7 @@ class Rollouts(NamedTuple):
 
     groups: list[PromptGroup]
     rewards: Scores  # of each token of each answer, fp64; with reward_credit sequence, all at the last token
-    old_logps: Scores  # each token's under the policy that sampled
+    old_logps: Scores  # each token's under the policy that the round starts from
     ref_logps: Scores  # the same under the reference
     sampler_logps: Scores  # the same as the sampler computed them; empty where nothing needs them
 
@@ -121,7 +123,8 @@ def align(
     """Do one round: sample n answers to each prompt, score them, and make the better answers likelier."""
     config, folder = run.config, run.output / round_name(run.config, stage, number)
     scales = run.output / stage_name(stage) / "reward_scales.json"
-    rollouts = roll_out(run, policy, reference, learned, rollout_request(run, stage, number, examples), scales)
+    source, request = policy if number else answering(run, stage, policy), rollout_request(run, stage, number, examples)
+    rollouts = roll_out(run, source, policy, reference, learned, request, scales)
     rewards = less_penalties(rollouts.rewards, rollouts.groups, config, run.encoder.ends)
     plan = policy_plan(config, stage, len(rollouts.groups), number)
     if POLICY_LOSSES[config.align].loss is None:
@@ -150,16 +153,17 @@ def align(
 
 def roll_out(
     run: Run,
+    source: Path | str,
     policy: Path | str,
     reference: Path | str,
     learned: Sequence[Path],
     request: Request,
     scales: Path,
 ) -> Rollouts:
-    """Sample n answers to each prompt, and score them under the rewards, the policy and the reference."""
+    """Sample n answers of ``source`` to each prompt; score them under the rewards, the policy and the reference."""
     config, n, folder = run.config, request.n, request.folder.parent
     begun = begin(request.folder)
-    groups = groups_of(policy, request)
+    groups = groups_of(source, request)
     read = dist.is_main() or config.vllm_importance_sampling_correction
     flat = sampler_logps(request) if read else []
     sampled = time.perf_counter()
@@ -179,7 +183,8 @@ def roll_out(
         ended = [answer[-1] in run.encoder.ends for group in groups for answer in group.answers]
         metrics = {"reward": reward.mean().item(), "reward_std": reward.std(1).mean().item(), "kl": kl.mean().item()}
         metrics |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
-        return metrics | seconds | measure_mismatch(flattened(old), flattened(sampler), phase_of(run, folder))
+        mismatch = measure_mismatch(flattened(old), flattened(sampler), phase_of(run, folder))
+        return metrics | seconds | mismatch | staleness(run, source)
 
     keep_facts(run, folder / "round.json", facts)
     return Rollouts(groups, rewards, old, ref, sampler)

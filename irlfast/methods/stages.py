@@ -14,6 +14,7 @@ from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
 from irlfast.data.store import Example, Examples, TokenIds
+from irlfast.engine.early import EARLY, has_early, staleness_of
 from irlfast.engine.fit import finished, phase_of
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.runs.run import Run
@@ -107,7 +108,7 @@ def delete_policies(run: Run, stage: int, best: str) -> None:
         for name in map(stage_name, range(stage + 1 - limit)):
             if name != best:
                 keep_json(run.output / name / "DONE", [])
-                for model in ("policy", "teacher"):
+                for model in ("policy", "teacher", EARLY):
                     remove(run.output / name / model)
     dist.barrier()
 
@@ -118,6 +119,34 @@ def sampling(config: Config, stage: int, *more: int, logps: bool = False) -> Sam
     With ``logps``, the sampler also says its log-probabilities, to compare them with those of the trainer.
     """
     return Sampling(config.at("temperature", stage), config.top_p, config.top_k, (config.seed, stage, *more), logps)
+
+
+def answering(run: Run, stage: int, policy: Path | str) -> Path | str:
+    """Return the policy that answers a stage's prompts: the one that the stage starts from, ``policy``.
+
+    With ``async_sampling``, it is the early policy of the stage before, if that stage came so far.
+    """
+    before = run.output / stage_name(stage - 1)
+    return before / EARLY if run.config.async_sampling and stage and has_early(before) else policy
+
+
+def staleness(run: Run, sampler: Path | str) -> dict[str, int]:
+    """Return how stale a phase's answers are, as in metrics.jsonl; nothing without ``async_sampling``.
+
+    That is the optimiser steps from ``sampler``, which answered, to the policy that the stage starts from.
+    """
+    return {"sampling/staleness": staleness_of(sampler)} if run.config.async_sampling else {}
+
+
+def early_step(config: Config, stage: int, number: int, steps: int) -> int | None:
+    """Return after how many of a round's ``steps`` its policy answers the next stage's prompts; None: it does not.
+
+    The last round of a stage does, if there is a next stage. A method without rounds has one.
+    """
+    last = config.align_rounds - 1 if config.facts.aligns else 0
+    if not config.async_sampling or stage == config.stages - 1 or number != last:
+        return None
+    return max(1, int(steps * config.async_sampling_at))
 
 
 def stage_request(run: Run, stage: int) -> Request:
@@ -138,7 +167,7 @@ def stage_answers(run: Run, stage: int) -> list[TokenIds]:
     config, policy = run.config, run.initial
     if stage or wants_sft(config):
         policy = run.output / (stage_name(stage - 1) if stage else "sft") / "policy"
-    return answers_to(policy, stage_request(run, stage))
+    return answers_to(answering(run, stage, policy), stage_request(run, stage))
 
 
 def rounds_done(run: Run, stage: int) -> int:
@@ -220,7 +249,7 @@ def write_counts(place: Path, counts: dict[str, int], begun: float) -> None:
 
 def policy_plan(config: Config, stage: int, count: int, number: int = 0) -> Plan:
     """Plan the K inner steps of a stage, or of round ``number`` of one, over ``count`` prompt groups."""
-    return plan_phase(
+    plan = plan_phase(
         config,
         count,
         stage=stage,
@@ -230,3 +259,4 @@ def policy_plan(config: Config, stage: int, count: int, number: int = 0) -> Plan
         optim=config.optim,
         seed=[2, stage, number],
     )
+    return plan._replace(early=early_step(config, stage, number, len(plan.steps)))

@@ -1,6 +1,7 @@
 """One stage of T-SPIN (arXiv 2601.08198, algorithm 1): SPIN without a reference, also against the first policy."""
 
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from irlfast.methods.irft import pair_options
 from irlfast.methods.sft import sft_phases
 from irlfast.methods.stages import (
     Phase,
+    answering,
+    keep_facts,
     policy_plan,
     stage_answers,
     stage_name,
     stage_request,
-    write_counts,
+    staleness,
 )
 from irlfast.runs.run import Run
 from irlfast.sampling.generation import answers_to, begin
@@ -34,13 +37,14 @@ def t_spin_stage(run: Run, stage: int, policy: Path | str, reference: Path | str
     if finished(folder):
         return folder / "policy"
     begun = begin(folder / "samples")
-    request = stage_request(run, stage)
-    answers = [answers_to(policy, request)]
+    request, source = stage_request(run, stage), answering(run, stage, policy)
+    answers = [answers_to(source, request)]
     weight = historical_weight(config, stage)
     if weight:
         answers.append(stage_answers(run, 0))
     groups, counts = make_groups(stage, request.examples, answers)
-    write_counts(folder, counts, begun)
+    facts = counts | {"sample_seconds": time.perf_counter() - begun} | staleness(run, source)
+    keep_facts(run, folder / "pairs.json", lambda: facts)
     loss = functools.partial(t_spin_loss, historical_weight=weight, **pair_options(config, stage))
     return fit(run, folder, policy, groups, loss, policy_plan(config, stage, len(groups)))
 

@@ -30,12 +30,13 @@ PAIRS = {  # of pairs.json
     "synthetic_tokens": "synthetic tokens",
 }
 
-MISMATCH = {  # of pairs.json and round.json: how far sampler and trainer are apart
+MISMATCH = {  # of pairs.json and round.json: how far sampler and trainer are apart, and why
     "sampling/sampling_logp_difference/mean": "mean difference of a token, nats",
     "sampling/sampling_logp_difference/max": "largest, nats",
     "sampling/importance_sampling_ratio/min": "least ratio of an answer",
     "sampling/importance_sampling_ratio/mean": "mean ratio",
     "sampling/importance_sampling_ratio/max": "largest ratio",
+    "sampling/staleness": "steps old",
 }
 
 
@@ -85,8 +86,9 @@ def pairs_table(pairs: dict[str, dict[str, Any]]) -> Table:
 def mismatch_table(*files: dict[str, dict[str, Any]]) -> Table:
     """Tabulate the mismatch between sampler and trainer of the phases whose files have it."""
     measured = {phase: row for each in files for phase, row in each.items() if any(key in row for key in MISMATCH)}
-    rows = [Row(phase, [show(row.get(key), ".3g") for key in MISMATCH]) for phase, row in measured.items()]
-    return Table(["phase", *MISMATCH.values()], rows)
+    named = {key: name for key, name in MISMATCH.items() if any(key in row for row in measured.values())}
+    rows = [Row(phase, [show(row.get(key), ".3g") for key in named]) for phase, row in measured.items()]
+    return Table(["phase", *named.values()], rows)
 
 
 def leaks_table(leaks: dict[str, dict[str, Any]]) -> Table:

@@ -121,7 +121,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], li
             continue
         shown = difference({name: old.get(name)}, {name: new.get(name)})
         if name == "stages" and new[name] > old[name]:
-            if new["prompts_per_stage"] == "all":
+            if new["async_sampling"]:
+                refused.append(f"{shown}, and with async_sampling the last stage has asked nothing for a further one")
+            elif new["prompts_per_stage"] == "all":
                 allowed.append(f"{shown} (more stages)")
             else:
                 refused.append(f"{shown}, and with prompts_per_stage: split more stages change the prompts of each")

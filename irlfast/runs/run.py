@@ -21,3 +21,5 @@ class Run(NamedTuple):
     rows: Rows | None  # the rows of data/rows.jsonl that the examples were made from; None where no reward reads them
     prompts: Examples = NONE  # without answers; the policy answers them beside those of the demonstrations
     check_room: Callable[[], None] = lambda: None  # is called by all processes before a phase trains
+    # (stage, its early policy) -> None: is called by all processes once the policy can answer the next stage's prompts.
+    ask_early: Callable[[int, Path], None] = lambda stage, policy: None

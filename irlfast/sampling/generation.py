@@ -31,12 +31,13 @@ from irlfast.models.lora import merge
 from irlfast.models.prepare import forget
 from irlfast.models.tokenizers import unused_ids
 from irlfast.runs.run import Run
+from irlfast.sampling import background
 from irlfast.sampling.gpus import leads_engine
 from irlfast.sampling.shards import Drawn, Part, Request, Sampling, Shard, parts_of
 from irlfast.sampling.transformers_sampler import transformers_answers
 from irlfast.sampling.vllm_sampler import MOST_AT_ONCE, UnsupportedAdapter, generate_vllm
-from irlfast.sampling.vllm_servers import server_answers
-from irlfast.sampling.work_queue import Queue, WorkerLost, new_queue
+from irlfast.sampling.vllm_servers import Probe, probe_of, server_answers
+from irlfast.sampling.work_queue import LocalStore, Queue, WorkerLost, new_queue
 
 Answers = Iterator[tuple[int, list[Drawn]]]  # (number of a shard, its answers, those to one prompt together)
 AHEAD: dict[Path, float] = {}  # seconds that the answers in a folder took before they were asked for
@@ -83,6 +84,7 @@ def sample_ahead(policy: Path | str, requests: Sequence[Request]) -> None:
 
     :func:`begin` counts the time for what asks for them later.
     """
+    AHEAD.update(dist.on_main(background.end_work))
     begun = time.perf_counter()
     sample_all(policy, requests)
     seconds = time.perf_counter() - begun
@@ -99,6 +101,7 @@ def begin(*folders: Path) -> float:
 def sample_all(policy: Path | str, requests: Sequence[Request]) -> None:
     """Sample what is missing of several requests to one policy, by one start of each sampler."""
     parts = [part for request in requests for part in parts_of(request)]
+    dist.on_main(background.end_work)
     there = dist.on_main(lambda: [intact(part.path) for part in parts])
     missing = [part for part, is_there in zip(parts, there, strict=True) if not is_there]
     if missing:
@@ -141,14 +144,48 @@ def is_worker(config: Config) -> bool:
     return not config.use_vllm or leads_engine(config.vllm_tensor_parallel_size)
 
 
-def answers_from(queue: Queue, policy: Path | str, parts: Sequence[Part], workers: int) -> Answers:
-    """Yield this process's share of the answers, until all are there or it was asked to stop."""
+def answer_in_background(policy: Path | str, requests: Sequence[Request]) -> None:
+    """Have vLLM answer what is missing of requests to one policy in a thread of the main process, while it trains.
+
+    Every process calls this. Nothing happens while an earlier thread is at work. :func:`sample_all` waits for it.
+    """
+    if not dist.is_main() or background.AT_WORK:
+        return
+    parts = [part for request in requests for part in parts_of(request) if not intact(part.path)]
+    if parts:
+        config, probe = parts[0].request.run.config, None
+        if config.vllm_server:
+            probe = probe_of(parts[0].shard(0).prompts, policy, config)
+            probe.own_logps()
+        background.begin_work(requests[0].folder, functools.partial(answer_beside, policy, parts, probe))
+
+
+def answer_beside(policy: Path | str, parts: Sequence[Part], probe: Probe | None) -> int:
+    """Have vLLM answer parts of requests, and keep the answers. Return their number."""
+    queue, kept = Queue(LocalStore(), "background", len(parts)), 0
+    longest, at_once = max(part.request.longest() for part in parts), min(sum(map(answer_count, parts)), MOST_AT_ONCE)
+    answers_of = vllm_of(parts[0].request.run, policy, claim_of(queue, parts), longest, at_once, probe)
+    for number, answers in answers_of(policy):
+        keep_answers(parts[number], answers)
+        queue.finish(number)
+        kept += len(answers)
+    return kept
+
+
+def claim_of(queue: Queue, parts: Sequence[Part]) -> Callable[[], Shard | None]:
+    """Return a function that claims the next part, until the process is asked to stop."""
 
     def claim() -> Shard | None:
         number = None if stop.asked() else queue.claim()
         return None if number is None else parts[number].shard(number)
 
-    run = parts[0].request.run
+    return claim
+
+
+def answers_from(queue: Queue, policy: Path | str, parts: Sequence[Part], workers: int) -> Answers:
+    """Yield this process's share of the answers, until all are there or it was asked to stop."""
+
+    run, claim = parts[0].request.run, claim_of(queue, parts)
     generate = functools.partial(transformers_answers, run, policy, claim)
     if run.config.use_vllm:
         share = math.ceil(sum(map(answer_count, parts)) / workers)
@@ -247,9 +284,36 @@ def vllm_answers(
 
     ``longest`` is the length of the longest prompt with its answer; ``at_once`` as for :func:`generate_vllm`.
     """
+    answers_of = vllm_of(run, policy, claim, longest, at_once)
+    try:
+        yield from answers_of(policy)
+    except UnsupportedAdapter:
+        queue.give_back()
+        merged = run.output / f"merged-{dist.rank()}.tmp"
+        model: Any = merge(load_model(policy, run.config), str(policy))
+        save_pretrained(merged, model, run.encoder.tokenizer)
+        del model
+        yield from answers_of(merged)
+        remove(merged)
+
+
+def vllm_of(
+    run: Run,
+    policy: Path | str,
+    claim: Callable[[], Shard | None],
+    longest: int,
+    at_once: int,
+    probe: Probe | None = None,
+) -> Callable[[Path | str], Answers]:
+    """Return the function by which vLLM, or servers of it, answer for ``policy`` or for the same one merged.
+
+    The servers are compared with the policy by ``probe`` (default: by one of the first prompts that are claimed).
+    """
     config = run.config
     never = unused_ids(run.encoder.tokenizer, embedding_rows(config, policy))
-    answers_of: Callable[[Path | str], Answers] = functools.partial(
+    if config.vllm_server:
+        return functools.partial(server_answers, claim=claim, run=run, never=never, probe=probe)
+    return functools.partial(
         generate_vllm,
         claim=claim,
         python=config.vllm_python,
@@ -260,15 +324,3 @@ def vllm_answers(
         tensor_parallel_size=config.vllm_tensor_parallel_size,
         at_once=at_once,
     )
-    if config.vllm_server:
-        answers_of = functools.partial(server_answers, claim=claim, run=run, never=never)
-    try:
-        yield from answers_of(policy)
-    except UnsupportedAdapter:
-        queue.give_back()
-        merged = run.output / f"merged-{dist.rank()}.tmp"
-        model: Any = merge(load_model(policy, config), str(policy))
-        save_pretrained(merged, model, run.encoder.tokenizer)
-        del model
-        yield from answers_of(merged)
-        remove(merged)

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -54,13 +55,32 @@ class Work:
         return shard
 
 
+class Probe(NamedTuple):
+    """A text by which a server's log-probabilities are compared with the policy's own."""
+
+    ids: Sequence[int]
+    own_logps: Callable[[], Sequence[float]]  # of all ids but the first; loads the policy when it is called first
+
+
+def probe_of(prompts: Sequence[Sequence[int]], policy: Path | str, config: Config) -> Probe:
+    """Return the longest of some prompts as a probe of a policy."""
+    longest = max(prompts, key=len)
+    ids = [*longest][:PROBED] if len(longest) > 1 else [*longest] * 2
+    return Probe(ids, functools.cache(functools.partial(text_logps, policy, config, tuple(ids))))
+
+
 def server_answers(
-    policy: Path | str, claim: Callable[[], Shard | None], *, run: Run, never: Sequence[int] = ()
+    policy: Path | str,
+    claim: Callable[[], Shard | None],
+    *,
+    run: Run,
+    never: Sequence[int] = (),
+    probe: Probe | None = None,
 ) -> Iterator[tuple[int, list[Drawn]]]:
     """Yield (shard number, its answers, those to one prompt together) as shards are done.
 
     The answers follow the rules of :func:`irlfast.sampling.vllm_sampler.generate_vllm`, and have the same seeds.
-    ``claim`` returns the next shard, or None if there is none now.
+    ``claim`` returns the next shard, or None if there is none now. The ``probe`` is a prompt by default.
 
     Raises:
         InputError: the policy is no folder, or no server answers, or a server cannot load the policy, computes other
@@ -70,10 +90,8 @@ def server_answers(
     first = claim()
     if first is None:
         return
-    longest = max(first.prompts, key=len)
-    probe = [*longest][:PROBED] if len(longest) > 1 else [*longest] * 2
-    own_logps = functools.cache(functools.partial(text_logps, policy, run.config, tuple(probe)))
-    served = served_policy(policy, probe, own_logps, run.config.dtype)
+    probe = probe or probe_of(first.prompts, policy, run.config)
+    served = served_policy(policy, probe.ids, probe.own_logps, run.config.dtype)
     servers = [connect(url, run.config.stall_timeout) for url in run.config.vllm_server]
     room = max(1, run.config.vllm_server_requests // (len(first.prompts) * first.n))
     loop = asyncio.new_event_loop()

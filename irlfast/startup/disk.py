@@ -55,7 +55,8 @@ def need_of(config: Config, phase: Phase, size: Size, length: float) -> Need:
     texts = phase.sampled * (length + config.max_new_tokens) * PER_TOKEN
     scores = 4 * len(plan.steps) * plan.steps[0].size * phase.answers * length
     teachers = int(config.facts.has_teacher and plan.stage is not None and not is_live(config))
-    models = ((size.parameters if plan.reward else size.trained) * bytes_of(config) + SMALL) * (1 + teachers)
+    copies = 1 + teachers + (plan.early is not None)
+    models = ((size.parameters if plan.reward else size.trained) * bytes_of(config) + SMALL) * copies
     checkpoint = checkpoint_bytes(plan, size) + 4 * size.trained * teachers
     saves = (len(plan.steps) - 1) // config.save_steps if config.save_steps else 0
     work = texts + scores + max(checkpoint * min(saves, 2), checkpoint * min(saves, 1) + models)

@@ -114,8 +114,14 @@ def check_vllm(config: Config) -> None:
     """Check that the interpreter that samples has vLLM, and that every process has its GPUs; or check the servers.
 
     Raises:
-        InputError: there is no vLLM; the message says how to get it. Or the servers cannot sample for this run.
+        InputError: there is no vLLM; the message says how to get it. Or the servers cannot sample for this run. Or vLLM
+            would have to sample on GPUs that train.
     """
+    if config.async_sampling and torch.cuda.is_available() and not config.vllm_server:
+        raise InputError(
+            "async_sampling: found true on GPUs that train, which have no room for vLLM meanwhile; expected "
+            "vllm_server: servers on other GPUs"
+        )
     if config.vllm_server:
         thought = config.max_thought_tokens + 1 if config.facts.thinks else 0
         if dist.is_main():

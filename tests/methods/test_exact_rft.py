@@ -223,24 +223,49 @@ def test_with_weights_the_gradient_of_another_samplers_answers_is_unbiased(bed, 
     Without weights, and with weights that are cut, it is not.
     """
     reference, policy = bed
-    sampler = model(4)
-    reward = rewards_at(0)
-    exact = -flat_gradient(objective(policy, reference, reward), policy)
+    exact = -flat_gradient(objective(policy, reference, rewards_at(0)), policy)
+    total = expected_gradient(policy, reference, model(4), align, kl_in, how)
+    if unbiased:
+        torch.testing.assert_close(total, exact, rtol=1e-6, atol=1e-7)
+    else:
+        assert (total - exact).norm() > 0.05 * exact.norm()
+
+
+def expected_gradient(policy, reference, sampler, align, kl_in, how):
+    """The gradient of the loss, over all pairs of answers that are drawn independently from ``sampler``.
+
+    ``how`` is the mode and the bound of the weights (None: no weights).
+    """
     q = answer_logps(sampler, PROMPT).detach().exp()
     count = len(ANSWERS)
     chosen = [(i, j) for i in range(count) for j in range(count)]
-    groups = groups_of(policy, reference, chosen, reward, align, kl_in)
+    groups = groups_of(policy, reference, chosen, rewards_at(0), align, kl_in)
     groups = weighted(groups, chosen, *(sampler, *how) if how else (policy, "token_truncate", None))
     chances = torch.outer(q, q).flatten() * len(groups)  # the gradient is linear in the weights: all pairs at once
     groups = [
         group._replace(weights=tuple(chance * weights.double() for weights in group.weights))
         for group, chance in zip(groups, chances, strict=True)
     ]
-    total = flat_gradient(aligned_loss(policy, groups, align, kl_in), policy)
-    if unbiased:
-        torch.testing.assert_close(total, exact, rtol=1e-6, atol=1e-7)
-    else:
-        assert (total - exact).norm() > 0.05 * exact.norm()
+    return flat_gradient(aligned_loss(policy, groups, align, kl_in), policy)
+
+
+@pytest.mark.parametrize(("align", "kl_in"), [("rloo", "loss"), ("ppo", "reward")])
+def test_with_weights_the_gradient_of_answers_of_an_earlier_step_is_unbiased(bed, align, kl_in):
+    """As with ``async_sampling``: the policy that answered is that of 20 steps before the one whose gradient is taken.
+
+    Without weights it is not.
+    """
+    reference, earlier, policy = bed[0], bed[1], model(2)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (-objective(policy, reference, rewards_at(1))).backward()
+        optimizer.step()
+    exact = -flat_gradient(objective(policy, reference, rewards_at(0)), policy)
+    total = expected_gradient(policy, reference, earlier, align, kl_in, ("sequence_truncate", None))
+    torch.testing.assert_close(total, exact, rtol=1e-6, atol=1e-7)
+    unweighted = expected_gradient(policy, reference, earlier, align, kl_in, None)
+    assert (unweighted - exact).norm() > 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])

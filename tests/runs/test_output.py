@@ -193,7 +193,7 @@ distillation_topk distillation_add_tail distillation_is_clip num_loss_tokens_to_
 thought_reward thought_mark max_thought_tokens
 lr_scheduler_type warmup_ratio optim weight_decay router_aux_loss_coef max_grad_norm global_batch_size
 per_device_train_batch_size gradient_accumulation_steps max_expert_drop keep metric_for_best_model
-use_vllm temperature top_p top_k max_new_tokens
+use_vllm async_sampling async_sampling_at temperature top_p top_k max_new_tokens
 """.split()
 
 

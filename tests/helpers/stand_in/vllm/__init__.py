@@ -1,5 +1,6 @@
-"""A module in vLLM's place, quick to start, whose answers are drawn from the seed and the prompt alone."""
+"""A module in vLLM's place, quick to start, whose answers are drawn from the weights, the seed and the prompt."""
 
+import hashlib
 import json
 import random
 import time
@@ -14,6 +15,9 @@ class LLM:
         if enable_lora:  # so that the adapter is merged first
             raise ValueError("the stand-in does not support LoRA")
         self.words = json.loads(Path(model, "config.json").read_text())["vocab_size"]
+        self.weights = [
+            hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(model).glob("*.safetensors"))
+        ]
         time.sleep(START)
         self.llm_engine, self.waiting = self, []
 
@@ -34,7 +38,7 @@ class LLM:
         return [with_logprobs(self.answer(prompt, given, seed), given) for seed in seeds]
 
     def answer(self, prompt, given, seed):
-        draw = random.Random(f"{seed} {prompt}")
+        draw = random.Random(f"{self.weights} {seed} {prompt}")
         ids = [token for token in range(self.words) if token not in given.get("logit_bias", ())]
         return draw.choices(ids, k=given["max_tokens"])
 

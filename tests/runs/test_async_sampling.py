@@ -197,6 +197,12 @@ def test_rft_weights_stale_answers_by_the_policy_that_the_stage_starts_from(tmp_
 
 
 @full
+def test_of_two_processes_the_first_has_vllm_answer(tmp_path, python):
+    run(tmp_path / "run", 2, **KEYS, vllm_python=python)
+    assert kept(tmp_path / "run/stage-01/samples") == drawn_by(tmp_path / "run/stage-00/early", tmp_path / "run", 1)
+
+
+@full
 @pytest.mark.parametrize("keys", [{"method": "t_spin"}, {"method": "spin"}], ids=lambda keys: keys["method"])
 def test_self_play_with_all_prompts_is_sampled_early_too_and_old_policies_are_deleted(tmp_path, python, keys):
     keys = {**KEYS, **keys, "stages": 3, "save_total_limit": 1}

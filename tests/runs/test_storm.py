@@ -11,10 +11,14 @@ from tests.helpers.tiers import full
 
 ONE = Setting("irft", "1 process", {**TINY, "global_batch_size": 4})
 SAMPLED = {"stages": 1, "eval_every_stage": False, "use_peft": True, "use_vllm": True}
+EARLY = {"inner_steps": 8, "async_sampling": True, "eval_every_stage": False, "use_vllm": True}
+ASYNC = Setting("irft that samples beside training", "1 process", {**TINY, **EARLY, "global_batch_size": 4})
 TWO = Setting("irft with LoRA and a sampler", "2 processes", {**TINY, **SAMPLED, "global_batch_size": 4})
 
 
-@pytest.mark.parametrize("setting", [ONE, pytest.param(TWO, marks=full)], ids=lambda setting: setting.how)
+@pytest.mark.parametrize(
+    "setting", [ONE, *(pytest.param(setting, marks=full) for setting in (TWO, ASYNC))], ids=lambda setting: setting.name
+)
 def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path, setting):
     warm()
     if setting.keys.get("use_vllm"):

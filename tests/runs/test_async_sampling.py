@@ -138,7 +138,7 @@ def test_answers_come_while_the_stage_before_trains(whole):
 
 
 @full
-@pytest.mark.parametrize(("steps", "same"), [(EARLY, "early"), (LAST, "policy")])
+@pytest.mark.parametrize(("steps", "same"), [(EARLY, "early"), pytest.param(LAST, "policy", marks=slow)])
 def test_the_early_policy_is_that_of_a_stage_of_so_many_steps_and_saving_it_changes_no_step(
     whole, tmp_path, python, steps, same
 ):
@@ -154,9 +154,9 @@ def test_the_early_policy_is_that_of_a_stage_of_so_many_steps_and_saving_it_chan
 @pytest.mark.parametrize(
     "moments",
     [
-        ["stage-00/checkpoint/step-2", "stage-00/early", "stage-00/checkpoint/step-6"],
-        pytest.param(["stage-01/samples"], marks=full),
-        pytest.param(["stage-00/staleness.json", "stage-01/pairs.json"], marks=full),
+        pytest.param(["stage-00/checkpoint/step-2", "stage-00/early", "stage-00/checkpoint/step-6"], marks=full),
+        pytest.param(["stage-01/samples"], marks=slow),
+        pytest.param(["stage-00/staleness.json", "stage-01/pairs.json"], marks=slow),
     ],
     ids=lambda moments: moments[0],
 )
@@ -167,8 +167,9 @@ def test_a_run_that_is_killed_ends_as_an_undisturbed_one(whole, tmp_path, python
     assert differences(tmp_path / "run", whole[0]) == []
 
 
-@full
-@pytest.mark.parametrize("lost", ["stage-00/early", "stage-01/samples"])
+@pytest.mark.parametrize(
+    "lost", [pytest.param("stage-00/early", marks=full), pytest.param("stage-01/samples", marks=slow)]
+)
 def test_a_lost_early_policy_or_its_lost_answers_are_made_again(whole, tmp_path, python, lost):
     """The early policy is lost after a later checkpoint was written, from which no step could make it."""
     keys = {**KEYS, "vllm_python": python}
@@ -203,7 +204,9 @@ def test_of_two_processes_the_first_has_vllm_answer(tmp_path, python):
 
 
 @full
-@pytest.mark.parametrize("keys", [{"method": "t_spin"}, {"method": "spin"}], ids=lambda keys: keys["method"])
+@pytest.mark.parametrize(
+    "keys", [{"method": "t_spin"}, pytest.param({"method": "spin"}, marks=slow)], ids=lambda keys: keys["method"]
+)
 def test_self_play_with_all_prompts_is_sampled_early_too_and_old_policies_are_deleted(tmp_path, python, keys):
     keys = {**KEYS, **keys, "stages": 3, "save_total_limit": 1}
     run(tmp_path / "run", **keys, vllm_python=python)

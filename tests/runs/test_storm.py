@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.killable import Start, until, warm
 from tests.helpers.storm import TINY, Setting, chain, differences, stand_in, undisturbed
-from tests.helpers.tiers import full
+from tests.helpers.tiers import full, slow
 
 ONE = Setting("irft", "1 process", {**TINY, "global_batch_size": 4})
 SAMPLED = {"stages": 1, "eval_every_stage": False, "use_peft": True, "use_vllm": True}
@@ -17,7 +17,9 @@ TWO = Setting("irft with LoRA and a sampler", "2 processes", {**TINY, **SAMPLED,
 
 
 @pytest.mark.parametrize(
-    "setting", [ONE, *(pytest.param(setting, marks=full) for setting in (TWO, ASYNC))], ids=lambda setting: setting.name
+    "setting",
+    [ONE, pytest.param(TWO, marks=full), pytest.param(ASYNC, marks=slow)],
+    ids=lambda setting: setting.name,
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path, setting):
     warm()

@@ -10,7 +10,7 @@ from irlfast.common.addresses import check_address, warn_of_open_key
 from irlfast.common.files import InputError, find_path, is_glob, is_local
 from irlfast.common.ranks import world_size
 from irlfast.common.secrets import redacted
-from irlfast.config.deepspeed import merged_settings, zero_stage
+from irlfast.config.deepspeed import check_split_sampling, merged_settings, zero_stage
 from irlfast.config.methods import METHOD_FACTS, READ_WITH, SFT_TEACHERS
 from irlfast.config.reward_checks import check_added_rewards, check_alignment, check_features, check_reward
 from irlfast.config.sampling_checks import check_async_sampling, check_vllm_server
@@ -63,6 +63,7 @@ def check(config: Any) -> None:
     check_lengths(config)
     check_teacher(config)
     check_engine(config)
+    check_split_sampling(config)
     check_offloading(config)
     check_4bit(config)
     check_tracking(config)
@@ -383,8 +384,7 @@ def check_path(name: str, value: str | None) -> None:
 def check_datasets(key: str, value: Any) -> None:
     """Check that files exist, and that all sources have a weight or none has."""
     sources = value if isinstance(value, list) else [value] if value else []
-    weights = {getattr(source, "weight", None) is None for source in sources}
-    if len(weights) > 1:
+    if len({getattr(source, "weight", None) is None for source in sources}) > 1:
         raise InputError(f"{key}: found sources with a weight and without, expected a weight for each or for none")
     for source in sources:
         name = str(getattr(source, "name", source))

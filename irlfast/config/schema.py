@@ -306,6 +306,11 @@ class Config(Inputs):
     top_k: Annotated[int, Field(ge=0)] = key(0, "Draw from this many of the most likely tokens (0: all).")
     max_new_tokens: Count = key(256, "Most tokens of a sampled answer, end token included.")
     per_device_eval_batch_size: Count = key(64, "Sequences that are scored or generated at a time, per device.")
+    ds3_gather_for_generation: bool = key(
+        True,
+        "With zero_stage 3, each process loads the whole policy to sample by Transformers (false: its weights are "
+        "gathered layer by layer for every token, which is slow, but has room).",
+    )
     vllm_python: str | None = key(None, "A Python interpreter that has vLLM (default: the one that runs irlfast).")
     vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = key(0.9, "Share of the GPU's memory for vLLM.")
     vllm_tensor_parallel_size: Count = key(1, "GPUs per vLLM engine.")

@@ -30,10 +30,11 @@ class Stored(NamedTuple):
     shape: list[int]
 
 
-def load_split(base: str, revision: str, config: Config, heads: int = 0) -> tuple[Any, set[str]]:
+def load_split(base: str, revision: str, config: Config, heads: int = 0, foreign: bool = False) -> tuple[Any, set[str]]:
     """Load a model, each of its parameters split among all processes, and return the names of tensors without a place.
 
-    With ``heads``, it is a reward model that was saved with as many.
+    With ``heads``, it is a reward model that was saved with as many. A ``foreign`` one is a reward model of another
+    project, with the heads and the dtype of its checkpoint.
 
     Unless the tensors of its safetensors files are the model's own one by one, it must be loaded whole: log why, and
     return None in its place.
@@ -42,17 +43,18 @@ def load_split(base: str, revision: str, config: Config, heads: int = 0) -> tupl
         InputError: a weight is not finite.
     """
     stored = dist.on_main(lambda: stored_tensors(folder_of(base, revision)))
-    model = model_without_memory(base, revision, config, heads)
-    if reason := why_whole(model, stored, config):
+    model = model_without_memory(base, revision, config, heads, foreign)
+    if reason := why_whole(model, stored):
         log_once(f"model {base}: each process loads it whole, because {reason}")
         return None, set()
     split: list[Any] = []
     bad: list[str] = []
     places = places_of_parameters(model)
-    most = max(parameter.numel() for parameter in model.parameters())
-    whole = torch.empty(most, dtype=getattr(torch, config.dtype), device=dist.device())  # one after the other
+    most = max(parameter.nbytes for parameter in model.parameters())
+    whole = torch.empty(most, dtype=torch.uint8, device=dist.device())  # one after the other
     for name, parameter in list(model.named_parameters()):
-        own = torch.nn.Parameter(whole[: parameter.numel()].view(parameter.shape), parameter.requires_grad)
+        place = whole[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        own = torch.nn.Parameter(place, parameter.requires_grad)
         if dist.is_main():
             read_tensor(stored[name].path, name, own.data)
             if not is_finite(own.data):
@@ -100,17 +102,21 @@ def read_tensor(path: Path, name: str, into: Tensor) -> None:
         into.copy_(file.get_tensor(name))
 
 
-def model_without_memory(base: str, revision: str, config: Config, heads: int) -> Any:
+def model_without_memory(base: str, revision: str, config: Config, heads: int, foreign: bool) -> Any:
     """Make a model whose parameters have shapes, but no memory. Its buffers are there."""
     import transformers
 
-    kind: Any = transformers.AutoModelForSequenceClassification if heads else transformers.AutoModelForCausalLM
+    reward = heads or foreign
+    kind: Any = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
     options = {"num_labels": heads} if heads else {}
     model_config = transformers.AutoConfig.from_pretrained(
         base, revision=revision, trust_remote_code=config.trust_remote_code, **options
     )
+    built = building_options(config)
+    if foreign:
+        built = {"dtype": model_config.dtype, "trust_remote_code": config.trust_remote_code}
     with parameters_without_memory():
-        model = kind.from_config(model_config, **building_options(config))
+        model = kind.from_config(model_config, **built)
     with contextlib.suppress(OSError):  # most models have such a file
         model.generation_config = transformers.GenerationConfig.from_pretrained(base, revision=revision)
     return model
@@ -134,17 +140,19 @@ def parameters_without_memory() -> Iterator[None]:
         module_class.register_parameter = register
 
 
-def why_whole(model: Any, stored: dict[str, Stored], config: Config) -> str:
+def why_whole(model: Any, stored: dict[str, Stored]) -> str:
     """Return why a checkpoint cannot be split while it is loaded, or an empty text."""
     if not stored:
         return "its checkpoint is no safetensors"
     if is_converted(model):
         return "Transformers converts its tensors"
+    if model.config.dtype is None:
+        return "its config.json names no dtype"
     own = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     if other := sorted(name for name, shape in own.items() if name not in stored or stored[name].shape != shape):
         return f"its checkpoint has no {other[0]} of that name and shape"
     kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    if kept and config.dtype != "float32":
+    if kept and model.dtype != torch.float32:
         return f"it keeps {kept[0]} in float32"
     buffers = model.state_dict().keys() - own.keys() - tied_names(model)
     return f"its checkpoint has the buffer {min(buffers)}" if buffers else ""
@@ -217,11 +225,20 @@ def runnable(model: torch.nn.Module, config: Config) -> Iterator[None]:
     hooks = DeepSpeedZeRoOffload(
         root, NoopTimer(), merged_settings(config), overlap_comm=False, param_persistence_threshold=0
     )
+    find_foreign_reads(model, True)
     try:
         yield
     finally:
+        find_foreign_reads(model, False)
         hooks.partition_all_parameters()
         hooks.destroy()
         for module in model.modules():  # or the engine's backward passes would go on with these hooks
             for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
                 vars(module).pop(name, None)
+
+
+def find_foreign_reads(model: torch.nn.Module, wanted: bool) -> None:
+    """Let DeepSpeed gather a parameter where another module than its own reads it, as DeBERTa's encoder does."""
+    for module in model.modules():
+        parameters: Any = module._parameters
+        parameters._in_forward = wanted

@@ -38,6 +38,7 @@ MAY_CHANGE = {
     "hub_private": "who sees the upload",
     "per_device_eval_batch_size": "how many answers are sampled or scored together: other draws of the same policy",
     "scorer": "how `irlfast evaluate` scores answers",
+    "ds3_gather_for_generation": "whether a process has the whole policy while it samples",
     "vllm_python": "which interpreter runs vLLM",
     "vllm_tensor_parallel_size": "how many GPUs an engine of vLLM takes",
     "vllm_gpu_memory_utilization": "the memory that vLLM takes",

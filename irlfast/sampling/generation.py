@@ -34,7 +34,7 @@ from irlfast.runs.run import Run
 from irlfast.sampling import background
 from irlfast.sampling.gpus import leads_engine
 from irlfast.sampling.shards import Drawn, Part, Request, Sampling, Shard, parts_of
-from irlfast.sampling.transformers_sampler import transformers_answers
+from irlfast.sampling.transformers_sampler import samples_split, transformers_answers
 from irlfast.sampling.vllm_sampler import MOST_AT_ONCE, UnsupportedAdapter, generate_vllm
 from irlfast.sampling.vllm_servers import Probe, probe_of, server_answers
 from irlfast.sampling.work_queue import LocalStore, Queue, WorkerLost, new_queue
@@ -187,6 +187,9 @@ def answers_from(queue: Queue, policy: Path | str, parts: Sequence[Part], worker
 
     run, claim = parts[0].request.run, claim_of(queue, parts)
     generate = functools.partial(transformers_answers, run, policy, claim)
+    if samples_split(run.config):
+        yield from generate()
+        return
     if run.config.use_vllm:
         share = math.ceil(sum(map(answer_count, parts)) / workers)
         longest = max(part.request.longest() for part in parts)

@@ -23,7 +23,8 @@ from irlfast.data.plain_template import join_turns
 from irlfast.data.rows import Demonstration
 from irlfast.data.special_tokens import SafeTokenizer, control_tokens, escape_special_tokens, make_safe_tokenizer
 from irlfast.data.templates import Template, TemplateRefusal, mend_conversation, render, without_first_turns
-from irlfast.models.load import check_missing
+from irlfast.models.load import check_missing, is_run_split
+from irlfast.models.split import is_split, load_split, runnable
 from irlfast.runs.run import Run
 from irlfast.sampling.reward_texts import cached, row_of, text_of
 
@@ -84,6 +85,7 @@ def load_external(reward: str, config: Config, begun: datetime.datetime) -> Call
     """Load a Transformers reward model; return a function from conversations to its logits ``[S]`` fp32.
 
     The function logs how many conversations were cut or mended. ``begun`` is the time that the chat template may write.
+    ZeRO-3 splits the reward model, as it does the models of the run. All processes call the function then.
 
     Raises:
         InputError: the reward model cannot be loaded, lacks tensors, or has more than one label.
@@ -93,19 +95,23 @@ def load_external(reward: str, config: Config, begun: datetime.datetime) -> Call
     name = str(find_path(reward) or reward)
     with explain_errors(f"reward model {reward}: cannot be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, output_loading_info=True, trust_remote_code=config.trust_remote_code
-        )
-    check_missing(name, model, report["missing_keys"])
+        model = load_split(name, "main", config, foreign=True)[0] if is_run_split(config, in_4bit=False) else None
+        if model is None:
+            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name, output_loading_info=True, trust_remote_code=config.trust_remote_code
+            )
+            check_missing(name, model, report["missing_keys"])
     if model.config.num_labels != 1:
         raise InputError(f"reward model {reward}: found {model.config.num_labels} labels, expected 1")
+    model.config.get_text_config().use_cache = False  # keys and values of all layers, which a score has no use for
     model = model.to(dist.device()).eval()
     reader = make_reader(reward, tokenizer, model.config.get_text_config(), begun)
 
     def score(rows: Sequence[Demonstration]) -> Tensor:
         texts = [tokenize(reader, row) for row in rows]
         log_changes(reader, texts, config)
-        logits = logits_of(model, reader, [text.ids for text in texts], config.per_device_eval_batch_size)
+        with runnable(model, config):
+            logits = logits_of(model, reader, [text.ids for text in texts], config.per_device_eval_batch_size)
         cut = torch.tensor([text.cut for text in texts], dtype=torch.bool)
         return logits.masked_fill(cut, torch.nan) if config.reward_overlong == "drop" else logits
 
@@ -126,20 +132,26 @@ def make_reader(name: str, tokenizer: Any, model_config: Any, begun: datetime.da
 
 @torch.no_grad()
 def logits_of(model: Any, reader: Reader, texts: Sequence[list[int]], batch_size: int) -> Tensor:
-    """Return the model's logit of each text. Batches have texts of similar lengths, padded on the right."""
+    """Return the model's logit of each text. Batches have texts of similar lengths, padded on the right.
+
+    The processes of a split model take as many forward passes; one without texts runs a batch that nobody reads.
+    """
     padding = model.config.get_text_config().pad_token_id
     size = batch_size if padding is not None else 1
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    if is_split(model):
+        batches += [[]] * (max(dist.all_gather_object(len(batches))) - len(batches))
     logits = torch.empty(len(texts))
     name = Path(reader.name).name
     with in_small_units(name), Progress(name, len(texts), "text", seconds=10.0) as progress:
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            longest = len(texts[chosen[0]])
-            ids = torch.tensor([texts[i] + [padding or 0] * (longest - len(texts[i])) for i in chosen])
-            mask = torch.tensor([[1] * len(texts[i]) + [0] * (longest - len(texts[i])) for i in chosen])
+        for chosen in batches:
+            rows = [texts[i] for i in chosen] or [[0]]
+            longest = len(rows[0])
+            ids = torch.tensor([row + [padding or 0] * (longest - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
             outputs = model(ids.to(model.device), attention_mask=mask.to(model.device))
-            logits[chosen] = outputs.logits[:, 0].float().cpu()
+            logits[chosen] = outputs.logits[: len(chosen), 0].float().cpu()
             progress.advance(len(chosen))
             progress.show()
     return logits

@@ -1,21 +1,38 @@
-"""Sample answers by Transformers' ``generate``, with random numbers of their own for each answer."""
+"""Sample answers by Transformers' ``generate``, with random numbers of their own for each answer.
+
+Where ZeRO-3 has split the policy, each layer's weights are gathered for every token. So the processes answer their
+batches in step: none ends its loop of tokens, or leaves, before all are done.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.common.movement import in_small_units
+from irlfast.config import Config
+from irlfast.models.load import is_run_split
 from irlfast.models.prepare import forget, frozen_model
+from irlfast.models.split import is_split, runnable
 from irlfast.models.tokenizers import unused_ids
 from irlfast.runs.run import Run
-from irlfast.sampling.shards import Drawn, Sampling, Shard
+from irlfast.sampling.shards import GREEDY, Drawn, Sampling, Shard
 
 Processors = list[Callable[[Tensor, Tensor], Tensor]]  # (ids so far [B, L], logits [B, V]) -> logits
+
+
+class Batch(NamedTuple):
+    """Answers of a shard that are generated together."""
+
+    shard: Shard
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[int]
+    is_last: bool
 
 
 @torch.no_grad()
@@ -24,30 +41,53 @@ def transformers_answers(
 ) -> Iterator[tuple[int, list[Drawn]]]:
     """Yield (shard number, its answers, those to one prompt together) by Transformers' ``generate``.
 
-    ``claim`` returns the next shard, or None if there is none now. Without a first one, the model is not loaded.
+    ``claim`` returns the next shard, or None if there is none now. Without a first one, the model is not loaded. With
+    :func:`samples_split`, all processes call this function; one without a shard generates a token for the others.
     """
-    shard = claim()
-    if not shard:
+    config, ends, split = run.config, run.encoder.ends, samples_split(run.config)
+    batches = batches_of(claim, config.per_device_eval_batch_size)
+    batch = next(batches, None)
+    if not any_has(batch, split):
         return
-    config = run.config
     forget()  # the attention of a model that has scored may be one that cannot generate
-    model = frozen_model(policy, config)
+    model = frozen_model(policy, config, 0, False, split)
     own_defaults = model.generation_config
-    never = unused_ids(run.encoder.tokenizer, model.get_output_embeddings().weight.shape[0])
-    check_logits(model, policy, shard.prompts[0])
-    while shard:
+    head = model.get_output_embeddings().weight
+    never = unused_ids(run.encoder.tokenizer, getattr(head, "ds_shape", head.shape)[0])
+    idle = Batch(Shard(-1, [], [], 1, GREEDY, 1, ends), [ends[:1]], [0], is_last=False)
+    answers: list[Drawn] = []
+    with runnable(model, config):
+        check_logits(model, policy, (batch or idle).prompts[0])
+        while any_has(batch, split):
+            shard, prompts, seeds, is_last = batch or idle
+            with in_small_units(f"sampling by {policy}"):
+                drawn = generate_batch(model, prompts, seeds, shard.ends, shard.sampling, shard.max_new_tokens, never)
+            answers += drawn if batch else []
+            if is_last:
+                yield shard.number, answers
+                answers = []
+            batch = next(batches, None)
+    model.generation_config = own_defaults  # which training saves with the model
+
+
+def samples_split(config: Config) -> bool:
+    """Return whether the processes answer together by a policy that ZeRO-3 splits among them."""
+    return is_run_split(config, in_4bit=False) and not (config.use_vllm or config.ds3_gather_for_generation)
+
+
+def any_has(batch: Batch | None, split: bool) -> bool:
+    """Return whether this process has a batch or, by a split model, any process."""
+    return any(dist.all_gather_object(batch is not None)) if split else batch is not None
+
+
+def batches_of(claim: Callable[[], Shard | None], size: int) -> Iterator[Batch]:
+    """Yield the batches of the shards that this process claims, of ``size`` answers at most."""
+    while shard := claim():
         each = zip(shard.prompts, shard.seeds, strict=True)
         rows = [(prompt, seed + k) for prompt, seed in each for k in range(shard.n)]
-        answers: list[Drawn] = []
-        for start in range(0, len(rows), config.per_device_eval_batch_size):
-            prompts, seeds = zip(*rows[start : start + config.per_device_eval_batch_size], strict=True)
-            with in_small_units(f"sampling by {policy}"):
-                answers += generate_batch(
-                    model, prompts, seeds, shard.ends, shard.sampling, shard.max_new_tokens, never
-                )
-        yield shard.number, answers
-        shard = claim()
-    model.generation_config = own_defaults  # which training saves with the model
+        for start in range(0, len(rows), size):
+            prompts, seeds = zip(*rows[start : start + size], strict=True)
+            yield Batch(shard, prompts, seeds, is_last=start + size >= len(rows))
 
 
 @torch.no_grad()
@@ -95,6 +135,7 @@ def generate_batch(
             pad_token_id=ends[0],
         ),
         logits_processor=with_logps(processors, logps) if sampling.logps else processors,
+        synced_gpus=is_split(model),
     )
     answers = [cut_at(answer, ends) for answer in generated[:, longest:].tolist()]
     of_answers = torch.stack(logps, 1).tolist() if logps else [[]] * len(answers)

@@ -165,7 +165,7 @@ def scoring_memory(config: Config, size: Size, room: Room, tokens: int) -> dict[
     """
     each = FOUR_BITS if config.load_in_4bit else bytes_of(config)
     layer = size.kept.recomputed or size.kept.layer
-    split = scores_split(config, room)
+    split = zero_splits(config, room)
     return {
         "weights": size.parameters * each / (room.processes if split else 1),
         "activations": tokens * layer,
@@ -174,22 +174,30 @@ def scoring_memory(config: Config, size: Size, room: Room, tokens: int) -> dict[
     }
 
 
-def scores_split(config: Config, room: Room) -> bool:
+def zero_splits(config: Config, room: Room) -> bool:
     return room.processes > 1 and not config.load_in_4bit and merged_settings(config)["zero_optimization"]["stage"] == 3
 
 
 def sampling_memory(config: Config, size: Size, room: Room, prompt: int) -> dict[str, float]:
     """Return the bytes of each part while answers are sampled to prompts of ``prompt`` tokens.
 
-    vLLM takes its share whatever it needs: ``cache`` is what the weights leave of the share.
+    vLLM takes its share whatever it needs: ``cache`` is what the weights leave of the share. Where Transformers samples
+    by a policy that ZeRO-3 splits, a process gathers the parameters of one module at a time.
     """
     split = config.vllm_tensor_parallel_size if config.use_vllm else 1
-    weights = size.parameters * bytes_of(config) / split
+    if samples_by_parts(config, room):
+        weights = size.parameters * bytes_of(config) / room.processes + size.vocabulary * size.hidden * bytes_of(config)
+    else:
+        weights = size.parameters * bytes_of(config) / split
     sequence = size.key_values * bytes_of(config) * (prompt + config.max_new_tokens) / split
     if config.use_vllm and room.on_gpu:
         share = config.vllm_gpu_memory_utilization * room.memory
         return {"weights": weights, "cache": max(share - weights, sequence), "runtime": room.runtime}
     return {"weights": weights, "cache": sequence * config.per_device_eval_batch_size, "runtime": room.runtime}
+
+
+def samples_by_parts(config: Config, room: Room) -> bool:
+    return zero_splits(config, room) and not config.ds3_gather_for_generation
 
 
 def tokens_per_batch(config: Config, size: Size, room: Room, longest: int, step: int) -> int:
@@ -245,9 +253,12 @@ def misfit(config: Config, room: Room, moments: dict[str, dict[str, float]], lon
 def what_helps(config: Config, room: Room, moment: str, longest: int) -> str:
     """Return advice: the first change with which training fits; for the others, what they need."""
     if moment == "sampling":
-        return "expected use_vllm: true with a higher vllm_tensor_parallel_size"
+        return (
+            "expected use_vllm: true with a higher vllm_tensor_parallel_size, or, which is slow, "
+            "ds3_gather_for_generation: false with zero_stage: 3"
+        )
     if moment == "scoring":
-        if scores_split(config, room):
+        if zero_splits(config, room):
             return "expected more GPUs, GPUs with more memory, or a smaller model"
         return "expected zero_stage: 3 on several GPUs, which share the model then"
     for change, keys in CHANGES.items():

@@ -228,6 +228,12 @@ WRONG = {
     "prompt_template: expected": {"prompt_template": "no place"},
     "max_prompt_length: found 99": {"max_prompt_length": 99, "max_length": 99},
     "zero_stage: found 0 with dtype bfloat16": {"dtype": "bfloat16", "zero_stage": 0},
+    "ds3_gather_for_generation: found false with zero_stage 1, which splits no": {"ds3_gather_for_generation": False},
+    "ds3_gather_for_generation: found false with use_vllm, whose engines split": {
+        "ds3_gather_for_generation": False,
+        "zero_stage": 3,
+        "use_vllm": True,
+    },
     "divergence: found 'gail' with reward_loss bradley_terry": {"method": "rft", "divergence": "gail"},
     "prompt_dataset_name: found .* with method irft, which needs a demonstration for every prompt": {
         "prompt_dataset_name": __file__

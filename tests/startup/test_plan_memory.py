@@ -12,7 +12,15 @@ from irlfast.config import make_config
 from irlfast.models.costs import Costs
 from irlfast.models.lora import add_lora
 from irlfast.models.steady import recompute_layers
-from irlfast.startup.plan_memory import Room, misfit, most, scoring_memory, tokens_per_batch, training_memory
+from irlfast.startup.plan_memory import (
+    Room,
+    misfit,
+    most,
+    sampling_memory,
+    scoring_memory,
+    tokens_per_batch,
+    training_memory,
+)
 from irlfast.startup.sizes import Kept, Size, kept_activations, model_size
 from tests.helpers.engine_tensors import SIZES
 from tests.helpers.runs import printed
@@ -109,6 +117,18 @@ def test_zero_3_shares_out_a_model_that_scores_and_gathers_its_head():
     said = [misfit(configs[n], room, {"scoring": parts[n]}, longest=9) for n in parts]
     assert said[0].endswith("expected zero_stage: 3 on several GPUs, which share the model then")
     assert said[1].endswith("expected more GPUs, GPUs with more memory, or a smaller model")
+
+
+def test_transformers_samples_by_parts_of_zero_3_where_it_is_told_to():
+    keys, room = GIVEN | {"dtype": "bfloat16", "zero_stage": 3}, Room(1e9, 4, on_gpu=True, runtime=0.0)
+    whole, parts = (
+        sampling_memory(make_config(keys | {"ds3_gather_for_generation": gather}), SIZE, room, 100)
+        for gather in (True, False)
+    )
+    assert whole["weights"] == 2 * SIZE.parameters
+    assert parts["weights"] == 2 * (SIZE.parameters / 4 + SIZE.vocabulary * SIZE.hidden)
+    said = misfit(make_config(keys), room, {"sampling": whole | {"weights": 2e9}}, longest=9)
+    assert said.endswith("or, which is slow, ds3_gather_for_generation: false with zero_stage: 3")
 
 
 @settings(max_examples=60, deadline=None)

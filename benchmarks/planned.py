@@ -1,7 +1,11 @@
-"""One run of benchmarks/plans.py, in each of its processes: ``irlfast train`` whose clock counts CPU seconds.
+"""One run of benchmarks/plans.py, in each of its processes: ``irlfast train``, measured.
 
-The last step is not timed: in it, the tensors that the process holds are counted. Each process writes what it found to
-``measured-RANK.json`` in the run's folder. The row of the last step is taken out of metrics.jsonl.
+    python -m benchmarks.planned {cpu,wall} KEY=VALUE...
+
+With ``cpu``, the process has one thread on one core, and its clock counts CPU seconds; with ``wall``, the run is as
+``irlfast train`` would have it. The last step is not timed: in it, the tensors that the process holds are counted.
+Each process writes what it found to ``measured-RANK.json`` in the run's folder. The row of the last step is taken out
+of metrics.jsonl.
 """
 
 import gc
@@ -112,10 +116,11 @@ MAKE = fit.make_engine
 
 def main() -> int:
     output = Path(next(each for each in sys.argv if each.startswith("output_dir=")).partition("=")[2])
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ.get("RANK", 0)) % len(cores)]})
-    torch.set_num_threads(1)
-    Stopwatch.now = lambda watch: time.process_time()  # type: ignore[method-assign]
+    if sys.argv.pop(1) == "cpu":
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ.get("RANK", 0)) % len(cores)]})
+        torch.set_num_threads(1)
+        Stopwatch.now = lambda watch: time.process_time()  # type: ignore[method-assign]
     fit.train_step, fit.make_engine = measured_step, make_engine
     code = train.main()
     rank = int(os.environ.get("RANK", 0))

@@ -110,7 +110,7 @@ def name_of(processes: int, stage: int) -> str:
     return f"processes-{processes}-zero-{stage}"
 
 
-def train(folder: Path, processes: int, stage: int) -> None:
+def train(folder: Path, processes: int, stage: int, clock: str = "cpu", threads: int = 1) -> None:
     output, load = folder / name_of(processes, stage), os.getloadavg()[0]
     keys = KEYS | {
         "config_name": folder / "config.json",
@@ -119,15 +119,15 @@ def train(folder: Path, processes: int, stage: int) -> None:
         "zero_stage": stage,
         "output_dir": output,
     }
-    start(processes, [f"{name}={value}" for name, value in keys.items()])
+    start(processes, [clock, *(f"{name}={value}" for name, value in keys.items())], threads)
     (output / "load.json").write_text(json.dumps(load))
 
 
-def start(processes: int, settings: list[str]) -> None:
-    """Run ``benchmarks.planned`` by a number of processes."""
+def start(processes: int, arguments: list[str], threads: int) -> None:
+    """Run ``benchmarks.planned`` by a number of processes of so many threads."""
     launcher = ["-m", "irlfast.common.agent", str(processes), "benchmarks.planned"]
-    command = [sys.executable, *(launcher if processes > 1 else ["-m", "benchmarks.planned"]), *settings]
-    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *(launcher if processes > 1 else ["-m", "benchmarks.planned"]), *arguments]
+    alone = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -34,7 +34,7 @@ def test_a_script_runs_as_a_page_says(name, arguments, pytestconfig, data, tmp_p
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / f"{name}.py"), *given, "--quick"])
     # The same commands, in processes that have imported already.
     monkeypatch.setattr(runs, "start", printed)
-    monkeypatch.setattr(plans, "start", lambda count, given: printed(["-m", "benchmarks.planned", *given], count))
+    monkeypatch.setattr(plans, "start", lambda count, given, _: printed(["-m", "benchmarks.planned", *given], count))
     monkeypatch.setattr(conftest, "RESULTS_FOLDER", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     importlib.import_module(f"benchmarks.{name}").main()
@@ -43,7 +43,7 @@ def test_a_script_runs_as_a_page_says(name, arguments, pytestconfig, data, tmp_p
 
 
 def test_the_pages_name_every_script():
-    started = {"throughput", "planned"}  # by test_throughput.py and plans.py
+    started = {"throughput", "planned"}  # by test_throughput.py, plans.py and walls.py
     modules = (ROOT / "benchmarks").glob("*.py")
     scripts = {path.stem for path in modules if "\nif __name__" in path.read_text()}
     assert {name for name, _ in SCRIPTS} == scripts - started

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -177,6 +178,15 @@ def copy_folder(source: Path, target: Path, linked: str = "") -> None:
     for file in source.rglob("*"):
         if file.is_file():
             check_written(target / file.relative_to(source), file.stat().st_size)
+
+
+def has_links(folder: Path) -> bool:
+    """Return whether the file system of a folder has hard links."""
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(suffix=".tmp", dir=folder) as own:
+        Path(own, "file").touch()
+        os.link(Path(own, "file"), Path(own, "link"))
+        return True
+    return False
 
 
 def remove_temporary(folder: Path) -> None:

@@ -191,9 +191,8 @@ def moved_per_second(run: Measured, row: dict[str, Any]) -> float:
 
 def sent_per_second(run: Measured, row: dict[str, Any]) -> float:
     """Return the bytes per second that a process sent, with a reduction per step as on a CPU."""
-    each = bytes_of(run.config)
-    stage, weights = zero_of(run.config, run.processes)["stage"], each * run.size.parameters
-    sent = bytes_sent(stage, run.processes, 1, weights, each * run.size.trained, run.on_gpu)
+    stage = zero_of(run.config, run.processes)["stage"]
+    sent = bytes_sent(stage, run.processes, 1, run.size, bytes_of(run.config), run.on_gpu)
     return sent * steps_of(row, run.rows) / (row["seconds"] * row["time/communication"])
 
 

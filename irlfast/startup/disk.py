@@ -1,7 +1,8 @@
 """The bytes that a run writes to its folder, estimated before each phase and compared with the free space.
 
 A phase leaves samples, scores and a policy. While it trains, it also has its checkpoint, and a second one while the
-newer replaces the older.
+newer replaces the older. ``final/`` has hard links to the weights of its policy, where the file system has links; an
+adapter is merged into its base there.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from irlfast.common import dist
-from irlfast.common.files import InputError, free_bytes
+from irlfast.common.files import InputError, free_bytes, has_links
 from irlfast.config import Config
 from irlfast.engine.optim import STATE_BYTES
 from irlfast.engine.plan import Plan
@@ -37,17 +38,20 @@ def plan_disk(run: Run) -> list[Need]:
     size = model_size(run.config, len(run.encoder.tokenizer), passes=False)
     if size is None:
         return []
-    return disk_needs(run.config, size, mean_length(run.train), len(run.train), len(run.prompts))
+    rows, prompts, linked = len(run.train), len(run.prompts), has_links(run.output)
+    return disk_needs(run.config, size, mean_length(run.train), rows, prompts, linked)
 
 
-def disk_needs(config: Config, size: Size, length: float, rows: int, prompts: int) -> list[Need]:
+def disk_needs(config: Config, size: Size, length: float, rows: int, prompts: int, linked: bool = True) -> list[Need]:
     """Estimate what each phase of a run on so many ``rows`` and ``prompts`` needs, and what its end does.
 
-    ``length`` is the mean number of tokens of a prompt and its answer.
+    ``length`` is the mean number of tokens of a prompt and its answer. ``linked`` says whether the file system has hard
+    links.
     """
-    whole = size.parameters * bytes_of(config) + SMALL
     needs = [need_of(config, phase, size, length) for phase in phases_of(config, rows, prompts)]
-    return [*needs, Need("final", whole + REPORT, whole + REPORT)]
+    weights = 0 if linked and not config.use_peft else size.parameters * bytes_of(config)
+    final = weights + SMALL + REPORT
+    return [*needs, Need("final", final, final)]
 
 
 def need_of(config: Config, phase: Phase, size: Size, length: float) -> Need:

@@ -21,6 +21,7 @@ from irlfast.startup.plan_seconds import (
     load_seconds,
     sampling_seconds,
     scoring_seconds,
+    split_scoring_seconds,
     step_seconds,
 )
 from irlfast.startup.sizes import Size
@@ -99,7 +100,7 @@ def plan_run(config: Config, size: Size, room: Room, rates: Rates, work: Work) -
         memory["scoring"] = scoring_memory(config, size, room, scored)
     memory["sampling"] = sampling_memory(config, size, room, config.max_prompt_length)
     cache = memory["sampling"]["cache"]
-    planned = [plan_phase_of(config, size, room, rates, work, phase, tokens, cache) for phase in phases]
+    planned = [plan_phase_of(config, size, room, rates, work, phase, tokens, scored, cache) for phase in phases]
     return Planned(room, tokens, memory, planned)
 
 
@@ -111,8 +112,17 @@ def room_to_score(config: Config, work: Work, room: Room) -> int:
 
 
 def plan_phase_of(
-    config: Config, size: Size, room: Room, rates: Rates, work: Work, phase: Phase, tokens: int, cache: float
+    config: Config,
+    size: Size,
+    room: Room,
+    rates: Rates,
+    work: Work,
+    phase: Phase,
+    tokens: int,
+    tokens_scored: int,
+    cache: float,
 ) -> PlannedPhase:
+    """Plan a phase whose micro-batches have so many ``tokens``, and whose batches to score ``tokens_scored``."""
     plan, lengths = phase.plan(), work.lengths
     groups = plan.steps[0].size
     own = groups / room.processes * count_tokens(group_of(lengths, phase.answers))
@@ -127,12 +137,16 @@ def plan_phase_of(
     read = 1 + (MODEL_LOADS - 1) * bool(models_scoring(config, phase)) + EVALUATION_LOADS * bool(evaluated)
     per_prompt = config.num_generations if config.facts.aligns and not plan.reward else 1
     scored = phase.sampled / per_prompt
+
+    def scoring(groups: float, answers: int, models: int) -> float:
+        gathering = split_scoring_seconds(config, size, room, rates, lengths, groups, answers, tokens_scored)
+        return scoring_seconds(size, room, rates, lengths, groups, answers, models) + models * gathering
+
     seconds = {
         "sampling": sampling_seconds(config, size, room, rates, lengths, phase.sampled, cache),
-        "scoring": scoring_seconds(size, room, rates, lengths, scored, phase.answers, models_scoring(config, phase)),
+        "scoring": scoring(scored, phase.answers, models_scoring(config, phase)),
         "training": len(plan.steps) * sum(step.values()),
-        "evaluation": sampling_seconds(config, size, room, rates, lengths, evaluated, cache)
-        + scoring_seconds(size, room, rates, lengths, evaluated, 1, 1),
+        "evaluation": sampling_seconds(config, size, room, rates, lengths, evaluated, cache) + scoring(evaluated, 1, 1),
         "loads": starts * loads["sampler"] + read * loads["model"],
     }
     return PlannedPhase(phase.name, len(plan.steps), groups, step, seconds)

@@ -6,9 +6,10 @@ processes sends and receives (Patarasuk and Yuan 2009):
     ZeRO 0    2 G (P-1)/P                       gradients are summed in all processes
     ZeRO 1    (G + W) (P-1)/P                   each process gets its share of the sum, then all get the new weights
     ZeRO 2    (m G + W) (P-1)/P                 as ZeRO 1, after each micro-batch
-    ZeRO 3    m (G + 2 W) (P-1)/P               weights are gathered forward and backward
+    ZeRO 3    (m (G + 2 (W - H)) + H) (P-1)/P   weights are gathered forward and backward, the head's H bytes once
 
-On a CPU, gradients are reduced once per step, and everywhere (2 G in place of G).
+On a CPU, gradients are reduced once per step, and everywhere (2 G in place of G). Where ZeRO-3 has split a model that
+scores, each forward pass gathers its weights; where Transformers samples by a split policy, each token of a batch does.
 
 ZeRO-3 has a hook of DeepSpeed before and after each module, which gathers and frees its weights. That takes the same
 time however few tokens a pass has: a CPU that trains a small model in small batches spends half a step on it. A GPU is
@@ -19,12 +20,12 @@ import math
 from typing import NamedTuple
 
 from irlfast.config import Config
-from irlfast.data.packing import SHARED, PromptGroup, token_counts
+from irlfast.data.packing import SHARED, PromptGroup, count_tokens, token_counts
 from irlfast.engine.hardware import Cluster
 from irlfast.engine.optim import STATE_BYTES
 from irlfast.engine.plan import Plan
 from irlfast.models.costs import operations
-from irlfast.startup.plan_memory import Room, zero_of
+from irlfast.startup.plan_memory import Room, samples_by_parts, zero_of, zero_splits
 from irlfast.startup.sizes import Size, bytes_of
 
 TRAINING = 0.4  # assumed share of a data sheet's operations that forward and backward passes reach
@@ -96,7 +97,7 @@ def step_seconds(
     processes, each = room.processes, bytes_of(config)
     stage = zero_of(config, processes)["stage"]
     computed = group_operations(config, size, lengths, answers, bool(plan.reward)) * plan.steps[0].size / processes
-    sent = bytes_sent(stage, processes, micro_batches, each * size.parameters, each * size.trained, room.on_gpu)
+    sent = bytes_sent(stage, processes, micro_batches, size, each, room.on_gpu)
     return {
         "forward and backward": computed / rates.training,
         "communication": sent / rates.link,
@@ -123,17 +124,28 @@ def updated_bytes(config: Config, size: Size, processes: int, optim: str) -> flo
     return share * (gradients + states + weights + (4 + 4 + each if stage else 0))
 
 
-def bytes_sent(stage: int, processes: int, micro_batches: int, weights: float, gradients: float, on_gpu: bool) -> float:
-    """Return the bytes that a process sends in a step; see the table above."""
+def bytes_sent(stage: int, processes: int, micro_batches: int, size: Size, each: int, on_gpu: bool) -> float:
+    """Return the bytes that a process sends in a step, where a value has ``each`` bytes; see the table above."""
     times = micro_batches if on_gpu and stage > 1 else 1
     both = 1 if on_gpu and stage else 2
+    gradients, weights, head = (each * count for count in (size.trained, size.parameters, head_values(size)))
     moved = {
         0: 2 * gradients,
         1: both * gradients + weights,
         2: both * times * gradients + weights,
-        3: times * gradients + 2 * micro_batches * weights,
+        3: times * gradients + 2 * micro_batches * (weights - head) + head,
     }[stage]
     return moved * (processes - 1) / processes
+
+
+def head_values(size: Size) -> int:
+    return size.vocabulary * size.hidden
+
+
+def gathering_seconds(config: Config, size: Size, room: Room, rates: Rates, passes: float) -> float:
+    """Return the seconds in which ZeRO-3 gathers all weights of a split model for so many passes without a gradient."""
+    sent = bytes_of(config) * size.parameters * (room.processes - 1) / room.processes
+    return passes * (sent / rates.link + size.layers * rates.hooks)
 
 
 def sampling_seconds(
@@ -157,7 +169,9 @@ def sampling_seconds(
     started = size.layers * DECODING_LAYER if room.on_gpu and not config.use_vllm else 0.0
     step = max(read, 2 * size.parameters * together / split / rates.training, started)
     prompts = 2 * size.parameters * lengths.prompt * answers / engines / split / rates.training
-    return rates.sampling * (math.ceil(answers / engines / together) * lengths.sampled * step + prompts)
+    passes = math.ceil(answers / engines / together) * lengths.sampled
+    gathering = gathering_seconds(config, size, room, rates, passes) if samples_by_parts(config, room) else 0.0
+    return rates.sampling * (passes * step + prompts) + gathering
 
 
 def scoring_seconds(
@@ -165,10 +179,19 @@ def scoring_seconds(
 ) -> float:
     """Return the seconds in which ``models`` score ``groups`` prompt groups: the forward part of training."""
     counts = token_counts([group_of(lengths, answers)], SHARED)
-    head = size.vocabulary * size.hidden
-    forward: float = size.forward * counts["tokens"] + 2 * head * counts["answer_tokens"]
+    forward: float = size.forward * counts["tokens"] + 2 * head_values(size) * counts["answer_tokens"]
     forward += size.costs.attended / 3 * counts["attended"]
     return rates.scoring * models * groups * forward / room.processes / rates.training
+
+
+def split_scoring_seconds(
+    config: Config, size: Size, room: Room, rates: Rates, lengths: Lengths, groups: float, answers: int, tokens: int
+) -> float:
+    """Return the seconds in which a model that ZeRO-3 splits is gathered to score groups, ``tokens`` a pass; else 0."""
+    if not zero_splits(config, room) or not groups:
+        return 0.0
+    own = groups / room.processes * count_tokens(group_of(lengths, answers))
+    return gathering_seconds(config, size, room, rates, math.ceil(own / tokens))
 
 
 def load_seconds(config: Config, size: Size, rates: Rates) -> dict[str, float]:

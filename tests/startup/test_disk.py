@@ -29,7 +29,9 @@ def needs_of(output):
 
 
 def bytes_below(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """The bytes of the files of a folder on disk: a file with several names counts once."""
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum({(each.st_dev, each.st_ino): each.st_size for each in found}.values())
 
 
 def check_left(output):
@@ -122,10 +124,23 @@ def test_a_run_whose_disk_fills_in_a_phase_ends_before_the_next_one(tmp_path, mo
         train.train(config)
 
 
+def test_final_takes_the_room_of_its_weights_without_links_and_for_a_merged_adapter(tmp_path, monkeypatch):
+    keys, size = {"dataset_name": __file__, "model_name_or_path": "."}, Size(10**6, 10**6, layers=1, hidden=1)
+    whole, adapter = make_config(keys), make_config(keys | {"use_peft": True})
+    linked, copied, merged = (
+        disk_needs(config, size, 20.0, 96, 0, links)[-1].left
+        for config, links in ((whole, True), (whole, False), (adapter, True))
+    )
+    assert copied - linked == 4 * 10**6 and merged == copied
+    assert files.has_links(tmp_path)
+    monkeypatch.setattr(files.os, "link", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    assert not files.has_links(tmp_path) and not [*tmp_path.iterdir()]
+
+
 def test_policies_that_save_total_limit_deletes_count_no_longer():
     keys = {"dataset_name": __file__, "model_name_or_path": ".", "stages": 5, "dtype": "bfloat16"}
     size = Size(parameters=10**9, trained=10**9, layers=1, hidden=1)
-    every, two = (
-        most(disk_needs(make_config(keys | limit), size, 20.0, 96, 0)) for limit in ({}, {"save_total_limit": 1})
-    )
-    assert every - two == pytest.approx(3 * 10**9 * 2, rel=0.01)  # of five in bfloat16, the last and the best stay
+    every, two = (disk_needs(make_config(keys | more), size, 20.0, 96, 0) for more in ({}, {"save_total_limit": 1}))
+    left, at_most = (measure(every) - measure(two) for measure in (lambda needs: sum(n.left for n in needs), most))
+    assert left == pytest.approx(3 * 10**9 * 2, rel=0.01)  # of five in bfloat16, the last and the best stay
+    assert at_most == pytest.approx(2 * 10**9 * 2, rel=0.01)  # the last stage deletes the third one when it is done

@@ -15,13 +15,15 @@ from irlfast.startup.plan_run import plan_run, work_of
 from irlfast.startup.plan_seconds import (
     DECODING_LAYER,
     Lengths,
+    Rates,
     assumed_rates,
     bytes_sent,
     group_operations,
     sampling_seconds,
+    split_scoring_seconds,
     step_seconds,
 )
-from irlfast.startup.sizes import model_size
+from irlfast.startup.sizes import Size, model_size
 from tests.helpers.runs import ROOT, printed
 
 GIVEN = {"dataset_name": "organisation/demonstrations", "max_train_samples": 1000, "dtype": "bfloat16"}
@@ -125,10 +127,30 @@ def test_operations_of_a_group_are_those_that_torch_counts(keys, checkpointing):
 
 
 def test_bytes_sent_are_those_of_rings():
-    sent = {stage: bytes_sent(stage, 4, 3, 100.0, 40.0, on_gpu=True) for stage in range(4)}
-    assert sent == {0: 0.75 * 80, 1: 0.75 * 140, 2: 0.75 * (3 * 40 + 100), 3: 0.75 * 3 * (40 + 200)}
-    assert bytes_sent(3, 1, 3, 100.0, 40.0, on_gpu=True) == 0
-    assert bytes_sent(2, 4, 3, 100.0, 40.0, on_gpu=False) == 0.75 * (2 * 40 + 100)
+    size = Size(parameters=50, trained=20, layers=1, hidden=3, vocabulary=4)
+    sent = {stage: bytes_sent(stage, 4, 3, size, 2, on_gpu=True) for stage in range(4)}
+    head = 2 * 3 * 4  # gathered once in a step of three micro-batches
+    with_zero_3 = 0.75 * (3 * (40 + 2 * (100 - head)) + head)
+    assert sent == {0: 0.75 * 80, 1: 0.75 * 140, 2: 0.75 * (3 * 40 + 100), 3: with_zero_3}
+    assert bytes_sent(3, 1, 3, size, 2, on_gpu=True) == 0
+    assert bytes_sent(2, 4, 3, size, 2, on_gpu=False) == 0.75 * (2 * 40 + 100)
+
+
+def test_a_split_model_is_gathered_for_each_pass_that_scores_and_for_each_token(keys):
+    """Four processes score 64 groups of 8 tokens, 32 tokens a pass, and answer 16 prompts each, 4 tokens each."""
+    size, room = Size(1000, 1000, 5, 10, 20, key_values=1), Room(80e9, 4, on_gpu=False, runtime=0.0)
+    rates, lengths = Rates(1e9, 1e9, link=100.0, hooks=0.5), Lengths(4.0, 4.0, 4.0)
+    gathered = 2 * 1000 * 0.75 / 100 + 5 * 0.5
+    keys |= {"per_device_eval_batch_size": 16}
+    configs = [make_config(keys | {"zero_stage": stage}) for stage in (2, 3)]
+    scored = [split_scoring_seconds(each, size, room, rates, lengths, 64, 1, 32) for each in configs]
+    assert scored == [0, pytest.approx(4 * gathered)]
+    parts = make_config(keys | {"zero_stage": 3, "ds3_gather_for_generation": False})
+    whole, split = (sampling_seconds(each, size, room, rates, lengths, 64, 1e9) for each in (configs[1], parts))
+    assert split - whole == pytest.approx(4 * gathered)
+    work = work_of(configs[0], None)._replace(held_out=0)
+    two, three = (plan_run(each, model_size(each), room, rates, work).phases[-1].seconds for each in configs)
+    assert three["scoring"] > two["scoring"]
 
 
 def test_a_step_takes_its_operations_and_bytes_over_the_rates(keys):

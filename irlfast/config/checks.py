@@ -10,10 +10,10 @@ from irlfast.common.addresses import check_address, warn_of_open_key
 from irlfast.common.files import InputError, find_path, is_glob, is_local
 from irlfast.common.ranks import world_size
 from irlfast.common.secrets import redacted
-from irlfast.config.deepspeed import check_split_sampling, merged_settings, zero_stage
+from irlfast.config.deepspeed import merged_settings, zero_stage
 from irlfast.config.methods import METHOD_FACTS, READ_WITH, SFT_TEACHERS
 from irlfast.config.reward_checks import check_added_rewards, check_alignment, check_features, check_reward
-from irlfast.config.sampling_checks import check_async_sampling, check_vllm_server
+from irlfast.config.sampling_checks import check_async_sampling, check_split_sampling, check_vllm_server
 from irlfast.config.types import DATASETS, listed, shown
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}

@@ -139,22 +139,6 @@ def check_stage(path: Path, settings: dict[str, Any], config: Any) -> None:
         )
 
 
-def check_split_sampling(config: Any) -> None:
-    """Check that a policy which is to answer from its parts has some, and that Transformers is to sample."""
-    if config.ds3_gather_for_generation:
-        return
-    if config.use_vllm:
-        raise InputError(
-            "ds3_gather_for_generation: found false with use_vllm, whose engines split a policy by "
-            "vllm_tensor_parallel_size; expected true"
-        )
-    if (stage := zero_stage(config)) != 3:
-        raise InputError(
-            f"ds3_gather_for_generation: found false with zero_stage {stage}, which splits no policy; expected true, "
-            "or zero_stage 3"
-        )
-
-
 def check_sizes(path: Path, settings: dict[str, Any], config: Any) -> None:
     """Check that the file's sizes of batches make the run's step: max_tokens_per_batch decides how it is cut.
 

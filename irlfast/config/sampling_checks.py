@@ -1,9 +1,10 @@
-"""Checks of the keys of sampling: which servers answer, and whether a stage's answers may be older than its policy."""
+"""Checks of the keys of sampling: which servers answer, how old answers may be, and whether a policy answers in parts."""
 
 from typing import Any
 
 from irlfast.common.addresses import check_address
 from irlfast.common.files import InputError
+from irlfast.config.deepspeed import zero_stage
 from irlfast.config.methods import OWN_KL
 
 
@@ -46,4 +47,20 @@ def check_async_sampling(config: Any) -> None:
         raise InputError(
             f"async_sampling: found true with align {config.align}, whose gradient is of answers of the policy itself; "
             "expected vllm_importance_sampling_correction: true, which weights older answers"
+        )
+
+
+def check_split_sampling(config: Any) -> None:
+    """Check that a policy which is to answer from its parts has some, and that Transformers is to sample."""
+    if config.ds3_gather_for_generation:
+        return
+    if config.use_vllm:
+        raise InputError(
+            "ds3_gather_for_generation: found false with use_vllm, whose engines split a policy by "
+            "vllm_tensor_parallel_size; expected true"
+        )
+    if (stage := zero_stage(config)) != 3:
+        raise InputError(
+            f"ds3_gather_for_generation: found false with zero_stage {stage}, which splits no policy; expected true, "
+            "or zero_stage 3"
         )

@@ -1,4 +1,4 @@
-"""Checks of the keys of sampling: which servers answer, how old answers may be, and whether a policy answers in parts."""
+"""Checks of the keys of sampling: which servers answer, how old answers may be, and who has the whole policy."""
 
 from typing import Any
 

@@ -66,7 +66,9 @@ def all_reduce(values: torch.Tensor) -> torch.Tensor:
 
 
 def free_memory() -> None:
-    """Give back the GPU memory of deleted objects, and wait for all processes: vLLM takes what is free."""
+    """Give back the memory of deleted objects, and wait for all processes: vLLM takes what is free on a GPU."""
     gc.collect()  # an engine and its model hold each other
     torch.cuda.empty_cache()
+    if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):  # not in every torch
+        torch.accelerator.empty_host_cache()  # of copies for checkpoints
     barrier()

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -98,11 +99,20 @@ def staged(path: Path, save: Callable[[Path], Any]) -> Path:
 
 def open_to_umask(path: Path) -> None:
     """Give the files that safetensors has made private the rights that the umask gives all others."""
-    mask = os.umask(0o077)  # a umask is read by setting it
-    os.umask(mask)
+    mask = read_umask()
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if stat.S_IMODE(file.stat().st_mode) == 0o600:
             file.chmod(0o666 & ~mask)
+
+
+def read_umask() -> int:
+    """Return the umask. Where only setting it tells, another thread may make a private file at that moment."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^Umask:\s*(\d+)$", status.read_text(), re.M)):
+        return int(found[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def temporary_name(path: Path) -> Path:

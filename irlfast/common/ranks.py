@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -59,7 +60,7 @@ class Store:
     def __init__(self, within: float) -> None:
         self.tcp = connect(within)
         self.prefix = f"irlfast/{agree_on_start(self.tcp, within) if has_agent_store() else 0}/"
-        self.meetings = 0  # that this process has been to
+        self.meetings: Counter[str] = Counter()  # that this process has been to, of each series
         self.known: dict[int, Member] = {}  # by rank
         self.set(f"member/{rank()}", json.dumps(this_process()))
 
@@ -80,6 +81,16 @@ class Store:
 
     def delete(self, name: str) -> None:
         self.tcp.delete_key(self.prefix + name)
+
+    def meet(self, series: str) -> None:
+        """Wait until all processes are at the next meeting of a series, to which one thread of each process goes."""
+        self.meetings[series] += 1
+        number, pause = self.meetings[series], 0.001
+        if self.count(f"{series}/{number}", 1) == world_size():
+            self.delete(f"{series}/{number - 1}")  # all have gone on from there to here
+        while self.count(f"{series}/{number}") < world_size():
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL)
 
     def member(self, number: int) -> Member | None:
         """Return the process of a rank; None until it has joined."""
@@ -225,16 +236,15 @@ def meet() -> None:
     A collective would end with an error after its time limit. If a process ends instead of coming, the watchdog ends
     this one.
     """
-    if not STORE:
-        return
-    STORE.meetings += 1
-    name, pause = f"meeting/{STORE.meetings}", 0.001
-    if STORE.count(name, 1) == world_size():
-        STORE.delete(f"meeting/{STORE.meetings - 1}")  # all have gone on from there to here
-    with waiting():
-        while STORE.count(name) < world_size():
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_POLL)
+    if STORE:
+        with waiting():
+            STORE.meet("meeting")
+
+
+def meet_beside(series: str) -> None:
+    """Wait as :func:`meet` does, in a thread of each process, while their main threads go on and may meet."""
+    if STORE:
+        STORE.meet(series)
 
 
 def ask_to_stop() -> None:

@@ -334,6 +334,11 @@ class Config(Inputs):
     save_steps: Annotated[int, Field(ge=0)] = key(
         100, "Optimiser steps between checkpoints, rounded up to a multiple of logging_steps (0: no checkpoints)."
     )
+    async_save: bool = key(
+        True,
+        "Write checkpoints beside training, from a copy in host memory: 4 bytes per trained parameter, and the "
+        "optimiser's state. Without room for it, and with false, training waits.",
+    )
     save_total_limit: Count | None = key(
         None,
         "Policies of stages that are kept: the last ones, and the best one with keep: best (default: all). Policies of "

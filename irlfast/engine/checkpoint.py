@@ -8,19 +8,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from irlfast.common import dist
+from irlfast.common import dist, ranks
 from irlfast.common.artefacts import intact, keep, keep_staged
 from irlfast.common.files import InputError, open_to_umask, read_json, remove, temporary_name, write_json
 from irlfast.common.messages import log
 from irlfast.common.movement import at_length
-from irlfast.common.tensors import is_finite, save_tensors
+from irlfast.common.tensors import is_finite
 from irlfast.config import Config
 from irlfast.data.encoding import Encoder
 from irlfast.engine.optim import continue_schedule
 from irlfast.engine.plan import Plan
-from irlfast.engine.state import load_state, save_state
+from irlfast.engine.saving import Files, Saving, begin, finish
+from irlfast.engine.state import load_state, save_files, state_files
 from irlfast.engine.step import add
-from irlfast.engine.teacher import load_averages, save_averages
+from irlfast.engine.teacher import averages, load_averages
 from irlfast.losses.inputs import Metrics
 from irlfast.models.load import load_to_train, save_pretrained
 from irlfast.models.lora import base_and_adapter, merge, revision_of, save_lora
@@ -32,38 +33,59 @@ from irlfast.models.split_save import save_shards
 AVERAGES = "teacher.safetensors"
 
 
-def save_checkpoint(engine: Any, folder: Path, progress: dict[str, Any], sums: Metrics, plan: Plan) -> None:
+def save_checkpoint(
+    engine: Any, folder: Path, progress: dict[str, Any], sums: Metrics, plan: Plan, saving: Saving | None = None
+) -> None:
     """Write everything that the next step needs as ``step-N``; then remove older checkpoints.
-
-    The processes write their parts into ``step-N.tmp``, which gets its name when all of it is on disk.
 
     Args:
         progress: what :func:`progress_of` returns later; its ``step`` is N.
         sums: this process's metrics of the steps since the last logged one.
+        saving: with it, a thread writes (:mod:`irlfast.engine.saving`), once the checkpoint before is written.
     """
     step = progress["step"]
-    path, teacher = folder / f"step-{step}", engine.module.teacher
-    temporary = temporary_name(path)
+    path = folder / f"step-{step}"
     with at_length(f"{folder.parent.name}, writing a checkpoint"):
+        if saving:
+            finish(saving)
         if dist.is_main():
-            remove(temporary)
+            remove(temporary_name(path))
         dist.barrier()
-        temporary.mkdir(parents=True, exist_ok=True)
-        save_state(engine, temporary)
-        if sums:
-            save_tensors({name: value.cpu() for name, value in sums.items()}, sums_file(temporary, dist.rank()))
-        dist.barrier()
-        if dist.is_main():
-            if teacher and teacher.followed:
-                save_averages(teacher, temporary / AVERAGES)
-            size = {"processes": dist.world_size(), "step_size": plan.steps[0].size}
-            write_json(temporary / "progress.json", progress | size)
-            open_to_umask(temporary)
-            keep_staged(temporary, path)
-            for old in checkpoints(folder):
-                if old != path:
-                    remove(old)
-        dist.barrier()
+        temporary_name(path).mkdir(parents=True, exist_ok=True)
+        size = {"processes": dist.world_size(), "step_size": plan.steps[0].size}
+        write = functools.partial(write_checkpoint, path, progress | size)
+        if saving:
+            begin(saving, step, files_of(engine, sums), write)
+        else:
+            write(files_of(engine, sums))
+
+
+def files_of(engine: Any, sums: Metrics) -> Files:
+    """Yield the names and the tensors of this process's files of a checkpoint."""
+    yield from state_files(engine)
+    if sums:
+        yield sums_file(Path(), dist.rank()).name, sums
+    teacher = engine.module.teacher
+    if dist.is_main() and teacher and teacher.followed:
+        yield AVERAGES, averages(teacher)
+
+
+def write_checkpoint(path: Path, progress: dict[str, Any], files: Files) -> None:
+    """Write this process's files into ``step-N.tmp``, which gets its name ``path`` when those of all are on disk.
+
+    Returns when it has its name. A thread may call this: processes meet in the store, not in a collective.
+    """
+    temporary = temporary_name(path)
+    save_files(files, temporary)
+    ranks.meet_beside("checkpoint")
+    if dist.is_main():
+        write_json(temporary / "progress.json", progress)
+        open_to_umask(temporary)
+        keep_staged(temporary, path)
+        for old in checkpoints(path.parent):
+            if old != path:
+                remove(old)
+    ranks.meet_beside("checkpoint")
 
 
 def sums_file(checkpoint: Path, rank: int | str) -> Path:

@@ -29,20 +29,25 @@ from irlfast.engine.memory import OutOfMemory, TokenLimit, out_of_memory, phase_
 from irlfast.engine.meters import Stopwatch, meters, profiled
 from irlfast.engine.optim import set_lower_rate
 from irlfast.engine.plan import Plan
+from irlfast.engine.saving import check, saving_beside
 from irlfast.engine.step import add, prepare_steps, train_step
 from irlfast.engine.teacher import follow
 from irlfast.losses.inputs import Loss, Metrics
 from irlfast.runs.run import Run
 
+Groups = Sequence[PromptGroup]
+Model = Path | str  # a folder, or a name on the hub
+Row = dict[str, Any]
+
 
 def fit(
     run: Run,
     folder: Path,
-    policy: Path | str,
-    groups: Sequence[PromptGroup],
+    policy: Model,
+    groups: Groups,
     loss: Loss,
     plan: Plan,
-    teacher: Path | str | None = None,
+    teacher: Model | None = None,
 ) -> Path:
     """Train ``policy`` as planned and return the result's folder: ``folder/policy``, or ``folder/model`` for a reward.
 
@@ -85,11 +90,11 @@ def result_name(plan: Plan) -> str:
 def train_phase(
     run: Run,
     folder: Path,
-    policy: Path | str,
-    groups: Sequence[PromptGroup],
+    policy: Model,
+    groups: Groups,
     loss: Loss,
     plan: Plan,
-    teacher: Path | str | None,
+    teacher: Model | None,
 ) -> None:
     """Train from the last checkpoint, or from the start, to the end of the phase; save the model."""
     run.check_room()
@@ -123,14 +128,7 @@ def train_phase(
 
 
 def train_steps(
-    run: Run,
-    folder: Path,
-    engine: Any,
-    policy: Path | str,
-    groups: Sequence[PromptGroup],
-    plan: Plan,
-    progress: dict[str, Any],
-    limit: TokenLimit,
+    run: Run, folder: Path, engine: Any, policy: Model, groups: Groups, plan: Plan, progress: Row, limit: TokenLimit
 ) -> int:
     """Take the steps that are left; log every ``logging_steps`` and save every ``save_steps`` steps.
 
@@ -153,11 +151,13 @@ def train_steps(
         Progress(phase, last, "step", done) as shown,
         profiled(config.profile and dist.is_main(), folder / "trace.json") as profile_step,
         timed_collectives(watch),
+        saving_beside(phase, config.async_save) as saving,
     ):
         for step, prepared in enumerate(steps, done + 1):
+            check(saving)
             if agreement.to_stop(step - 1):
                 if not bad.in_a_row:
-                    save_checkpoint(engine, checkpoint, progress | {"back_to": bad.back_to}, sums, plan)
+                    save_checkpoint(engine, checkpoint, progress | {"back_to": bad.back_to}, sums, plan, saving)
                 raise stop.Preempted(f"preempted at step {step - 1} of {phase}")
             taken = train_step(engine, prepared, clipping, watch)
             follow(engine.module.teacher, step, config)
@@ -186,7 +186,8 @@ def train_steps(
                 break
             if config.save_steps and step % config.save_steps == 0 and step < last and not bad.in_a_row:
                 bad.back_to = step
-                save_checkpoint(engine, checkpoint, progress | {"back_to": step}, sums, plan)
+                save_checkpoint(engine, checkpoint, progress | {"back_to": step}, sums, plan, saving)
+                watch.lap("checkpoint")
     end_phase(bad, engine, groups, limit)
     return progress["step"]
 

@@ -44,11 +44,14 @@ class Stopwatch:
         self.collectives = []
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of every part since the last reading, of ``communication``, and of ``all``."""
+        """Return the seconds of every part since the last reading, of ``communication``, and of ``all``.
+
+        ``checkpoint`` is the time that training waited to write one: for a copy, and for the checkpoint before.
+        """
         self.lap("data")
         if dist.device().type == "cuda":
             torch.cuda.synchronize()
-        seconds: dict[str, float] = defaultdict(float)
+        seconds: dict[str, float] = defaultdict(float, checkpoint=0.0)
         for before, lap in itertools.pairwise(self.laps):
             total = seconds_between(before.end, lap.end)
             communication = sum(seconds_between(begin, end) for begin, end in lap.collectives)

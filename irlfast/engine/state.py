@@ -20,6 +20,7 @@ from irlfast.common import dist
 from irlfast.common.files import InputError, flush
 from irlfast.common.tensors import save_tensors
 from irlfast.engine.deepspeed_patches import Span, give_weights_to_model, held_spans
+from irlfast.engine.saving import Files
 
 WEIGHTS, BUFFER, STEP = "weights", "buffer", "step"  # kinds of values beside the states that the optimiser names
 FILE_BYTES = 1 << 30  # a file is full from here on, because it is copied to host memory before it is written
@@ -39,22 +40,31 @@ SavedSpans = dict[str, dict[str, list[Saved]]]  # by parameter and kind
 
 def save_state(engine: Any, folder: Path) -> None:
     """Write the spans that this process holds into files in ``folder``, and flush them to disk."""
+    save_files(state_files(engine), folder)
+
+
+def save_files(files: Files, folder: Path) -> None:
+    for name, tensors in files:
+        save_tensors(tensors, folder / name)
+        flush(folder / name)
+
+
+def state_files(engine: Any) -> Files:
+    """Yield the names and the tensors of the files that hold this process's spans."""
     tensors: dict[str, Tensor] = {}
     number = size = 0
     for key, values in held_values(engine):
         if size and size + values.nbytes > FILE_BYTES:
-            save_file(tensors, folder, number)
+            yield file_name(number), tensors
             tensors, size, number = {}, 0, number + 1
         tensors[key] = values
         size += values.nbytes
     if tensors:
-        save_file(tensors, folder, number)
+        yield file_name(number), tensors
 
 
-def save_file(tensors: dict[str, Tensor], folder: Path, number: int) -> None:
-    path = folder / f"state-{dist.rank()}-{number}.safetensors"
-    save_tensors(tensors, path)
-    flush(path)
+def file_name(number: int) -> str:
+    return f"state-{dist.rank()}-{number}.safetensors"
 
 
 def held_values(engine: Any) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from irlfast.common import dist
-from irlfast.common.tensors import save_tensors
 from irlfast.config import Config
 from irlfast.data.packing import Batch, PromptGroup
 from irlfast.losses.inputs import Teacher
@@ -92,16 +91,15 @@ def follow(teacher: TeacherModel | None, step: int, config: Config) -> None:
         own.copy_(average)
 
 
-def save_averages(teacher: TeacherModel, path: Path) -> None:
-    """Write the fp32 weights of a teacher that follows the policy."""
-    averages = {name: followed.average for name, followed in teacher.followed.items()}
-    save_tensors(averages, path)
+def averages(teacher: TeacherModel) -> dict[str, Tensor]:
+    """Return the fp32 weights of a teacher that follows the policy, by the parameters' names."""
+    return {name: followed.average for name, followed in teacher.followed.items()}
 
 
 @torch.no_grad()
 def load_averages(teacher: TeacherModel, path: Path) -> None:
-    """Continue with the weights that :func:`save_averages` wrote."""
-    averages = load_file(path)
+    """Continue with the :func:`averages` that a checkpoint has."""
+    saved = load_file(path)
     for name, followed in teacher.followed.items():
-        followed.average.copy_(averages[name])
+        followed.average.copy_(saved[name])
         followed.teacher.copy_(followed.average)

@@ -215,7 +215,7 @@ def draw_timeline(times: dict[str, list[Any]]) -> list[Chart]:
     stages: dict[str, np.ndarray] = {}
     for phase, each in times.items():
         known = np.nan_to_num([number(value) for value in each], nan=0.0, posinf=0.0)
-        sampling, scoring, training, _, forward, backward, _, _, evaluation = known
+        sampling, scoring, training, _, forward, backward, *_, evaluation = known
         parts = np.array([sampling, scoring, forward, backward, training - forward - backward, evaluation])
         stage = phase.partition("/")[0]
         stages[stage] = stages.get(stage, 0) + parts

@@ -19,7 +19,8 @@ from irlfast.config.schema import FIELDS
 from irlfast.evaluation.prompts import PART
 from irlfast.reports.metrics import SPEED, TRAINING_KEYS
 
-TIMES = ["seconds", *(f"time/{part}" for part in ("data", "forward", "backward", "optimizer", "communication"))]
+PARTS = ("data", "forward", "backward", "optimizer", "communication", "checkpoint")  # of a step
+TIMES = ["seconds", *(f"time/{part}" for part in PARTS)]
 LOGGED = ["step", *TRAINING_KEYS, *(metric.key for metric in SPEED), *TIMES]  # the columns that are read
 # A closed set: a run has no other folders with phases.
 PHASE = re.compile(r"initial|sft-nll|sft|stage-(\d{1,6})(?:/(round-\d{1,6}))?(?:/(reward(?:-\d{1,6})?))?")

@@ -8,7 +8,10 @@ from irlfast.reports.files import column, interval, mapping
 from irlfast.reports.metrics import SPEED, measured_in
 from irlfast.reports.render import show
 
-PARTS = ("sampling", "scoring", "training", "data", "forward", "backward", "optimiser", "communication", "evaluation")
+PARTS = (
+    *("sampling", "scoring", "training", "data", "forward", "backward", "optimiser", "communication", "checkpoints"),
+    "evaluation",
+)
 COUNTS = {  # of a set of rows in data.json
     "rows": "rows read",
     "kept": "rows kept",

@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "num_processes": "how many processes a command without a launcher starts",
     "logging_steps": "how often metrics are logged",
     "save_steps": "how often checkpoints are written",
+    "async_save": "whether training waits while a checkpoint is written",
     "save_total_limit": "how many stages' policies are kept",
     "preemption_grace": "how long a run that is asked to stop may take",
     "eval_every_stage": "which policies are evaluated",

@@ -107,6 +107,15 @@ def state_bytes(config: Config) -> int:
     return max(STATE_BYTES[name] for name in names or [config.optim])
 
 
+def copy_bytes(config: Config, size: Size, room: Room) -> float:
+    """Return the bytes of host memory for the copy of a checkpoint of the process that has the most."""
+    if not config.async_save or not config.save_steps:
+        return 0.0
+    share = size.trained / (room.processes if zero_of(config, room.processes)["stage"] else 1)
+    follows = config.facts.has_teacher and config.sync_ref_model and not is_live(config)
+    return share * (4 + state_bytes(config)) + 4 * size.trained * follows
+
+
 def summed_bytes(trained: int, share: float, each: int, sums: int, stage: int, on_gpu: bool) -> float:
     """Return the bytes of gradients at the end of a backward pass; see the table above."""
     if stage == 0:

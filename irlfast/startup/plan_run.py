@@ -13,7 +13,14 @@ from irlfast.data.store import Example, Examples
 from irlfast.methods import phases_of
 from irlfast.methods.stages import Phase
 from irlfast.startup.limits import different_lengths, groups_of
-from irlfast.startup.plan_memory import Room, sampling_memory, scoring_memory, tokens_per_batch, training_memory
+from irlfast.startup.plan_memory import (
+    Room,
+    copy_bytes,
+    sampling_memory,
+    scoring_memory,
+    tokens_per_batch,
+    training_memory,
+)
 from irlfast.startup.plan_seconds import (
     Lengths,
     Rates,
@@ -53,6 +60,7 @@ class Planned(NamedTuple):
     room: Room
     tokens: int  # of the largest micro-batch
     memory: dict[str, dict[str, float]]  # bytes of the parts, by moment
+    copied: float  # bytes of host memory while a checkpoint is written beside training
     phases: list[PlannedPhase]
 
     def seconds(self) -> float:
@@ -101,7 +109,7 @@ def plan_run(config: Config, size: Size, room: Room, rates: Rates, work: Work) -
     memory["sampling"] = sampling_memory(config, size, room, config.max_prompt_length)
     cache = memory["sampling"]["cache"]
     planned = [plan_phase_of(config, size, room, rates, work, phase, tokens, scored, cache) for phase in phases]
-    return Planned(room, tokens, memory, planned)
+    return Planned(room, tokens, memory, copy_bytes(config, size, room), planned)
 
 
 def room_to_score(config: Config, work: Work, room: Room) -> int:

@@ -125,4 +125,6 @@ def memory_lines(plan: Planned) -> Iterator[str]:
     for moment, parts in plan.memory.items():
         listed = ", ".join(f"{part} {gib(count)}" for part, count in parts.items() if count)
         yield f"{moment}: {gib(total(parts))} per device ({listed})"
+    if plan.copied:
+        yield f"host memory while a checkpoint is written (async_save): {gib(plan.copied)} more per process"
     yield f"in training with up to {plan.tokens:,} tokens per batch, of {gib(plan.room.memory)}"

@@ -44,7 +44,7 @@ def learned(output: Path) -> list[dict]:
 
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_resumes_to_the_same_bytes(finished, tmp_path):
     output = tmp_path / "run"
-    said = stopped(output, "sft/checkpoint/step-2", signal.SIGTERM)
+    said = stopped(output, "sft/checkpoint/step-2", signal.SIGTERM, async_save=False)  # it is there before step 3
     step = re.search(r"irlfast: preempted at step ([2-5]) of sft; the same command resumes\n$", said).group(1)
     assert (output / f"sft/checkpoint/step-{step}/progress.json").exists()
     run(output)
@@ -71,7 +71,7 @@ def test_two_processes_stop_after_the_same_step_whoever_is_asked_and_whoever_sta
     """LoRA, in SFT and in the fit of a reward; torchrun hands on the signal, and always ends with 1."""
     keys = {"method": "rft", "use_peft": True, "stages": 1, "zero_stage": 2, "preemption_grace": 10}
     keys |= {"sft_steps": 40, "reward_steps": 40, "save_steps": 20, "logging_steps": 20, "num_generations": 2}
-    keys |= {"max_train_samples": 32, "max_eval_samples": 8}
+    keys |= {"max_train_samples": 32, "max_eval_samples": 8, "async_save": False}  # step-20 is there before step 21
     run(tmp_path / "whole", 2, **keys)
     output = tmp_path / "stopped"
     said = stopped(output, "sft/checkpoint/step-20", signal.SIGTERM, processes=2, only=1, **keys)

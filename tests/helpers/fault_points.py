@@ -15,6 +15,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ POINTS = {
     "a flush": ("os", "fsync"),
     "a line of MANIFEST": ("irlfast.common.artefacts", "note"),
     "a checkpoint": ("irlfast.engine.fit", "save_checkpoint"),
+    "a checkpoint is written": ("irlfast.engine.checkpoint", "write_checkpoint"),  # in a thread
     "a part of a checkpoint": ("irlfast.engine.state", "save_tensors"),
     "a model": ("irlfast.engine.checkpoint", "save_pretrained"),
     "a folder is deleted": ("shutil", "rmtree"),
@@ -35,6 +37,7 @@ POINTS = {
 }
 RENAMED: list[str] = []
 CALLS: Counter[str] = Counter()
+COUNTING = threading.Lock()
 
 
 def watch(point: str, plan: dict[str, Any]) -> None:
@@ -46,8 +49,10 @@ def watch(point: str, plan: dict[str, Any]) -> None:
 
 def counted(function: Callable, point: str, plan: dict[str, Any]) -> Callable:
     def call(*given: Any, **options: Any) -> Any:
-        CALLS[point] += 1
-        here = plan.get("point") == point and plan["number"] == CALLS[point]
+        with COUNTING:
+            CALLS[point] += 1
+            number = CALLS[point]
+        here = plan.get("point") == point and plan["number"] == number
         if here and plan["when"] == "before":
             stop(plan["marker"])
         result = function(*given, **options)

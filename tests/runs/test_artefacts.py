@@ -12,7 +12,6 @@ import torch
 from irlfast.common import artefacts, files
 from irlfast.common.artefacts import MANIFEST, checksums, finish_kept, intact, keep, keep_json, keep_text, note
 from irlfast.common.files import InputError
-from irlfast.common.tensors import save_tensors
 from irlfast.config import make_config
 from irlfast.engine import checkpoint
 from irlfast.engine.plan import Plan
@@ -147,11 +146,8 @@ def events(monkeypatch):
 
 
 def test_the_older_checkpoint_goes_only_when_all_of_the_newer_is_on_the_disk(tmp_path, monkeypatch, events):
-    def save(_, folder):
-        for name in ("a.safetensors", "b.safetensors"):
-            save_tensors({"x": torch.ones(1)}, folder / name)
-
-    monkeypatch.setattr(checkpoint, "save_state", save)
+    files = [(name, {"x": torch.ones(1)}) for name in ("a.safetensors", "b.safetensors")]
+    monkeypatch.setattr(checkpoint, "state_files", lambda _: files)
     engine = types.SimpleNamespace(module=types.SimpleNamespace(teacher=None))
     plan = Plan(None, [np.arange(8)], 8, 1e-3, "rmsprop")
     folder = tmp_path / "checkpoint"

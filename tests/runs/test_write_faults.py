@@ -40,6 +40,17 @@ def test_another_error_keeps_its_traceback(tmp_path):
         raise KeyError("a mistake of the program")
 
 
+def test_the_umask_is_read_without_a_change_that_other_threads_would_see(monkeypatch):
+    before = os.umask(0o027)
+    try:
+        if files.Path("/proc/self/status").exists():
+            monkeypatch.setattr(os, "umask", None)
+        assert files.read_umask() == 0o027
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+
+
 def test_a_text_that_loses_bytes_gets_no_name(tmp_path, monkeypatch):
     path, write_bytes = tmp_path / "a.json", files.Path.write_bytes
     monkeypatch.setattr(

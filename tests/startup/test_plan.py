@@ -67,6 +67,7 @@ def test_a_plan_has_memory_by_part_time_by_phase_cost_and_disk(keys):
         "update: ",
         "weights",
         "optimiser state",
+        "host memory while a checkpoint is written (async_save): ",
         "head buffer",
         "communication",
         "GPU-hours",

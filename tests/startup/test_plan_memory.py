@@ -14,6 +14,7 @@ from irlfast.models.lora import add_lora
 from irlfast.models.steady import recompute_layers
 from irlfast.startup.plan_memory import (
     Room,
+    copy_bytes,
     misfit,
     most,
     sampling_memory,
@@ -48,6 +49,23 @@ def test_parts_are_the_tensors_that_a_deepspeed_engine_holds(tmp_path, processes
         moments = training_memory(config, size, Room(0.0, processes, on_gpu=False, runtime=0.0), 0)
         held = most(moments) - moments["backward"]["head buffer"]
         assert held == pytest.approx(counted, rel=0.03), case
+
+
+@pytest.mark.parametrize(
+    ("keys", "each"),
+    [
+        ({"optim": "rmsprop"}, 8 / 4),
+        ({"optim": "adamw_torch", "dtype": "bfloat16", "zero_stage": 3}, 12 / 4),
+        ({"optim": "rmsprop", "zero_stage": 0}, 8),
+        ({"method": "sdft", "optim": "rmsprop", "ref_model_mixup_alpha": 0.5}, 8 / 4 + 4),
+        ({"async_save": False}, 0),
+        ({"save_steps": 0}, 0),
+    ],
+)
+def test_the_copy_of_a_checkpoint_is_the_state_that_a_process_writes(keys, each):
+    config = make_config(GIVEN | keys)
+    room = Room(80e9, 4, on_gpu=True, runtime=1e9)
+    assert copy_bytes(config, SIZE, room) == each * SIZE.trained
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])

@@ -22,12 +22,12 @@ SWEEP := -m slow
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/installed lint
-	$(PYTEST) $(FIRST) --ignore=tests/ptx $(ARGS)
+	$(PYTEST) $(FIRST) --ignore=tests/aot --ignore=tests/ptx $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) $(FIRST) tests/kernels
 	@echo "make test: linters and types pass; so do the units, a sample of each sweep, and one run of each kind."
 	@echo "make test-all runs the rest of what CI runs; make sweep the products; make gpu, on a GPU, the kernels there."
 
-# The kernels compile for sm_80 and sm_90 by the Triton of torch 2.11 (`make test` has a sample by the one installed).
+# The kernels compile for sm_80 and sm_90 by the Triton of torch 2.11, which GPUs have (`make sweep` also has the one installed).
 # The interpreter is slow: of its pairs of values CI runs those of the kernels that multiply most, and `make sweep` all.
 PAIRS := $(addprefix tests/kernels/test_,divergence.py epilogue.py sharded.py)
 test-all: $(VENV)/installed $(VENV)/bitsandbytes-0.50.2 $(VENV)/triton-3.6.0 $(TRACKERS) $(VENV)/lm_eval-0.4.13
@@ -49,7 +49,8 @@ sweep: $(VENV)/installed $(VENV)/deepspeed-0.19.3 $(VENV)/triton-3.6.0
 	$(PYTEST) $(SWEEP)
 	PYTHONPATH=$(VENV)/deepspeed-0.19.3 $(PYTEST) -m "not slow" $(addprefix tests/engine/test_,deepspeed_patches.py zero.py bad_steps.py)
 	TRITON_INTERPRET=1 $(PYTEST) -m "full or slow" tests/kernels
-	$(PYTEST) -m full tests/aot tests/ptx
+	$(PYTEST) -m full tests/ptx
+	$(PYTEST) -m "not slow" tests/aot
 	$(PYTEST) $(FIRST) tests/ptx/test_triton_kernels.py
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(PYTEST) tests/aot tests/ptx/test_binder.py
 	$(PYTEST) $(SWEEP) benchmarks --quick

@@ -163,7 +163,7 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # of the workers
 
     with (
-        ProcessPoolExecutor(options.workers, get_context("spawn"), warm_up) as pool,
+        ProcessPoolExecutor(options.workers, get_context("forkserver"), warm_up) as pool,
         ThreadPoolExecutor(2) as at_a_time,  # tasks: one has jobs while the other waits for its last ones
     ):
 

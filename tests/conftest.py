@@ -1,9 +1,14 @@
 import pytest
 
-from tests.helpers.poison import poison_new_memory
 from tests.helpers.runs import run
 
-poison_new_memory()
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):
+        return  # pytest-xdist's own process hands out tests, and needs no torch
+    from tests.helpers.poison import poison_new_memory
+
+    poison_new_memory()
 
 
 def pytest_addoption(parser):

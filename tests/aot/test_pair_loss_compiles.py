@@ -11,12 +11,12 @@ from irlfast.kernels.scale import scaled
 from irlfast.kernels.slab import softmax
 from irlfast.ops.pair_loss import triton_slab
 from tests.helpers.aot import ARCHITECTURES, check_compiles, launches_of
-from tests.helpers.tiers import full, sweep
+from tests.helpers.tiers import sweep
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@sweep(full, vocabulary=[7, 50257, 128256], dtype=DTYPES, bias=[False, True], softcap=[None, 30.0])
+@sweep(vocabulary=[7, 50257, 128256], dtype=DTYPES, bias=[False, True], softcap=[None, 30.0])
 def test_slab_softmax_compiles(vocabulary, dtype, bias, softcap):
     z = torch.empty(2, -(-vocabulary // 16) * 16)[:, :vocabulary]  # as the slab allocates it
     targets = torch.zeros(2, dtype=torch.long)
@@ -63,7 +63,7 @@ def test_torch_multiplies_narrow_factors_into_fp32_as_the_slab_asks(dtype, versi
         triton_slab.add_times_hidden(empty(vocabulary, size + 1), slope, hidden.float(), new=False)
 
 
-@sweep(full, shape=SHAPES, dtype=DTYPES, bias=[False, True], softcap=[None, 30.0], architecture=ARCHITECTURES)
+@sweep(shape=SHAPES, dtype=DTYPES, bias=[False, True], softcap=[None, 30.0], architecture=ARCHITECTURES)
 def test_fused_projection_compiles(shape, dtype, bias, softcap, architecture, monkeypatch):
     n, vocabulary, size, ref_size = shape
     monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
@@ -76,7 +76,7 @@ def test_fused_projection_compiles(shape, dtype, bias, softcap, architecture, mo
         check_compiles(launch, n, vocabulary, dtype, architectures=[architecture], multiplies=multiplies)
 
 
-@sweep(full, shape=SHAPES, bias=[False, True], softcap=[None, 30.0], architecture=ARCHITECTURES)
+@sweep(shape=SHAPES, bias=[False, True], softcap=[None, 30.0], architecture=ARCHITECTURES)
 def test_slab_by_exponentials_compiles(shape, bias, softcap, architecture, monkeypatch):
     n, vocabulary, size, _ = shape
     monkeypatch.setattr(linear, "capability", lambda _: divmod(architecture, 10))
@@ -89,7 +89,7 @@ def test_slab_by_exponentials_compiles(shape, bias, softcap, architecture, monke
         check_compiles(launch, n, vocabulary, architectures=[architecture], multiplies=multiplies)
 
 
-@sweep(full, shape=SHAPES, architecture=ARCHITECTURES)
+@sweep(shape=SHAPES, architecture=ARCHITECTURES)
 def test_products_over_heavy_tiles_compile(shape, architecture):
     n, vocabulary, size, _ = shape
     tiles, blocks = -(-vocabulary // 128), -(-n // 64)

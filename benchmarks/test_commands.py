@@ -15,9 +15,17 @@ from benchmarks.conftest import ROOT
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 SCRIPTS = sorted({(name, given.strip()) for name, given in re.findall(r"python -m benchmarks\.(\w+)([^`#\n]*)", TEXT)})
-LONGER = {longer for command, longer in itertools.pairwise(SCRIPTS) if longer[1].startswith(command[1] + " --")}
-COMMANDS = [  # one with more options than the one before does the same work
-    pytest.param(*command, id=" ".join(command), marks=pytest.mark.slow if command in LONGER else ())
+
+
+def work_of(command: tuple[str, str]) -> tuple[str, str]:
+    """Return the script and what it is asked to do, without options."""
+    name, arguments = command
+    return name, arguments.partition("--")[0].strip()
+
+
+REPEATS = {again for command, again in itertools.combinations(SCRIPTS, 2) if work_of(command) == work_of(again)}
+COMMANDS = [
+    pytest.param(*command, id=" ".join(command), marks=pytest.mark.slow if command in REPEATS else ())
     for command in SCRIPTS
 ]
 BENCHMARKS = sorted(set(re.findall(r"pytest (?:-\S+ )*(benchmarks/[\w/{},.]*)", TEXT)))

@@ -44,10 +44,8 @@ ptx: $(VENV)/installed $(VENV)/triton-3.6.0
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(PYTEST) $(FIRST) tests/ptx/test_triton_kernels.py
 	@echo "make ptx: kernels run as compiled code, agree with fp64, and mistakes put into them are reported."
 
-# With the tests that touch DeepSpeed's insides by the oldest version that irlfast takes.
-sweep: $(VENV)/installed $(VENV)/deepspeed-0.19.3 $(VENV)/triton-3.6.0
+sweep: $(VENV)/installed $(VENV)/triton-3.6.0
 	$(PYTEST) $(SWEEP)
-	PYTHONPATH=$(VENV)/deepspeed-0.19.3 $(PYTEST) -m "not slow" $(addprefix tests/engine/test_,deepspeed_patches.py zero.py bad_steps.py)
 	TRITON_INTERPRET=1 $(PYTEST) -m "full or slow" tests/kernels
 	$(PYTEST) -m full tests/ptx
 	$(PYTEST) -m "not slow" tests/aot
@@ -140,7 +138,7 @@ $(VENV)/installed: locks/build.txt locks/packages.txt locks/torch.txt locks/torc
 	$(BIN)/$(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/triton-% $(VENV)/bitsandbytes-% $(VENV)/atheris-% $(VENV)/deepspeed-%: | $(VENV)/installed
+$(VENV)/triton-% $(VENV)/bitsandbytes-% $(VENV)/atheris-%: | $(VENV)/installed
 	$(BIN)/$(INSTALL) --no-deps --target $@ $(subst -,==,$(@F))
 
 # Trackers with their dependencies, found behind the environment's own packages (tests/runs/test_trackers.py).

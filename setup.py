@@ -88,7 +88,7 @@ setup(
     install_requires=[
         "torch>=2.9",
         "transformers>=5",
-        "deepspeed>=0.19.3",
+        "deepspeed>=0.19.8",
         "datasets>=4",
         "safetensors",
         "pydantic>=2.12",

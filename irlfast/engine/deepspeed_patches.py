@@ -1,4 +1,4 @@
-"""Every place where irlfast reaches into DeepSpeed's internals. All were seen on DeepSpeed 0.19.3 and 0.19.8.
+"""Every place where irlfast reaches into DeepSpeed's internals. All were seen on DeepSpeed 0.19.8.
 
 Each function says what DeepSpeed does, and which upstream issue reports it. If a newer DeepSpeed no longer has the
 place that a function patches, the function logs one line and does nothing, and training continues without the patch.
@@ -26,8 +26,9 @@ from irlfast.config.deepspeed import zero_stage
 from irlfast.engine.meters import Stopwatch
 from irlfast.models.prepare import PreparedModel
 
-OLDEST, NEWEST = "0.19.3", "0.19.8"  # before 0.19.3, an overlapped reduction could read gradients too early (#8061)
-TRIED_WITH = f"irlfast was tested with {OLDEST} to {NEWEST}"
+# Up to 0.19.7, ZeRO-1 in bfloat16 ends with an AssertionError where a gradient is 0 or not finite.
+TRIED = "0.19.8"
+TRIED_WITH = f"irlfast was tested with {TRIED}"
 COLLECTIVES = (
     *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor"),
@@ -42,16 +43,16 @@ def report_missing(place: str, effect: str) -> None:
 
 
 def check_version() -> None:
-    """Say in one line that a newer DeepSpeed than those which were tried is installed.
+    """Say in one line that a newer DeepSpeed than the one which was tried is installed.
 
     Raises:
         InputError: an older one is.
     """
     installed = importlib.metadata.version("deepspeed")
-    if Version(installed) < Version(OLDEST):
-        raise InputError(f"DeepSpeed {installed} is too old: {TRIED_WITH}; pip install 'deepspeed>={OLDEST}'")
-    if Version(installed) > Version(NEWEST):
-        log_once(f"warning: DeepSpeed {installed} is newer than those tried: {TRIED_WITH}")
+    if Version(installed) < Version(TRIED):
+        raise InputError(f"DeepSpeed {installed} is too old: {TRIED_WITH}; pip install 'deepspeed>={TRIED}'")
+    if Version(installed) > Version(TRIED):
+        log_once(f"warning: DeepSpeed {installed} is newer than the one tried: {TRIED_WITH}")
 
 
 def skip_shared_memory_collectives() -> None:

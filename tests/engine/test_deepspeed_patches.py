@@ -120,8 +120,8 @@ def test_the_report_is_one_line_with_both_versions_and_the_effect(capsys):
     )
 
 
-@pytest.mark.parametrize(("version", "line"), [("0.19.3", ""), ("0.19.8", ""), ("0.20.0", "is newer than those tried")])
-def test_a_newer_deepspeed_than_those_tried_is_named_in_one_line(monkeypatch, capsys, version, line):
+@pytest.mark.parametrize(("version", "line"), [("0.19.8", ""), ("0.20.0", "is newer than the one tried")])
+def test_a_newer_deepspeed_than_the_one_tried_is_named_in_one_line(monkeypatch, capsys, version, line):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
     patches.check_version()
     patches.check_version()
@@ -129,13 +129,12 @@ def test_a_newer_deepspeed_than_those_tried_is_named_in_one_line(monkeypatch, ca
     assert line in said and said.count("\n") == bool(line)
 
 
-def test_an_older_deepspeed_than_those_tried_is_refused(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.19.2")
-    with pytest.raises(InputError, match=r"DeepSpeed 0\.19\.2 is too old"):
+def test_an_older_deepspeed_than_the_one_tried_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.19.7")
+    with pytest.raises(InputError, match=r"DeepSpeed 0\.19\.7 is too old"):
         patches.check_version()
 
 
-def test_the_oldest_and_the_newest_deepspeed_are_those_that_are_installed_and_tested():
-    assert f'"deepspeed>={patches.OLDEST}"' in (ROOT / "setup.py").read_text()
-    assert f"deepspeed=={patches.NEWEST}" in (ROOT / "requirements.txt").read_text().split()
-    assert f"$(VENV)/deepspeed-{patches.OLDEST}\n" in (ROOT / "Makefile").read_text()
+def test_the_deepspeed_that_was_tried_is_the_one_that_is_installed():
+    assert f'"deepspeed>={patches.TRIED}"' in (ROOT / "setup.py").read_text()
+    assert f"deepspeed=={patches.TRIED}" in (ROOT / "requirements.txt").read_text().split()

@@ -42,14 +42,14 @@ def drawn_by(policy: Path, *shards: Shard, **settings) -> dict[int, list[Drawn]]
     return dict(generate_vllm(policy, claims(*shards), **SETTINGS | settings))
 
 
-def tiny(architecture: str):
+def tiny(architecture: str, vocabulary: int = VOCABULARY):
     """Return a random model whose two best logits differ by at least 1e-3 on PROMPTS: 300 times fp32's rounding error.
 
     With the usual initializer_range of 0.02, rounding decides near-ties, and vLLM rounds differently than Transformers.
     From 0.5 on, rounding errors grow to 1e-4 and decide, too.
     """
     config = {"llama": transformers.LlamaConfig, "gpt_neox": transformers.GPTNeoXConfig}[architecture](
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,

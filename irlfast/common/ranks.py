@@ -109,6 +109,7 @@ class Store:
 
 STORE: Store | None = None  # None: this process is alone, has not joined yet, or has left
 LEFT = False
+GONE: set[Member] = set()  # processes of other machines that are known to have ended
 ENDING = threading.Lock()  # the thread that ends this process holds it
 
 
@@ -194,17 +195,18 @@ def machine() -> str:
 
 
 def lost(store: Store) -> str:
-    """Return words for a process of this machine that has ended without a word; an empty text if there is none."""
+    """Return words for a process that is known to have ended without a word; an empty text if there is none."""
     for number in range(world_size()):
         member = store.member(number)
         if member and has_ended(member):
-            return f"process {number} {LOST}"
+            place = "" if member.machine == machine() else f", on {member.machine.split()[0]},"
+            return f"process {number}{place} {LOST}"
     return ""
 
 
 def has_ended(member: Member) -> bool:
-    """Return whether a process is known to have ended; of another machine's processes nothing is known."""
-    return member.machine == machine() and not is_alive(member)
+    """Return whether a process is known to have ended; elsewhere only :mod:`irlfast.common.presence` sees it."""
+    return member in GONE or (member.machine == machine() and not is_alive(member))
 
 
 def is_alive(member: Member) -> bool:

@@ -23,6 +23,7 @@ import psutil
 
 from irlfast.common import ranks, stop
 from irlfast.common.movement import MOVEMENT
+from irlfast.common.presence import Presence
 
 PERIOD = 0.5  # seconds between two looks
 BEAT = 5.0  # seconds between two heartbeats of a process
@@ -55,6 +56,7 @@ class Watch:
     looks: int = 0
     own: Still = dataclasses.field(default_factory=Still)
     neighbour: Still = dataclasses.field(default_factory=Still)
+    presence: Presence = dataclasses.field(default_factory=Presence)
 
 
 def start(output: Path, stall_timeout: float) -> None:
@@ -92,9 +94,15 @@ def look_at_launcher(watch: Watch) -> None:
 
 
 def look_at_others(watch: Watch, store: ranks.Store) -> None:
-    """End this process if another one has failed or is gone, and ask it to stop if another one was asked."""
+    """End this process if another one has failed or is gone, and ask it to stop if another one was asked.
+
+    A process that is ending already is left alone: Python aborts it (exit code 134) if it finds this thread in the
+    store's C++ code.
+    """
     import torch.distributed
 
+    if ranks.ENDING.locked():
+        return
     try:
         failure = store.failure()
         if failure and failure.said_by != ranks.rank():
@@ -109,13 +117,23 @@ def look_at_others(watch: Watch, store: ranks.Store) -> None:
         if ranks.STORE is store:  # this process has not left
             time.sleep(PERIOD)
             look_at_launcher(watch)  # which may have served the store
-            if ranks.rank() == 1:
+            if speaks_for_first(store):
                 ranks.say(f"process 0, or its launcher, {ranks.LOST}; the same command resumes")
             os._exit(ranks.FAILED)
 
 
+def speaks_for_first(store: ranks.Store) -> bool:
+    """Return whether it is this process that says that process 0 is gone: the first one on another machine, if any."""
+    machines = {number: member.machine for number, member in sorted(store.known.items())}
+    away = [number for number, machine in machines.items() if machine != machines.get(0)]
+    return ranks.rank() == (away[0] if away else 1)
+
+
 def gone_process(watch: Watch, store: ranks.Store) -> str:
     """Return words for a process that has ended, has not come, or gives no sign of life; an empty text if none is."""
+    away = watch.presence.gone(store)
+    if away and not store.count("left") and not store.failure():
+        ranks.GONE.add(away)
     if dead := ranks.lost(store):
         return dead
     if watch.looks * PERIOD >= ranks.JOINED_WITHIN and (absent := store.absent()):

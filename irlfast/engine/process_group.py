@@ -8,7 +8,9 @@ import torch
 import torch.distributed
 
 from irlfast.common import dist, ranks
+from irlfast.common.files import InputError
 from irlfast.engine.deepspeed_patches import give_timeout_to_groups, skip_shared_memory_collectives
+from irlfast.engine.interfaces import advice, choose_interface
 
 NO_LIMIT = datetime.timedelta(days=365)
 BEHIND = datetime.timedelta(minutes=10)  # a collective fails later than the watchdog, which says more about a hang
@@ -22,6 +24,9 @@ def init_process_group(stall_timeout: float = 0.0) -> None:
 
     A collective may wait for ``stall_timeout`` seconds, and some more, in DeepSpeed's own groups, too (0: no limit).
     A second run of the same process keeps the group of the first.
+
+    Raises:
+        InputError: the processes do not reach each other, or GLOO_SOCKET_IFNAME names no interface of this machine.
     """
     if torch.distributed.is_initialized():
         return
@@ -38,16 +43,22 @@ def init_process_group(stall_timeout: float = 0.0) -> None:
     torch.set_flush_denormal(True)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(seconds=stall_timeout) + BEHIND if stall_timeout else NO_LIMIT
+    choose_interface()
     ranks.meet()
     names = f"{ranks.STORE.prefix if ranks.STORE else ''}group"
-    torch.distributed.init_process_group(
-        backend,
-        store=torch.distributed.PrefixStore(names, ranks.connect(ranks.JOINED_WITHIN)),
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
-        timeout=timeout,
-        device_id=dist.device() if backend == "nccl" and ranks.world_size() > 1 else None,  # as DeepSpeed gives it
-    )
+    try:
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore(names, ranks.connect(ranks.JOINED_WITHIN)),
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
+            timeout=timeout,
+            device_id=dist.device() if backend == "nccl" and ranks.world_size() > 1 else None,  # as DeepSpeed gives it
+        )
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        raise InputError(advice(error)) from error
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     give_timeout_to_groups(timeout)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from irlfast.common import ranks
 from irlfast.common.files import InputError, temporary_name
 
-SEEN_WITHIN = 30.0  # seconds in which a file of one machine must be visible on the others
+SEEN_WITHIN = 20.0  # seconds in which a file of one machine must be visible on the others
 
 
 def check_shared(output: Path) -> None:

@@ -2,7 +2,7 @@
 
     python -m tests.helpers.slow_saves PLAN irlfast.train KEY=VALUE...
 
-``PLAN`` is JSON. The files of a checkpoint are written once ``steps`` more steps are taken, or none comes for a second.
+``PLAN`` is JSON. The files of a checkpoint are written once ``steps`` more steps are taken, or training waits for them.
 At the checkpoint of ``number``, counted from the start, this happens before, in the process of ``rank``:
 
 - ``full``: the disk is full;
@@ -23,14 +23,28 @@ import time
 from typing import Any
 
 from irlfast.common import stop
-from irlfast.engine import checkpoint, fit
+from irlfast.engine import checkpoint, fit, saving
 
 PLAN: dict[str, Any] = {"steps": 1, "rank": 0} | json.loads(sys.argv[1])
 train_step, save_files = fit.train_step, checkpoint.save_files
+begin_saving, finish_saving = saving.begin, saving.finish
 taken = checkpoints = 0
 until = math.inf  # so many steps are taken before the checkpoint in work goes on
 beside: list[int] = []
-went_on = threading.Event()
+went_on, waits = threading.Event(), threading.Event()
+
+
+def begin(*given: Any) -> None:
+    global until
+    went_on.clear()
+    until = taken + PLAN["steps"]
+    begin_saving(*given)
+
+
+def finish(*given: Any) -> None:
+    waits.set()
+    finish_saving(*given)
+    waits.clear()
 
 
 def step(*given: Any) -> Any:
@@ -44,10 +58,8 @@ def step(*given: Any) -> Any:
 
 def slow_files(*given: Any) -> None:
     global checkpoints, until
-    begun, end = taken, time.monotonic() + 1.0
-    went_on.clear()
-    until, checkpoints = begun + PLAN["steps"], checkpoints + 1
-    while taken < until and time.monotonic() < end:
+    begun, checkpoints = until - PLAN["steps"], checkpoints + 1
+    while taken < until and not waits.is_set():
         time.sleep(0.001)
     beside.append(taken - begun)
     hit = checkpoints == PLAN.get("number") and int(os.environ.get("RANK", "0")) == PLAN["rank"]
@@ -63,6 +75,7 @@ def slow_files(*given: Any) -> None:
 
 if __name__ == "__main__":
     fit.train_step, checkpoint.save_files = step, slow_files
+    checkpoint.begin, checkpoint.finish, saving.finish = begin, finish, finish
     sys.argv = sys.argv[2:]
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

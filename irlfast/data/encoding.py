@@ -154,8 +154,13 @@ def safe_tokenizer(encoder: Encoder, config: Config) -> SafeTokenizer:
 
 def is_empty(answer: Message, ids: list[int]) -> bool:
     """Return whether only the end token would be learned: no text in the answer, or none that the template writes."""
+    if len(ids) < 2:
+        return True
+    content = answer.get("content")
+    if isinstance(content, str) and content.strip():
+        return False
     texts = (text for key, value in answer.items() if key != "role" for text in texts_of(value))
-    return len(ids) < 2 or not any(text.strip() for text in texts)
+    return not any(text.strip() for text in texts)
 
 
 def render_or_leave_out(
@@ -211,8 +216,10 @@ def encode_texts(
             encoded.append(encode_plain_text(text.answer, encoder))
             continue
         bos = encoder.bos if prompt.ids[:1] != encoder.bos else []
-        earlier = earlier_answer_positions(text, prompt, encoder, tokenizer, len(bos)) if text.earlier else []
-        encoded.append(Ids([*bos, *prompt.ids], answer if row.answer else [], rejected.get(i, []), earlier))
+        earlier = earlier_answer_positions(text, prompt.ids, encoder, tokenizer, len(bos)) if text.earlier else []
+        encoded.append(
+            Ids([*bos, *prompt.ids] if bos else prompt.ids, answer if row.answer else [], rejected.get(i, []), earlier)
+        )
     return encoded
 
 
@@ -270,9 +277,13 @@ def begins_with_prompt(whole: Encoded, prompt: Encoded) -> bool:
 
 def cut_at_end_token(ids: list[int], encoder: Encoder, counts: SetCounts) -> list[int]:
     """Cut an answer behind its first end token, where sampling would stop; an answer without one gets ``end_id``."""
-    ends = [at for at, token in enumerate(ids) if token in encoder.ends]
-    counts.counts["cut_at_end_token"] += len(ends) > 1
-    return ids[: ends[0] + 1] if ends else [*ids, encoder.end_id]
+    count = sum(map(ids.count, encoder.ends))
+    counts.counts["cut_at_end_token"] += count > 1
+    if not count:
+        return [*ids, encoder.end_id]
+    if count == 1 and ids[-1] in encoder.ends:
+        return ids
+    return ids[: next(at for at, token in enumerate(ids) if token in encoder.ends) + 1]
 
 
 def encode_plain_text(text: str, encoder: Encoder) -> Ids:
@@ -285,21 +296,21 @@ def encode_plain_text(text: str, encoder: Encoder) -> Ids:
 
 
 def earlier_answer_positions(
-    text: RenderedRow, prompt: Encoded, encoder: Encoder, tokenizer: SafeTokenizer, before: int
+    text: RenderedRow, prompt: list[int], encoder: Encoder, tokenizer: SafeTokenizer, before: int
 ) -> list[int]:
     """Return the positions of earlier answers, each with its end token; ``before`` tokens precede the prompt's."""
     positions: list[int] = []
     special = {*encoder.tokenizer.all_special_ids, *encoder.tokenizer.added_tokens_decoder}
-    renamed = tokenizer.rename(text.prompt)
+    renamed, spans = tokenizer.rename(text.prompt), tokenizer.spans(text.prompt)
     for start, end in text.earlier:
         first, behind = len(tokenizer.rename(text.prompt[:start])), len(tokenizer.rename(text.prompt[:end]))
         inside = []
-        for at, (begin, stop) in enumerate(prompt.spans()):
+        for at, (begin, stop) in enumerate(spans):
             if first < stop <= behind and not renamed[begin:first].strip():  # a word may have the space before it
                 inside.append(at)
         positions += inside
-        follows = inside[-1] + 1 if inside else len(prompt.ids)
-        if follows < len(prompt.ids) and prompt.ids[follows] in special:
+        follows = inside[-1] + 1 if inside else len(prompt)
+        if follows < len(prompt) and prompt[follows] in special:
             positions.append(follows)
     return [before + at for at in positions]
 

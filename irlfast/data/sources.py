@@ -114,8 +114,9 @@ def read_rows(config: Config, source: Source, counts: SourceCounts) -> Iterator[
         yield from read_saved(place, source)
     else:
         for path in files_of_split(place, source, counts):
-            with explain_read_errors(str(path)):
-                yield from ((f"{path}, {where}", row) for where, row in read_file(path))
+            name = str(path)
+            with explain_read_errors(name):
+                yield from ((f"{name}, {where}", row) for where, row in read_file(path))
 
 
 def locate(name: str) -> Path | list[Path] | None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from irlfast.data.rows import Demonstration
 from irlfast.data.templates import ESCAPE
+from irlfast.data.words import make_word_encoder
 
 JSON_ESCAPE = "\\ufdd0"  # ESCAPE in a value that a template writes as JSON in ASCII
 PRIVATE_NAME = "\ufdd4{}\ufdd5"  # the name of a special token in the copy of the tokenizer
@@ -26,15 +27,11 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     characters: int  # of the text after ``rename``
-    encoding: Any  # the ``tokenizers.Encoding``; None with another tokenizer, whose tokens have no known characters
+    encoding: Any = None  # the ``tokenizers.Encoding``; None if the ids spell the text, or another tokenizer made them
 
     def end_of(self, token: int) -> int:
-        """Return the character behind a token; 0 if it is not known."""
+        """Return the character behind a token; 0 without an encoding, where equal ids are equal texts, or unknown."""
         return self.encoding.token_to_chars(token)[1] if self.encoding else 0
-
-    def spans(self) -> list[tuple[int, int]]:
-        """Return the first character of each token, and the one behind it; nothing if they are not known."""
-        return self.encoding.offsets if self.encoding else []
 
 
 class SafeTokenizer(NamedTuple):
@@ -42,6 +39,7 @@ class SafeTokenizer(NamedTuple):
 
     special: re.Pattern[str]  # the spellings that only the template may write
     encode: Callable[[Sequence[str]], list[Encoded]]
+    spans: Callable[[str], list[tuple[int, int]]]  # the characters of each token of a text; [] if they are not known
     rename: Callable[[str], str]  # gives the text whose characters an :class:`Encoded` counts
     by_words: bool  # see :func:`splits_into_words`
 
@@ -56,20 +54,31 @@ def make_safe_tokenizer(tokenizer: Any, control: Sequence[str]) -> SafeTokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return SafeTokenizer(
-            re.compile(r"(?!)"), lambda texts: encode_slowly(tokenizer, texts), lambda text: text, by_words=False
+            re.compile(r"(?!)"),
+            lambda texts: encode_slowly(tokenizer, texts),
+            lambda text: [],
+            lambda text: text,
+            by_words=False,
         )
     names = {token: PRIVATE_NAME.format(tokenizer.convert_tokens_to_ids(token)) for token in control}
     copy = copy_with_names(backend, names)
+    state = json.loads(copy.to_str())
+    words = make_word_encoder(copy, state)
 
     def rename(text: str) -> str:
         return pattern.sub(lambda match: names[match[0]], text).replace(ESCAPE, "").replace(JSON_ESCAPE, "")
 
     def encode(texts: Sequence[str]) -> list[Encoded]:
         renamed = [rename(text) for text in texts]
+        if words:
+            return [Encoded(ids, len(text)) for ids, text in zip(words.encode(renamed), renamed, strict=True)]
         encodings = copy.encode_batch(renamed, add_special_tokens=False)
         return [Encoded(each.ids, len(text), each) for each, text in zip(encodings, renamed, strict=True)]
 
-    return SafeTokenizer(pattern, encode, rename, splits_into_words(json.loads(backend.to_str())))
+    def spans(text: str) -> list[tuple[int, int]]:
+        return copy.encode(rename(text), add_special_tokens=False).offsets
+
+    return SafeTokenizer(pattern, encode, spans, rename, splits_into_words(state))
 
 
 def splits_into_words(state: dict[str, Any]) -> bool:
@@ -106,14 +115,16 @@ def escape_special_tokens(row: Demonstration, tokenizer: SafeTokenizer) -> Demon
 
 def spells_special(row: Demonstration, tokenizer: SafeTokenizer) -> bool:
     """Return whether a text of a demonstration spells a special token."""
-    left: list[Any] = [row.prompt, row.answer, row.rejected, row.tools]
+    spells, left = tokenizer.special.search, [row.prompt, row.answer, row.rejected, row.tools]
     while left:
         value = left.pop()
         if isinstance(value, str):
-            if tokenizer.special.search(value):
+            if spells(value):
                 return True
         elif isinstance(value, dict):
-            left += [each for key, each in value.items() if key != "role"]
+            for key, each in value.items():
+                if key != "role":
+                    left.append(each)
         elif isinstance(value, list):
             left += value
     return False
@@ -140,7 +151,7 @@ def copy_with_names(backend: Any, names: dict[str, str]) -> Any:
 
 def encode_slowly(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
     ids = tokenizer(list(texts), add_special_tokens=False).input_ids
-    return [Encoded(each, len(text), None) for each, text in zip(ids, texts, strict=True)]
+    return [Encoded(each, len(text)) for each, text in zip(ids, texts, strict=True)]
 
 
 def control_tokens(tokenizer: Any, template_text: str) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from irlfast.common.files import InputError, find_path
+from irlfast.data.fixed_texts import FixedTexts, has_fixed_texts, write_contents
 from irlfast.data.plain_template import PlainTemplate, plain_template, plain_text
 from irlfast.data.rows import Demonstration, Message
 from irlfast.data.template_cost import check_cost, within_seconds
@@ -43,6 +44,7 @@ class Template(NamedTuple):
     plain: PlainTemplate | None = None  # made from prompt_template; None: the tokenizer's or the user's own template
     header: str = ""  # the text before the answer to a short question
     after: str = ""  # the text after a last answer
+    fixed: FixedTexts | None = None  # None: the template may look into contents
 
 
 class RenderedRow(NamedTuple):
@@ -108,7 +110,8 @@ def make_template(tokenizer: Any, config: Any, begun: datetime.datetime) -> Temp
         raise InputError(f"chat_template: it {fault} ({error})") from error
     if STAND_IN not in whole:
         raise InputError(f"chat_template: it writes no answer: found {quote(whole)} for a question with its answer")
-    return template._replace(header=common_prefix(opening, whole), after=whole.rpartition(STAND_IN)[2])
+    fixed = FixedTexts({}) if not plain and has_fixed_texts(tokenizer.get_chat_template()) else None
+    return template._replace(header=common_prefix(opening, whole), after=whole.rpartition(STAND_IN)[2], fixed=fixed)
 
 
 # ---------------------------------------------------------------- rendering
@@ -130,10 +133,21 @@ def render(
     """
     if template.plain and messages and not template.settings:
         return plain_text(template.plain, messages, generation)
+    text = None
+    if template.fixed and tools is None:
+        again = functools.partial(render_by_jinja, template, tools=None, generation=generation)
+        text = write_contents(template.fixed, messages, generation, again)
+    if text is None:
+        text = render_by_jinja(template, messages, tools, generation)
+    return text if marks else remove_marks(text)
+
+
+def render_by_jinja(template: Template, messages: list[Message], tools: list[dict] | None, generation: bool) -> str:
+    """Do the same by Jinja; the marks stay."""
     tokenizer = template.tokenizer
     try:
         with within_seconds():
-            text = tokenizer.apply_chat_template(
+            return tokenizer.apply_chat_template(
                 [{key: value for key, value in message.items() if key != "weight"} for message in messages],
                 tools=tools,
                 tokenize=False,
@@ -143,7 +157,6 @@ def render(
             )
     except Exception as error:  # a template is a program, which may raise anything
         raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from error
-    return text if marks else remove_marks(text)
 
 
 @functools.cache
@@ -271,6 +284,8 @@ def close_block(opened: str, answer: str) -> str | None:
 def note_omissions(answer: Message, written: str, remarks: Counter[str]) -> None:
     """Count the answers whose content, reasoning or tool calls the template does not write whole."""
     for key, value in answer.items():
+        if isinstance(value, str) and value.strip() in written:
+            continue
         texts = [text.strip() for text in texts_of(value)] if key not in ("role", "weight") else []
         if not all(text in written or json.dumps(text)[1:-1] in written for text in texts):
             remarks[f"answers have a {key} that the template leaves out, in part or whole"] += 1

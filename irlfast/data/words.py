@@ -54,7 +54,10 @@ class WordEncoder:
         table, flat = self.table, itertools.chain.from_iterable
         new = {*flat(split)}.difference(table)
         if new:
-            table.update(self.look_up([*new]))
+            found = self.look_up([*new])
+            if found is None:
+                return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+            table.update(found)
         ids = [list(flat(map(table.__getitem__, pieces))) for pieces in split]
         for piece in new:
             if len(piece) > LONGEST:
@@ -81,12 +84,8 @@ class WordEncoder:
             pieces += self.words.findall(stretch) if stretch.isascii() else [stretch]
         return pieces
 
-    def look_up(self, pieces: list[str]) -> dict[str, tuple[int, ...]]:
-        """Encode pieces by the library.
-
-        Raises:
-            RuntimeError: a word of ASCII is more than one word to the library.
-        """
+    def look_up(self, pieces: list[str]) -> dict[str, tuple[int, ...]] | None:
+        """Encode pieces by the library; None if a word of ASCII is more than one word to it."""
         found: dict[str, tuple[int, ...]] = {}
         encodings = self.tokenizer.encode_batch(pieces, add_special_tokens=False)
         for piece, encoding in zip(pieces, encodings, strict=True):
@@ -94,7 +93,7 @@ class WordEncoder:
             if ids is None:
                 ids = tuple(encoding.ids)
                 if piece.isascii() and any(encoding.word_ids):
-                    raise RuntimeError(f"the tokenizer splits {piece!r}, which its pattern should find as one word")
+                    return None
             found[piece] = ids
         return found
 

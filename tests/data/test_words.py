@@ -178,8 +178,10 @@ def test_the_table_is_emptied_and_keeps_no_long_stretch(monkeypatch):
         assert max(map(len, encoder.table)) <= 64
 
 
-def test_a_pattern_that_finds_other_words_than_the_library_is_noticed():
-    encoder = WordEncoder(tokenizer_of("gpt-2"), words.re.compile(r"\S+\s*"), [])
-    with pytest.raises(RuntimeError, match="splits 'a b'"):
-        encoder.look_up(["a b"])
+def test_texts_are_encoded_whole_where_a_pattern_finds_other_words_than_the_library():
+    tokenizer = tokenizer_of("gpt-2")
+    encoder = WordEncoder(tokenizer, words.re.compile(r"\S+\s*"), [])
+    for texts in (["one"], ["a b", "one"], ["one", "the cost of 5"]):
+        assert encoder.encode(texts) == of_library(tokenizer, texts)
+    assert encoder.table.keys() == {"one"}
     assert GPT_2 in PATTERNS

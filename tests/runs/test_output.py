@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from irlfast.common.artefacts import keep_text
+from irlfast.common.artefacts import MANIFEST, keep_text
 from irlfast.common.files import InputError
 from irlfast.config import dump, make_config
 from irlfast.config.checks import PER_STAGE
@@ -67,6 +67,21 @@ def test_a_run_of_earlier_spellings_is_another_configuration(tmp_path):
     keep_text(tmp_path / "config.yaml", yaml.safe_dump(earlier | {"sampler": "transformers"}))
     with pytest.raises(InputError, match=r"its run has another configuration .*divergence: 'reverse_kl' -> 'airl'"):
         check_output(tmp_path, config)
+
+
+@pytest.mark.parametrize("left", ["", '{"name": "config.ya', "\n"])
+def test_a_folder_whose_first_line_a_full_disk_did_not_take_is_a_new_run(tmp_path, left):
+    (tmp_path / MANIFEST).write_text(left)
+    config = make_config({"dataset_name": __file__, "model_name_or_path": "."})
+    assert check_output(tmp_path, config) == []
+    release(tmp_path / ".lock")
+    keep_text(tmp_path / "config.yaml", dump(config))
+    assert check_output(tmp_path, config) == []
+    release(tmp_path / ".lock")
+    (tmp_path / MANIFEST).write_text(left)
+    with pytest.raises(InputError, match=r"has no config\.yaml with a checksum in MANIFEST"):
+        check_output(tmp_path, config)
+    release(tmp_path / ".lock")
 
 
 def test_a_lost_configuration_is_written_again_as_it_was_and_no_other_is_taken_for_it(tmp_path, capsys):

@@ -57,7 +57,7 @@ SPLITTERS = {
     "metaspace": pre_tokenizers.Metaspace(),
     "bert": pre_tokenizers.BertPreTokenizer(),
 }
-BY_WORDS = {"gpt-2", *(f"pattern {number}" for number in range(len(PATTERNS)))}
+BY_WORDS = ["gpt-2", *(f"pattern {number}" for number in range(len(PATTERNS)))]
 MODELS = {
     "bpe": (lambda: models.BPE(unk_token="<unk>"), trainers.BpeTrainer),
     "unigram": (models.Unigram, trainers.UnigramTrainer),
@@ -136,7 +136,7 @@ def test_each_character_has_the_librarys_tokens_beside_others(number):
     assert encoder.encode(texts) == of_library(tokenizer, texts)
 
 
-@pytest.mark.parametrize("splitter", [*SPLITTERS.keys() - BY_WORDS])
+@pytest.mark.parametrize("splitter", [name for name in SPLITTERS if name not in BY_WORDS])
 def test_other_splitters_are_left_to_the_library(splitter):
     assert encoder_of(splitter)[1] is None
 

@@ -75,7 +75,7 @@ def test_the_files_and_metrics_of_a_run(rft):
     assert times["stage-00/reward"][0] == read.pairs["stage-00"]["sample_seconds"] > 0
     for phase in ("stage-00/round-00", "stage-00"):
         assert times[phase][:2] == [rounds[phase]["sample_seconds"], rounds[phase]["score_seconds"]]
-        assert min(times[phase][:-2]) > 0  # one process need not communicate
+        assert min(times[phase][:-3]) > 0  # one process need not communicate, nor a short phase write a checkpoint
 
 
 def test_rewards_and_advantages_of_a_round_are_those_of_its_rollouts(rft):

@@ -1,5 +1,5 @@
 # make train: the default run.   make docs: the pages of docs/ as a site.
-# make test: the product in 8 minutes.   make test-all: what `make test` leaves out.   make sweep: the products, nightly.
+# make test: the product in 15 minutes.   make test-all: what `make test` leaves out.   make sweep: the products, nightly.
 # make ptx: the kernels as compiled code, without a GPU.
 # All targets need Python 3.11 to 3.13 and a package registry.
 PYTHON ?= python3

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import irlfast
-from irlfast.common.artefacts import intact, keep, keep_json, keep_jsonl
+from irlfast.common.artefacts import intact, keep, keep_json, keep_jsonl, keep_text
 from irlfast.common.files import check_written
 from irlfast.common.secrets import redacted
 from irlfast.config import Config
@@ -92,7 +92,7 @@ def keep_data(
     dropped = [*dropped_rows(sets.source_counts), *(row for tally in sets.set_counts.values() for row in tally.dropped)]
     keep_jsonl(folder / "dropped.jsonl", redacted(dropped))
     if config.train_tokenizer:
-        keep(folder / "tokenizer.json", lambda temporary: encoder.tokenizer.backend_tokenizer.save(str(temporary)))
+        keep_text(folder / "tokenizer.json", encoder.tokenizer.backend_tokenizer.to_str(pretty=True))
     lines = describe(sets)
     facts |= {
         "fingerprint": fingerprint(sets.train, sets.held_out, sets.prompts),

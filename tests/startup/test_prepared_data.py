@@ -2,10 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from irlfast.common.files import InputError
+from irlfast.common.files import LOST, InputError
 from irlfast.config import make_config
 from irlfast.startup import prepare
 from irlfast.startup.prepare import write_data
@@ -40,6 +41,18 @@ def start(tmp_path, monkeypatch):
             return write_data(config, output, prompts_only=False)
 
     return begin
+
+
+def test_a_trained_tokenizer_that_loses_bytes_gets_no_name(start, tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def lose(path, content):
+        return write_bytes(path, content[: len(content) // 2] if "tokenizer" in path.name else content)
+
+    monkeypatch.setattr(Path, "write_bytes", lose)
+    with pytest.raises(OSError, match=LOST):
+        start()
+    assert not (tmp_path / "run" / "data" / "tokenizer.json").exists()
 
 
 def test_a_resumed_run_reads_and_tokenises_no_row(start, tmp_path):

@@ -13,10 +13,12 @@ again.
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,12 +74,7 @@ def main() -> None:
     given = [argument for argument in sys.argv[1:] if argument != "--quick"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given[0] if given else temporary).absolute()
-        make_files(folder, QUICK if quick else SHAPE)
-        cases = CASES[:2] if quick else CASES
-        for processes, stage in cases:
-            if not (folder / name_of(processes, stage) / "load.json").exists():
-                train(folder, processes, stage)
-        compared = [compare(folder, *case) for case in cases]
+        compared = [compare(folder, *case) for case in train_cases(folder, quick, "cpu", lambda processes: 1)]
     goals = [
         {"what": what, "measured": max(abs(each.error(what)) for each in compared), "limit": limit}
         for what, limit in GOALS.items()
@@ -88,6 +85,16 @@ def main() -> None:
     write_result(
         "plans", {"shape": SHAPE, "keys": KEYS, "cases": [each._asdict() for each in compared], "goals": goals}
     )
+
+
+def train_cases(folder: Path, quick: bool, clock: str, threads: Callable[[int], int]) -> list[tuple[int, int]]:
+    """Do the runs that are not in ``folder`` yet, with so many ``threads`` per process; return their cases."""
+    make_files(folder, QUICK if quick else SHAPE)
+    cases = CASES[:2] if quick else CASES
+    for processes, stage in cases:
+        if not (folder / name_of(processes, stage) / "load.json").exists():
+            train(folder, processes, stage, clock, threads(processes))
+    return cases
 
 
 def make_files(folder: Path, shape: dict[str, Any]) -> None:
@@ -110,7 +117,7 @@ def name_of(processes: int, stage: int) -> str:
     return f"processes-{processes}-zero-{stage}"
 
 
-def train(folder: Path, processes: int, stage: int, clock: str = "cpu", threads: int = 1) -> None:
+def train(folder: Path, processes: int, stage: int, clock: str, threads: int) -> None:
     output, load = folder / name_of(processes, stage), os.getloadavg()[0]
     keys = KEYS | {
         "config_name": folder / "config.json",
@@ -130,6 +137,18 @@ def start(processes: int, arguments: list[str], threads: int) -> None:
     alone = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def first_steps(run: Path, folder: Path, last: int) -> Path:
+    """Copy to ``folder`` what ``irlfast plan --calibrate`` reads of a run, up to the step ``last`` of its phase."""
+    from irlfast.startup.calibration import FILES
+
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / name, folder / name)
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] <= last))
+    return folder
 
 
 def compare(folder: Path, processes: int, stage: int) -> Compared:

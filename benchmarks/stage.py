@@ -10,7 +10,6 @@ is not run again. The script writes ``benchmarks/results/DATE-stage.json``.
 
 import json
 import random
-import shutil
 import statistics
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from benchmarks import runs
 from benchmarks.conftest import write_result
+from benchmarks.plans import first_steps
 
 GPU = "1xH200-141G"
 VOCABULARY, WORDS, ROWS = 50304, 60_000, 640
@@ -113,11 +113,9 @@ def plans(output: Path) -> dict[str, dict[str, float]]:
         room = Room(cluster.gpu.memory, 1, on_gpu=True, runtime=assumed.runtime)
     else:
         assumed, room = rates_here(done.config, 1), room_here(1)
-    first = output.with_name("first-steps")
-    shutil.copytree(output, first, dirs_exist_ok=True, ignore=shutil.ignore_patterns("policy", "final", "initial"))
-    lines = (first / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (first / "metrics.jsonl").write_text("".join(lines[:STEPS]))
-    calibrated = rates_of_run(first, assumed, 1, room.on_gpu)._replace(sampling=assumed.sampling)
+    with tempfile.TemporaryDirectory() as temporary:
+        first = first_steps(output, Path(temporary, "run"), STEPS)
+        calibrated = rates_of_run(first, assumed, 1, room.on_gpu)
     found = {}
     for source, rates in (("data sheet", assumed), ("first steps", calibrated)):
         plan = plan_run(done.config, done.size, room, rates, work_on(done.config, done.train, 0, 0))

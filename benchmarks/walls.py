@@ -11,7 +11,6 @@ its load before each run is in them. FOLDER keeps the runs, and those in it are 
 
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conftest import write_result
-from benchmarks.plans import CASES, GOALS, KEYS, QUICK, SHAPE, make_files, name_of, train
+from benchmarks.plans import GOALS, KEYS, SHAPE, first_steps, name_of, train_cases
 
 LIMIT = GOALS["seconds"]
 CALIBRATING = 2  # the step whose rates are taken
@@ -31,11 +30,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given[0] if given else temporary).absolute()
-        make_files(folder, QUICK if quick else SHAPE)
-        cases = CASES[:2] if quick else CASES
-        for processes, stage in cases:
-            if not (folder / name_of(processes, stage) / "load.json").exists():
-                train(folder, processes, stage, "wall", max(1, cores // processes))
+        cases = train_cases(folder, quick, "wall", lambda processes: max(1, cores // processes))
         compared = [compare(folder, *case) for case in cases]
     worst = max(abs(each["error"]) for each in compared)
     goals = [{"what": "wall seconds of a step", "measured": worst, "limit": LIMIT, "met": worst <= LIMIT}]
@@ -55,7 +50,7 @@ def compare(folder: Path, processes: int, stage: int) -> dict[str, Any]:
     output, unknown = folder / name_of(processes, stage), float("nan")
     run = read_run(output)
     with tempfile.TemporaryDirectory() as temporary:
-        by = one_step(folder / name_of(2, stage), Path(temporary, "run"))
+        by = first_steps(folder / name_of(2, stage), Path(temporary, "run"), CALIBRATING)
         rates = rates_of_run(by, Rates(unknown, unknown, unknown), processes, on_gpu=False)
     room = Room(0.0, processes, on_gpu=False, runtime=rates.runtime)
     plan = plan_run(run.config, run.size, room, rates, work_on(run.config, run.train, 0, 0))
@@ -70,18 +65,6 @@ def compare(folder: Path, processes: int, stage: int) -> dict[str, Any]:
         "steps": steps,
         "load": json.loads((output / "load.json").read_text()),
     }
-
-
-def one_step(run: Path, folder: Path) -> Path:
-    """Copy what a plan reads of a run, up to the step that calibrates it."""
-    from irlfast.startup.calibration import FILES
-
-    for name in FILES:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(run / name, folder / name)
-    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] <= CALIBRATING))
-    return folder
 
 
 def table(compared: list[dict[str, Any]]) -> str:

@@ -21,7 +21,7 @@ ASKING = (
 
 
 class Presence:
-    """What this process keeps open: a door for the process before it, and a connection to the one after it."""
+    """The open sockets of this process: one that waits for the process before it, one connected to the next process."""
 
     def __init__(self) -> None:
         self.door: socket.socket | None = None

@@ -14,7 +14,7 @@ from irlfast.config.deepspeed import merged_settings, zero_stage
 from irlfast.config.methods import METHOD_FACTS, READ_WITH, SFT_TEACHERS
 from irlfast.config.reward_checks import check_added_rewards, check_alignment, check_features, check_reward
 from irlfast.config.sampling_checks import check_async_sampling, check_split_sampling, check_vllm_server
-from irlfast.config.types import DATASETS, listed, shown
+from irlfast.config.types import DATASETS, is_set, listed, shown
 
 IN_PLACE_OF = {"inner_epochs": "inner_steps", "sft_epochs": "sft_steps", "reward_epochs": "reward_steps"}
 # A list has one value per stage.
@@ -365,11 +365,6 @@ def unread_keys(config: Any) -> list[str]:
     """Return the keys that are set, but that the method does not read."""
     unread = [name for fact, names in READ_WITH.items() if not getattr(config.facts, fact) for name in names]
     return [name for name in unread if is_set(config, name)]
-
-
-def is_set(config: Any, name: str) -> bool:
-    """Return whether a key has another value than its default."""
-    return getattr(config, name) != type(config).__pydantic_fields__[name].default
 
 
 def check_path(name: str, value: str | None) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from irlfast.common.files import InputError, find_path
 from irlfast.config.methods import OWN_KL
-from irlfast.config.types import listed
+from irlfast.config.types import is_set, listed
 
 
 def check_reward(config: Any) -> None:
@@ -136,9 +136,8 @@ def check_importance_sampling(config: Any) -> None:
             f"vllm_importance_sampling_correction: found true with align {config.align}, which is no policy gradient; "
             "expected align rloo, ppo or grpo"
         )
-    given = {"vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0}
-    for name, default in given.items():
-        if getattr(config, name) != default and not config.vllm_importance_sampling_correction:
+    for name in ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"):
+        if is_set(config, name) and not config.vllm_importance_sampling_correction:
             raise InputError(
                 f"{name}: found {getattr(config, name)!r} without weights, expected "
                 "vllm_importance_sampling_correction: true"

@@ -6,6 +6,7 @@ from irlfast.common.addresses import check_address
 from irlfast.common.files import InputError
 from irlfast.config.deepspeed import zero_stage
 from irlfast.config.methods import OWN_KL
+from irlfast.config.types import is_set
 
 
 def check_vllm_server(config: Any) -> None:
@@ -21,7 +22,7 @@ def check_vllm_server(config: Any) -> None:
 def check_async_sampling(config: Any) -> None:
     """Check that a stage can be sampled while the one before trains, and that its loss may see such answers."""
     if not config.async_sampling:
-        if config.async_sampling_at != 0.5:
+        if is_set(config, "async_sampling_at"):
             raise InputError(
                 f"async_sampling_at: found {config.async_sampling_at} without async_sampling, expected "
                 "async_sampling: true"

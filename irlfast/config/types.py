@@ -76,6 +76,11 @@ def key(default: Any, description: str) -> Any:
     return Field(default=default, description=description)
 
 
+def is_set(config: Any, name: str) -> bool:
+    """Return whether a key has another value than its default."""
+    return bool(getattr(config, name) != type(config).__pydantic_fields__[name].default)
+
+
 def listed(value: Any) -> list[Any]:
     """Return the values of a key that takes one value or a list."""
     return value if isinstance(value, list) else [value]

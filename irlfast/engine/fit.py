@@ -192,7 +192,7 @@ def train_steps(
     return progress["step"]
 
 
-def falls_too_far(row: dict[str, Any], config: Config) -> bool:
+def falls_too_far(row: Row, config: Config) -> bool:
     """Return, and say, whether the demonstrations' log-likelihood in a logged row ends the phase."""
     too_far = config.max_expert_drop is not None and expert_drop(row) > config.max_expert_drop
     if too_far:

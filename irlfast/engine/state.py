@@ -38,12 +38,8 @@ class Saved(NamedTuple):
 SavedSpans = dict[str, dict[str, list[Saved]]]  # by parameter and kind
 
 
-def save_state(engine: Any, folder: Path) -> None:
-    """Write the spans that this process holds into files in ``folder``, and flush them to disk."""
-    save_files(state_files(engine), folder)
-
-
 def save_files(files: Files, folder: Path) -> None:
+    """Write files into ``folder``, one after the other, and flush them to disk."""
     for name, tensors in files:
         save_tensors(tensors, folder / name)
         flush(folder / name)
@@ -89,7 +85,7 @@ def persistent_buffers(engine: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state(engine: Any, folder: Path) -> None:
-    """Continue with the state that :func:`save_state` wrote into ``folder``, in however many processes.
+    """Continue with the state that :func:`state_files` has given and ``folder`` holds, in however many processes.
 
     Raises:
         InputError: it is the state of other parameters than the model's.

@@ -49,7 +49,7 @@ def frozen_model(name: Path | str, config: Config, heads: int = 0, in_4bit: bool
     """Load a frozen model on this process's device. A language model that was loaded last is there still.
 
     So a policy is loaded once to answer, to score and to train, where nothing else is loaded in between. With
-    ``split``, it is one that ZeRO-3 splits, which cannot answer.
+    ``split``, it is one that ZeRO-3 splits: it computes within :func:`irlfast.models.split.runnable`.
 
     Raises:
         InputError: as :func:`irlfast.models.load.load_model`.

@@ -88,11 +88,11 @@ def check_config(output: Path, config: Config) -> list[str]:
     Raises:
         InputError: the run would end with other results, and the message shows the difference; or the file is lost.
     """
-    path = output / "config.yaml"
+    path, noted = output / "config.yaml", notes(output)
     # The first line of a MANIFEST may be what a full disk did not take: then nothing was made yet.
-    if not path.exists() and not notes(output) and not any(output.glob(f"*/{MANIFEST}")):
+    if not path.exists() and not noted and not any(output.glob(f"*/{MANIFEST}")):
         return []
-    if path.name not in notes(output):
+    if path.name not in noted:
         raise InputError(
             f"output_dir {output}: its run has no {path.name} with a checksum in {MANIFEST}, so that nothing says what "
             "it is; expected a new output_dir"

@@ -184,7 +184,6 @@ def claim_of(queue: Queue, parts: Sequence[Part]) -> Callable[[], Shard | None]:
 
 def answers_from(queue: Queue, policy: Path | str, parts: Sequence[Part], workers: int) -> Answers:
     """Yield this process's share of the answers, until all are there or it was asked to stop."""
-
     run, claim = parts[0].request.run, claim_of(queue, parts)
     generate = functools.partial(transformers_answers, run, policy, claim)
     if samples_split(run.config):

@@ -50,7 +50,7 @@ def transformers_answers(
     if not any_has(batch, split):
         return
     forget()  # the attention of a model that has scored may be one that cannot generate
-    model = frozen_model(policy, config, 0, False, split)
+    model = frozen_model(policy, config, split=split)
     own_defaults = model.generation_config
     head = model.get_output_embeddings().weight
     never = unused_ids(run.encoder.tokenizer, getattr(head, "ds_shape", head.shape)[0])

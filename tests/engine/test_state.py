@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from irlfast.common import dist
 from irlfast.engine import checkpoint, state
-from irlfast.engine.state import load_state, save_state
+from irlfast.engine.state import load_state, save_files, state_files
 
 
 def become(monkeypatch, rank, count):
@@ -47,7 +47,7 @@ def test_every_value_of_every_partition_comes_back_to_any_other_partitions(tmp_p
     writers, readers = draw.randint(1, 8), draw.randint(1, 8)
     for rank in range(writers):
         become(monkeypatch, rank, writers)
-        save_state(partitioned(shapes, rank, writers, values), tmp_path)
+        save_files(state_files(partitioned(shapes, rank, writers, values)), tmp_path)
     read = []
     for rank in range(readers):
         become(monkeypatch, rank, readers)

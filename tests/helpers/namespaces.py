@@ -38,7 +38,7 @@ class Machine(NamedTuple):
 
     @property
     def enter(self) -> list[str]:
-        """What starts a command on this machine."""
+        """The words before a command that has to run on this machine."""
         return ["nsenter", f"--target={self.holder}", "--net", "--mount", "--uts", "--", "env", f"--chdir={ROOT}"]
 
     def do(self, *commands: str) -> None:

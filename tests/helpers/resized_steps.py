@@ -27,7 +27,7 @@ from irlfast.engine.fit import means
 from irlfast.engine.memory import TokenLimit
 from irlfast.engine.meters import Stopwatch
 from irlfast.engine.plan import Plan
-from irlfast.engine.state import STEP, WEIGHTS, fill, save_state, saved_spans
+from irlfast.engine.state import STEP, WEIGHTS, fill, save_files, saved_spans, state_files
 from irlfast.engine.step import add, prepare_steps, train_step
 from irlfast.losses.sft import sft_loss
 from irlfast.methods.reward import loss_of, recipe
@@ -76,7 +76,7 @@ def is_loaded(engine: Any, checkpoint: Path, again: Path) -> bool:
 
     again.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    save_state(engine, again)
+    save_files(state_files(engine), again)
     dist.barrier()
     saved = whole_state(checkpoint)
     with deepspeed.zero.GatheredParameters(

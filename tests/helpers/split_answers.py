@@ -49,8 +49,8 @@ class Watched:
     def __init__(self) -> None:
         self.shards, self.most = 0, 0.0
 
-    def load(self, *given: Any) -> Any:
-        model = frozen_model(*given)
+    def load(self, *given: Any, **options: Any) -> Any:
+        model = frozen_model(*given, **options)
         parameters = list(model.parameters())
         whole = sum(getattr(x, "ds_numel", x.numel()) for x in parameters)
 

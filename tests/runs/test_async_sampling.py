@@ -137,7 +137,7 @@ def seconds_of(said):
 
 
 def test_answers_come_while_the_stage_before_trains(whole):
-    """What the next stage waited for is less than what its answers took."""
+    """The next stage waits for a part of the time in which its answers are made, not for all of it."""
     took, waited = seconds_of(whole[1])
     assert waited < took
 

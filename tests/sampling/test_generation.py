@@ -75,7 +75,7 @@ def test_answers_are_the_same_on_any_number_of_workers(run, policy, monkeypatch,
 
     An answer says which prompt and seed it was drawn with; the next test shows that it depends on nothing else.
     """
-    monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_: policy)
+    monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_, **__: policy)
     monkeypatch.setattr(transformers_sampler, "generate_batch", prompts_and_seeds)
     monkeypatch.setattr(shards, "SHARD_SIZE", 8)
     draw = random.Random(0)
@@ -142,7 +142,7 @@ def test_the_samplers_log_probabilities_are_the_policys_without_the_settings(pol
 
 
 def test_log_probabilities_are_kept_with_all_digits_in_the_answers_order(run, policy, monkeypatch, tmp_path):
-    monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_: policy)
+    monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_, **__: policy)
     monkeypatch.setattr(shards, "SHARD_SIZE", 4)
     examples, how = prompts(random.Random(8), 5), DRAWN._replace(logps=True)
     request = Request(run, examples, 3, tmp_path / "rollouts", how)
@@ -181,14 +181,14 @@ def test_shards_have_the_same_size_whatever_the_number_of_workers_and_hold_each_
 
 
 def test_a_prompt_that_is_there_twice_gets_two_answers(run, policy, monkeypatch, tmp_path):
-    monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_: policy)
+    monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_, **__: policy)
     examples = [types.SimpleNamespace(prompt_ids=Ids([5, 6, 7]), row=None)] * 8
     answers = sample(run, "policy", examples, tmp_path / "samples", DRAWN)
     assert len({tuple(answer) for answer in answers}) > 4
 
 
 def test_the_groups_of_a_folder_are_the_same_when_it_is_sampled_again(run, policy, monkeypatch, tmp_path):
-    monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_: policy)
+    monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_, **__: policy)
     monkeypatch.setattr(shards, "SHARD_SIZE", 8)
     examples = prompts(random.Random(3), 9)
     first = sample_groups(run, "policy", examples, 3, tmp_path / "rollouts", DRAWN)

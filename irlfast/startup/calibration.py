@@ -197,12 +197,16 @@ def sent_per_second(run: Measured, row: dict[str, Any]) -> float:
 
 
 def sampling_factor(folder: Path, run: Measured, rates: Rates) -> float:
-    """Return the seconds of sampling that the run took per second of the model's; 1 where nothing was sampled."""
+    """Return the seconds of sampling that the run took per second of the model's; 1 where nothing was sampled.
+
+    Answers that were sampled beside training (``async_sampling``) are left out: their seconds are a wait.
+    """
     factors = []
     for phase in METHODS[run.config.method].phases(run.config, len(run.train)):
         path = folder / phase.name / "pairs.json"
         counts = read_json(path) if intact(path) else {}
-        if phase.sampled and counts.get("synthetic_tokens") and counts.get("sample_seconds"):
+        waited = counts.get("sampling/staleness")
+        if phase.sampled and counts.get("synthetic_tokens") and counts.get("sample_seconds") and not waited:
             prompt, answer = (float(n) for n in run.train.lengths[:, :2].mean(0))
             lengths = Lengths(prompt, answer, counts["synthetic_tokens"] / phase.sampled)
             room = Room(0.0, run.processes, run.on_gpu, runtime=0.0)

@@ -110,6 +110,19 @@ def check_rewards(config: Config) -> None:
         raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
 
 
+def check_async_sampling_on_gpus(config: Config, on_gpu: bool) -> None:
+    """Check that servers sample beside training, if it is ``on_gpu``.
+
+    Raises:
+        InputError: vLLM would have to sample on GPUs that train.
+    """
+    if config.async_sampling and on_gpu and not config.vllm_server:
+        raise InputError(
+            "async_sampling: found true on GPUs that train, which have no room for vLLM meanwhile; expected "
+            "vllm_server: servers on other GPUs"
+        )
+
+
 def check_vllm(config: Config) -> None:
     """Check that the interpreter that samples has vLLM, and that every process has its GPUs; or check the servers.
 
@@ -117,11 +130,7 @@ def check_vllm(config: Config) -> None:
         InputError: there is no vLLM; the message says how to get it. Or the servers cannot sample for this run. Or vLLM
             would have to sample on GPUs that train.
     """
-    if config.async_sampling and torch.cuda.is_available() and not config.vllm_server:
-        raise InputError(
-            "async_sampling: found true on GPUs that train, which have no room for vLLM meanwhile; expected "
-            "vllm_server: servers on other GPUs"
-        )
+    check_async_sampling_on_gpus(config, torch.cuda.is_available())
     if config.vllm_server:
         thought = config.max_thought_tokens + 1 if config.facts.thinks else 0
         if dist.is_main():

@@ -54,6 +54,7 @@ class PlannedPhase(NamedTuple):
     groups: int  # per step, of all processes
     step: dict[str, float]  # seconds of the parts of a step
     seconds: dict[str, float]  # of the parts of the phase
+    beside: float = 0.0  # more seconds of sampling, beside the training of the stage before
 
 
 class Planned(NamedTuple):
@@ -108,8 +109,29 @@ def plan_run(config: Config, size: Size, room: Room, rates: Rates, work: Work) -
         memory["scoring"] = scoring_memory(config, size, room, scored)
     memory["sampling"] = sampling_memory(config, size, room, config.max_prompt_length)
     cache = memory["sampling"]["cache"]
+    if config.vllm_server:
+        del memory["sampling"]  # not in the memory of the GPUs that train
     planned = [plan_phase_of(config, size, room, rates, work, phase, tokens, scored, cache) for phase in phases]
+    if config.async_sampling and config.vllm_server:
+        planned = sampled_beside(phases, planned)
     return Planned(room, tokens, memory, copy_bytes(config, size, room), planned)
+
+
+def sampled_beside(phases: Sequence[Phase], planned: Sequence[PlannedPhase]) -> list[PlannedPhase]:
+    """Leave of each phase's sampling only what ``async_sampling`` lets a stage wait for.
+
+    The servers answer while the stage before takes the steps after those of its early policy. They answer for all
+    phases of the next stage up to the first that trains the policy; later rounds are sampled without overlap.
+    """
+    left, free = [], 0.0
+    for phase, own in zip(phases, planned, strict=True):
+        plan, beside = phase.plan(), min(free, own.seconds["sampling"])
+        left.append(own._replace(seconds=own.seconds | {"sampling": own.seconds["sampling"] - beside}, beside=beside))
+        free -= beside
+        if not plan.reward:
+            after = 0 if plan.early is None else len(plan.steps) - plan.early
+            free = own.seconds["training"] * after / len(plan.steps)
+    return left
 
 
 def room_to_score(config: Config, work: Work, room: Room) -> int:

@@ -154,12 +154,12 @@ def sampling_seconds(
     """Return the seconds of ``answers`` sampled answers, where ``cache`` bytes hold keys and values.
 
     A decoding step reads the weights, and the keys and values of all its sequences; or its products take longer; or,
-    in Transformers on a GPU, the host does.
+    in Transformers on a GPU, the host does. A server of ``vllm_server`` is taken for an engine on such GPUs as train.
     """
     if not answers:
         return 0.0
     split = config.vllm_tensor_parallel_size if config.use_vllm else 1
-    engines = max(1, room.processes // split)
+    engines = len(config.vllm_server) or max(1, room.processes // split)
     token = size.key_values * bytes_of(config) / split
     most = SEQUENCES if config.use_vllm else config.per_device_eval_batch_size
     held = cache / max(token * (lengths.prompt + lengths.sampled), 1)
@@ -195,6 +195,10 @@ def split_scoring_seconds(
 
 
 def load_seconds(config: Config, size: Size, rates: Rates) -> dict[str, float]:
-    """Return the seconds in which a model is loaded to train or to score, and in which a sampler starts."""
+    """Return the seconds in which a model is loaded to train or to score, and in which a sampler starts.
+
+    Servers run already, and load the policy alone.
+    """
     read = size.parameters * bytes_of(config) / rates.storage
-    return {"model": read, "sampler": read + (rates.start if config.use_vllm else 0.0)}
+    starts = config.use_vllm and not config.vllm_server
+    return {"model": read, "sampler": read + (rates.start if starts else 0.0)}

@@ -17,6 +17,7 @@ from irlfast.engine.hardware import Cluster
 from irlfast.methods import phases_of
 from irlfast.startup.calibration import rates_here, rates_of_run, room_here
 from irlfast.startup.disk import disk_needs, gigabytes, most
+from irlfast.startup.limits import check_async_sampling_on_gpus
 from irlfast.startup.plan_memory import Room, gib, misfit, total
 from irlfast.startup.plan_run import Planned, Work, plan_run, work_of
 from irlfast.startup.plan_seconds import Rates, assumed_rates
@@ -28,7 +29,8 @@ def show_plan(config: Config, cluster: Cluster | None, processes: int, run: Path
     """Print the plan of a run on a cluster, or in ``processes`` of this machine; ``run`` gives measured rates.
 
     Raises:
-        InputError: the model's config is out of reach, there are no rows to plan with, or the run does not fit.
+        InputError: the model's config is out of reach, there are no rows to plan with, vLLM would sample beside
+            training on the GPUs that train, or the run does not fit.
     """
     out = Console(highlight=False, soft_wrap=True)
     work, vocabulary = read_work(config)
@@ -45,6 +47,7 @@ def show_plan(config: Config, cluster: Cluster | None, processes: int, run: Path
     if run:
         rates = rates_of_run(run, rates, processes, room.on_gpu)
         room = room if room.on_gpu else room._replace(runtime=rates.runtime)
+    check_async_sampling_on_gpus(config, room.on_gpu)
     title(out, "model", *size_lines(size), "")
     title(out, "work", *work_lines(work), "")
     show_estimates(out, config, size, room, rates, work)
@@ -114,6 +117,8 @@ def phase_lines(plan: Planned, rates: Rates, work: Work) -> Iterator[str]:
         seconds = sum(phase.seconds.values())
         yield f"{phase.name}: {phase.steps:,} optimiser steps of {phase.groups}, about {duration(seconds)}"
         yield f"    {', '.join(f'{part} {duration(value)}' for part, value in phase.seconds.items() if value)}"
+        if phase.beside:
+            yield f"    {duration(phase.beside)} more of sampling, beside the training of the stage before"
         step = ", ".join(f"{part} {value:.2g} s" for part, value in phase.step.items() if value)
         yield f"    a step {sum(phase.step.values()):.2g} s: {step}"
     hours = plan.seconds() / 3600

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from irlfast.common.files import InputError
+from irlfast.common.artefacts import keep_json
+from irlfast.common.files import InputError, read_json
 from irlfast.common.logs import read_log, rewrite
 from irlfast.config import make_config
 from irlfast.models.costs import Costs
@@ -91,6 +92,15 @@ def test_one_process_sends_nothing_whatever_its_clock_says(finished, tmp_path):
     rows = [row | {"time/communication": 1e-6} for row in read_log(output / "metrics.jsonl", is_logged)[0]]
     rewrite(output / "metrics.jsonl", rows)
     assert rates_of_run(output, ASSUMED, 1, on_gpu=False).link == ASSUMED.link
+
+
+def test_a_wait_for_answers_that_came_beside_training_is_no_rate_of_sampling(finished, tmp_path):
+    output = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    keep_json(output / "stage-01/pairs.json", read_json(output / "stage-00/pairs.json") | {"sample_seconds": 1e9})
+    both = rates_of_run(output, ASSUMED, 1, on_gpu=False).sampling
+    beside = {"sampling/staleness": 5, "sample_seconds": 1e9}
+    keep_json(output / "stage-01/pairs.json", read_json(output / "stage-00/pairs.json") | beside)
+    assert rates_of_run(output, ASSUMED, 1, on_gpu=False).sampling < both / 1e3
 
 
 DAMAGES = {

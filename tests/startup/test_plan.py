@@ -1,6 +1,7 @@
 """``irlfast plan``: its figures by hand, its table in the docs, and its answers to wrong input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from irlfast.startup.plan_seconds import (
     assumed_rates,
     bytes_sent,
     group_operations,
+    load_seconds,
     sampling_seconds,
     split_scoring_seconds,
     step_seconds,
@@ -175,6 +177,65 @@ def test_a_gpu_waits_for_the_host_where_transformers_samples(keys):
     assert slow == pytest.approx(3 * 100 * size.layers * DECODING_LAYER, rel=0.01)
     by_vllm = make_config(keys | {"use_vllm": True})
     assert sampling_seconds(by_vllm, size, room, rates, lengths, batches, 60e9) < slow / 10
+
+
+ASYNC = {"use_vllm": True, "async_sampling": True, "vllm_server": ["http://node2:8000"], "stages": 2, "sft_steps": 1}
+
+
+def summed_and_beside(keys, sampling, **more):
+    """The phases of two plans by name: without ``async_sampling``, and with it. The first sets the rate of sampling."""
+    plans = []
+    for given in (keys | ASYNC | {"async_sampling": False}, keys | ASYNC | {"async_sampling_at": 0.65}):
+        config = make_config(given | more)
+        room, rates = Room(80e9, 8, on_gpu=True, runtime=0.0), Rates(1e12, 1e10, 1e9, sampling=sampling)
+        plan = plan_run(config, model_size(config), room, rates, work_of(config, None))
+        plans.append({phase.name: phase for phase in plan.phases})
+    return plans
+
+
+@pytest.mark.parametrize(("sampling", "waits"), [(1e-3, False), (1e3, True)])
+def test_the_steps_after_the_early_policy_hide_that_much_of_the_sampling_of_the_next_stage(keys, sampling, waits):
+    """Of 10 steps, 4 come after the early policy."""
+    summed, beside = summed_and_beside(keys, sampling, inner_steps=10)
+    assert beside["stage-00"] == summed["stage-00"]  # no stage trains before it
+    before, own = summed["stage-01"].seconds, beside["stage-01"].seconds
+    hidden = 4 * sum(summed["stage-00"].step.values()) if waits else before["sampling"]
+    assert beside["stage-01"].beside == pytest.approx(hidden)
+    assert own == before | {"sampling": pytest.approx(before["sampling"] - hidden)}
+    assert (own["sampling"] > 0) == waits
+
+
+def test_the_last_round_of_a_stage_hides_the_samples_of_the_next_reward_and_first_round(keys):
+    rft = {"method": "rft", "align_rounds": 2, "num_generations": 2, "vllm_importance_sampling_correction": True}
+    summed, beside = summed_and_beside(keys, 1.5e-3, inner_steps=10, **rft)
+    hidden = {name: phase.beside for name, phase in beside.items() if phase.beside}
+    assert [*hidden] == ["stage-01/reward", "stage-01/round-00"]
+    assert sum(hidden.values()) == pytest.approx(4 * sum(summed["stage-00"].step.values()))
+    for name, phase in beside.items():
+        assert phase.seconds["sampling"] + phase.beside == pytest.approx(summed[name].seconds["sampling"])
+
+
+def test_a_plan_says_what_is_sampled_beside_training_and_refuses_it_on_gpus_without_servers(keys):
+    given = as_options(keys | {name: json.dumps(value) for name, value in ASYNC.items()})
+    out, _ = plan(*given, "--gpus", "8xH100-80G")
+    assert re.search(r"stage-01: .*\n.*\n    [\w. ]+ more of sampling, beside the training of the stage before\n", out)
+    assert out.count("more of sampling") == 1
+    assert "sampling: " not in out.split("memory\n")[1]  # the servers have memory of their own
+    _, err = plan(*given, "vllm_server=[]", "--gpus", "8xH100-80G", code=2)
+    assert err.splitlines()[-1].endswith("expected vllm_server: servers on other GPUs")
+    out, _ = plan(*given, "vllm_server=[]", "--processes", "2")  # vLLM shares the cores with the training
+    assert "more of sampling" not in out and "sampling" in out
+
+
+def test_a_server_samples_as_one_engine_and_takes_no_time_to_start(keys):
+    config = make_config(keys | ASYNC)
+    size, room, lengths = model_size(config), Room(80e9, 4, on_gpu=True, runtime=0.0), Lengths(10.0, 5.0, 100.0)
+    rates = assumed_rates(Cluster("H100-80G", 4, 1), config)
+    own = make_config(keys | {"use_vllm": True})
+    by_four, by_one = (sampling_seconds(each, size, room, rates, lengths, 40_960, 1e9) for each in (own, config))
+    assert by_one == pytest.approx(4 * by_four, rel=0.01)
+    started = load_seconds(own, size, rates)["sampler"] - load_seconds(config, size, rates)["sampler"]
+    assert started == pytest.approx(60.0)
 
 
 @pytest.mark.parametrize("method", ["irft", "spin", "rft", "sdft", "sft", "reward", "reasoning"])

@@ -43,17 +43,21 @@ MARK = re.compile(r"SECRET-([0-9a-f]{8})")
 
 def redacted(value: Any) -> Any:
     """Return a text with marks in place of its secrets; of a list or a mapping, do so with all texts in it."""
+    return redacted_value(value, secrets_of_environment())
+
+
+def redacted_value(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
-        return redacted_text(value)
+        return redacted_text(value, secrets)
     if isinstance(value, dict):
-        return {redacted(name): redacted(each) for name, each in value.items()}
-    return [redacted(each) for each in value] if isinstance(value, list | tuple) else value
+        return {redacted_value(name, secrets): redacted_value(each, secrets) for name, each in value.items()}
+    return [redacted_value(each, secrets) for each in value] if isinstance(value, list | tuple) else value
 
 
-def redacted_text(text: str) -> str:
+def redacted_text(text: str, secrets: list[str]) -> str:
     for pattern in PATTERNS:
         text = pattern.sub(hidden, text)
-    for secret in secrets_of_environment():
+    for secret in secrets:
         for form in {*forms(secret)}:
             text = text.replace(form, mark(secret)) if form in text else text
     return text

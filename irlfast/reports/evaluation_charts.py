@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 
 from irlfast.evaluation.figures import figure_of
-from irlfast.reports.charts import SIZE, Chart, Rows, draw_zero, short
+from irlfast.reports.charts import SIZE, Chart, Rows, draw_zero, short, tooltips
 from irlfast.reports.files import mapping, number
 
 Curves = dict[str, list[dict[str, Any]]]  # model -> the points of its curve
@@ -28,11 +28,11 @@ def draw_differences(differences: dict[str, dict[str, Any]], names: list[str]) -
         colour = alt.Color("shown:N", scale=alt.Scale(domain=SHOWN, range=SHOWN_COLOURS), legend=None)
         y = alt.Y("model:N", title=None, sort=None, axis=alt.Axis(labelLimit=120))
         base = alt.Chart(alt.Data(values=rows)).encode(y=y, color=colour)
-        bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=None), x2="high:Q")
+        bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=None), x2=alt.X2("high:Q"))
         dots = base.mark_point(filled=True, size=60, opacity=1).encode(
-            x="mean:Q", tooltip=["model:N", "mean:Q", "low:Q", "high:Q", "p:Q", "shown:N"]
+            x=alt.X("mean:Q"), tooltip=tooltips("model:N", "mean:Q", "low:Q", "high:Q", "p:Q", "shown:N")
         )
-        spec = alt.layer(draw_zero(), bars, dots).properties(width=240, height=alt.Step(24)).to_dict()
+        spec = alt.layer(draw_zero(), bars, dots, width=240, height=alt.Step(24)).to_dict(validate=False)
         figure = figure_of(name)
         charts.append(Chart(figure.title, f"difference, {figure.unit}", spec))
     return charts
@@ -52,9 +52,13 @@ def draw_lines(title: str, unit: str, curves: Curves, x: alt.X, key: str = "mean
         return []
     colour = alt.Color("model:N", sort=None, legend=alt.Legend(columns=2) if len(curves) > 1 else None)
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=colour)
-    band = base.mark_area(style="band").encode(y=alt.Y("low:Q", title=None, scale=alt.Scale(zero=False)), y2="high:Q")
-    line = base.mark_line(point=True).encode(y="mean:Q", tooltip=["model:N", f"{field}:N", "mean:Q", "low:Q", "high:Q"])
-    return [Chart(title, unit, alt.layer(band, line).properties(**SIZE).to_dict())]
+    band = base.mark_area(style="band").encode(
+        y=alt.Y("low:Q", title=None, scale=alt.Scale(zero=False)), y2=alt.Y2("high:Q")
+    )
+    line = base.mark_line(point=True).encode(
+        y=alt.Y("mean:Q"), tooltip=tooltips("model:N", f"{field}:N", "mean:Q", "low:Q", "high:Q")
+    )
+    return [Chart(title, unit, alt.layer(band, line, **SIZE).to_dict(validate=False))]
 
 
 def draw_perplexity(curves: Curves) -> list[Chart]:

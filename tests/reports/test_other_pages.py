@@ -16,7 +16,7 @@ from irlfast.report import page_of
 from irlfast.reports.browser import evaluation_samples
 from irlfast.reports.files import read_run
 from irlfast.reports.runs import compare_runs, final_answers
-from tests.reports.test_report import Page, values_of
+from tests.reports.test_report import Page, check_charts, values_of
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror="f()">'
 PROMPTS = 300  # more than a file of rows holds
@@ -89,6 +89,7 @@ def test_the_page_of_an_evaluation_has_the_figures_and_tests_of_its_files(tmp_pa
     assert any(value == pytest.approx(math.exp(2.0), rel=1e-5) for value in drawn)  # perplexity of the second token
     counted = [sum(row["answers"] for row in values_of(spec) if "answers" in row) for spec in page.charts]
     assert [count for count in counted if count] == [2 * PROMPTS, 2 * PROMPTS]  # histograms of both models
+    check_charts(page)
 
 
 def test_the_page_of_an_evaluation_shows_what_judge_and_leaderboard_left(tmp_path):
@@ -167,6 +168,7 @@ def test_the_page_of_several_runs_has_their_differences_and_curves(tmp_path):
     for key, values in {"beta": "0.1 0.7", "stages": "None 3"}.items():
         assert f"{key} {values}" in words
     assert "output_dir" not in words
+    check_charts(page)
     for run in runs:
         figures = json.loads((run / "sft/eval.json").read_text())
         assert f"{figures['exact_match']:.1%}" in words and f"{figures['nll']:,.2f}" in words

@@ -12,6 +12,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import altair as alt
 import numpy as np
 import pytest
 import scipy.stats
@@ -123,8 +124,15 @@ def test_the_page_of_a_finished_run_shows_its_metrics_and_answers(copied):
         assert f"{count:,}" in words
     assert "Missing from these files" not in words
     assert len(page.charts) >= 13
+    check_charts(page)
     assert "Reward margin" in words
     assert "not measured in this run" not in words
+
+
+def check_charts(page: Page) -> None:
+    """Have Altair hold each chart to Vega-Lite's schema, which irlfast leaves out: it raises what it finds."""
+    for spec in page.charts:
+        alt.Chart.from_dict(spec)
 
 
 def values_of(spec: dict) -> list[dict]:

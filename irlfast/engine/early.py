@@ -42,6 +42,7 @@ def save_early(run: Run, folder: Path, engine: Any, start: Path | str, plan: Pla
         save_model(engine, start, folder / EARLY, run.encoder, None, run.config)
         dist.barrier()
         run.ask_early(plan.stage, folder / EARLY)
+        dist.barrier()  # the main process may load the policy for long, to compare the servers with it
 
 
 def note_staleness(folder: Path, plan: Plan, last: int) -> list[str]:

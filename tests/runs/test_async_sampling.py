@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from irlfast.config import make_config
 from irlfast.data.encoding import make_encoder
 from irlfast.data.store import load_examples
+from irlfast.engine.early import save_early
+from irlfast.engine.plan import Plan
 from irlfast.methods.stages import stage_examples
 from irlfast.models.configs import embedding_rows
 from irlfast.models.tokenizers import unused_ids
@@ -132,7 +135,9 @@ def test_the_staleness_is_in_the_files_of_the_run(whole):
 
 def seconds_of(said):
     """The seconds that the answers of stage 1 took beside training, and those that the stage waited for them."""
-    [times] = re.findall(r"stage-01/samples: 24 answers in ([\d.]+) s beside training, and ([\d.]+) s of waiting", said)
+    [times] = re.findall(
+        r"stage-01/samples: \d+ answers in ([\d.]+) s beside training, and ([\d.]+) s of waiting", said
+    )
     return [*map(float, times)]
 
 
@@ -225,6 +230,18 @@ def test_answers_that_vllm_cannot_draw_beside_training_are_drawn_by_the_early_po
     _, said = run(tmp_path / "run", **KEYS, use_peft=True, vllm_python=python)
     assert "stage-01/samples: sampling beside training ended (UnsupportedAdapter)" in said
     assert phases(tmp_path / "run")["stage-01"]["sampling/staleness"] == LAST - EARLY
+
+
+def test_all_processes_wait_for_the_one_that_asks_and_not_in_the_collective_of_a_step(monkeypatch, tmp_path):
+    """To ask servers, the main process first loads the policy, which may take longer than a collective may wait."""
+    calls = []
+    processes = types.SimpleNamespace(on_main=lambda *_: False, barrier=lambda: calls.append("meet"))
+    monkeypatch.setattr("irlfast.engine.early.dist", processes)
+    monkeypatch.setattr("irlfast.engine.early.save_model", lambda *_: calls.append("save"))
+    run = types.SimpleNamespace(encoder=None, config=None, ask_early=lambda *_: calls.append("ask"))
+    for step in (EARLY - 1, EARLY, EARLY + 1):
+        save_early(run, tmp_path, None, "policy", Plan(0, [], 1e-3, "rmsprop", early=EARLY), step)
+    assert calls == ["save", "meet", "ask", "meet"]
 
 
 @slow

@@ -1,7 +1,12 @@
 """Sampling by vLLM's real servers, compared with Transformers on tiny fp32 models. A start takes 40 CPU seconds."""
 
+import json
+import os
+import re
 import signal
+import time
 import types
+import urllib.request
 
 import pytest
 import torch
@@ -10,11 +15,14 @@ from irlfast.common.files import InputError
 from irlfast.sampling import vllm_servers
 from irlfast.sampling.shards import GREEDY, Sampling, Shard
 from irlfast.sampling.vllm_servers import server_answers, text_logps
-from tests.helpers.runs import contents, run
+from tests.helpers.runs import Forked, command, contents, run
 from tests.helpers.shards import claims
+from tests.helpers.storm import differences
 from tests.helpers.tiers import slow
 from tests.helpers.vllm_cases import PROMPTS, VLLM_PYTHON, needs_vllm, perturbed_lora, tiny
 from tests.helpers.vllm_servers import ENDS, VllmServer, answers, config_of, drawn_by
+from tests.runs.test_async_sampling import drawn_by as drawn_alone
+from tests.runs.test_async_sampling import kept, seconds_of
 from tests.sampling.test_vllm_itself import greedy, logps_of
 
 VOCABULARY = 300  # as many tokens as the tokenizer that runs here train: their models have the same shapes
@@ -51,11 +59,16 @@ def started(models, tmp_path_factory):
 @pytest.fixture
 def servers(started):
     """The same, which answer, whatever an earlier test has done to them."""
-    for server in started:
+    return up(started)
+
+
+def up(servers):
+    for server in servers:
         if server.process.poll() is not None:
             server.start()
+    for server in servers:
         server.wait()
-    return started
+    return servers
 
 
 def one_prompt_each(sampling=GREEDY, n=1, times=1):
@@ -128,3 +141,87 @@ def test_a_run_by_servers_ends_with_the_model_of_a_run_by_its_own_vllm(models, s
         one.pop("README.md", None), other.pop("README.md", None)
         assert one == other, folder
     assert len([*(tmp_path / "two" / "stage-00" / "samples").glob("*.jsonl")]) > 0
+
+
+# Stage 1 asks for 256 answers in four shards, of which each server has one in work. Meanwhile stage 0 takes 380 steps.
+BESIDE = {
+    "use_vllm": True,
+    "vllm_python": VLLM_PYTHON,
+    "vllm_server_requests": 64,
+    "async_sampling": True,
+    "async_sampling_at": 0.05,
+    "eval_every_stage": False,
+    "max_train_samples": 512,
+    "max_eval_samples": 8,
+    "max_new_tokens": 6,
+    "sft_steps": 2,
+    "inner_steps": [400, 2],
+    "learning_rate": 1e-4,
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(models, started, tmp_path_factory):
+    """The keys and the folder of a run that both servers answer beside training, and what it printed."""
+    keys = BESIDE | {
+        "config_name": str(next(iter(models)) / "config.json"),
+        "vllm_server": [server.url for server in up(started)],
+    }
+    output = tmp_path_factory.mktemp("beside") / "run"
+    return keys, output, run(output, **keys)[1]
+
+
+@slow
+@needs_vllm
+def test_servers_answer_beside_training_as_the_early_policy_does(undisturbed):
+    """The answers are those that the early policy draws alone, by the run's own vLLM."""
+    _, output, said = undisturbed
+    took, waited = seconds_of(said)
+    assert waited < took
+    assert kept(output / "stage-01/samples") == drawn_alone(output / "stage-00/early", output, 1)
+    assert json.loads((output / "stage-01/pairs.json").read_text())["sampling/staleness"] == 380
+    print(f"answers in {took:.1f} s beside training, and {waited:.1f} s of waiting")
+
+
+def load_other(server: VllmServer, policy) -> None:
+    """Load another run's policy into a server, as that run does."""
+    weights = {"method": "reload_weights", "kwargs": {"weights_path": str(policy)}}
+    for path, body in (("/collective_rpc", weights), ("/update_weight_version", {"new_version": "another"})):
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.url}{path}", json.dumps(body).encode(), headers)
+        urllib.request.urlopen(request, timeout=60).close()
+
+
+CANNOT = r"warning: vllm_server \S+ (cannot be reached|answers with status 503); the other servers answer its prompts"
+BY_OTHERS = r"sampling beside training ended \(vllm_server \S+: another run loads its policies into it.*is sampled now"
+
+
+@slow
+@needs_vllm
+@pytest.mark.parametrize(
+    ("event", "code", "says"),
+    [("a server is killed", 0, CANNOT), ("other weights are loaded", 0, BY_OTHERS), ("preempted", 75, "resumes")],
+)
+def test_whatever_comes_while_servers_answer_beside_training_the_run_ends_as_an_undisturbed_one(
+    models, servers, undisturbed, tmp_path, event, code, says
+):
+    """It comes when the first of four shards is there."""
+    keys, whole, _ = undisturbed
+    output = tmp_path / "run"
+    started = Forked(command(output, **keys))
+    while not [*output.glob("stage-01/samples/*.jsonl")]:
+        assert started.processes[0].is_alive(), started.wait(0)
+        time.sleep(0.01)
+    assert not (output / "stage-00/DONE").exists()
+    if event == "a server is killed":
+        servers[0].end()
+    elif event == "preempted":
+        os.kill(started.processes[0].pid, signal.SIGTERM)
+    else:
+        for server in servers:
+            load_other(server, [*models][1])
+    ended, _, said = started.wait(600)
+    assert ended == code and re.search(says, said), said
+    if code:
+        run(output, **keys)
+    assert differences(output, whole) == []

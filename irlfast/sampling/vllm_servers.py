@@ -168,7 +168,7 @@ async def serve(
                 work.in_work -= 1
             work.done.put_nowait((shard.number, answers))
         except ServerFailed as error:
-            note_failure(server, str(error))
+            note_failure(server, str(error), alone=len(servers) == 1)
             if all(each.failure for each in servers) and now() - max(each.failed_at for each in servers) > PATIENCE:
                 work.done.put_nowait(InputError(no_server(servers)))
             await asyncio.sleep(PAUSE)
@@ -181,10 +181,11 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def note_failure(server: Server, why: str) -> None:
+def note_failure(server: Server, why: str, alone: bool) -> None:
     if not server.failure:
         server.failed_at = now()
-        log(f"warning: vllm_server {server.url} {why}; the other servers answer its prompts until it is back")
+        what = "it is asked again" if alone else "the other servers answer its prompts"
+        log(f"warning: vllm_server {server.url} {why}; {what} until it is back")
     server.ready, server.failure = False, why
 
 

@@ -135,7 +135,7 @@ def test_shards_of_a_server_that_dies_are_answered_by_the_others(asked, capfd):
     assert capfd.readouterr().err.count("the other servers answer its prompts until it is back") == 1
 
 
-def test_answers_of_a_server_that_restarts_do_not_count_until_it_has_the_policy_again(asked):
+def test_answers_of_a_server_that_restarts_do_not_count_until_it_has_the_policy_again(asked, capfd):
     given, server, restarts = shards(12), StandIn(), []
 
     def restarting(request):
@@ -150,6 +150,7 @@ def test_answers_of_a_server_that_restarts_do_not_count_until_it_has_the_policy_
 
     assert asked(restarting, given=given) == expected(given)
     assert len(server.loaded) == 2
+    assert "has restarted, without the policy; it is asked again until it is back" in capfd.readouterr().err
 
 
 def test_other_weights_are_refused(asked, monkeypatch):

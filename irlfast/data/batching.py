@@ -1,6 +1,7 @@
 """Which prompt groups an optimiser step takes, and which of them each process runs together as a micro-batch."""
 
 import sys
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,17 +44,29 @@ def micro_batches(
     has the same number of micro-batches, the costliest first, so that the ranks wait little for each other. Some are
     empty where a step has few groups.
     """
-    costs = {i: cost_of(groups[i], layout) for i in step}
-    fill = first_fit if layout.one_row else similar_lengths
-    shares = balanced_shares(step, costs, ranks)
-    per_rank: list[list[list[int]]] = [fill(share, groups, layout, limit) if share else [[]] for share in shares]
+    numbers, costs, sizes = np.sort(step), array("d"), array("q")  # from here on, a group is its place in these
+    for i in numbers:
+        group = groups[i]
+        costs.append(cost_of(group, layout))
+        sizes.append(count_tokens(group, layout) if layout.one_row else longest_piece(group, layout))
+
+    def filled(share: Sequence[int]) -> list[list[int]]:
+        if not share:
+            return [[]]
+        if layout.one_row:
+            return first_fit(share, sizes, limit)
+        rows = 1 if layout.shared else len(groups[numbers[share[0]]].answers)
+        return similar_lengths(share, sizes, limit // rows)
+
+    per_rank = [filled(share) for share in balanced_shares(range(len(costs)), costs, ranks)]
     own, most = per_rank[rank], max(map(len, per_rank))
     while len(own) < most:
         # Split the costliest micro-batch of several groups in two. Only where none has several, one half is empty.
         own.sort(key=lambda batch: (len(batch) < 2, -sum(costs[i] for i in batch)))
         costliest, *others = own
-        own = [*balanced_shares(costliest, costs, 2), *others]
-    return sorted(own, key=lambda batch: (-sum(costs[i] for i in batch), batch))
+        own = [*map(list, balanced_shares(costliest, costs, 2)), *others]
+    own.sort(key=lambda batch: (-sum(costs[i] for i in batch), batch))
+    return [numbers[np.array(batch, np.int64)].tolist() for batch in own]
 
 
 def cost_of(group: PromptGroup, layout: Layout) -> float:
@@ -62,12 +75,22 @@ def cost_of(group: PromptGroup, layout: Layout) -> float:
     return counts["tokens"] + layout.answer_cost * counts["answer_tokens"] + layout.attended_cost * counts["attended"]
 
 
-def first_fit(step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout, limit: int) -> list[list[int]]:
+def longest_piece(group: PromptGroup, layout: Layout) -> int:
+    """Return the tokens of the longest row that a group takes."""
+    return max(piece_length(piece, layout) for read in readings(group) for piece in pieces_of(read, layout))
+
+
+def descending(numbers: Sequence[int], values: array) -> Sequence[int]:
+    """Return the numbers in the order of their values, from the largest on, equal ones in their own order."""
+    ascending = np.sort(np.array(numbers, np.int64))
+    return ascending[np.argsort(-np.asarray(values)[ascending], kind="stable")].data
+
+
+def first_fit(share: Sequence[int], sizes: array, limit: int) -> list[list[int]]:
     """First-fit decreasing: put each group, from the largest on, into the first micro-batch that has room for it."""
-    sizes = {i: count_tokens(groups[i], layout) for i in step}
     batches: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(step, key=lambda i: (-sizes[i], i)):
+    for i in descending(share, sizes):
         place = next((place for place, free in enumerate(room) if free >= sizes[i]), len(batches))
         if place == len(batches):
             batches.append([])
@@ -77,26 +100,23 @@ def first_fit(step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout
     return batches
 
 
-def similar_lengths(step: Sequence[int], groups: Sequence[PromptGroup], layout: Layout, limit: int) -> list[list[int]]:
+def similar_lengths(share: Sequence[int], sizes: array, limit: int) -> list[list[int]]:
     """Fill micro-batches from the longest group on: as many as fit into ``limit`` when padded to the first's length."""
-    pieces = {i: [piece for group in readings(groups[i]) for piece in pieces_of(group, layout)] for i in step}
-    longest = {i: max(piece_length(piece, layout) for piece in pieces[i]) for i in step}
-    rows = 1 if layout.shared else len(groups[step[0]].answers)
     batches: list[list[int]] = []
     width = 0
-    for i in sorted(step, key=lambda i: (-longest[i], i)):
-        if not batches or (len(batches[-1]) + 1) * rows * width > limit:
+    for i in descending(share, sizes):
+        if not batches or (len(batches[-1]) + 1) * width > limit:
             batches.append([])
-            width = longest[i]
+            width = sizes[i]
         batches[-1].append(i)
     return batches
 
 
-def balanced_shares(numbers: Sequence[int], costs: dict[int, float], count: int) -> list[list[int]]:
+def balanced_shares(numbers: Sequence[int], costs: array, count: int) -> list[array]:
     """Divide groups into ``count`` shares of about the same cost: each, from the costliest on, joins the cheapest."""
-    shares: list[list[int]] = [[] for _ in range(count)]
+    shares = [array("q") for _ in range(count)]
     totals = [0.0] * count
-    for i in sorted(numbers, key=lambda i: (-costs[i], i)):
+    for i in descending(numbers, costs):
         cheapest = totals.index(min(totals))
         shares[cheapest].append(i)
         totals[cheapest] += costs[i]

@@ -4,6 +4,7 @@ Token ids are int32, 4 bytes per token; a list of ints takes 36. They are an ``a
 array or of a mapped file. Both are sequences of ints that compare by value with each other, but never with a list.
 """
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -102,13 +103,16 @@ NONE = make_examples(memoryview(EMPTY), np.zeros(0, np.int32), np.zeros(0, np.in
 
 
 class Mapped(Sequence[T]):
-    """``make(example)`` of every example, made each time that it is asked for."""
+    """``make`` of the items at the same place in sequences of the same length, made each time that it is asked for."""
 
-    def __init__(self, make: Callable[[Example], T], examples: Sequence[Example]) -> None:
-        self.make, self.examples = make, examples
+    def __init__(self, make: Callable[..., T], *sequences: Sequence[Any] | np.ndarray) -> None:
+        lengths = [*map(len, sequences)]
+        if min(lengths) < max(lengths):
+            raise ValueError(f"sequences: found the lengths {lengths}, expected the same")
+        self.make, self.sequences = make, sequences
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.sequences[0])
 
     @overload
     def __getitem__(self, which: int) -> T: ...
@@ -116,8 +120,29 @@ class Mapped(Sequence[T]):
     def __getitem__(self, which: slice) -> "Mapped[T]": ...
     def __getitem__(self, which: int | slice) -> "T | Mapped[T]":
         if isinstance(which, slice):
-            return Mapped(self.make, self.examples[which])
-        return self.make(self.examples[which])
+            return Mapped(self.make, *(each[which] for each in self.sequences))
+        return self.make(*[each[which] for each in self.sequences])
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self.make, *self.sequences)
+
+
+def cut(values: Any, lengths: np.ndarray) -> Mapped:
+    """Return views of ``values``, an array or a sequence, with these ``lengths`` [n], one after the other."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    lengths.cumsum(out=offsets[1:])
+    return Mapped(lambda start, end: values[start:end], offsets[:-1], offsets[1:])
+
+
+def joined(parts: Sequence[Sequence[T]]) -> Sequence[T]:
+    """Return the items of several sequences, those of the first one first."""
+    ends = [*itertools.accumulate(map(len, parts))]
+
+    def item(number: int) -> T:
+        part = bisect.bisect_right(ends, number)
+        return parts[part][number - ends[part]]  # counted from the part's end
+
+    return Mapped(item, range(ends[-1])) if len(parts) > 1 else parts[0]
 
 
 # ---------------------------------------------------------------- files

@@ -11,7 +11,7 @@ from torch import Tensor
 from irlfast.common import dist
 from irlfast.config import Config
 from irlfast.config.types import listed
-from irlfast.data.store import Example, TokenIds
+from irlfast.data.store import Example, Mapped, TokenIds
 from irlfast.engine.fit import finished, fit
 from irlfast.losses.pairs import irft_loss
 from irlfast.methods.sft import sft_phases
@@ -19,8 +19,8 @@ from irlfast.methods.stages import (
     Phase,
     answering,
     expert_and_synthetic,
-    is_kept,
     keep_facts,
+    kept_of,
     make_pairs,
     policy_plan,
     stage_name,
@@ -68,19 +68,19 @@ def fit_pairs(
     pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=identical)
     # In 4 bits the reference has the quantised base of the policy in training, so that the log-ratio starts at 0.
     ref_logps = score(run, reference, pairs, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
-    pairs = [pair._replace(ref_logps=logps) for pair, logps in zip(pairs, ref_logps, strict=True)]
+    groups = Mapped(lambda pair, logps: pair._replace(ref_logps=logps), pairs, ref_logps)
     seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
 
     def facts() -> dict[str, Any]:
-        fresh = zip(expert_and_synthetic(examples, answers), sampler, strict=False)  # those of earlier stages follow
-        own = [logps for pair, logps in fresh if is_kept(pair, identical)]
-        trainer = [pair.ref_logps[1] for pair in pairs[: len(own)]]
+        fresh = range(0) if not sampler else kept_of(expert_and_synthetic(examples, answers), identical)
+        own = Mapped(sampler.__getitem__, fresh)
+        trainer = Mapped(lambda both: both[1], ref_logps[: len(own)])  # those of earlier stages follow
         stale = staleness(run, source) if source else {}
         return counts | seconds | measure_mismatch(trainer, own, folder.name) | stale
 
     keep_facts(run, folder / "pairs.json", facts)
     loss = functools.partial(irft_loss, nll_weight=config.nll_weight, **pair_options(config, stage))
-    return fit(run, folder, policy, pairs, loss, policy_plan(config, stage, len(pairs)))
+    return fit(run, folder, policy, groups, loss, policy_plan(config, stage, len(groups)))
 
 
 def compares(config: Config) -> bool:

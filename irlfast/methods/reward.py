@@ -14,7 +14,7 @@ from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.leaks import find_leaks, log_leaks
 from irlfast.data.packing import PromptGroup
-from irlfast.data.store import Example
+from irlfast.data.store import Example, Mapped
 from irlfast.engine.fit import finished, fit, phase_of
 from irlfast.engine.plan import Plan, plan_phase
 from irlfast.losses.rewards import reward_loss
@@ -95,7 +95,7 @@ def learn_rewards_in_round(
 
 
 def fit_rewards(
-    run: Run, at: list[int], starts: Sequence[Path | str], models: Sequence[Path], pairs: list[PromptGroup]
+    run: Run, at: list[int], starts: Sequence[Path | str], models: Sequence[Path], pairs: Sequence[PromptGroup]
 ) -> None:
     """Train each reward model from its start; ``at`` as for :func:`reward_plan`.
 
@@ -141,7 +141,7 @@ def compares(config: Config) -> bool:
     return config.reward_loss in ("bradley_terry", "gaussian") or config.reward_data == "preference"
 
 
-def check_leaks(run: Run, folder: Path, pairs: list[PromptGroup]) -> None:
+def check_leaks(run: Run, folder: Path, pairs: Sequence[PromptGroup]) -> None:
     """Write ``leaks.json``, and print which trivial features tell the experts' answers apart."""
     if dist.is_main() and not intact(folder / "leaks.json"):
         leaks = find_leaks(pairs, run.encoder, run.config.max_new_tokens)
@@ -150,7 +150,7 @@ def check_leaks(run: Run, folder: Path, pairs: list[PromptGroup]) -> None:
     dist.barrier()
 
 
-def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
+def reward_pairs(run: Run, stage: int, policy: Path | str) -> Sequence[PromptGroup]:
     """Make the prompt groups (prompt, (better, worse)) that ``reward_data`` names.
 
     At the first stage, ``policy`` is the policy after SFT.
@@ -165,7 +165,7 @@ def reward_pairs(run: Run, stage: int, policy: Path | str) -> list[PromptGroup]:
         answers = answers_to(source, stage_request(run, stage))
     if config.reward_data == "init_sft":
         better = answers_to(policy, better_request(run, stage))
-        examples = [x._replace(answer_ids=ids) for x, ids in zip(examples, better, strict=True)]
+        examples = Mapped(lambda x, ids: x._replace(answer_ids=ids), examples, better)
     pairs, counts = make_pairs(run, stage, examples, answers, keep_identical=not compares(config))
     write_counts(folder, counts, begun)
     return pairs

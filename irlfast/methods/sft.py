@@ -5,6 +5,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup, learned
 from irlfast.data.store import Example, Mapped
@@ -48,13 +50,13 @@ def group_of(example: Example) -> PromptGroup:
     return PromptGroup(example.prompt_ids[:first], (rest,), learned=kept, row=example.row)
 
 
-def with_reference(run: Run, reference: Path | str, groups: Sequence[PromptGroup], path: Path) -> list[PromptGroup]:
+def with_reference(run: Run, reference: Path | str, groups: Sequence[PromptGroup], path: Path) -> Sequence[PromptGroup]:
     """Add the reference's log-probabilities of the tokens that are learned. They are kept in the file ``path``."""
-    scores = score(run, reference, groups, path, in_4bit=run.config.load_in_4bit)
-    return [
-        group._replace(ref_logps=(logps[list(learned(range(len(logps)), group))],))
-        for group, (logps,) in zip(groups, scores, strict=True)
-    ]
+
+    def scored(group: PromptGroup, logps: tuple[Tensor]) -> PromptGroup:
+        return group._replace(ref_logps=(logps[0][list(learned(range(len(logps[0])), group))],))
+
+    return Mapped(scored, groups, score(run, reference, groups, path, in_4bit=run.config.load_in_4bit))
 
 
 def sft_plan(config: Config, count: int) -> Plan:

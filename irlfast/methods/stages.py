@@ -1,6 +1,7 @@
 """Helpers that several methods share: a stage's name, rows, sampling, pairs and plan."""
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from irlfast.common.files import InputError, read_json, remove
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
-from irlfast.data.store import Example, Examples, TokenIds
+from irlfast.data.store import Example, Examples, Mapped, TokenIds, joined
 from irlfast.engine.early import EARLY, has_early, staleness_of
 from irlfast.engine.fit import finished, phase_of
 from irlfast.engine.plan import Plan, plan_phase
@@ -69,19 +70,19 @@ def round_examples(examples: Examples, config: Config, stage: int, number: int) 
     return chosen[np.array_split(np.arange(len(chosen)), config.align_rounds)[number]]
 
 
-def with_rejected(examples: Sequence[Example]) -> tuple[list[Example], list[TokenIds]]:
+def with_rejected(examples: Sequence[Example]) -> tuple[Sequence[Example], Sequence[TokenIds]]:
     """Return the examples that have a rejected answer, and these answers.
 
     Raises:
         InputError: no example has one.
     """
-    pairs = [(example, example.rejected_ids) for example in examples if example.rejected_ids is not None]
-    if not pairs:
+    kept = array("i", (i for i, example in enumerate(examples) if example.rejected_ids is not None))
+    if not kept:
         raise InputError("no demonstration has a rejected answer to the prompt; expected rows of chosen and rejected")
-    if len(pairs) < len(examples):
-        log(f"{len(examples) - len(pairs):,} of {len(examples):,} rows have no rejected answer to the prompt: left out")
-    kept, answers = zip(*pairs, strict=True)
-    return list(kept), list(answers)
+    if len(kept) < len(examples):
+        log(f"{len(examples) - len(kept):,} of {len(examples):,} rows have no rejected answer to the prompt: left out")
+    chosen = Mapped(examples.__getitem__, kept)
+    return chosen, Mapped(lambda example: example.rejected_ids, chosen)
 
 
 def check_policy_left(run: Run, stage: int, policy: Path | str) -> None:
@@ -162,7 +163,7 @@ def stage_asks(run: Run, stage: int) -> list[Request]:
     return [] if finished(run.output / stage_name(stage)) else [stage_request(run, stage)]
 
 
-def stage_answers(run: Run, stage: int) -> list[TokenIds]:
+def stage_answers(run: Run, stage: int) -> Sequence[TokenIds]:
     """Return the answers that an earlier stage sampled. Damaged ones are sampled anew from the policy before it."""
     config, policy = run.config, run.initial
     if stage or wants_sft(config):
@@ -183,7 +184,7 @@ def round_sampling(config: Config, stage: int, number: int) -> Sampling:
 
 def make_pairs(
     run: Run, stage: int, examples: Sequence[Example], answers: Sequence[Sequence[int]], keep_identical: bool = False
-) -> tuple[list[PromptGroup], dict[str, int]]:
+) -> tuple[Sequence[PromptGroup], dict[str, int]]:
     """Make the prompt groups (prompt, (expert, synthetic)) of a stage and of ``history`` earlier ones; count them.
 
     Pairs whose synthetic answer is empty are left out. So are pairs of two identical answers, whose gradient is zero
@@ -193,39 +194,35 @@ def make_pairs(
     Raises:
         InputError: no pair is left.
     """
-    pairs = expert_and_synthetic(examples, answers)
-    fresh = len(pairs)
+    prompts, sampled = [examples], [answers]
     for earlier in range(max(0, stage - run.config.history), stage):
-        old = stage_answers(run, earlier)
-        prompts = stage_examples(run.train, run.config, earlier)
-        pairs += expert_and_synthetic(prompts, old)
+        sampled.append(stage_answers(run, earlier))
+        prompts.append(stage_examples(run.train, run.config, earlier))
+    pairs = expert_and_synthetic(joined(prompts), joined(sampled))
     counts = {
         "dropped_identical": 0 if keep_identical else sum(pair.answers[0] == pair.answers[1] for pair in pairs),
-        "dropped_empty": sum(not pair.answers[1] for pair in pairs),
-        "from_history": len(pairs) - fresh,
+        "dropped_empty": sum(not answer for part in sampled for answer in part),
+        "from_history": sum(map(len, sampled[1:])),
         "synthetic_tokens": sum(map(len, answers)),
     }
-    kept = [pair for pair in pairs if is_kept(pair, keep_identical)]
-    if not kept:
+    kept = kept_of(pairs, keep_identical)
+    if not len(kept):
         raise InputError(
             f"{stage_name(stage)}: all {len(pairs)} synthetic answers equal the expert's or are empty; "
             "expected some that differ (nothing is left to learn, or temperature is too low)"
         )
-    return kept, {"pairs": len(kept)} | counts
+    return Mapped(pairs.__getitem__, kept), {"pairs": len(kept)} | counts
 
 
-def is_kept(pair: PromptGroup, keep_identical: bool) -> bool:
-    """Return whether :func:`make_pairs` keeps a pair."""
-    expert, synthetic = pair.answers
-    return bool(synthetic) and (keep_identical or expert != synthetic)
+def kept_of(pairs: Sequence[PromptGroup], keep_identical: bool) -> np.ndarray:
+    """Return the numbers of the pairs that :func:`make_pairs` keeps."""
+    kept = (bool(new) and (keep_identical or old != new) for old, new in (pair.answers for pair in pairs))
+    return np.fromiter(kept, bool, len(pairs)).nonzero()[0].astype(np.int32)
 
 
-def expert_and_synthetic(examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> list[PromptGroup]:
+def expert_and_synthetic(examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Sequence[PromptGroup]:
     """Return the pair (y, ỹ) of each example's own answer and a sampled one."""
-    return [
-        PromptGroup(x.prompt_ids, (x.answer_ids, answer), row=x.row)
-        for x, answer in zip(examples, answers, strict=True)
-    ]
+    return Mapped(lambda x, answer: PromptGroup(x.prompt_ids, (x.answer_ids, answer), row=x.row), examples, answers)
 
 
 def keep_facts(run: Run, path: Path, facts: Callable[[], dict[str, Any]]) -> None:

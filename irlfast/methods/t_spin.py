@@ -2,13 +2,14 @@
 
 import functools
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
-from irlfast.data.store import Example, TokenIds
+from irlfast.data.store import Example, Mapped, TokenIds
 from irlfast.engine.fit import finished, fit
 from irlfast.losses.pairs import t_spin_loss
 from irlfast.methods.irft import pair_options
@@ -55,7 +56,7 @@ def historical_weight(config: Config, stage: int) -> float:
 
 def make_groups(
     stage: int, examples: Sequence[Example], answers: Sequence[Sequence[TokenIds]]
-) -> tuple[list[PromptGroup], dict[str, int]]:
+) -> tuple[Sequence[PromptGroup], dict[str, int]]:
     """Make the prompt groups (prompt, (y, ỹ)) or (prompt, (y, ỹ, ỹ₀)), without those with an empty answer; count them.
 
     Identical answers stay, because the other pair of a triplet has a gradient.
@@ -63,14 +64,16 @@ def make_groups(
     Raises:
         InputError: no group is left.
     """
-    groups = [
-        PromptGroup(x.prompt_ids, (x.answer_ids, *own), row=x.row) for x, *own in zip(examples, *answers, strict=True)
-    ]
-    kept = [group for group in groups if all(group.answers)]
+    groups = Mapped(lambda x, *own: PromptGroup(x.prompt_ids, (x.answer_ids, *own), row=x.row), examples, *answers)
+    kept = array("i", (i for i, group in enumerate(groups) if all(group.answers)))
     if not kept:
         raise InputError(f"{stage_name(stage)}: all {len(groups)} prompts have an empty answer; expected some without")
     tokens = sum(map(len, answers[0]))
-    return kept, {"pairs": len(kept), "dropped_empty": len(groups) - len(kept), "synthetic_tokens": tokens}
+    return Mapped(groups.__getitem__, kept), {
+        "pairs": len(kept),
+        "dropped_empty": len(groups) - len(kept),
+        "synthetic_tokens": tokens,
+    }
 
 
 def t_spin_phases(config: Config, rows: int) -> Iterator[Phase]:

@@ -5,7 +5,6 @@ as they go (:mod:`irlfast.sampling.work_queue`).
 """
 
 import functools
-import itertools
 import math
 import time
 from array import array
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from irlfast.common.movement import waiting
 from irlfast.common.time_left import CLOCK
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
-from irlfast.data.store import Example, TokenIds
+from irlfast.data.store import Example, Mapped, TokenIds, cut
 from irlfast.models.configs import embedding_rows
 from irlfast.models.load import load_model, save_pretrained
 from irlfast.models.lora import merge
@@ -46,7 +46,7 @@ PAUSE = 0.1  # seconds between two looks for shards that other workers give back
 
 def sample(
     run: Run, policy: Path | str, examples: Sequence[Example], folder: Path, sampling: Sampling
-) -> list[TokenIds]:
+) -> Sequence[TokenIds]:
     """Sample one answer of ``policy`` to each example's prompt; return the answers' ids in the examples' order.
 
     An answer ends with an end token, unless ``max_new_tokens`` cut it. Shards that are in ``folder`` and intact are
@@ -57,21 +57,18 @@ def sample(
 
 def sample_groups(
     run: Run, policy: Path | str, examples: Sequence[Example], n: int, folder: Path, sampling: Sampling
-) -> list[PromptGroup]:
+) -> Sequence[PromptGroup]:
     """Sample ``n`` answers to each example's prompt, and return each prompt with its answers."""
     return groups_of(policy, Request(run, examples, n, folder, sampling))
 
 
-def groups_of(policy: Path | str, request: Request) -> list[PromptGroup]:
+def groups_of(policy: Path | str, request: Request) -> Sequence[PromptGroup]:
     """Sample what is missing of a request, and return each prompt with its answers."""
-    answers = iter(answers_to(policy, request))
-    return [
-        PromptGroup(example.prompt_ids, tuple(itertools.islice(answers, request.n)), row=example.row)
-        for example in request.examples
-    ]
+    answers = cut(answers_to(policy, request), np.full(len(request.examples), request.n))
+    return Mapped(lambda x, own: PromptGroup(x.prompt_ids, tuple(own), row=x.row), request.examples, answers)
 
 
-def answers_to(policy: Path | str, request: Request) -> list[TokenIds]:
+def answers_to(policy: Path | str, request: Request) -> Sequence[TokenIds]:
     """Sample what is missing of a request, and return all its answers, those to one prompt together."""
     sample_all(policy, [request])
     sampled = read_samples([part.path for part in parts_of(request)])
@@ -241,22 +238,37 @@ def prompt_of(run: Run, example: Example) -> str:
     return run.encoder.tokenizer.decode(example.prompt_ids.tolist())
 
 
-def read_samples(shards: Sequence[Path]) -> list[TokenIds]:
-    """Read the sampled answers' ids, in the order of the prompts."""
-    rows = (row for path in shards for _, row in read_jsonl(path))
-    answers = {row["index"]: array("i", row["answer_ids"]) for row in rows}
-    return [answers[i] for i in range(len(answers))]
+def read_samples(shards: Sequence[Path]) -> Sequence[TokenIds]:
+    """Read the sampled answers' ids, in the order of the prompts. They are views of one array."""
+    ids, lengths, order = read_lists(shards, "answer_ids", "i")
+    return Mapped(cut(memoryview(ids), lengths).__getitem__, order)
 
 
-def sampler_logps(request: Request) -> list[Tensor]:
+def read_lists(shards: Sequence[Path], field: str, kind: str) -> tuple[array, np.ndarray, np.ndarray]:
+    """Read a list of numbers of each row of the shards; a row without one has an empty list.
+
+    Return all the lists in one array of the ``kind``, their lengths, and the lists' numbers in the order of the rows'
+    ``index``.
+    """
+    values, lengths, numbers = array(kind), array("i"), array("i")
+    for path in shards:
+        for _, row in read_jsonl(path):
+            own = row.get(field, [])
+            values.fromlist(own)
+            lengths.append(len(own))
+            numbers.append(row["index"])
+    return values, np.array(lengths), np.argsort(numbers).astype(np.int32)
+
+
+def sampler_logps(request: Request) -> Sequence[Tensor]:
     """Return the sampler's log-probability of each token of a request's answers, fp32, in the order of its answers.
 
     The answers are there. Nothing is returned where their sampler was not asked for it.
     """
-    rows = [row for part in parts_of(request) for _, row in read_jsonl(part.path)]
-    if not all("logps" in row for row in rows):
+    logps, lengths, order = read_lists([part.path for part in parts_of(request)], "logps", "f")
+    if not lengths.all():
         return []
-    return [torch.tensor(row["logps"], dtype=torch.float32) for row in sorted(rows, key=lambda row: row["index"])]
+    return Mapped(cut(torch.from_numpy(np.asarray(logps)), lengths).__getitem__, order)
 
 
 def with_progress(results: Answers, parts: Sequence[Part], queue: Queue, label: str) -> Answers:

@@ -5,8 +5,10 @@ An answer is then drawn from a slightly other policy than the one whose gradient
 ``GRPOTrainer``.
 """
 
+from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +29,12 @@ def measure_mismatch(trainer: Sequence[Tensor], sampler: Sequence[Tensor], phase
     """
     if not sampler:
         return {}
-    changes = torch.cat([*map(difference, trainer, sampler)]).abs()
-    ratios = torch.stack([ratio_of(difference(*both).sum()) for both in zip(trainer, sampler, strict=True)])
+    each, sums = array("d"), array("d")  # the differences of tokens, and their sum in each answer
+    for both in zip(trainer, sampler, strict=True):
+        change = difference(*both)
+        each.fromlist(change.tolist())
+        sums.append(change.sum().item())
+    changes, ratios = torch.from_numpy(np.array(each)).abs(), ratio_of(torch.from_numpy(np.array(sums)))
     mean, largest = changes.mean().item(), changes.max().item()
     log(
         f"{phase}: log-probabilities of tokens differ between sampler and trainer by {mean:.2g} nats on average and "

@@ -4,8 +4,10 @@ Mostly these are the reference's log-probabilities of answer tokens. They are ke
 log-ratio stays exact only if the differences are taken per token and then summed (docs/design.md §4).
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from irlfast.common.tensors import save_tensors
 from irlfast.config import Config
 from irlfast.data.batching import longest_of, micro_batches, token_limit
 from irlfast.data.packing import Batch, PromptGroup, pack
+from irlfast.data.store import Mapped, cut
 from irlfast.losses.inputs import arguments
 from irlfast.models.forward import hidden_states, states_at
 from irlfast.models.prepare import PreparedModel, prepare_to_score
@@ -31,8 +34,16 @@ from irlfast.runs.run import Run
 
 MAX_ANSWERS = 8  # of a prompt that are scored together: more save little, and a row's mask grows with all of them
 
-Scores = list[tuple[Tensor, ...]]  # for each prompt group, the values of each of its answers
+Scores = Sequence[tuple[Tensor, ...]]  # for each prompt group, the values of each of its answers
 Measure = Callable[[Tensor, Head, Batch], Sequence[Tensor]]  # (hidden [R, H], head, batch) -> values of each answer
+
+
+class Share(NamedTuple):
+    """The scores of S answers that one process has scored, in the order in which it did."""
+
+    groups: np.ndarray  # [S] int32, the number of each answer's prompt group
+    lengths: np.ndarray  # [S] int32, of each answer's values
+    values: np.ndarray  # [N, …] the values of all answers, one after the other
 
 
 def token_logps(hidden: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
@@ -58,19 +69,29 @@ def score(
     The scores are kept in the file ``path``: ``values`` of all answers, one after the other, and the ``lengths`` of the
     answers' values. Each process scores its share.
     """
+    counts = np.fromiter((len(group.answers) for group in groups), np.int64, len(groups))
     if not dist.on_main(intact, path):
-        starts = ((group, first) for group in groups for first in range(0, len(group.answers), MAX_ANSWERS))
-        pieces = [PromptGroup(group.prompt, group.answers[first : first + MAX_ANSWERS]) for group, first in starts]
-        scores: dict[int, list[np.ndarray]] = {}
+        pieces = pieces_of(groups, counts)
         own = score_share(run.config, model, pieces, path, measure, heads, in_4bit, depths)
-        for share in dist.all_gather_object(own):
-            scores |= share
+        shares = dist.all_gather_object(own)
         if dist.is_main():
-            keep(path, lambda temporary: save_scores(temporary, [scores[i] for i in range(len(pieces))]))
+            keep(path, lambda temporary: save_scores(temporary, shares))
         dist.barrier()
     flat = load_file(path)
-    answers = iter(flat["values"].split(flat["lengths"].tolist()))
-    return [tuple(next(answers) for _ in group.answers) for group in groups]
+    return Mapped(tuple, cut(cut(flat["values"], flat["lengths"].numpy()), counts))
+
+
+def pieces_of(groups: Sequence[PromptGroup], counts: np.ndarray) -> Sequence[PromptGroup]:
+    """Return the prompt groups, which have so many answers (``counts``), in pieces of at most ``MAX_ANSWERS``."""
+    pieces = -(-counts // MAX_ANSWERS)  # of each group
+    group = np.repeat(np.arange(len(groups)), pieces)
+    first = MAX_ANSWERS * (np.arange(len(group)) - np.repeat(pieces.cumsum() - pieces, pieces))
+
+    def piece(number: int, start: int) -> PromptGroup:
+        whole = groups[number]
+        return PromptGroup(whole.prompt, whole.answers[start : start + MAX_ANSWERS])
+
+    return Mapped(piece, group, first)
 
 
 def log_ratios(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
@@ -88,12 +109,11 @@ def score_share(
     heads: int,
     in_4bit: bool,
     depths: Sequence[float] = (),
-) -> dict[int, list[np.ndarray]]:
-    """Return the scores of this process's share of the prompt groups, by the groups' numbers.
+) -> Share:
+    """Return the scores of this process's share of the prompt groups.
 
-    The scores are arrays: sending 100,000 small tensors to other processes would take a minute, and would send each
-    with the memory of its whole batch. Where ZeRO-3 has split the model, the processes take their forward passes
-    together: each as many, and one without prompts runs the first of all for the others.
+    Where ZeRO-3 has split the model, the processes take their forward passes together: each as many, and one without
+    prompts runs the first of all for the others.
 
     Raises:
         InputError: out of memory with one prompt, or with a split model.
@@ -102,7 +122,7 @@ def score_share(
     layout = prepared.layout
     limit = token_limit(config, longest_of(groups, layout), config.per_device_eval_batch_size)
     batches = micro_batches(range(len(groups)), groups, layout, limit, dist.rank(), dist.world_size())
-    scores: dict[int, list[np.ndarray]] = {}
+    numbers, lengths, values = array("i"), array("i"), []
     label = f"{path.parent.name}/{path.stem}"
     split = is_split(prepared.model)
     todo = [chosen for chosen in reversed(batches) if chosen or split]
@@ -113,20 +133,23 @@ def score_share(
     ):
         while todo:
             chosen = todo.pop()
-            batch = pack([groups[i] for i in chosen or [0]], layout).to(dist.device())
+            packed = [groups[i] for i in chosen or [0]]
+            batch = pack(packed, layout).to(dist.device())
             try:
-                answers = iter(measured(prepared, batch, measure, depths))
+                answers = measured(prepared, batch, measure, depths)
             except torch.OutOfMemoryError as error:
                 half = len(chosen) // 2
                 if split or not half:
                     raise InputError(f"{label}: out of memory with {advice(split)}") from error
                 todo += [chosen[half:], chosen[:half]]
                 continue
-            for i in chosen:
-                scores[i] = [next(answers).numpy() for _ in groups[i].answers]
+            if chosen:
+                numbers.extend(i for i, group in zip(chosen, packed, strict=True) for _ in group.answers)
+                lengths.extend(map(len, answers))
+                values.append(torch.cat([*answers]).numpy())
             progress.advance(len(chosen))
             progress.show()
-    return scores
+    return Share(np.array(numbers), np.array(lengths), np.concatenate(values) if values else np.zeros(0, np.float32))
 
 
 def measured(prepared: PreparedModel, batch: Batch, measure: Measure, depths: Sequence[float]) -> Sequence[Tensor]:
@@ -142,7 +165,12 @@ def advice(split: bool) -> str:
     return "one prompt; expected a lower max_length"
 
 
-def save_scores(path: Path, scores: Sequence[Sequence[np.ndarray]]) -> None:
-    flat = [values for answers in scores for values in answers]
-    lengths = np.array([len(values) for values in flat], dtype=np.int32)
-    save_tensors({"values": np.concatenate(flat), "lengths": lengths}, path)
+def save_scores(path: Path, shares: Sequence[Share]) -> None:
+    """Write the scores of all processes in the order of the prompt groups."""
+    groups, lengths, values = map(np.concatenate, zip(*[share for share in shares if len(share.groups)], strict=True))
+    order, ordered = groups.argsort(kind="stable"), np.empty_like(values)
+    each, end = cut(values, lengths), 0
+    for number in order:
+        start, end = end, end + lengths[number]
+        ordered[start:end] = each[number]
+    save_tensors({"values": ordered, "lengths": lengths[order]}, path)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from irlfast.data.store import Example
 from irlfast.runs.run import Run
 
@@ -89,7 +91,8 @@ def parts_of(request: Request) -> list[Part]:
     The cut depends on the prompts and n alone.
     """
     examples, n = request.examples, request.n
-    by_length = sorted(range(len(examples)), key=lambda i: (-len(examples[i].prompt_ids), i))
+    lengths = np.fromiter((len(example.prompt_ids) for example in examples), np.int64, len(examples))
+    by_length = np.argsort(-lengths, kind="stable").data
     size = max(1, max(SHARD_SIZE, len(examples) * n // MOST_SHARDS) // n)
     cuts = [by_length[start : start + size] for start in range(0, len(examples), size)]
     return [Part(request, request.folder / f"{number:05d}.jsonl", cut) for number, cut in enumerate(cuts)]

@@ -18,6 +18,7 @@ from irlfast.losses.inputs import arguments
 from irlfast.models.forward import hidden_states
 from irlfast.ops import lm_head
 from irlfast.sampling.scoring import score_share, token_logps
+from tests.helpers.scores import by_group
 from tests.helpers.tiers import first_then_full
 
 VOCABULARY = 61
@@ -110,15 +111,17 @@ def test_flex_attention_attends_to_the_same_tokens_as_the_dense_mask(name):
 
 
 def test_scores_are_sent_to_other_processes_without_the_rest_of_their_batch(tmp_path):
-    """A view would be sent with all of the memory behind it."""
+    """A view of each answer's would be sent with all of the memory behind it, or with an object of its own."""
     model_of("Llama").save_pretrained(tmp_path)
     config = make_config({"dataset_name": __file__, "model_name_or_path": str(tmp_path), "dtype": "float32"})
     groups = [group._replace(answers=group.answers * 50) for group in ragged()]
-    actual = score_share(config, tmp_path, groups, tmp_path / "scores", token_logps, heads=0, in_4bit=False)
-    answers = [(ids, logps) for i, x in enumerate(groups) for ids, logps in zip(x.answers, actual[i], strict=True)]
+    share = score_share(config, tmp_path, groups, tmp_path / "scores", token_logps, heads=0, in_4bit=False)
+    scores = by_group(share)
+    answers = [(ids, logps) for i, x in enumerate(groups) for ids, logps in zip(x.answers, scores[i], strict=True)]
     assert len(answers) >= 150
     assert all(len(ids) == len(logps) for ids, logps in answers)
-    assert all(len(pickle.dumps(logps)) < logps.nbytes + 200 for _, logps in answers)
+    assert len(pickle.dumps(share)) < sum(array.nbytes for array in share) + 1000
+    assert share.values.nbytes == 4 * sum(len(ids) for ids, _ in answers)
 
 
 def test_the_batch_that_the_docstring_draws_is_the_one_that_is_packed():

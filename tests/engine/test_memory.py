@@ -16,6 +16,7 @@ from irlfast.engine.step import prepare_steps
 from irlfast.sampling import scoring
 from tests.data.test_packing import model_of, ragged
 from tests.helpers.runs import ended, printed, settings
+from tests.helpers.scores import by_group
 from tests.helpers.tiers import full
 
 AUTO = make_config({"dataset_name": __file__, "model_name_or_path": "."})
@@ -164,7 +165,7 @@ def test_a_batch_too_large_to_score_is_scored_in_halves(tmp_path, monkeypatch, m
     model_of("Llama").save_pretrained(tmp_path)
     groups = [group for group in ragged() if all(group.answers)]
     share = tmp_path, groups, tmp_path / "stage" / "scores", scoring.token_logps, 0, False
-    whole = scoring.score_share(AUTO, *share)
+    whole = by_group(scoring.score_share(AUTO, *share))
     hidden_states, sizes = scoring.hidden_states, []
 
     def short(model, batch):
@@ -178,7 +179,7 @@ def test_a_batch_too_large_to_score_is_scored_in_halves(tmp_path, monkeypatch, m
         with pytest.raises(InputError, match="stage/scores: out of memory with one prompt; expected a lower max_len"):
             scoring.score_share(AUTO, *share)
         return
-    actual = scoring.score_share(AUTO, *share)
+    actual = by_group(scoring.score_share(AUTO, *share))
     assert max(sizes) > most
     assert actual.keys() == whole.keys()
     for i in whole:

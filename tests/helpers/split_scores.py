@@ -26,6 +26,7 @@ from irlfast.sampling import scoring
 from irlfast.sampling.rewards import head_rewards
 from irlfast.startup.prepare import quiet
 from tests.helpers.results import print_results
+from tests.helpers.scores import by_group
 from tests.helpers.tokenizers_like import pythia
 
 SHAPE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 12}
@@ -88,7 +89,7 @@ def scored(folder: Path, name: str, count: int, stage: int) -> tuple[dict[int, l
         path = folder / "scores" / name
         own = scoring.score_share(make_config(keys), folder / name, GROUPS[:count], path, measure, heads, in_4bit=False)
     forget()
-    return {i: [torch.from_numpy(each) for each in answers] for i, answers in own.items()}, watched
+    return by_group(own), watched
 
 
 def reused(folder: Path) -> float:

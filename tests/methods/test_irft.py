@@ -22,7 +22,7 @@ def examples(*answers: list[int]) -> list[Example]:
 
 def test_empty_and_identical_answers_are_dropped_and_counted(run):
     pairs, counts = make_pairs(run, 0, examples([1, 2], [3, 4], [5]), [[], [3, 4], [6, 2]])
-    assert pairs == [PromptGroup([7], ([5], [6, 2]))]
+    assert [*pairs] == [PromptGroup([7], ([5], [6, 2]))]
     expected = {"pairs": 1, "dropped_identical": 1, "dropped_empty": 1, "from_history": 0, "synthetic_tokens": 4}
     assert counts == expected
     assert pack(pairs).rows.tolist() == [0, 0, 1]  # a prompt of one token predicts both first tokens

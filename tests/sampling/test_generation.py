@@ -191,9 +191,9 @@ def test_the_groups_of_a_folder_are_the_same_when_it_is_sampled_again(run, polic
     monkeypatch.setattr(transformers_sampler, "frozen_model", lambda *_, **__: policy)
     monkeypatch.setattr(shards, "SHARD_SIZE", 8)
     examples = prompts(random.Random(3), 9)
-    first = sample_groups(run, "policy", examples, 3, tmp_path / "rollouts", DRAWN)
+    first = [*sample_groups(run, "policy", examples, 3, tmp_path / "rollouts", DRAWN)]
     (tmp_path / "rollouts" / "00001.jsonl").unlink()
-    assert sample_groups(run, "policy", examples, 3, tmp_path / "rollouts", DRAWN) == first
+    assert [*sample_groups(run, "policy", examples, 3, tmp_path / "rollouts", DRAWN)] == first
     assert [len(group.answers) for group in first] == [3] * 9
 
 

@@ -1,0 +1,80 @@
+"""The memory of a stage grows by a few dozen bytes per prompt: nothing but flat arrays grows with the prompts."""
+
+import random
+import tracemalloc
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from irlfast.common import artefacts
+from irlfast.config import make_config
+from irlfast.data import store
+from irlfast.data.packing import Layout
+from irlfast.data.store import make_examples
+from irlfast.engine.alarms import log_doubts
+from irlfast.engine.memory import phase_limit
+from irlfast.engine.step import prepare_step
+from irlfast.methods import irft
+from irlfast.methods.stages import stage_request
+from irlfast.runs.run import Run
+from irlfast.sampling.generation import keep_answers
+from irlfast.sampling.shards import Drawn, Request, parts_of
+from tests.data.test_packing import VOCABULARY, model_of
+
+FEW, MANY = 100, 1000  # prompts
+MOST = 300  # bytes per prompt, of which about 100 are token ids and log-probabilities; objects took 3,000
+TOKENIZER = types.SimpleNamespace(
+    batch_decode=lambda answers, **_: [str(answer) for answer in answers], decode=lambda ids, **_: str(ids)
+)
+
+
+def run_of(folder: Path, count: int, **keys) -> Run:
+    """A run on ``count`` prompts of three tokens with answers of four."""
+    model_of("Llama").save_pretrained(folder / "model")
+    keys |= {"dataset_name": __file__, "model_name_or_path": str(folder / "model"), "output_dir": str(folder)}
+    encoder = types.SimpleNamespace(ends=(2,), tokenizer=TOKENIZER)
+    lengths = np.tile(np.array([3, 4, 0, 0], np.int32), count)
+    tokens = np.random.default_rng(0).integers(3, VOCABULARY, 7 * count, dtype=np.int32)
+    train = make_examples(tokens.data, lengths, np.arange(count, dtype=np.int32))
+    config = make_config({"dtype": "float32", "sft_epochs": None, "stages": 1, "inner_steps": 1, **keys})
+    log = types.SimpleNamespace(known={})
+    return Run(config, folder, str(folder / "model"), encoder, train, train[:0], log, None)
+
+
+def keep_samples(request: Request) -> None:
+    """Keep answers of four tokens to a request's prompts, as a sampler would."""
+    draw = random.Random(0)
+    for part in parts_of(request):
+        count = len(part.chosen) * request.n
+        keep_answers(part, [Drawn(draw.choices(range(3, VOCABULARY), k=4), [-draw.random()] * 4) for _ in range(count)])
+
+
+def begin_to_train(run, folder, policy, groups, loss, plan):
+    """Do what grows with the groups in a phase, in place of training."""
+    log_doubts(folder.name, plan, groups)
+    limit = phase_limit(run.config, groups, Layout(), plan.steps[0].size, folder / "checkpoint")
+    prepare_step(plan.steps[0], groups, Layout(), limit.tokens)
+    return folder / "policy"
+
+
+def peak_of_irft(folder: Path, count: int) -> int:
+    """The peak of the memory that Python and NumPy hold in a stage of IRFT whose answers are there, in bytes."""
+    run = run_of(folder, count)
+    keep_samples(stage_request(run, 0))
+    tracemalloc.start()
+    irft.irft_stage(run, 0, run.initial, run.initial)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("peak", [peak_of_irft])
+def test_a_stage_takes_a_few_dozen_bytes_per_prompt(tmp_path, monkeypatch, peak):
+    monkeypatch.setattr(irft, "fit", begin_to_train)
+    monkeypatch.setattr(store, "CHUNK", 32)
+    monkeypatch.setattr(artefacts, "checksum", lambda file: [file.stat().st_size, ""])  # its buffer would hide much
+    peak(tmp_path / "imports", 10)
+    few, many = peak(tmp_path / "few", FEW), peak(tmp_path / "many", MANY)
+    assert (many - few) / (MANY - FEW) < MOST

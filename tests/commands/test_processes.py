@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from tests.helpers.runs import command, printed, run, settings
 from tests.helpers.tiers import full, slow
 
-REWARD = {"num_generations": 2, "reward_steps": 2, "reward_learning_rate": 1e-3, "align_rounds": 2}
+# The first update of RMSprop moves a weight by 10·rate·g/(|g| + 1e-7): rounding of a gradient g near 0 moves it, too.
+# At a rate of 1e-3, losses of two processes differ by 4e-4 for that (afd, seed 2; in fp64 by 1e-12), at 1e-4 by 7e-6.
+REWARD = {"num_generations": 2, "reward_steps": 2, "reward_learning_rate": 1e-4, "align_rounds": 2}
 METHODS = {
     "irft": {"nll_weight": 0.1},
     "rft": {"method": "rft", **REWARD},
@@ -21,7 +23,7 @@ SMALL |= {"sft_steps": 3, "logging_steps": 1, "save_steps": 0, "learning_rate": 
 SMALL["eval_every_stage"] = "false"
 # Figures of the machine; and the sign of margins, which are 0 but for rounding while the policy is the reference.
 DIFFER = ("time/", "tokens_per_second", "memory", "tflops", "mfu", "seconds", "rewards/accuracies")
-
+EXACT = ("learning_rate", "epoch", "length/chosen", "length/rejected", "length/synthetic")  # nothing rounds these
 
 # Keys that shape no result, and values of them.
 FREE = {
@@ -63,7 +65,8 @@ def test_a_run_takes_the_same_steps_on_any_number_of_processes(tmp_path, method,
         for row, same in zip(rows, expected, strict=True):
             for name, value in same.items():
                 # Each step adds rounding to weights that are near 1: a mean near 0 has the error of its terms.
-                near = pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
+                rounded = isinstance(value, float) and name not in EXACT
+                near = pytest.approx(value, rel=1e-4, abs=1e-4) if rounded else value
                 assert row[name] == near, (count, row["phase"], row["step"], name)
         assert_near(tmp_path / "1", output)
         assert json.loads((output / "starts.jsonl").read_text())["processes"] == count

@@ -134,7 +134,7 @@ def gone_process(watch: Watch, store: ranks.Store) -> str:
     away = watch.presence.gone(store)
     if away and not store.count("left") and not store.failure():
         ranks.GONE.add(away)
-    if dead := ranks.lost(store):
+    if (dead := ranks.lost(store)) and not store.count("left"):  # the work of all is done once one has left
         return dead
     if watch.looks * PERIOD >= ranks.JOINED_WITHIN and (absent := store.absent()):
         return f"process {absent[0]} has not come within {ranks.JOINED_WITHIN:g} seconds"

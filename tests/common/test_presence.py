@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +72,18 @@ def test_a_process_that_has_left_as_all_do_is_not_missed(as_process, connected):
     as_process(0)
     assert own.gone(store)
     assert watchdog.gone_process(watchdog.Watch(None, 0.0, None, presence=own), store) == ""
+
+
+def test_a_process_of_the_same_machine_that_ends_after_it_has_left_is_not_missed(as_process):
+    """The slower one may still part from the process group, with its store open."""
+    store, watch = Texts(machines="00"), watchdog.Watch(None, 0.0, None)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    store.known[1] = store.known[1]._replace(pid=ended.pid)
+    as_process(0)
+    assert watchdog.gone_process(watch, store) == "process 1 ended without a word (killed?)"
+    store["left"] = 1
+    assert watchdog.gone_process(watch, store) == ""
 
 
 def test_a_door_that_does_not_open_is_tried_once(as_process):

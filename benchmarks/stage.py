@@ -52,7 +52,7 @@ KEYS = {
 }
 QUICK = {"dtype": "float32", "global_batch_size": 4, "train_tokenizer": 1024}
 PARTS = ("sampling", "scoring", "training")
-STEPS = 4  # by whose rates the plan is calibrated; the first of them is not counted
+STEPS = 4  # by whose rates the plan is calibrated; the first two of them are not counted
 
 
 def main() -> None:

@@ -5,8 +5,8 @@
 The runs are those of benchmarks/plans.py, but their clock counts wall time, and no process is pinned: together, the
 processes have as many threads as the machine has cores, or one each where there are more processes than cores. These
 share the cores, which a plan counts. Each run is planned with the rates of one step of the run by two processes at the
-same ``zero_stage``, its second one: the first step is a warm-up. Other work on the machine falsifies these figures, so
-its load before each run is in them. FOLDER keeps the runs, and those in it are not run again.
+same ``zero_stage``, its third one: the first two steps are a warm-up. Other work on the machine falsifies these
+figures, so its load before each run is in them. FOLDER keeps the runs, and those in it are not run again.
 """
 
 import json
@@ -21,7 +21,7 @@ from benchmarks.conftest import write_result
 from benchmarks.plans import GOALS, KEYS, SHAPE, first_steps, name_of, train_cases
 
 LIMIT = GOALS["seconds"]
-CALIBRATING = 2  # the step whose rates are taken
+CALIBRATING = 3  # the step whose rates are taken
 
 
 def main() -> None:

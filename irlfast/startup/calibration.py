@@ -1,5 +1,6 @@
 """The rates of a machine, measured: by a finished or running run on it, or by short tests of this machine."""
 
+import itertools
 import os
 import statistics
 import time
@@ -32,6 +33,7 @@ COLUMNS = {  # of a row of metrics.jsonl, that are read here
     *("time/forward", "time/backward", "time/optimizer", "time/communication"),
 }
 HOOKS = 0.02  # assumed seconds per layer and pass that the hooks of ZeRO-3 take on a CPU (benchmarks/plans.py)
+WARM_UP = 2  # first steps of a phase, which are slow: by ZeRO-3, 2.0 and 1.5 times as long as later (docs/scaling.md)
 LOOPBACK = 0.1  # assumed share of a CPU's copying rate that gloo reaches between processes of one machine
 
 
@@ -80,8 +82,8 @@ def read_run(folder: Path) -> Measured:
 def rates_of_run(folder: Path, assumed: Rates, processes: int, on_gpu: bool) -> Rates:
     """Return the rates that a run reached; the ``assumed`` ones where it has no figure.
 
-    The rates of training are medians over the logged rows, without the first row of each phase. The processes of a CPU
-    share its cores, so that each of twice as many computes and copies half as fast.
+    The rates of training are medians over the logged rows, without the warm-up of each phase (:func:`warm_rows`). The
+    processes of a CPU share its cores, so that each of twice as many computes and copies half as fast.
 
     Raises:
         InputError: the folder is no run, or the run was not on a GPU as the plan is, or not on a CPU.
@@ -92,7 +94,7 @@ def rates_of_run(folder: Path, assumed: Rates, processes: int, on_gpu: bool) -> 
         raise InputError(
             f"--calibrate {folder}: found a run on a {found}, expected one on a {expected}, as the plan is"
         )
-    rows = [row for row, before in zip(run.rows[1:], run.rows, strict=False) if row["phase"] == before["phase"]]
+    rows = warm_rows(run.rows)
     share = 1.0 if on_gpu else run.processes / processes
     planned, waits = planned_of(run), [hook_seconds(run, row) for row in rows or run.rows]
     passes = 3 if run.config.gradient_checkpointing is True else 2
@@ -119,6 +121,13 @@ def rates_of_run(folder: Path, assumed: Rates, processes: int, on_gpu: bool) -> 
         ]
         rates = rates._replace(hooks=statistics.median(own) / share)
     return rates._replace(sampling=sampling_factor(folder, run, rates))
+
+
+def warm_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of metrics that begin after the warm-up of their phase; if there are none, all but its first."""
+    later = [both for both in itertools.pairwise(rows) if both[0]["phase"] == both[1]["phase"]]
+    warm = [row for before, row in later if before["step"] >= WARM_UP]
+    return warm or [row for _, row in later]
 
 
 def planned_of(run: Measured) -> Planned:

@@ -13,7 +13,15 @@ from irlfast.common.logs import read_log, rewrite
 from irlfast.config import make_config
 from irlfast.models.costs import Costs
 from irlfast.runs.metrics_log import is_logged
-from irlfast.startup.calibration import Measured, hook_seconds, operations_of, rates_of_run, read_run, training_rate
+from irlfast.startup.calibration import (
+    Measured,
+    hook_seconds,
+    operations_of,
+    rates_of_run,
+    read_run,
+    training_rate,
+    warm_rows,
+)
 from irlfast.startup.plan_memory import TRAINING_MOMENTS, Room, most
 from irlfast.startup.plan_run import plan_run, work_on
 from irlfast.startup.plan_seconds import Rates
@@ -85,6 +93,23 @@ def test_a_plan_has_the_rates_of_a_saved_run_and_its_memory(finished, tmp_path):
     assert sum(stage.step.values()) == pytest.approx(step, rel=0.5)
     out, _ = printed(["-m", "irlfast.plan", *settings(tmp_path / "run"), "--calibrate", str(output)])
     assert f"1 process, {rates.training / 1e12:.3f} TFLOP/s, measured in {output}, with 1 process\n" in out
+
+
+def test_the_first_two_steps_of_a_phase_are_its_warm_up(finished, tmp_path):
+    output = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    rows = [row | {"step": row["step"] // 2} for row in read_log(output / "metrics.jsonl", is_logged)[0]]
+    rewrite(output / "metrics.jsonl", rows)  # rows of one step each
+    assert {row["step"] for row in rows} == {1, 2, 3}
+    run = read_run(output)
+    warm = [training_rate(row, run.config, run.size, 1) for row in run.rows if row["step"] == 3]
+    assert rates_of_run(output, ASSUMED, 1, on_gpu=False).training == pytest.approx(statistics.median(warm))
+
+
+def test_a_phase_without_a_step_after_its_warm_up_gives_the_second_one():
+    rows = [{"phase": phase, "step": step} for phase in ("sft", "stage-00") for step in (1, 2)]
+    assert warm_rows(rows) == [rows[1], rows[3]]
+    assert warm_rows([*rows, {"phase": "stage-00", "step": 3}]) == [{"phase": "stage-00", "step": 3}]
+    assert warm_rows(rows[:1]) == []
 
 
 def test_one_process_sends_nothing_whatever_its_clock_says(finished, tmp_path):

@@ -17,6 +17,7 @@ from irlfast.data.packing import PromptGroup
 from irlfast.engine.deepspeed_patches import (
     check_version,
     float32_parameters,
+    gather_unseen,
     keep_float32,
     skip_reduction_of_one_process,
 )
@@ -64,6 +65,8 @@ def make_engine(
         )[0]
     keep_float32(kept)
     skip_reduction_of_one_process(engine)
+    if config.gradient_checkpointing == "selective":
+        gather_unseen(engine)
     return engine
 
 

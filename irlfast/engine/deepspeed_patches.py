@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from packaging.version import Version
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from irlfast.common import dist
 from irlfast.common.files import InputError
@@ -155,6 +156,34 @@ def skip_reduction_of_one_process(engine: Any) -> None:
         report_missing("engine.enable_backward_allreduce", "a step of one process copies its gradients")
         return
     engine.enable_backward_allreduce = False
+
+
+def gather_unseen(engine: Any) -> None:
+    """Let ZeRO-3 gather and free weights without the notes that ``gradient_checkpointing: selective`` takes of a layer.
+
+    torch refuses an operation of the second forward pass of a layer that its first one did not have. But the first may
+    find weights gathered that the second one has to gather, such as after a checkpoint was loaded. No upstream issue
+    was found.
+    """
+    hooks = getattr(engine.optimizer, "parameter_offload", None)
+    if hooks is None:  # not ZeRO-3
+        return
+    for name in [f"{when}_sub_module_{way}_function" for when in ("pre", "post") for way in ("forward", "backward")]:
+        if not hasattr(hooks, name):
+            report_missing(f"parameter_offload.{name}", "gradient_checkpointing selective may fail with zero_stage 3")
+            continue
+        setattr(hooks, name, without_modes(getattr(hooks, name)))
+
+
+def without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose operations no dispatch mode of torch sees."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def keep_head_whole(engine: Any) -> None:

@@ -81,7 +81,8 @@ def assert_near(run, other) -> None:
     assert apart < 1e-2 * moved
 
 
-@pytest.mark.parametrize("seed", [pytest.param(0, marks=full), *(pytest.param(seed, marks=slow) for seed in (1, 2, 3))])
+# Seed 2 goes on from ZeRO-2 to ZeRO-3 with layers that are recomputed but for their products.
+@pytest.mark.parametrize("seed", [pytest.param(2, marks=full), *(pytest.param(seed, marks=slow) for seed in (0, 1, 3))])
 def test_a_run_that_goes_on_with_other_values_of_keys_that_shape_no_result_ends_at_the_same_weights(tmp_path, seed):
     """It is preempted in SFT and in its stage, and goes on with drawn values, on a drawn number of processes."""
     draw, keys = random.Random(seed), {**SMALL, "global_batch_size": 6}

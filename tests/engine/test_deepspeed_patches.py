@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
 from deepspeed.comm.torch import build_shm_op
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from irlfast.common.files import InputError
 from irlfast.engine import deepspeed_patches as patches
@@ -94,6 +95,24 @@ def test_a_note_of_the_modules_at_work_on_a_parameter_that_is_gone_is_reported(r
     assert not reported
     patches.keep_head_whole(SimpleNamespace(module=module, zero_optimization_stage=lambda: 3))
     assert reported == ["ds_active_sub_modules of a parameter"]
+
+
+def test_no_mode_sees_the_hooks_of_zero_3_and_those_that_are_gone_are_reported(reported):
+    seen = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **kwargs or {})
+
+    hooks = SimpleNamespace(pre_sub_module_forward_function=torch.ones)
+    patches.gather_unseen(SimpleNamespace(optimizer=SimpleNamespace(parameter_offload=hooks)))
+    parts = ("pre_sub_module_backward", "post_sub_module_forward", "post_sub_module_backward")
+    assert reported == [f"parameter_offload.{part}_function" for part in parts]
+    with Note():
+        assert len(hooks.pre_sub_module_forward_function(2)) == 2 and not seen
+        torch.ones(2)
+        assert seen
 
 
 def test_collectives_that_are_gone_are_reported_and_the_others_are_timed(monkeypatch, reported):

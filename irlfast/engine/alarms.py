@@ -32,8 +32,7 @@ def log_doubts(phase: str, plan: Plan, groups: Sequence[PromptGroup]) -> None:
         log(f"warning: {phase}: with a learning rate of {rate:g}, each step moves every weight by about {rate:g}")
     if rate * steps <= LOW_RATE:
         log(f"warning: {phase}: {steps:,} steps with a learning rate of {rate:g} move no weight by a notable amount")
-    advantages = [each for group in groups for each in group.advantages]
-    if advantages and not any(each.any() for each in advantages):
+    if groups[0].advantages and not any(each.any() for group in groups for each in group.advantages):
         log(f"warning: {phase}: all advantages are 0, because each prompt's answers have the same reward")
 
 

@@ -3,14 +3,17 @@
 Dimensions: P prompts, n answers per prompt, T tokens of the longest answer.
 """
 
+from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
+from irlfast.data.store import Mapped, cut
 from irlfast.losses.policy import POLICY_LOSSES, PolicyLoss
 from irlfast.sampling.scoring import Scores
 
@@ -29,14 +32,19 @@ def advantages_of(rewards: Scores, config: Config) -> Scores:
     2402.03300, section 4.1.2), ``whiten_rewards`` by that over all prompts.
     """
     loss, whole = POLICY_LOSSES[config.align], config.reward_credit == "sequence"
-    values = [tuple(r.sum(0, keepdim=True) if whole else r for r in answers) for answers in rewards]
-    blocks = [values[start : start + BLOCK] for start in range(0, len(values), BLOCK)]
-    advantages = [a for block in blocks for a in centred_returns(block, config.gamma, loss)]
+    lengths, blocks = array("i"), []
+    for start in range(0, len(rewards), BLOCK):
+        block = [*rewards[start : start + BLOCK]]
+        lengths.extend(len(r) for answers in block for r in answers)
+        values = [tuple(r.sum(0, keepdim=True) for r in answers) for answers in block] if whole else block
+        blocks.append(torch.cat(centred_returns(values, config.gamma, loss)))
+    advantages = torch.cat(blocks)
     if config.whiten_rewards and loss.leave_one_out:
-        scale = torch.cat(advantages).std() + 1e-8
-        advantages = [a / scale for a in advantages]
-    each = iter(advantages)
-    return [tuple(next(each).float().expand(len(r)) for r in answers) for answers in rewards]
+        advantages = advantages / (advantages.std() + 1e-8)
+    flat, each = advantages.float(), np.array(lengths)
+    if whole:
+        flat = flat.repeat_interleave(torch.from_numpy(each))
+    return Mapped(tuple, cut(cut(flat, each), np.full(len(rewards), len(rewards[0]))))
 
 
 def centred_returns(rewards: Scores, gamma: float, loss: PolicyLoss) -> list[Tensor]:
@@ -70,17 +78,19 @@ def less_penalties(rewards: Scores, groups: Sequence[PromptGroup], config: Confi
         lowered[-1] -= config.missing_eos_penalty * (answer[-1] not in ends)
         return lowered
 
-    return [tuple(map(lower, values, group.answers)) for values, group in zip(rewards, groups, strict=True)]
+    return Mapped(lambda values, group: tuple(map(lower, values, group.answers)), rewards, groups)
 
 
 def less_kl(rewards: Scores, beta: float, policy: Scores, reference: Scores) -> Scores:
     """Subtract β·(log π(y_t) − log π_ref(y_t)) from each token's reward, in fp64."""
-    return [
-        tuple(r - beta * (new.double() - old.double()) for r, new, old in zip(*each, strict=True))
-        for each in zip(rewards, policy, reference, strict=True)
-    ]
+
+    def lower(*each: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(r - beta * (new.double() - old.double()) for r, new, old in zip(*each, strict=True))
+
+    return Mapped(lower, rewards, policy, reference)
 
 
 def totals(rewards: Scores) -> Tensor:
-    """Sum the rewards of each answer's tokens: ``[P, n]``."""
-    return torch.stack([torch.stack([r.sum() for r in answers]) for answers in rewards])
+    """Sum the rewards of each answer's tokens: ``[P, n]`` fp64."""
+    sums = array("d", (r.sum().item() for answers in rewards for r in answers))
+    return torch.from_numpy(np.array(sums)).view(len(rewards), -1)

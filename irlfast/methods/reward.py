@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from irlfast.methods.stages import (
     write_counts,
 )
 from irlfast.runs.run import Run
-from irlfast.sampling.generation import answers_to, begin, sample_groups
+from irlfast.sampling.generation import answers_to, begin
 from irlfast.sampling.rewards import combine, learned_reward, recipe, summed
 from irlfast.sampling.shards import DRAWN, Request
 
@@ -80,12 +81,11 @@ def learn_rewards_in_round(
     if not all(finished(model.parent) for model in models):
         rollouts = run.output / round_name(config, stage, number) / "rollouts"
         begun = begin(rollouts)
-        how = round_sampling(config, stage, number)
-        source = policy if number else answering(run, stage, policy)
-        groups = sample_groups(run, source, examples, config.num_generations, rollouts, how)
-        each = zip(examples, groups, strict=True)
-        both = [(example, ids) for example, group in each for ids in group.answers if example.answer_ids]
-        shown, synthetic = [example for example, _ in both], [ids for _, ids in both]
+        source, n = policy if number else answering(run, stage, policy), config.num_generations
+        answers = answers_to(source, Request(run, examples, n, rollouts, round_sampling(config, stage, number)))
+        known = array("i", (n * i + k for i, x in enumerate(examples) if x.answer_ids for k in range(n)))
+        shown = Mapped(lambda answer: examples[answer // n], known)
+        synthetic = Mapped(answers.__getitem__, known)
         pairs, counts = make_pairs(run, stage, shown, synthetic, keep_identical=not compares(config))
         write_counts(place, counts, begun)
         fit_rewards(run, [stage, number + 1], models_before(run, stage, number), models, pairs)

@@ -5,11 +5,14 @@ learns its reward once, from pairs that do not depend on the policy (``reward_da
 """
 
 import functools
+import itertools
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +20,7 @@ from irlfast.common import dist
 from irlfast.common.files import remove
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
-from irlfast.data.store import Example
+from irlfast.data.store import Example, Mapped, joined
 from irlfast.engine.fit import fit, phase_of
 from irlfast.losses.policy import POLICY_LOSSES, align_loss
 from irlfast.losses.sft import sft_loss
@@ -78,12 +81,9 @@ def rft_stage(run: Run, stage: int, policy: Path | str, reference: Path | str) -
     return policy
 
 
-def asked_in_round(run: Run, stage: int, number: int) -> list[Example]:
+def asked_in_round(run: Run, stage: int, number: int) -> Sequence[Example]:
     """Return the prompts that a round answers, with their demonstrations where there are some."""
-    return [
-        *round_examples(run.train, run.config, stage, number),
-        *round_examples(run.prompts, run.config, stage, number),
-    ]
+    return joined([round_examples(each, run.config, stage, number) for each in (run.train, run.prompts)])
 
 
 def rft_asks(run: Run, stage: int) -> list[Request]:
@@ -104,7 +104,7 @@ def rollout_request(run: Run, stage: int, number: int, examples: Sequence[Exampl
 class Rollouts(NamedTuple):
     """The answers that the policy samples in one round: n to each of P prompts."""
 
-    groups: list[PromptGroup]
+    groups: Sequence[PromptGroup]
     rewards: Scores  # of each token of each answer, fp64; with reward_credit sequence, all at the last token
     old_logps: Scores  # each token's under the policy that the round starts from
     ref_logps: Scores  # the same under the reference
@@ -134,10 +134,10 @@ def align(
     if kl_in == "reward":
         rewards = less_kl(rewards, beta, rollouts.old_logps, rollouts.ref_logps)
     advantages = advantages_of(rewards, config)
-    each = zip(rollouts.groups, rollouts.old_logps, rollouts.ref_logps, advantages, strict=True)
-    groups = [
-        x._replace(old_logps=old, ref_logps=ref if kl_in == "loss" else (), advantages=a) for x, old, ref, a in each
-    ]
+    groups: Sequence[PromptGroup] = Mapped(
+        lambda x, old, ref, a: x._replace(old_logps=old, ref_logps=ref if kl_in == "loss" else (), advantages=a),
+        *(rollouts.groups, rollouts.old_logps, rollouts.ref_logps, advantages),
+    )
     if config.vllm_importance_sampling_correction:
         groups = with_weights(groups, rollouts.sampler_logps, config)
     loss = functools.partial(
@@ -169,8 +169,8 @@ def roll_out(
     sampled = time.perf_counter()
     rewards = token_rewards(run, learned, groups, folder, scales)
     kept = complete(totals(rewards))
-    groups, rewards = [groups[i] for i in kept], [rewards[i] for i in kept]
-    sampler = [tuple(flat[n * i : n * (i + 1)]) for i in kept] if flat else []
+    groups, rewards = Mapped(groups.__getitem__, kept), Mapped(rewards.__getitem__, kept)
+    sampler = Mapped(lambda i: tuple(flat[n * i : n * (i + 1)]), kept) if flat else []
     ref: Scores = []
     if reference != policy:
         ref = score(run, reference, groups, folder / "reference.safetensors", in_4bit=config.load_in_4bit)
@@ -179,32 +179,31 @@ def roll_out(
     seconds = {"sample_seconds": sampled - begun, "score_seconds": time.perf_counter() - sampled}
 
     def facts() -> dict[str, Any]:
-        reward, kl = totals(rewards), torch.cat([log_ratios(*both) for both in zip(old, ref, strict=True)])
+        reward, kl = totals(rewards), ratios_of(old, ref)
         ended = [answer[-1] in run.encoder.ends for group in groups for answer in group.answers]
         metrics = {"reward": reward.mean().item(), "reward_std": reward.std(1).mean().item(), "kl": kl.mean().item()}
         metrics |= {"ended": sum(ended) / len(ended), "answers": len(ended)}
-        mismatch = measure_mismatch(flattened(old), flattened(sampler), phase_of(run, folder))
+        answers = itertools.chain.from_iterable(old), itertools.chain.from_iterable(sampler)
+        mismatch = measure_mismatch(*answers, phase_of(run, folder)) if sampler else {}
         return metrics | seconds | mismatch | staleness(run, source)
 
     keep_facts(run, folder / "round.json", facts)
     return Rollouts(groups, rewards, old, ref, sampler)
 
 
-def flattened(scores: Scores) -> list[Tensor]:
-    return [values for answers in scores for values in answers]
+def ratios_of(policy: Scores, reference: Scores) -> Tensor:
+    """Return the log-ratio ``[S]`` fp64 of each answer of all prompts."""
+    ratios = array("d")
+    for both in zip(policy, reference, strict=True):
+        ratios.fromlist(log_ratios(*both).tolist())
+    return torch.from_numpy(np.array(ratios))
 
 
-def with_weights(groups: Sequence[PromptGroup], sampler: Scores, config: Config) -> list[PromptGroup]:
+def with_weights(groups: Sequence[PromptGroup], sampler: Scores, config: Config) -> Sequence[PromptGroup]:
     """Give each answer's tokens their importance weights π_old/π_sampler."""
     mode, clip_max = config.vllm_importance_sampling_mode, config.vllm_importance_sampling_clip_max
-    return [
-        group._replace(
-            weights=tuple(
-                importance_weights(old, own, mode, clip_max) for old, own in zip(group.old_logps, logps, strict=True)
-            )
-        )
-        for group, logps in zip(groups, sampler, strict=True)
-    ]
+    weigh = functools.partial(importance_weights, mode=mode, clip_max=clip_max)
+    return Mapped(lambda x, logps: x._replace(weights=tuple(map(weigh, x.old_logps, logps))), groups, sampler)
 
 
 def kl_place(config: Config) -> str:
@@ -212,10 +211,10 @@ def kl_place(config: Config) -> str:
     return "reward" if POLICY_LOSSES[config.align].has_own_kl else config.kl_in
 
 
-def best_answers(groups: Sequence[PromptGroup], reward: Tensor) -> list[PromptGroup]:
+def best_answers(groups: Sequence[PromptGroup], reward: Tensor) -> Sequence[PromptGroup]:
     """Return each prompt with the answer that has the highest reward ``[P, n]``."""
-    best = reward.argmax(1).tolist()
-    return [PromptGroup(x.prompt, (x.answers[i],), row=x.row) for x, i in zip(groups, best, strict=True)]
+    best = reward.argmax(1).numpy()
+    return Mapped(lambda x, i: PromptGroup(x.prompt, (x.answers[i],), row=x.row), groups, best)
 
 
 def rft_phases(config: Config, rows: int, prompts: int = 0) -> Iterator[Phase]:

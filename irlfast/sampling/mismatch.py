@@ -6,7 +6,7 @@ An answer is then drawn from a slightly other policy than the one whose gradient
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from irlfast.common.messages import log
 MAX_LOG_RATIO = 20.0  # of a weight before it is cut: its exponential stays finite
 
 
-def measure_mismatch(trainer: Sequence[Tensor], sampler: Sequence[Tensor], phase: str) -> dict[str, float]:
+def measure_mismatch(trainer: Iterable[Tensor], sampler: Iterable[Tensor], phase: str) -> dict[str, float]:
     """Return, and log for a ``phase``, how far the sampler's log-probabilities of its answers are from the trainer's.
 
     Both have a tensor for each answer, with its tokens' log-probabilities in nats. A token whose log-probability the

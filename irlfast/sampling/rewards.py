@@ -14,11 +14,14 @@ Every answer is scored once, and the scores are kept in files. A reward is one o
 """
 
 import functools
+import operator
+from array import array
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +34,7 @@ from irlfast.config import Config
 from irlfast.config.methods import OWN_POLICIES
 from irlfast.data.encoding import Encoder
 from irlfast.data.packing import Batch, PromptGroup
+from irlfast.data.store import Mapped, cut
 from irlfast.losses.rewards import GAUSSIAN
 from irlfast.models.lora import base_and_adapter
 from irlfast.ops import Head
@@ -38,7 +42,7 @@ from irlfast.runs.run import Run
 from irlfast.sampling.features import feature_rewards
 from irlfast.sampling.reward_external import external_rewards
 from irlfast.sampling.reward_function import function_rewards
-from irlfast.sampling.scoring import Scores, score
+from irlfast.sampling.scoring import Scores, by_group, score_answers
 
 POLICY_ENDINGS = ("ForCausalLM", "LMHeadModel")  # of the names of architectures
 LOST_SCALES = "is damaged or missing, and later answers give other scales; put the file back, or take a new output_dir"
@@ -72,14 +76,13 @@ def token_rewards(
     With ``reward_credit: sequence``, the whole reward of an answer is at its last token. With ``token``, so is a reward
     that judges whole answers, and a reward of tokens is at each of them.
     """
-    lengths = [len(answer) for group in groups for answer in group.answers]
+    lengths = np.array(array("i", (len(answer) for group in groups for answer in group.answers)))
     if run.config.reward_credit == "sequence":
-        flat = at_ends(rewards_of(run, learned, groups, folder, scales).split(1), lengths)
+        flat = at_ends(one_by_one(rewards_of(run, learned, groups, folder, scales)), lengths)
     else:
         each = weighted(run, learned, groups, folder, scales)
         flat = combine([at_ends(values, lengths) for values in each], run.config)
-    answers = iter(flat.split(lengths))
-    return [tuple(next(answers) for _ in group.answers) for group in groups]
+    return by_group(cut(flat, lengths), groups)
 
 
 def weighted(
@@ -103,16 +106,21 @@ def weighted(
     if config.reward_combine != "mean" and sum(v[0].shape[1] for v in of_models) + len(of_functions) < 2:
         raise InputError(f"reward_combine: found {config.reward_combine!r}, but one reward of one head")
     heard = without_none(of_functions, alone=not of_models, combined=config.reward_combine)
-    each = [*of_models, *(values.split(1) for values in heard)]
+    each = [*of_models, *map(one_by_one, heard)]
     weights = config.reward_weights or [1.0] * len(each)
-    return [[weight * v for v in values] for weight, values in zip(weights, each, strict=True)]
+    return [Mapped(functools.partial(operator.mul, w), values) for w, values in zip(weights, each, strict=True)]
+
+
+def one_by_one(rewards: Tensor) -> Sequence[Tensor]:
+    """Return the rewards of each answer, ``[1, …]``, from those of all, ``[S, …]``."""
+    return cut(rewards, np.ones(len(rewards), np.int32))
 
 
 def learned_reward(run: Run, models: Sequence[Path], groups: Sequence[PromptGroup], path: Path) -> Sequence[Tensor]:
     """Return the rewards of every answer by all heads of the ``models``, as :func:`reward_of` those of one."""
     paths = [path.with_stem(f"{path.stem}-{number}" if number else path.stem) for number in range(len(models))]
     each = [reward_of(run, str(model), groups, own) for model, own in zip(models, paths, strict=True)]
-    return [torch.cat(values, 1) for values in zip(*each, strict=True)]
+    return Mapped(lambda *values: torch.cat(values, 1), *each)
 
 
 def normalised(
@@ -131,23 +139,30 @@ def normalised(
             keep_json(path, scales, f"{path}: {LOST_SCALES}")
         dist.barrier()
     each = [(scale["mean"], scale["std"]) for scale in read_json(path)]
-    models = [
-        [torch.cat([v[:-1], v[-1:] - mean]) / std for v in values]
-        for values, (mean, std) in zip(of_models, each, strict=False)
-    ]
+    models = [Mapped(functools.partial(scaled, *scale), values) for values, scale in zip(of_models, each, strict=False)]
     later = each[len(of_models) :]
     return models, [(values - mean) / std for values, (mean, std) in zip(of_functions, later, strict=True)]
 
 
+def scaled(mean: float, std: float, values: Tensor) -> Tensor:
+    """Take the mean off an answer's last value, and divide all by the standard deviation."""
+    return torch.cat([values[:-1], values[-1:] - mean]) / std
+
+
 def summed(values: Sequence[Tensor]) -> Tensor:
     """Sum the values ``[k, M]`` of each answer: ``[S, M]``."""
-    return torch.stack([v.sum(0) for v in values])
+    sums = values[0].new_empty(len(values), *values[0].shape[1:])
+    for number, own in enumerate(values):
+        sums[number] = own.sum(0)
+    return sums
 
 
-def at_ends(values: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+def at_ends(values: Sequence[Tensor], lengths: np.ndarray) -> Tensor:
     """Put the k values of each answer at its last k tokens, and 0 at the tokens before: ``[N, …]``."""
-    zeros = [v.new_zeros(length - len(v), *v.shape[1:]) for v, length in zip(values, lengths, strict=True)]
-    return torch.cat([part for both in zip(zeros, values, strict=True) for part in both])
+    placed = values[0].new_zeros(int(lengths.sum()), *values[0].shape[1:])
+    for own, end in zip(values, lengths.cumsum().tolist(), strict=True):
+        placed[end - len(own) : end] = own
+    return placed
 
 
 def without_none(rewards: Sequence[Tensor], alone: bool, combined: str) -> list[Tensor]:
@@ -195,11 +210,10 @@ def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) 
     config = reward_config(reward, run.config)
     how = getattr(config, "irlfast_reward", None)
     if how is None:
-        return external_rewards(run, reward, groups, path).split(1)
+        return one_by_one(external_rewards(run, reward, groups, path))
     check_tokenizer(f"reward model {reward}", reward, run.encoder, run.config)
     measure = functools.partial(head_rewards, **how)
-    scores = score(run, reward, groups, path, measure, heads=config.num_labels)
-    return [answer.double() for answers in scores for answer in answers]
+    return Mapped(Tensor.double, score_answers(run, reward, groups, path, measure, heads=config.num_labels))
 
 
 def reward_config(reward: str, config: Config) -> Any:
@@ -281,13 +295,13 @@ def implicit_reward(
     for model in (policy, reference):
         if model and model not in OWN_POLICIES:
             check_tokenizer(f"implicit reward {model}", model, run.encoder, run.config)
-    new = score(run, policy_of(run, policy), groups, path)
+    new, old = score_answers(run, policy_of(run, policy), groups, path), None
     if reference:
-        old = score(run, policy_of(run, reference), groups, path.with_name(f"{path.stem}-reference.safetensors"))
-    else:
-        old = [tuple(torch.zeros_like(logps) for logps in answers) for answers in new]
-    pairs = ((a, b) for both in zip(new, old, strict=True) for a, b in zip(*both, strict=True))
-    return [run.config.at("beta", 0) * (a.double() - b.double())[:, None] for a, b in pairs]
+        own = path.with_name(f"{path.stem}-reference.safetensors")
+        old = score_answers(run, policy_of(run, reference), groups, own)
+    beta = run.config.at("beta", 0)
+    ratio = Mapped(lambda a, b: a.double() - b.double(), new, old) if old else Mapped(Tensor.double, new)
+    return Mapped(lambda values: beta * values[:, None], ratio)
 
 
 def policy_of(run: Run, name: str) -> Path | str:

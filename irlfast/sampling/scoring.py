@@ -62,6 +62,20 @@ def score(
     in_4bit: bool = False,
     depths: Sequence[float] = (),
 ) -> Scores:
+    """Return what :func:`score_answers` does, by prompt group."""
+    return by_group(score_answers(run, model, groups, path, measure, heads, in_4bit, depths), groups)
+
+
+def score_answers(
+    run: Run,
+    model: Path | str,
+    groups: Sequence[PromptGroup],
+    path: Path,
+    measure: Measure = token_logps,
+    heads: int = 0,
+    in_4bit: bool = False,
+    depths: Sequence[float] = (),
+) -> Sequence[Tensor]:
     """Return what ``measure`` computes of every answer under ``model``; with ``heads``, the model is a reward model.
 
     With ``depths``, ``measure`` gets the hidden states ``[R, k, H]`` at these k depths of the model.
@@ -69,21 +83,29 @@ def score(
     The scores are kept in the file ``path``: ``values`` of all answers, one after the other, and the ``lengths`` of the
     answers' values. Each process scores its share.
     """
-    counts = np.fromiter((len(group.answers) for group in groups), np.int64, len(groups))
     if not dist.on_main(intact, path):
-        pieces = pieces_of(groups, counts)
+        pieces = pieces_of(groups)
         own = score_share(run.config, model, pieces, path, measure, heads, in_4bit, depths)
         shares = dist.all_gather_object(own)
         if dist.is_main():
             keep(path, lambda temporary: save_scores(temporary, shares))
         dist.barrier()
     flat = load_file(path)
-    return Mapped(tuple, cut(cut(flat["values"], flat["lengths"].numpy()), counts))
+    return cut(flat["values"], flat["lengths"].numpy())
 
 
-def pieces_of(groups: Sequence[PromptGroup], counts: np.ndarray) -> Sequence[PromptGroup]:
-    """Return the prompt groups, which have so many answers (``counts``), in pieces of at most ``MAX_ANSWERS``."""
-    pieces = -(-counts // MAX_ANSWERS)  # of each group
+def by_group(values: Sequence[Tensor], groups: Sequence[PromptGroup]) -> Scores:
+    """Return the values of each answer of all groups by prompt group."""
+    return Mapped(tuple, cut(values, answer_counts(groups)))
+
+
+def answer_counts(groups: Sequence[PromptGroup]) -> np.ndarray:
+    return np.fromiter((len(group.answers) for group in groups), np.int64, len(groups))
+
+
+def pieces_of(groups: Sequence[PromptGroup]) -> Sequence[PromptGroup]:
+    """Return the prompt groups in pieces of at most ``MAX_ANSWERS`` answers."""
+    pieces = -(-answer_counts(groups) // MAX_ANSWERS)  # of each group
     group = np.repeat(np.arange(len(groups)), pieces)
     first = MAX_ANSWERS * (np.arange(len(group)) - np.repeat(pieces.cumsum() - pieces, pieces))
 

@@ -128,21 +128,24 @@ def encode(
         counts.counts["rows"] += len(batch)
         rendered = [render_or_leave_out(row, encoder, tokenizer, config, counts) for row in batch]
         texts = [pair for pair in rendered if pair]
-        for (row, text), ids in zip(texts, encode_texts(texts, encoder, tokenizer, counts), strict=True):
-            key = hash((text.prompt, text.answer, text.rejected))
+        keys = [hash((text.prompt, text.answer, text.rejected)) for _, text in texts]
+        known, fresh = kept.known(keys), []
+        for (row, _), key, ids in zip(texts, keys, encode_texts(texts, encoder, tokenizer, counts), strict=True):
             if row.answer is not None and is_empty(row.answer, ids.answer):
                 counts.leave_out(row.where, "empty_answers", row.row)
                 continue
-            if key in kept:
+            if key in known:
                 counts.leave_out(row.where, "duplicates", row.row)
                 continue
             fitted = cut_to_length(row, ids, encoder, tokenizer, config, counts)
             if fitted:
-                kept.add(key)
+                known.add(key)
+                fresh.append(key)
                 counts.counts["kept"] += 1
                 counts.counts["prompt_tokens"] += len(fitted.prompt)
                 counts.counts["answer_tokens"] += len(fitted.answer)
                 yield row, fitted
+        kept.add(fresh)
 
 
 def safe_tokenizer(encoder: Encoder, config: Config) -> SafeTokenizer:

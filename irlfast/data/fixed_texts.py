@@ -31,18 +31,17 @@ MOST_WALKS = 8
 KEYS = {"role", "content", "weight"}
 
 
-class Piece(NamedTuple):
-    """A fixed text, and the content behind it."""
+class Around(NamedTuple):
+    """What a template writes for a sequence of roles."""
 
-    text: str
-    turn: int = -1  # -1: none, at the end
-    trimmed: bool = False
+    text: str  # with ``%s`` for each content, as the operator ``%`` reads it
+    turns: list[tuple[int, bool]]  # for each content, its turn, and whether the template trims it
 
 
 class FixedTexts(NamedTuple):
     """The texts of a template around contents, for each sequence of roles; None where it does not render them."""
 
-    known: dict[tuple, list[Piece] | None]
+    known: dict[tuple, Around | None]
 
 
 class NotProven(Exception):
@@ -83,20 +82,16 @@ def write_contents(
     if key not in fixed.known:
         if len(fixed.known) >= MOST:
             fixed.known.clear()
-        fixed.known[key] = find_pieces(roles, render)
-    pieces = fixed.known[key]
-    if pieces is None:
-        return None
-    return "".join([text + written(contents, turn, trimmed) for text, turn, trimmed in pieces])
+        fixed.known[key] = find_texts(roles, render)
+    around = fixed.known[key]
+    return None if around is None else fill(around, contents)
 
 
-def written(contents: Sequence[str], turn: int, trimmed: bool) -> str:
-    if turn < 0:
-        return ""
-    return contents[turn].strip() if trimmed else contents[turn]
+def fill(around: Around, contents: Sequence[str]) -> str:
+    return around.text % tuple([contents[at].strip() if trimmed else contents[at] for at, trimmed in around.turns])
 
 
-def find_pieces(roles: Sequence[Any], render: Callable[[list[Message]], str]) -> list[Piece] | None:
+def find_texts(roles: Sequence[Any], render: Callable[[list[Message]], str]) -> Around | None:
     """Render marks in the place of contents, without and with white space beside them; None if that is refused."""
     marks = [MARK.format(turn) for turn in range(len(roles))]
     spaced = [LEFT + mark + RIGHT for mark in marks]
@@ -108,13 +103,10 @@ def find_pieces(roles: Sequence[Any], render: Callable[[list[Message]], str]) ->
     except Exception:  # a template is a program, which may raise anything; the row meets the error itself
         return None
     parts = MARKS.split(wide)
-    found = [marks.index(part.strip()) for part in parts[1::2]]
-    trimmed = [len(part.strip()) == len(part) for part in parts[1::2]]
-    pieces = [*map(Piece, parts[::2], [*found, -1], [*trimmed, False])]
-    for contents, text in ((marks, bare), (spaced, wide)):
-        if "".join(piece.text + written(contents, *piece[1:]) for piece in pieces) != text:
-            return None
-    return None if LEFT in bare or RIGHT in bare else pieces
+    turns = [(marks.index(part.strip()), part == part.strip()) for part in parts[1::2]]
+    around = Around("%s".join(part.replace("%", "%%") for part in parts[::2]), turns)
+    is_same = fill(around, marks) == bare and fill(around, spaced) == wide
+    return around if is_same and LEFT not in bare and RIGHT not in bare else None
 
 
 # ---------------------------------------------------------------- the walk

@@ -1,7 +1,6 @@
 """A set of hashes that takes 8 bytes for each: a Python set takes 70, which a million rows would feel."""
 
-from array import array
-from bisect import bisect_left
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,19 +11,20 @@ class Hashes:
     """A set of 64-bit integers: most are sorted in an array, the newest are in a small set."""
 
     def __init__(self) -> None:
-        self.sorted = array("q")
+        self.sorted = np.zeros(0, np.int64)
         self.newest: set[int] = set()
 
-    def __contains__(self, number: int) -> bool:
-        if number in self.newest:
-            return True
-        place = bisect_left(self.sorted, number)
-        return place < len(self.sorted) and self.sorted[place] == number
+    def known(self, numbers: Sequence[int]) -> set[int]:
+        """Return those of ``numbers`` that are in the set."""
+        each = np.array(numbers, np.int64)
+        is_old = self.sorted.searchsorted(each, "left") < self.sorted.searchsorted(each, "right")
+        return self.newest.intersection(numbers).union(each[is_old].tolist())
 
-    def add(self, number: int) -> None:
-        self.newest.add(number)
+    def add(self, numbers: Sequence[int]) -> None:
+        """Add numbers that are not in the set yet."""
+        self.newest.update(numbers)
         if len(self.newest) > NEWEST:
-            both = np.concatenate([np.frombuffer(self.sorted, np.int64), np.fromiter(self.newest, np.int64)])
-            both.sort(kind="stable")
-            self.sorted = array("q", both.tobytes())
+            newest = np.fromiter(self.newest, np.int64, len(self.newest))
+            self.sorted = np.concatenate([self.sorted, newest])
+            self.sorted.sort(kind="stable")
             self.newest.clear()

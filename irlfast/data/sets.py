@@ -7,7 +7,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from irlfast.data.sources import prompt_sources_of, sources_of
 from irlfast.data.store import NONE, Example, Examples, make_examples
 
 BUFFER = 2**16  # token ids that are written at a time
-ROW_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+ROW_ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=str)
 
 
 class Sets(NamedTuple):
@@ -98,18 +98,17 @@ def collect_examples(encoded: Iterable[tuple[Demonstration, Ids]], lines: IO[byt
     Write their rows to ``lines``, for rewards that read text. ``first`` is the number of the first line.
     """
     tokens, lengths, end = array("i"), array("i"), lines.tell() if lines else 0
-    encode_row = row_encoder()
     with tempfile.TemporaryFile() as file:
         for row, ids in encoded:
             for sequence in ids:
                 tokens.fromlist(sequence)
-                lengths.append(len(sequence))
+            lengths.extend(map(len, ids))
             if len(tokens) > BUFFER:
                 tokens.tofile(file)
                 del tokens[:]
             if lines:
                 kept = {"messages": row.prompt, "answer": row.answer, "tools": row.tools, "row": row.row}
-                end += lines.write("".join(encode_row(kept, 0)).encode() + b"\n")
+                end += lines.write((ROW_ENCODER.encode(kept) + "\n").encode())
         tokens.tofile(file)
         check_end(file, 4 * sum(lengths))
         if lines:
@@ -118,14 +117,6 @@ def collect_examples(encoded: Iterable[tuple[Demonstration, Ids]], lines: IO[byt
     count = len(lengths) // len(Ids._fields)
     rows = np.arange(first, first + count, dtype=np.int32)
     return make_examples(mapped.cast("i"), np.array(lengths, dtype=np.int32), rows)
-
-
-def row_encoder() -> Callable[[Any, int], Iterable[str]]:
-    """Return the encoder that ``ROW_ENCODER`` makes anew for each row, which takes as long as to encode it."""
-    make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
-    if make is None:  # a Python without the module in C
-        return lambda row, level: ROW_ENCODER.iterencode(row)
-    return make({}, str, json.encoder.encode_basestring, None, ": ", ", ", False, False, True)
 
 
 def split_held_out(config: Config, examples: Examples) -> tuple[Examples, Examples]:

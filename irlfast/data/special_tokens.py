@@ -100,17 +100,18 @@ def escape_special_tokens(row: Demonstration, tokenizer: SafeTokenizer) -> Demon
 
     Return the same demonstration if no text spells one.
     """
-
-    def escape(value: Any) -> Any:
-        if isinstance(value, str):
-            return tokenizer.special.sub(lambda match: match[0][0] + ESCAPE + match[0][1:], value)
-        if isinstance(value, dict):
-            return {key: each if key == "role" else escape(each) for key, each in value.items()}
-        return [escape(each) for each in value] if isinstance(value, list) else value
-
     if not spells_special(row, tokenizer):
         return row
-    return row._replace(**{name: escape(getattr(row, name)) for name in ("prompt", "answer", "rejected", "tools")})
+    parts = ("prompt", "answer", "rejected", "tools")
+    return row._replace(**{name: escape(getattr(row, name), tokenizer.special) for name in parts})
+
+
+def escape(value: Any, special: re.Pattern[str]) -> Any:
+    if isinstance(value, str):
+        return special.sub(lambda match: match[0][0] + ESCAPE + match[0][1:], value)
+    if isinstance(value, dict):
+        return {key: each if key == "role" else escape(each, special) for key, each in value.items()}
+    return [escape(each, special) for each in value] if isinstance(value, list) else value
 
 
 def spells_special(row: Demonstration, tokenizer: SafeTokenizer) -> bool:

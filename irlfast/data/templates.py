@@ -284,9 +284,9 @@ def close_block(opened: str, answer: str) -> str | None:
 def note_omissions(answer: Message, written: str, remarks: Counter[str]) -> None:
     """Count the answers whose content, reasoning or tool calls the template does not write whole."""
     for key, value in answer.items():
-        if isinstance(value, str) and value.strip() in written:
+        if key in ("role", "weight") or (isinstance(value, str) and value.strip() in written):
             continue
-        texts = [text.strip() for text in texts_of(value)] if key not in ("role", "weight") else []
+        texts = [text.strip() for text in texts_of(value)]
         if not all(text in written or json.dumps(text)[1:-1] in written for text in texts):
             remarks[f"answers have a {key} that the template leaves out, in part or whole"] += 1
 

@@ -1,6 +1,7 @@
 """The start of a run: check the input, read and tokenise the demonstrations, and make the run's folder."""
 
 import atexit
+import contextlib
 import datetime
 import gc
 import itertools
@@ -8,6 +9,7 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from irlfast.startup.data import is_same, is_there, keep_data, load_data, origin
 from irlfast.startup.inputs import keep_inputs, read_inputs
 from irlfast.startup.limits import check_lora, check_rewards, check_sizes, check_vllm
 
+OBJECTS = 100_000  # new objects before the garbage collector runs while rows are read
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
 
@@ -91,7 +94,8 @@ def write_data(config: Config, output: Path, prompts_only: bool) -> tuple[Encode
     gc.freeze()  # or the garbage collector looks at all imported modules again for every few thousand rows
     atexit.register(gc.unfreeze)  # or modules in cycles stay at the end, and Triton's binding lists them as leaks
     with tempfile.TemporaryFile() as rows:
-        sets = None if reused else read_sets(config, encoder, rows, prompts_only)
+        with collecting_rarely():
+            sets = None if reused else read_sets(config, encoder, rows, prompts_only)
         train, *others = sets[:3] if sets else load_data(config, output)
         if config.model_name_or_path:
             check_rows(config, encoder, train, *others)
@@ -195,6 +199,17 @@ def read_encoder(config: Config, begun: datetime.datetime, trained: Path | None 
     if config.facts.thinks:
         mark_of(config, encoder)
     return encoder
+
+
+@contextlib.contextmanager
+def collecting_rarely() -> Iterator[None]:
+    """Let the garbage collector wait for more objects than a thousand rows have: their objects are in no cycles."""
+    usual = gc.get_threshold()
+    gc.set_threshold(OBJECTS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 def check_rows(config: Config, encoder: Encoder, *sets: Examples) -> None:

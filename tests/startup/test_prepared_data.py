@@ -1,5 +1,6 @@
 """The prepared data of a run is used again where nothing that it was made from has changed, and only there."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -53,6 +54,24 @@ def test_a_trained_tokenizer_that_loses_bytes_gets_no_name(start, tmp_path, monk
     with pytest.raises(OSError, match=LOST):
         start()
     assert not (tmp_path / "run" / "data" / "tokenizer.json").exists()
+
+
+def test_the_garbage_collector_waits_only_while_rows_are_read(start, monkeypatch):
+    usual, read_sets, inside = gc.get_threshold(), prepare.read_sets, []
+
+    def read(*given):
+        inside.append(gc.get_threshold())
+        if len(inside) == 1:
+            raise Read
+        return read_sets(*given)
+
+    monkeypatch.setattr(prepare, "read_sets", read)
+    with pytest.raises(Read):
+        start()
+    assert gc.get_threshold() == usual
+    start()
+    assert gc.get_threshold() == usual
+    assert [threshold[0] for threshold in inside] == [prepare.OBJECTS] * 2
 
 
 def test_a_resumed_run_reads_and_tokenises_no_row(start, tmp_path):

@@ -356,11 +356,15 @@ def wait_for(done: Callable[[], bool]) -> None:
 
 
 def say(sentence: str, stack: str = "") -> None:
-    """Print one line to stderr, below a stack. The line names the process, if it is not the main one."""
+    """Print one line to stderr, below a stack. The line names the process, if it is not the main one.
+
+    If nobody reads stderr any more, the process ends without a word.
+    """
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a live display hides it
     who = f", process {rank()}" if rank() else ""
     line = printable(f"irlfast{who}: {sentence}")
-    print(f"{show_cursor}{printable(stack, keep=KEPT)}{line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"{show_cursor}{printable(stack, keep=KEPT)}{line}", file=sys.stderr, flush=True)
 
 
 def silence() -> None:

@@ -17,6 +17,7 @@ from irlfast import watch
 from irlfast.common.files import InputError
 from irlfast.reports.page import report_text
 from irlfast.watch import LiveReport, make_server, state_of
+from tests.helpers.killable import hear_signals
 from tests.helpers.pages import CHROMIUM, chromium
 from tests.helpers.runs import ROOT
 
@@ -167,7 +168,8 @@ def test_every_file_that_the_report_reads_changes_the_state(copied):
 
 def test_ctrl_c_ends_the_command_without_an_error(copied):
     command = [sys.executable, "-m", "irlfast.watch", str(copied)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes, preexec_fn=hear_signals) as process:
         assert process.stdout
         line = process.stdout.readline()
         port = int(line.partition("http://127.0.0.1:")[2].partition("/")[0])

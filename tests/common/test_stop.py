@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.helpers.killable import hear_signals
 from tests.helpers.runs import ROOT
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
@@ -28,8 +29,8 @@ sys.exit(run_command(job))
 def start(*lines: str) -> subprocess.Popen:
     """Start a command of irlfast that runs these lines, and wait until one of them, BEGUN, has run."""
     program = COMMAND.format(job="\n    ".join(lines))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    command = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = subprocess.Popen([sys.executable, "-c", program], **pipes, cwd=ROOT, preexec_fn=hear_signals)
     assert command.stdout.readline() == "begun\n"
     return command
 
@@ -98,6 +99,24 @@ def test_a_signal_to_a_forked_child_does_not_reach_its_parent():
         "print(child.exitcode, stop.asked(within=0.5), file=sys.stderr)",
     ]
     assert end(start(*lines)) == (0, "-15 False\n")
+
+
+@pytest.mark.parametrize("work", [[BEGUN, "time.sleep(60)"], held("while not stop.asked(): time.sleep(0.01)")])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_command_whose_messages_nobody_reads_any_more_still_leaves(number, work):
+    command = start(*work)
+    command.stderr.close()  # as where `tee` was killed, or a connection to the machine was lost
+    command.send_signal(number)
+    assert command.wait(timeout=30) == 75
+
+
+def test_a_refusal_that_nobody_reads_has_its_exit_code():
+    command = start(
+        BEGUN, "sys.stdin.readline()", "from irlfast.common.files import InputError", "raise InputError('no')"
+    )
+    command.stderr.close()
+    command.stdin.close()
+    assert command.wait(timeout=30) == 2
 
 
 def test_a_command_that_is_interrupted_still_ends_with_130():

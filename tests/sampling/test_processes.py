@@ -19,5 +19,5 @@ def test_two_processes_sample_the_answers_that_one_samples(tmp_path, by):
     for processes in (1, 2):
         run(tmp_path / f"{processes}", processes, **keys)
     for place in ("initial/greedy", "initial/drawn", "stage-00/samples"):
-        one, two = (read_samples([*(tmp_path / f"{number}" / place).glob("*.jsonl")]) for number in (1, 2))
+        one, two = ([*read_samples([*(tmp_path / f"{number}" / place).glob("*.jsonl")])] for number in (1, 2))
         assert one == two and len(one) in (8, 96)

@@ -75,7 +75,7 @@ def main() -> None:
 def first_policy(folder: Path) -> Path:
     """Train the policy that all runs start from, with an LM head of its own: servers refuse shared embeddings."""
     folder.mkdir(parents=True, exist_ok=True)
-    shape = json.loads((ROOT / "irlfast/demo/config.json").read_text()) | {"tie_word_embeddings": False}
+    shape = read_json(ROOT / "irlfast/demo/config.json") | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(shape))
     with on_core(0):
         runs.train(folder / "sft", **DATA, **SFT, config_name=folder / "config.json")
@@ -120,7 +120,7 @@ def measure(output: Path, policy: Path, keys: dict[str, Any], server: int | None
     """Run on the first core. Return wall and CPU seconds, those of waits, the staleness and the last evaluation."""
     kept = output / "measured.json"
     if kept.exists():
-        return json.loads(kept.read_text())
+        return read_json(kept)
     load, begun, spent = os.getloadavg()[0], time.perf_counter(), cpu_seconds(server)
     with on_core(0):
         figures = runs.train(output, **DATA, **KEYS | {"model_name_or_path": policy} | keys)

@@ -32,7 +32,7 @@ KEYS = {"role", "content", "weight"}
 
 
 class Around(NamedTuple):
-    """What a template writes for a sequence of roles."""
+    """The texts that a template writes around the contents of a sequence of roles."""
 
     text: str  # with ``%s`` for each content, as the operator ``%`` reads it
     turns: list[tuple[int, bool]]  # for each content, its turn, and whether the template trims it

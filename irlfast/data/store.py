@@ -10,7 +10,7 @@ import itertools
 import json
 import mmap
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -125,6 +125,11 @@ class Mapped(Sequence[T]):
 
     def __iter__(self) -> Iterator[T]:
         return map(self.make, *self.sequences)
+
+
+def where(conditions: Iterable[bool]) -> array:
+    """Return the places of the conditions that hold, int32."""
+    return array("i", (place for place, holds in enumerate(conditions) if holds))
 
 
 def cut(values: Any, lengths: np.ndarray) -> Mapped:

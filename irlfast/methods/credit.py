@@ -92,5 +92,5 @@ def less_kl(rewards: Scores, beta: float, policy: Scores, reference: Scores) -> 
 
 def totals(rewards: Scores) -> Tensor:
     """Sum the rewards of each answer's tokens: ``[P, n]`` fp64."""
-    sums = array("d", (r.sum().item() for answers in rewards for r in answers))
-    return torch.from_numpy(np.array(sums)).view(len(rewards), -1)
+    sums = np.fromiter((r.sum().item() for answers in rewards for r in answers), np.float64)
+    return torch.from_numpy(sums).view(len(rewards), -1)

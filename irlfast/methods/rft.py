@@ -7,7 +7,6 @@ learns its reward once, from pairs that do not depend on the policy (``reward_da
 import functools
 import itertools
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,10 +192,8 @@ def roll_out(
 
 def ratios_of(policy: Scores, reference: Scores) -> Tensor:
     """Return the log-ratio ``[S]`` fp64 of each answer of all prompts."""
-    ratios = array("d")
-    for both in zip(policy, reference, strict=True):
-        ratios.fromlist(log_ratios(*both).tolist())
-    return torch.from_numpy(np.array(ratios))
+    ratios = (ratio for both in zip(policy, reference, strict=True) for ratio in log_ratios(*both).tolist())
+    return torch.from_numpy(np.fromiter(ratios, np.float64))
 
 
 def with_weights(groups: Sequence[PromptGroup], sampler: Scores, config: Config) -> Sequence[PromptGroup]:

@@ -88,7 +88,7 @@ def distil(
     temperature = config.at("temperature", stage)
     if config.distillation_is_clip is not None:
         measure = functools.partial(tempered_logps, temperature=temperature)
-        old = score(run, policy, groups, folder / "old.safetensors", measure, in_4bit=config.load_in_4bit)
+        old = score(run, policy, groups, folder / "old.safetensors", measure=measure, in_4bit=config.load_in_4bit)
         groups = [x._replace(old_logps=(logps[skipped:],)) for x, (logps,) in zip(groups, old, strict=True)]
     if dist.is_main() and not intact(folder / "round.json"):
         ended = sum(answer[-1] in run.encoder.ends for answer in answers) / len(answers)

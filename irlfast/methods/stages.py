@@ -14,7 +14,7 @@ from irlfast.common.files import InputError, read_json, remove
 from irlfast.common.messages import log
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
-from irlfast.data.store import Example, Examples, Mapped, TokenIds, joined
+from irlfast.data.store import Example, Examples, Mapped, TokenIds, joined, where
 from irlfast.engine.early import EARLY, has_early, staleness_of
 from irlfast.engine.fit import finished, phase_of
 from irlfast.engine.plan import Plan, plan_phase
@@ -76,7 +76,7 @@ def with_rejected(examples: Sequence[Example]) -> tuple[Sequence[Example], Seque
     Raises:
         InputError: no example has one.
     """
-    kept = array("i", (i for i, example in enumerate(examples) if example.rejected_ids is not None))
+    kept = where(example.rejected_ids is not None for example in examples)
     if not kept:
         raise InputError("no demonstration has a rejected answer to the prompt; expected rows of chosen and rejected")
     if len(kept) < len(examples):
@@ -206,7 +206,7 @@ def make_pairs(
         "synthetic_tokens": sum(map(len, answers)),
     }
     kept = kept_of(pairs, keep_identical)
-    if not len(kept):
+    if not kept:
         raise InputError(
             f"{stage_name(stage)}: all {len(pairs)} synthetic answers equal the expert's or are empty; "
             "expected some that differ (nothing is left to learn, or temperature is too low)"
@@ -214,10 +214,9 @@ def make_pairs(
     return Mapped(pairs.__getitem__, kept), {"pairs": len(kept)} | counts
 
 
-def kept_of(pairs: Sequence[PromptGroup], keep_identical: bool) -> np.ndarray:
+def kept_of(pairs: Sequence[PromptGroup], keep_identical: bool) -> array:
     """Return the numbers of the pairs that :func:`make_pairs` keeps."""
-    kept = (bool(new) and (keep_identical or old != new) for old, new in (pair.answers for pair in pairs))
-    return np.fromiter(kept, bool, len(pairs)).nonzero()[0].astype(np.int32)
+    return where(bool(new) and (keep_identical or old != new) for old, new in (pair.answers for pair in pairs))
 
 
 def expert_and_synthetic(examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Sequence[PromptGroup]:

@@ -2,14 +2,13 @@
 
 import functools
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from irlfast.common.files import InputError
 from irlfast.config import Config
 from irlfast.data.packing import PromptGroup
-from irlfast.data.store import Example, Mapped, TokenIds
+from irlfast.data.store import Example, Mapped, TokenIds, where
 from irlfast.engine.fit import finished, fit
 from irlfast.losses.pairs import t_spin_loss
 from irlfast.methods.irft import pair_options
@@ -65,7 +64,7 @@ def make_groups(
         InputError: no group is left.
     """
     groups = Mapped(lambda x, *own: PromptGroup(x.prompt_ids, (x.answer_ids, *own), row=x.row), examples, *answers)
-    kept = array("i", (i for i, group in enumerate(groups) if all(group.answers)))
+    kept = where(all(group.answers) for group in groups)
     if not kept:
         raise InputError(f"{stage_name(stage)}: all {len(groups)} prompts have an empty answer; expected some without")
     tokens = sum(map(len, answers[0]))

@@ -39,7 +39,7 @@ def feature_rewards(run: Run, groups: Sequence[PromptGroup], path: Path) -> Sequ
     ]
     trained = run.output / "sft" / "policy"
     model = trained if dist.on_main(trained.exists) else run.initial
-    scores = score(run, model, whole, path, features, depths=config.feature_reward)
+    scores = score(run, model, whole, path, measure=features, depths=config.feature_reward)
     rewards = []
     for each in scores:
         *samples, expert = torch.cat(each).double()

@@ -42,7 +42,7 @@ from irlfast.runs.run import Run
 from irlfast.sampling.features import feature_rewards
 from irlfast.sampling.reward_external import external_rewards
 from irlfast.sampling.reward_function import function_rewards
-from irlfast.sampling.scoring import Scores, by_group, score_answers
+from irlfast.sampling.scoring import Scores, by_group, score_each_answer
 
 POLICY_ENDINGS = ("ForCausalLM", "LMHeadModel")  # of the names of architectures
 LOST_SCALES = "is damaged or missing, and later answers give other scales; put the file back, or take a new output_dir"
@@ -213,7 +213,7 @@ def reward_of(run: Run, reward: str, groups: Sequence[PromptGroup], path: Path) 
         return one_by_one(external_rewards(run, reward, groups, path))
     check_tokenizer(f"reward model {reward}", reward, run.encoder, run.config)
     measure = functools.partial(head_rewards, **how)
-    return Mapped(Tensor.double, score_answers(run, reward, groups, path, measure, heads=config.num_labels))
+    return Mapped(Tensor.double, score_each_answer(run, reward, groups, path, measure, heads=config.num_labels))
 
 
 def reward_config(reward: str, config: Config) -> Any:
@@ -295,10 +295,10 @@ def implicit_reward(
     for model in (policy, reference):
         if model and model not in OWN_POLICIES:
             check_tokenizer(f"implicit reward {model}", model, run.encoder, run.config)
-    new, old = score_answers(run, policy_of(run, policy), groups, path), None
+    new, old = score_each_answer(run, policy_of(run, policy), groups, path), None
     if reference:
         own = path.with_name(f"{path.stem}-reference.safetensors")
-        old = score_answers(run, policy_of(run, reference), groups, own)
+        old = score_each_answer(run, policy_of(run, reference), groups, own)
     beta = run.config.at("beta", 0)
     ratio = Mapped(lambda a, b: a.double() - b.double(), new, old) if old else Mapped(Tensor.double, new)
     return Mapped(lambda values: beta * values[:, None], ratio)

@@ -7,7 +7,7 @@ log-ratio stays exact only if the differences are taken per token and then summe
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,21 +52,12 @@ def token_logps(hidden: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
     return logps.cpu().split(batch.cu_seqlens.diff().tolist())
 
 
-def score(
-    run: Run,
-    model: Path | str,
-    groups: Sequence[PromptGroup],
-    path: Path,
-    measure: Measure = token_logps,
-    heads: int = 0,
-    in_4bit: bool = False,
-    depths: Sequence[float] = (),
-) -> Scores:
-    """Return what :func:`score_answers` does, by prompt group."""
-    return by_group(score_answers(run, model, groups, path, measure, heads, in_4bit, depths), groups)
+def score(run: Run, model: Path | str, groups: Sequence[PromptGroup], path: Path, **how: Any) -> Scores:
+    """Return the scores of :func:`score_each_answer`, with its other arguments, by prompt group."""
+    return by_group(score_each_answer(run, model, groups, path, **how), groups)
 
 
-def score_answers(
+def score_each_answer(
     run: Run,
     model: Path | str,
     groups: Sequence[PromptGroup],

@@ -85,7 +85,7 @@ def peak_of_alignment(folder: Path, count: int) -> int:
 
 
 def bytes_per_prompt(peak, folder: Path) -> float:
-    """What each prompt adds to the peak, in this process."""
+    """The bytes by which each prompt raises the peak of this process."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(irft, "fit", begin_to_train)
         patched.setattr(rft, "fit", begin_to_train)
@@ -100,5 +100,5 @@ def bytes_per_prompt(peak, folder: Path) -> float:
 @pytest.mark.parametrize(("peak", "most"), [(peak_of_irft, 300), pytest.param(peak_of_alignment, 500, marks=full)])
 def test_a_stage_takes_few_bytes_per_prompt(tmp_path, peak, most):
     """About 100 of them, and 150 with two answers, are token ids and log-probabilities; objects took 1,800 and more."""
-    with ProcessPoolExecutor(1, mp_context=SERVER) as fresh:  # what other tests have left at work would be measured, too
+    with ProcessPoolExecutor(1, mp_context=SERVER) as fresh:  # what other tests left would be measured, too
         assert fresh.submit(bytes_per_prompt, peak, tmp_path).result(timeout=300) < most

@@ -195,7 +195,7 @@ def summed_and_beside(keys, sampling, **more):
 
 @pytest.mark.parametrize(("sampling", "waits"), [(1e-3, False), (1e3, True)])
 def test_the_steps_after_the_early_policy_hide_that_much_of_the_sampling_of_the_next_stage(keys, sampling, waits):
-    """Of 10 steps, 4 come after the early policy."""
+    """The early policy is that of step 6, so that 4 of 10 steps come after it."""
     summed, beside = summed_and_beside(keys, sampling, inner_steps=10)
     assert beside["stage-00"] == summed["stage-00"]  # no stage trains before it
     before, own = summed["stage-01"].seconds, beside["stage-01"].seconds

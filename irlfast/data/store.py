@@ -5,7 +5,6 @@ array or of a mapped file. Both are sequences of ints that compare by value with
 """
 
 import bisect
-import hashlib
 import itertools
 import json
 import mmap
@@ -20,7 +19,7 @@ from irlfast.common.files import check_written
 
 TokenIds = array | memoryview  # int32
 EMPTY = array("i")
-CHUNK = 1024  # examples that are made or hashed together
+CHUNK = 1024  # examples that are made or written together
 T = TypeVar("T")
 
 
@@ -180,18 +179,6 @@ def load_examples(path: Path) -> Examples:
 
     flat = {name: tensor.numpy() for name, tensor in load_file(path).items()}
     return make_examples(flat["tokens"].data, flat["lengths"], flat["rows"])
-
-
-def fingerprint(*sets: Examples) -> str:
-    """Hash the token ids of the sets: the report shows which data a run learned from."""
-    digest = hashlib.sha256()
-    for part in itertools.chain(*(examples.chunks() for examples in sets)):
-        if len(part):
-            lengths = part.lengths.reshape(-1).astype(np.int64)
-            tokens = np.frombuffer(b"".join(part.sequences()), "<i4")
-            before = np.cumsum(lengths) - lengths  # each sequence has its length before it
-            digest.update(np.insert(tokens, before, lengths).data)
-    return digest.hexdigest()[:16]
 
 
 class Rows:

@@ -23,7 +23,7 @@ from irlfast.data.read import read_demonstrations
 from irlfast.data.rows import Demonstration
 from irlfast.data.sets import collect_examples
 from irlfast.data.sources import sources_of
-from irlfast.data.store import fingerprint, save_examples
+from irlfast.data.store import save_examples
 
 PART = 256  # prompts of a file of rows; a divisor of CHUNK
 CHUNK = 2048  # prompts that a model answers and scores each time it is loaded
@@ -87,7 +87,7 @@ def encode_for_all(rows: Iterable[Demonstration], readers: Sequence[Reader]) -> 
 
 
 def write_chunks(folder: Path, encoded: Iterator[Encoded], readers: Sequence[Reader]) -> dict[str, Any]:
-    """Write all files of the prompts, and return their number and the hash of their token ids."""
+    """Write all files of the prompts, and return their number and the hash of their files."""
     digest, count = hashlib.sha256(), 0
     folder.mkdir()
     rows_path, texts_path = folder / "rows.jsonl", folder / "prompts.jsonl"
@@ -96,8 +96,9 @@ def write_chunks(folder: Path, encoded: Iterator[Encoded], readers: Sequence[Rea
             for number, reader in enumerate(readers):
                 own = [(row, ids[number]) for row, ids in chunk]
                 examples = collect_examples(own, None if number else lines, count)
-                save_examples(chunk_path(folder, number, count), examples)
-                digest.update(fingerprint(examples).encode())
+                path = chunk_path(folder, number, count)
+                save_examples(path, examples)
+                digest.update(path.read_bytes())
                 if number == 0:
                     for row, ids in own:
                         texts.write(json.dumps(prompt_row(reader, row, ids), ensure_ascii=False) + "\n")

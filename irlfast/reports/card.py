@@ -125,7 +125,7 @@ of irlfast {irlfast.__version__}. Absolute paths are shortened to their last par
 | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-{f"The SHA-256 of their token ids begins with `{fingerprint}`." if fingerprint else ""}
+{f"The fingerprint of their token ids is `{fingerprint}`." if fingerprint else ""}
 """
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import irlfast
-from irlfast.common.artefacts import intact, keep, keep_json, keep_jsonl, keep_text
+from irlfast.common.artefacts import intact, keep, keep_json, keep_jsonl, keep_text, notes
 from irlfast.common.files import check_written
 from irlfast.common.secrets import redacted
 from irlfast.config import Config
@@ -24,7 +24,7 @@ from irlfast.data.counts import describe_set, describe_source, dropped_rows
 from irlfast.data.encoding import Encoder
 from irlfast.data.sets import Sets
 from irlfast.data.sources import all_sources, files_of
-from irlfast.data.store import Examples, fingerprint, load_examples, save_examples
+from irlfast.data.store import Examples, load_examples, save_examples
 from irlfast.runs.output import MAY_CHANGE, RATES
 from irlfast.startup.inputs import fingerprint as fingerprint_of_file
 from irlfast.startup.inputs import sums_of
@@ -95,12 +95,18 @@ def keep_data(
         keep_text(folder / "tokenizer.json", encoder.tokenizer.backend_tokenizer.to_str(pretty=True))
     lines = describe(sets)
     facts |= {
-        "fingerprint": fingerprint(sets.train, sets.held_out, sets.prompts),
+        "fingerprint": fingerprint(config, folder),
         "remarks": lines,
         **{name: dict(tally.counts) for name, tally in sets.set_counts.items()},
     }
     keep_json(output / "data.json", redacted(facts))
     return lines
+
+
+def fingerprint(config: Config, folder: Path) -> str:
+    """Hash the checksums of the files of examples: the report shows which data a run learned from."""
+    sums = [notes(folder)[f"{name}.safetensors"]["."][1] for name in set_names(config)]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
 
 
 def copy_lines(lines: IO[bytes], path: Path) -> None:

@@ -15,7 +15,7 @@ from irlfast.common.files import InputError
 from irlfast.config import make_config
 from irlfast.models.load import load_model
 from irlfast.models.lora import add_lora, merge, share_kept
-from tests.helpers.runs import printed, run, settings
+from tests.helpers.runs import DEMO, printed, run, settings
 from tests.helpers.tiers import full
 
 
@@ -89,7 +89,7 @@ def check_all_is_kept(adapted, final):
 def test_what_lora_learns_in_bf16_is_not_rounded_away_at_the_end_of_a_stage(tmp_path):
     """Steps so small that merging each stage's would leave the weights as they were."""
     output, small = tmp_path / "run", {"learning_rate": 1e-5, "dtype": "bfloat16", "sft_steps": 0, "inner_steps": 8}
-    _, err = run(output, **LORA | small)
+    _, err = run(output, **LORA | small | DEMO)
     assert re.search(r"\S+/stage-01/policy: rounding to the nearest bfloat16 would keep \d+% of what", err)
     last = output / "stage-01" / "policy"
     adapter = load_file(last / "adapter_model.safetensors")

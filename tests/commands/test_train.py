@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irlfast.train import main
-from tests.helpers.runs import PYTHON, ROOT, TORCHRUN, command, contents, run, run_killed_at
+from tests.helpers.runs import DEMO, PYTHON, ROOT, TORCHRUN, command, contents, run, run_killed_at
 from tests.helpers.tiers import first_then_full, full, one_run_or_each_its_own, slow
 from tests.helpers.tokenizers_like import pythia
 
@@ -116,7 +116,8 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path, zero_stage):
 
 @full
 def test_a_stage_warns_and_stops_early_when_demonstrations_become_unlikely(tmp_path):
-    _, err = run(tmp_path / "run", learning_rate=3e-3, beta=0.1, stages=1, inner_steps=20, max_expert_drop=2.0)
+    keys = DEMO | {"learning_rate": 3e-3, "beta": 0.1, "stages": 1, "inner_steps": 20, "max_expert_drop": 2.0}
+    _, err = run(tmp_path / "run", **keys)
     assert "warning: stage-00" in err
     assert "lower learning_rate, raise beta, or set nll_weight" in err
     assert "are more than max_expert_drop" in err
@@ -134,7 +135,7 @@ def test_a_learning_rate_that_breaks_the_model_ends_the_run_without_a_policy(tmp
 
 
 @full
-def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_resumes_with_room(finished, tmp_path):
+def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_resumes_with_room(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
@@ -142,14 +143,15 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_resumes_with_room(
         pytest.skip("a small disk cannot be mounted here")
     try:
         for room in ("14m", "200m"):  # the disk is too small for what the run will need, or already full
-            _, err = run(disk / "run", code=2)
+            _, err = run(disk / "run", code=2, **DEMO)
             full = "its disk is full.*; 0.0 GB are free there, and .* GB for temporary files; the same command resumes$"
             small = "are free.* room, or a smaller save_total_limit, "
             assert re.search(f"{full}|{small}", err.splitlines()[-1])
             assert "Traceback" not in err
             subprocess.run(["mount", "-o", f"remount,size={room}", str(disk)], check=True)
-        run(disk / "run")
-        assert contents(disk / "run" / "final") == contents(finished[0] / "final")
+        run(disk / "run", **DEMO)
+        run(tmp_path / "whole", **DEMO)
+        assert contents(disk / "run" / "final") == contents(tmp_path / "whole" / "final")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

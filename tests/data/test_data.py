@@ -17,7 +17,7 @@ from irlfast.config import make_config
 from irlfast.data.counts import SetCounts
 from irlfast.data.encoding import encode_answers, make_encoder, safe_tokenizer
 from irlfast.data.sets import read_sets
-from irlfast.data.store import Example, Rows, fingerprint, load_examples, make_examples, save_examples
+from irlfast.data.store import Example, Rows, load_examples, make_examples, save_examples
 from tests.helpers.rows import examples_of, pair
 from tests.helpers.templates import WORDS
 from tests.helpers.tokenizers_like import FAMILIES
@@ -162,7 +162,7 @@ def test_empty_answers_and_duplicates_are_dropped_and_counted(config):
     assert (counts["rows"], counts["kept"], counts["duplicates"], counts["empty_answers"]) == (4, 2, 1, 1)
 
 
-def test_saved_examples_load_unchanged_with_the_same_fingerprint(tmp_path, config):
+def test_saved_examples_load_unchanged(tmp_path, config):
     encoder = make_encoder(FAMILIES["pythia"](), config())
     rows = [pair("a", "b"), pair("c", "d and e", "f"), pair("g", "h", "")]
     examples, _ = examples_of(rows, encoder, config())
@@ -170,7 +170,6 @@ def test_saved_examples_load_unchanged_with_the_same_fingerprint(tmp_path, confi
     loaded = load_examples(tmp_path / "train.safetensors")
     assert [*loaded] == [*examples] == [examples[number] for number in range(-3, 0)]
     assert [x.rejected_ids is None for x in loaded] == [True, False, False]
-    assert fingerprint(loaded) == fingerprint(examples) != fingerprint(examples[::-1])
 
 
 def test_a_file_of_examples_has_the_bytes_that_the_library_safetensors_writes(tmp_path, config):
@@ -186,8 +185,7 @@ def test_a_file_of_examples_has_the_bytes_that_the_library_safetensors_writes(tm
         save_examples(tmp_path / "ours", examples)
         save_file(flat, tmp_path / "library")
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
-        loaded = load_examples(tmp_path / "ours")
-        assert [*loaded] == [*examples] and fingerprint(loaded) == fingerprint(examples)
+        assert [*load_examples(tmp_path / "ours")] == [*examples]
 
 
 def anonymous_memory() -> int:

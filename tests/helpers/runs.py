@@ -28,8 +28,9 @@ SERVER.set_forkserver_preload([*PRELOADED, "bitsandbytes"])  # the last only whe
 PORT = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # any that is free
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *PORT)
+DEMO = {"config_name": "irlfast/demo/config.json"}  # a larger model, which learns more
 SMALL = {
-    "config_name": "irlfast/demo/config.json",
+    "config_name": "tests/helpers/small.json",
     "train_tokenizer": 300,
     "dataset_name": "irlfast/demo/train.jsonl",
     "eval_dataset_name": "irlfast/demo/test.jsonl",

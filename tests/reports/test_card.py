@@ -164,5 +164,5 @@ def test_a_runs_card_has_the_numbers_of_its_files(finished):
     assert results["nll"].metric_value == metrics["nll"]
     assert results["nll"].metric_args == {"interval_95": metrics["intervals"]["nll"]}
     data = read_json(output / "data.json")
-    assert f"begins with `{data['fingerprint']}`" in card.text
+    assert f"fingerprint of their token ids is `{data['fingerprint']}`" in card.text
     assert f"| training | {data['train']['rows']} | {data['train']['kept']} |" in card.text

@@ -160,22 +160,22 @@ BESIDE = {
 }
 
 
-@pytest.fixture(scope="module")
-def undisturbed(models, started, tmp_path_factory):
-    """The keys and the folder of a run that both servers answer beside training, and what it printed."""
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])
+def undisturbed(request, models, started, tmp_path_factory):
+    """A run that both servers answer beside training: its number of processes, keys, folder and messages."""
     keys = BESIDE | {
         "config_name": str(next(iter(models)) / "config.json"),
         "vllm_server": [server.url for server in up(started)],
     }
     output = tmp_path_factory.mktemp("beside") / "run"
-    return keys, output, run(output, **keys)[1]
+    return request.param, keys, output, run(output, request.param, **keys)[1]
 
 
 @slow
 @needs_vllm
 def test_servers_answer_beside_training_as_the_early_policy_does(undisturbed):
     """The answers are those that the early policy draws alone, by the run's own vLLM."""
-    _, output, said = undisturbed
+    *_, output, said = undisturbed
     took, waited = seconds_of(said)
     assert waited < took
     assert kept(output / "stage-01/samples") == drawn_alone(output / "stage-00/early", output, 1)
@@ -206,11 +206,11 @@ def test_whatever_comes_while_servers_answer_beside_training_the_run_ends_as_an_
     models, servers, undisturbed, tmp_path, event, code, says
 ):
     """It comes when the first of four shards is there."""
-    keys, whole, _ = undisturbed
+    count, keys, whole, _ = undisturbed
     output = tmp_path / "run"
-    started = Forked(command(output, **keys))
+    started = Forked(command(output, **keys), count)
     while not [*output.glob("stage-01/samples/*.jsonl")]:
-        assert started.processes[0].is_alive(), started.wait(0)
+        assert not started.failed(), started.wait(0)
         time.sleep(0.01)
     assert not (output / "stage-00/DONE").exists()
     if event == "a server is killed":
@@ -223,5 +223,5 @@ def test_whatever_comes_while_servers_answer_beside_training_the_run_ends_as_an_
     ended, _, said = started.wait(600)
     assert ended == code and re.search(says, said), said
     if code:
-        run(output, **keys)
+        run(output, count, **keys)
     assert differences(output, whole) == []

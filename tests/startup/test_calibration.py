@@ -170,7 +170,7 @@ def test_a_run_on_another_kind_of_device_is_refused(finished, tmp_path):
     with pytest.raises(InputError, match=r": found a run on a CPU, expected one on a GPU, as the plan is$"):
         rates_of_run(finished[0], ASSUMED, 8, on_gpu=True)
     shutil.copytree(finished[0], tmp_path / "gpu")
-    [start] = (json.loads(line) for line in (tmp_path / "gpu/starts.jsonl").read_text().splitlines())
+    start = json.loads((tmp_path / "gpu/starts.jsonl").read_text().splitlines()[0])
     (tmp_path / "gpu/starts.jsonl").write_text(json.dumps(start | {"device": "NVIDIA H200"}) + "\n")
     with pytest.raises(InputError, match=r": found a run on a GPU, expected one on a CPU, as the plan is$"):
         rates_of_run(tmp_path / "gpu", ASSUMED, 8, on_gpu=False)

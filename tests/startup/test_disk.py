@@ -17,7 +17,7 @@ from irlfast.methods import METHODS
 from irlfast.runs.run import Run
 from irlfast.startup.disk import Need, check_room, checkpoint_bytes, disk_needs, most
 from irlfast.startup.sizes import Size, mean_length, model_size
-from tests.helpers.runs import run, run_killed_at
+from tests.helpers.runs import DEMO, run, run_killed_at
 from tests.helpers.tiers import full, full_then_slow
 
 
@@ -56,7 +56,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("keys", full_then_slow(OTHERS, 2), ids=["rft", "lora", "bfloat16"])
 def test_the_estimate_holds_for_other_methods_and_types(tmp_path, keys):
-    run(tmp_path / "run", **keys)
+    run(tmp_path / "run", **DEMO | keys)
     check_left(tmp_path / "run")
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.load rows       # prepare 100,000 and 1,000,000 short rows, then resume
     python -m benchmarks.load steps      # 10,000 optimiser steps of a tiny model
-    python -m benchmarks.load prompts    # a stage of IRFT of 100,000 prompts with a tiny model and answers of 4 tokens
+    python -m benchmarks.load prompts    # a stage of IRFT and of RFT of 100,000 prompts, a tiny model, answers of 4 tokens
 
 Each part runs in a process of its own. Seconds are CPU seconds of that process and its threads, as the machine may be
 shared. The peak is of resident memory, pages of mapped files included, which the system may drop; ``anonymous`` is what
@@ -34,6 +34,9 @@ CHAT = (
 )
 TINY = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048, "vocab_size": 512}
+STAGE = {"train_tokenizer": 300, "stages": 1, "sft_steps": 0, "inner_steps": 20, "max_new_tokens": 4}
+STAGE |= {"per_device_eval_batch_size": 256, "sft_epochs": None, "logging_steps": 10}
+METHODS: dict[str, dict[str, Any]] = {"irft": {}, "rft": {"num_generations": 2, "reward_steps": 20}}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*PRELOADED])
 
@@ -177,28 +180,21 @@ def steps(quick: bool, up_to: int) -> dict[str, Any]:
 
 def prompts(quick: bool, up_to: int) -> dict[str, Any]:
     results = []
-    for count in (100,) if quick else (10_000, 100_000):
-        if count > up_to:
-            continue
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_rows(folder / "rows.jsonl", count)
-            keys = keys_of(
-                folder, dataset_name=str(folder / "rows.jsonl"), train_tokenizer=300, eval_fraction=8 / count
+    for method, own in METHODS.items():
+        for count in (100,) if quick else (10_000, 100_000):
+            if count > up_to:
+                continue
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                write_rows(folder / "rows.jsonl", count)
+                keys = keys_of(folder, dataset_name=str(folder / "rows.jsonl"), method=method, **STAGE | own)
+                figures = measured(train_run, keys | {"eval_fraction": 8 / count})
+            results.append({"method": method, "prompts": count, **figures})
+            print(
+                f"{method}, {count:,} prompts: {figures['cpu_seconds']:,.0f} CPU seconds, peak "
+                f"{figures['peak']:,.0f} MiB, {figures['anonymous']:,.0f} MiB at the end without mapped files",
+                flush=True,
             )
-            keys |= {
-                "stages": 1,
-                "sft_steps": 0,
-                "inner_steps": 20,
-                "max_new_tokens": 4,
-                "per_device_eval_batch_size": 256,
-            }
-            figures = measured(train_run, keys | {"sft_epochs": None, "logging_steps": 10})
-            pairs = json.loads((folder / "run" / "stage-00" / "pairs.json").read_text())
-        results.append({"prompts": count, **pairs, **figures})
-        print(
-            f"{count:,} prompts: {figures['cpu_seconds']:,.0f} CPU seconds, peak {figures['peak']:,.0f} MiB", flush=True
-        )
     return {"cases": results}
 
 

@@ -15,7 +15,7 @@ from irlfast.config import dump, load_config
 
 Figures = dict[str, dict]  # phase or method -> metrics
 
-# The largest values of keys with --quick, which always sets the first two.
+# The largest values of keys with --quick, which always sets the first two. A model from a config is the tests' one.
 SMALL = {"max_train_samples": 24, "max_eval_samples": 8}
 SMALL |= {"max_new_tokens": 8, "sft_steps": 2, "reward_steps": 2, "inner_steps": 2, "stages": 2}
 
@@ -42,6 +42,8 @@ def settings(keys: dict[str, object]) -> list[str]:
         always = {name: SMALL[name] for name in ("max_train_samples", "max_eval_samples")}
         keys = always | keys
         keys |= {name: min(keys[name], limit) for name, limit in SMALL.items() if isinstance(keys.get(name), int)}
+        if keys.get("config_name") not in (None, "null"):
+            keys["config_name"] = ROOT / "tests/helpers/small.json"
     return [f"{name}={value}" for name, value in keys.items()]
 
 

@@ -16,7 +16,7 @@ SMALL = {"max_train_samples": 16, "max_eval_samples": 4, "sft_steps": 0, "inner_
 def test_a_run_keeps_the_features_of_answers_and_demonstrations_and_resumes_to_the_same_bytes(tmp_path):
     run(tmp_path / "whole", **KEYS, **SMALL)
     features = load_file(tmp_path / "whole/stage-00/reward-0.safetensors")["values"]
-    assert features.shape == (16 * 4, 2 * 48)  # three answers and a demonstration per prompt, two depths
+    assert features.shape == (16 * 4, 2 * 64)  # three answers and a demonstration per prompt, two depths
     assert features.norm(dim=1).sub(1).abs().max() < 1e-5
     metrics = json.loads((tmp_path / "whole/stage-00/round.json").read_text())
     assert -4 < metrics["reward"] < 2

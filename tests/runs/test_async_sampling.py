@@ -178,12 +178,16 @@ def test_a_run_that_is_killed_ends_as_an_undisturbed_one(whole, tmp_path, python
 
 
 @pytest.mark.parametrize(
-    "lost", [pytest.param("stage-00/early", marks=full), pytest.param("stage-01/samples", marks=slow)]
+    ("lost", "moment"),
+    [
+        pytest.param("stage-00/early", "stage-00/checkpoint/step-6", marks=full),
+        pytest.param("stage-01/samples", "stage-01/samples/00000.jsonl", marks=slow),
+    ],
 )
-def test_a_lost_early_policy_or_its_lost_answers_are_made_again(whole, tmp_path, python, lost):
+def test_a_lost_early_policy_or_its_lost_answers_are_made_again(whole, tmp_path, python, lost, moment):
     """The early policy is lost after a later checkpoint was written, from which no step could make it."""
     keys = {**KEYS, "vllm_python": python}
-    run_killed_at(tmp_path / "run", ["stage-00/checkpoint/step-6"], **keys)
+    run_killed_at(tmp_path / "run", [moment], **keys)
     shutil.rmtree(tmp_path / "run" / lost)
     run(tmp_path / "run", **keys)
     assert differences(tmp_path / "run", whole[0]) == []

@@ -143,7 +143,7 @@ def test_a_run_by_servers_ends_with_the_model_of_a_run_by_its_own_vllm(models, s
     assert len([*(tmp_path / "two" / "stage-00" / "samples").glob("*.jsonl")]) > 0
 
 
-# Stage 1 asks for 256 answers in four shards, of which each server has one in work. Meanwhile stage 0 takes 380 steps.
+# Stage 1 asks for 512 answers in eight shards, of which each server has one in work. Meanwhile stage 0 takes 380 steps.
 BESIDE = {
     "use_vllm": True,
     "vllm_python": VLLM_PYTHON,
@@ -151,7 +151,7 @@ BESIDE = {
     "async_sampling": True,
     "async_sampling_at": 0.05,
     "eval_every_stage": False,
-    "max_train_samples": 512,
+    "max_train_samples": 1024,
     "max_eval_samples": 8,
     "max_new_tokens": 6,
     "sft_steps": 2,
@@ -186,14 +186,18 @@ def test_servers_answer_beside_training_as_the_early_policy_does(undisturbed):
 def load_other(server: VllmServer, policy) -> None:
     """Load another run's policy into a server, as that run does."""
     weights = {"method": "reload_weights", "kwargs": {"weights_path": str(policy)}}
-    for path, body in (("/collective_rpc", weights), ("/update_weight_version", {"new_version": "another"})):
+    for path, body in (
+        ("/update_weight_version", {"new_version": "loading"}),
+        ("/collective_rpc", weights),
+        ("/update_weight_version", {"new_version": "another"}),
+    ):
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{server.url}{path}", json.dumps(body).encode(), headers)
         urllib.request.urlopen(request, timeout=60).close()
 
 
 CANNOT = r"warning: vllm_server \S+ (cannot be reached|answers with status 503); the other servers answer its prompts"
-BY_OTHERS = r"sampling beside training ended \(vllm_server \S+: another run loads its policies into it.*is sampled now"
+BY_OTHERS = r"vllm_server \S+(: another run loads its policies into it.*is sampled now| has restarted, without the)"
 
 
 @slow
@@ -205,7 +209,7 @@ BY_OTHERS = r"sampling beside training ended \(vllm_server \S+: another run load
 def test_whatever_comes_while_servers_answer_beside_training_the_run_ends_as_an_undisturbed_one(
     models, servers, undisturbed, tmp_path, event, code, says
 ):
-    """It comes when the first of four shards is there."""
+    """It comes when the first of eight shards is there."""
     count, keys, whole, _ = undisturbed
     output = tmp_path / "run"
     started = Forked(command(output, **keys), count)

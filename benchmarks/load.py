@@ -2,7 +2,7 @@
 
     python -m benchmarks.load rows       # prepare 100,000 and 1,000,000 short rows, then resume
     python -m benchmarks.load steps      # 10,000 optimiser steps of a tiny model
-    python -m benchmarks.load prompts    # a stage of IRFT and of RFT of 100,000 prompts, a tiny model, answers of 4 tokens
+    python -m benchmarks.load prompts    # stages of IRFT and RFT of 100,000 prompts, a tiny model, answers of 4 tokens
 
 Each part runs in a process of its own. Seconds are CPU seconds of that process and its threads, as the machine may be
 shared. The peak is of resident memory, pages of mapped files included, which the system may drop; ``anonymous`` is what

@@ -60,6 +60,7 @@ class Server:
     url: str
     client: Any  # openai.AsyncOpenAI
     taking: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # held while it takes the policy
+    loading: asyncio.Task | None = None  # its last load of weights, which it cannot call off
     ready: bool = False  # whether it has the policy
     failure: str = ""  # why it failed; empty for one that answers
     failed_at: float = 0.0
@@ -157,13 +158,15 @@ async def load_weights(server: Server, policy: Policy, output: Path) -> None:
     """Have a server reload its weights from the policy's folder.
 
     The path is a link that has just been made in the run's folder: a server that sees another file system finds none.
+    The link stays until the server has loaded: vLLM without half of its weights dies of the next request.
     """
     await set_version(server, LOADING)
     link = output / f"served-{secrets.token_hex(8)}.tmp"
     link.symlink_to(policy.base)
     try:
         arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(link.absolute())}}
-        await ask(server, "post", "/collective_rpc", arguments)
+        server.loading = asyncio.create_task(ask(server, "post", "/collective_rpc", arguments))
+        await to_its_end(server.loading)
     except Refusal as error:
         raise InputError(f"vllm_server {server.url}: cannot load {policy.base}: it {error}") from error
     finally:
@@ -299,6 +302,20 @@ def reason(error: Any) -> str:
     """Return the message of vLLM's error, on one line; empty for an error that is not vLLM's, as of a missing path."""
     body = error.body if isinstance(error.body, dict) else {}
     return " ".join(str(body.get("message") or "").split())
+
+
+async def to_its_end(task: asyncio.Task) -> None:
+    """Wait until the task has ended, also when this one is cancelled, whose cancellation then comes late."""
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        await asyncio.gather(task, return_exceptions=True)
+        raise asyncio.CancelledError
+    task.result()
 
 
 async def cancel(tasks: Sequence[asyncio.Task]) -> None:

@@ -110,8 +110,9 @@ def server_answers(
 
 
 async def leave(servers: Sequence[Server]) -> None:
-    """End what still runs in the loop, also after an interruption, and close the connections."""
-    await cancel([task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
+    """End what still runs in the loop but loads of weights, also after an interruption, and close the connections."""
+    kept = {asyncio.current_task(), *(server.loading for server in servers)}
+    await cancel([*asyncio.all_tasks() - kept])
     for server in servers:
         await server.client.close()
 

@@ -1,9 +1,11 @@
 """Sampling by servers, with stand-ins that speak vLLM's protocol. ``test_servers_themselves.py`` asks the real ones."""
 
+import os
 import signal
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +98,28 @@ def test_a_policy_that_a_server_has_is_not_loaded_again_and_another_is(asked, mo
     asked(server, policy=other)
     assert server.loaded == [str(model), str(other)]
     assert not [*tmp_path.glob("served*")]  # the links by which they were loaded
+
+
+def slow_to_load(there: list[bool], meanwhile=lambda: None):
+    """A server that loads weights for half a second, and notes whether they are still there at the end."""
+    server = StandIn()
+
+    def script(request: dict) -> Response:
+        if request["path"] == "/collective_rpc":
+            meanwhile()
+            time.sleep(0.5)
+            there.append(Path(request["kwargs"]["weights_path"]).exists())
+        return server(request)
+
+    return script
+
+
+def test_a_server_that_still_loads_when_all_is_answered_reads_its_weights_to_the_end(asked, tmp_path):
+    there: list[bool] = []
+    given = shards(1)
+    assert asked(StandIn(), slow_to_load(there), given=given) == expected(given)
+    assert there == [True]
+    assert not [*tmp_path.glob("served*")]
 
 
 def test_an_adapter_is_loaded_on_its_base_under_a_name_of_its_own(asked, model, tmp_path):
@@ -203,10 +227,28 @@ def test_an_interruption_while_servers_answer_stays_one(asked):
             time.sleep(0.2)
         return server(request)
 
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        asked(interrupting)
+
+
+def test_an_interruption_while_a_server_loads_waits_for_its_load(asked, tmp_path):
+    there: list[bool] = []
+
+    def interrupt():
+        time.sleep(0.1)  # the main thread waits by now
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        asked(slow_to_load(there, interrupt))
+    assert there == [True]
+    assert not [*tmp_path.glob("served*")]
+
+
+@contextmanager
+def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            asked(interrupting)
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -166,11 +166,37 @@ async def load_weights(server: Server, policy: Policy, output: Path) -> None:
     try:
         arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(link.absolute())}}
         server.loading = asyncio.create_task(ask(server, "post", "/collective_rpc", arguments))
-        await to_its_end(server.loading)
+        await loaded(server, server.loading)
     except Refusal as error:
         raise InputError(f"vllm_server {server.url}: cannot load {policy.base}: it {error}") from error
     finally:
         remove(link)
+
+
+async def loaded(server: Server, loading: asyncio.Task) -> None:
+    """Wait until a server has loaded its weights or is gone. If this task is cancelled, it ends when that has happened.
+
+    Raises:
+        ServerFailed: it is gone.
+        Refusal: it could not load them.
+    """
+    cancelled = False
+    while not loading.done():
+        try:
+            await asyncio.wait([loading], timeout=HEARTBEAT)
+            if not loading.done():
+                await ask(server, "get", "/health", timeout=HEARTBEAT)
+        except asyncio.CancelledError:
+            cancelled = True
+        except ServerFailed:
+            loading.cancel()
+    outcome: Any = (await asyncio.gather(loading, return_exceptions=True))[0]
+    if cancelled:
+        raise asyncio.CancelledError
+    if isinstance(outcome, asyncio.CancelledError):
+        raise ServerFailed("cannot be reached")
+    if isinstance(outcome, BaseException):
+        raise outcome
 
 
 async def load_adapter(server: Server, policy: Policy) -> None:
@@ -302,20 +328,6 @@ def reason(error: Any) -> str:
     """Return the message of vLLM's error, on one line; empty for an error that is not vLLM's, as of a missing path."""
     body = error.body if isinstance(error.body, dict) else {}
     return " ".join(str(body.get("message") or "").split())
-
-
-async def to_its_end(task: asyncio.Task) -> None:
-    """Wait until the task has ended, also when this one is cancelled, whose cancellation then comes late."""
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        await asyncio.gather(task, return_exceptions=True)
-        raise asyncio.CancelledError
-    task.result()
 
 
 async def cancel(tasks: Sequence[asyncio.Task]) -> None:

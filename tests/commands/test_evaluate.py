@@ -13,7 +13,8 @@ import yaml
 from irlfast.models.tokenizers import train_tokenizer
 from irlfast.sampling.generation import read_samples
 from tests.helpers.endpoint import prefers_longer, serving
-from tests.helpers.runs import PYTHON, ROOT, Forked, contents, printed
+from tests.helpers.runs import DEMO, PYTHON, ROOT, Forked, contents, printed
+from tests.helpers.runs import run as train
 from tests.helpers.tiers import slow
 
 DATASET = ROOT / "irlfast/demo/test.jsonl"
@@ -42,10 +43,10 @@ def rows_of(output: Path, name: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def run(finished, tmp_path_factory):
-    """A finished run under a short name."""
+def run(tmp_path_factory):
+    """A run under a short name, of which each policy answers otherwise."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("samples", "checkpoint"))
+    train(folder, **DEMO)
     return folder
 
 

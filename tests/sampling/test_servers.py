@@ -11,7 +11,7 @@ import pytest
 
 from irlfast.common.files import InputError
 from irlfast.config import make_config
-from irlfast.sampling import vllm_servers
+from irlfast.sampling import vllm_server, vllm_servers
 from irlfast.sampling.shards import Sampling
 from irlfast.sampling.vllm_sampler import UnsupportedAdapter
 from irlfast.sampling.vllm_servers import check_servers
@@ -120,6 +120,26 @@ def test_a_server_that_still_loads_when_all_is_answered_reads_its_weights_to_the
     assert asked(StandIn(), slow_to_load(there), given=given) == expected(given)
     assert there == [True]
     assert not [*tmp_path.glob("served*")]
+
+
+def test_a_server_that_is_gone_while_it_loads_keeps_nobody_waiting(asked, monkeypatch, capfd):
+    """Its machine closes no connection. The other server answers all, or there is no other one."""
+    monkeypatch.setattr(vllm_server, "HEARTBEAT", 0.1)
+    server, release = StandIn(), threading.Event()
+
+    def gone(request: dict) -> Response:
+        if request["path"] in ("/collective_rpc", "/health"):
+            release.wait(60)
+        return server(request)
+
+    given = shards(1)
+    try:
+        assert asked(StandIn(), gone, given=given) == expected(given)
+        with pytest.raises(InputError, match=r"no server answers \(\S+ cannot be reached\)"):
+            asked(gone, given=given)
+    finally:
+        release.set()
+    assert "cannot be reached; it is asked again until it is back" in capfd.readouterr().err
 
 
 def test_an_adapter_is_loaded_on_its_base_under_a_name_of_its_own(asked, model, tmp_path):

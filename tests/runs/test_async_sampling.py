@@ -22,13 +22,13 @@ from irlfast.models.tokenizers import unused_ids
 from irlfast.sampling.generation import read_samples
 from irlfast.sampling.shards import Sampling, Shard, seed_of
 from irlfast.sampling.vllm_sampler import generate_vllm
-from tests.helpers.runs import PYTHON, contents, run, run_killed_at
+from tests.helpers.runs import DEMO, PYTHON, contents, run, run_killed_at
 from tests.helpers.shards import claims
 from tests.helpers.storm import differences, stand_in
 from tests.helpers.tiers import full, slow
 from tests.helpers.vllm_cases import VLLM_PYTHON, needs_vllm
 
-KEYS = {
+KEYS = DEMO | {  # whose steps are slow enough for a kill between two of them
     "max_train_samples": 48,
     "max_eval_samples": 8,
     "max_new_tokens": 6,

@@ -17,11 +17,11 @@ from irlfast.models.lora import add_lora
 from irlfast.models.prepare import prepare_model
 from tests.commands.test_options import LORA
 from tests.data.test_packing import model_of, ragged
-from tests.helpers.runs import contents, run, run_killed_at
+from tests.helpers.runs import DEMO, contents, run, run_killed_at
 
 pytest.importorskip("bitsandbytes")
 
-QLORA = LORA | {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "stages": 1, "sft_steps": 20}
+QLORA = LORA | DEMO | {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "stages": 1, "sft_steps": 20}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,6 +10,7 @@ is left at the end without them. It writes ``benchmarks/results/DATE-load-PART.j
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import random
@@ -180,21 +181,20 @@ def steps(quick: bool, up_to: int) -> dict[str, Any]:
 
 def prompts(quick: bool, up_to: int) -> dict[str, Any]:
     results = []
-    for method, own in METHODS.items():
-        for count in (100,) if quick else (10_000, 100_000):
-            if count > up_to:
-                continue
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                write_rows(folder / "rows.jsonl", count)
-                keys = keys_of(folder, dataset_name=str(folder / "rows.jsonl"), method=method, **STAGE | own)
-                figures = measured(train_run, keys | {"eval_fraction": 8 / count})
-            results.append({"method": method, "prompts": count, **figures})
-            print(
-                f"{method}, {count:,} prompts: {figures['cpu_seconds']:,.0f} CPU seconds, peak "
-                f"{figures['peak']:,.0f} MiB, {figures['anonymous']:,.0f} MiB at the end without mapped files",
-                flush=True,
-            )
+    for method, count in itertools.product(METHODS, (100,) if quick else (10_000, 100_000)):
+        if count > up_to:
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_rows(folder / "rows.jsonl", count)
+            keys = STAGE | METHODS[method] | {"method": method, "eval_fraction": 8 / count}
+            figures = measured(train_run, keys_of(folder, dataset_name=str(folder / "rows.jsonl"), **keys))
+        results.append({"method": method, "prompts": count, **figures})
+        print(
+            f"{method}, {count:,} prompts: {figures['cpu_seconds']:,.0f} CPU seconds, peak {figures['peak']:,.0f} MiB, "
+            f"{figures['anonymous']:,.0f} MiB at the end without mapped files",
+            flush=True,
+        )
     return {"cases": results}
 
 

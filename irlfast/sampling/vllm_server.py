@@ -190,13 +190,12 @@ async def loaded(server: Server, loading: asyncio.Task) -> None:
             cancelled = True
         except ServerFailed:
             loading.cancel()
-    outcome: Any = (await asyncio.gather(loading, return_exceptions=True))[0]
+    await asyncio.gather(loading, return_exceptions=True)  # or asyncio complains of an error that nobody has read
     if cancelled:
         raise asyncio.CancelledError
-    if isinstance(outcome, asyncio.CancelledError):
+    if loading.cancelled():
         raise ServerFailed("cannot be reached")
-    if isinstance(outcome, BaseException):
-        raise outcome
+    loading.result()
 
 
 async def load_adapter(server: Server, policy: Policy) -> None:

@@ -105,7 +105,8 @@ def keep_data(
 
 def fingerprint(config: Config, folder: Path) -> str:
     """Hash the checksums of the files of examples: the report shows which data a run learned from."""
-    sums = [notes(folder)[f"{name}.safetensors"]["."][1] for name in set_names(config)]
+    noted = notes(folder)
+    sums = [noted[f"{name}.safetensors"]["."][1] for name in set_names(config)]
     return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 import types
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -184,20 +185,16 @@ def test_servers_answer_beside_training_as_the_early_policy_does(undisturbed):
 
 
 def load_other(server: VllmServer, policy) -> None:
-    """Load another run's policy into a server, as that run does."""
+    """Load another run's policy into a server, whose version changes first, as by that run."""
     weights = {"method": "reload_weights", "kwargs": {"weights_path": str(policy)}}
-    for path, body in (
-        ("/update_weight_version", {"new_version": "loading"}),
-        ("/collective_rpc", weights),
-        ("/update_weight_version", {"new_version": "another"}),
-    ):
+    for path, body in (("/update_weight_version", {"new_version": "another"}), ("/collective_rpc", weights)):
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{server.url}{path}", json.dumps(body).encode(), headers)
         urllib.request.urlopen(request, timeout=60).close()
 
 
 CANNOT = r"warning: vllm_server \S+ (cannot be reached|answers with status 503); the other servers answer its prompts"
-BY_OTHERS = r"vllm_server \S+(: another run loads its policies into it.*is sampled now| has restarted, without the)"
+BY_OTHERS = r"sampling beside training ended \(vllm_server \S+: another run loads its policies into it.*is sampled now"
 
 
 @slow
@@ -209,21 +206,21 @@ BY_OTHERS = r"vllm_server \S+(: another run loads its policies into it.*is sampl
 def test_whatever_comes_while_servers_answer_beside_training_the_run_ends_as_an_undisturbed_one(
     models, servers, undisturbed, tmp_path, event, code, says
 ):
-    """It comes when the first of eight shards is there."""
+    """It comes when the first of eight shards is there, to both servers at a time: one may still load the policy."""
     count, keys, whole, _ = undisturbed
     output = tmp_path / "run"
     started = Forked(command(output, **keys), count)
     while not [*output.glob("stage-01/samples/*.jsonl")]:
-        assert not started.failed(), started.wait(0)
+        assert started.processes[0].is_alive(), started.wait(0)
         time.sleep(0.01)
     assert not (output / "stage-00/DONE").exists()
     if event == "a server is killed":
-        servers[0].end()
+        max(servers, key=lambda server: server.log.stat().st_mtime).end()  # one that answers, not one that still loads
     elif event == "preempted":
         os.kill(started.processes[0].pid, signal.SIGTERM)
     else:
-        for server in servers:
-            load_other(server, [*models][1])
+        with ThreadPoolExecutor() as pool:
+            [*pool.map(load_other, servers, [[*models][1]] * 2)]
     ended, _, said = started.wait(600)
     assert ended == code and re.search(says, said), said
     if code:

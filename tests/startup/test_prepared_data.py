@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_a_trained_tokenizer_that_loses_bytes_gets_no_name(start, tmp_path, monk
     with pytest.raises(OSError, match=LOST):
         start()
     assert not (tmp_path / "run" / "data" / "tokenizer.json").exists()
+
+
+def test_the_fingerprint_is_that_of_the_data(start, tmp_path):
+    found = []
+    for rows in (ROWS, ROWS, ROWS[::-1]):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        start()
+        found.append(json.loads((tmp_path / "run/data.json").read_text())["fingerprint"])
+        shutil.rmtree(tmp_path / "run")
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_garbage_collector_waits_only_while_rows_are_read(start, monkeypatch):

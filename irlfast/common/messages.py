@@ -15,14 +15,14 @@ from rich.text import Text
 from irlfast.common import dist
 from irlfast.common.files import InputError
 from irlfast.common.movement import moved
-from irlfast.common.printable import printable
+from irlfast.common.printable import printable, write_line
 from irlfast.common.time_left import CLOCK, duration
 
 
 def log(message: str) -> None:
     """Print one line from the main process. A progress display stays below it."""
     if dist.is_main():
-        print(printable(message), file=sys.stderr, flush=True)
+        write_line(printable(message))
 
 
 @functools.cache
@@ -94,7 +94,7 @@ class Progress:
     def print_line(self) -> None:
         parts = [f"{self.phase}: {self.unit} {self.count()}", self.metrics, self.time_left()]
         line = ", ".join(filter(None, parts))
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
+        write_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     def count(self) -> str:
         return f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"

@@ -1,6 +1,8 @@
 """Texts that a terminal may show, whatever the data, file names and configurations hold that they come from."""
 
+import sys
 import unicodedata
+from typing import TextIO
 
 from irlfast.common.secrets import redacted
 
@@ -18,3 +20,11 @@ def printable(text: object, keep: str = "") -> str:
         c.encode("unicode_escape").decode() if unicodedata.category(c) in UNPRINTABLE and c not in JOINERS + keep else c
         for c in redacted(str(text))
     )
+
+
+def write_line(text: str, stream: TextIO | None = None) -> None:
+    """Write a text and the line's end at once, to stderr if no other stream is given.
+
+    Python's own ``print`` writes to stderr twice per line, and another thread or process may print in between.
+    """
+    print(f"{text}\n", end="", file=stream or sys.stderr, flush=True)

@@ -19,13 +19,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import psutil
 
 from irlfast.common.files import InputError
 from irlfast.common.movement import waiting
-from irlfast.common.printable import printable
+from irlfast.common.printable import printable, write_line
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -273,14 +273,19 @@ def leave() -> None:
 # ---------------------------------------------------------------- the end
 
 
-def end(code: int, sentence: str, stack: str = "") -> int:
-    """Say why this process ends, below a ``stack``, and return the exit code.
+def end_from_thread(code: int, sentence: str, stack: str = "") -> NoReturn:
+    """End this process from a thread beside the main one, as :func:`end` does. No thread prints after the sentence."""
+    os._exit(end(code, sentence, stack, is_last=True))
+
+
+def end(code: int, sentence: str, stack: str = "", is_last: bool = False) -> int:
+    """Say why this process ends, below a ``stack``, and return the exit code. ``is_last`` is that of :func:`say`.
 
     If there are other processes, they end, too. If one of them has failed before, this process is silent and returns
     the exit code of that one. If one has ended without a word before, that is what this process says.
     """
     if world_size() == 1 or LEFT:
-        say(sentence, stack)
+        say(sentence, stack, is_last)
         return code
     from torch.distributed import DistError
 
@@ -301,7 +306,7 @@ def end(code: int, sentence: str, stack: str = "") -> int:
         return cause.code
     with without_store:
         hear_all(connected())
-    say(cause.sentence, stack)
+    say(cause.sentence, stack, is_last)
     note_for_torchrun(printable(cause.sentence), when)
     with without_store:
         connected().set("said", "")
@@ -355,16 +360,20 @@ def wait_for(done: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def say(sentence: str, stack: str = "") -> None:
+def say(sentence: str, stack: str = "", is_last: bool = False) -> None:
     """Print one line to stderr, below a stack. The line names the process, if it is not the main one.
 
-    If nobody reads stderr any more, the process ends without a word.
+    After a line that ``is_last``, no thread of this process prints any more. If nobody reads stderr, nothing is said.
     """
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a live display hides it
     who = f", process {rank()}" if rank() else ""
     line = printable(f"irlfast{who}: {sentence}")
+    stream = sys.stderr
     with contextlib.suppress(OSError):
-        print(f"{show_cursor}{printable(stack, keep=KEPT)}{line}", file=sys.stderr, flush=True)
+        if is_last:
+            stream = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors)
+            silence()
+        write_line(f"{show_cursor}{printable(stack, keep=KEPT)}{line}", stream)
 
 
 def silence() -> None:

@@ -138,10 +138,12 @@ def hear(reader: int) -> None:
             deadline = now + REQUEST.grace
             REQUEST.asked.set()  # before the look at `held`: who ends that looks at `asked`
             if not REQUEST.held:
-                os._exit(ranks.end(PREEMPTED, f"preempted; all that was finished is kept; {RESUMES}"))
+                ranks.end_from_thread(PREEMPTED, f"preempted; all that was finished is kept; {RESUMES}")
             ranks.ask_to_stop()
 
 
 def leave(why: str) -> NoReturn:
     """Leave without what is held, and say so. Where nothing is held, the main thread has said why, and is leaving."""
-    os._exit(ranks.end(PREEMPTED, f"{why}; {RESUMES}") if REQUEST.held else PREEMPTED)
+    if not REQUEST.held:
+        os._exit(PREEMPTED)
+    ranks.end_from_thread(PREEMPTED, f"{why}; {RESUMES}")

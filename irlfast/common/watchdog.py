@@ -89,7 +89,7 @@ def run(watch: Watch) -> None:
 def look_at_launcher(watch: Watch) -> None:
     if watch.launcher and os.getppid() != watch.launcher:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            ranks.say(f"the launcher, process {watch.launcher}, has ended; the same command resumes")
+            ranks.say(f"the launcher, process {watch.launcher}, has ended; the same command resumes", is_last=True)
         os._exit(ranks.FAILED)
 
 
@@ -108,9 +108,9 @@ def look_at_others(watch: Watch, store: ranks.Store) -> None:
         if failure and failure.said_by != ranks.rank():
             if failure.code == STALLED:
                 note_stacks(watch, failure.sentence)
-            os._exit(ranks.end(failure.code, failure.sentence))
+            ranks.end_from_thread(failure.code, failure.sentence)
         if not failure and (gone := gone_process(watch, store)):
-            os._exit(ranks.end(ranks.FAILED, f"{gone}; the same command resumes"))
+            ranks.end_from_thread(ranks.FAILED, f"{gone}; the same command resumes")
         if not stop.asked() and store.get("asked to stop"):
             stop.ask()
     except torch.distributed.DistError:
@@ -118,7 +118,7 @@ def look_at_others(watch: Watch, store: ranks.Store) -> None:
             time.sleep(PERIOD)
             look_at_launcher(watch)  # which may have served the store
             if speaks_for_first(store):
-                ranks.say(f"process 0, or its launcher, {ranks.LOST}; the same command resumes")
+                ranks.say(f"process 0, or its launcher, {ranks.LOST}; the same command resumes", is_last=True)
             os._exit(ranks.FAILED)
 
 
@@ -158,7 +158,7 @@ def look_at_this_process(watch: Watch) -> None:
     sentence = f"{MOVEMENT.doing}: nothing has moved for stall_timeout, {watch.stall_timeout:g} seconds"
     stack, log = main_stack(), note_stacks(watch, sentence)
     if MOVEMENT.when_still == "end":
-        os._exit(ranks.end(STALLED, f"{sentence}; stacks are in {log}; the same command resumes", stack))
+        ranks.end_from_thread(STALLED, f"{sentence}; stacks are in {log}; the same command resumes", stack)
     ranks.say(f"warning: {sentence}; it goes on, as this may take long; stacks are in {log}", stack)
 
 

@@ -123,7 +123,7 @@ def keep(held: Lock) -> None:
     warned = False
     while not held.released.wait(BEAT):
         if not is_own(held):
-            os._exit(ranks.end(2, f"output_dir {held.path.parent}: another process has taken it; this run ends"))
+            ranks.end_from_thread(2, f"output_dir {held.path.parent}: another process has taken it; this run ends")
         held.owner = held.owner._replace(beat=held.owner.beat + 1)
         try:
             write(held.file, held.owner)

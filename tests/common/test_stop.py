@@ -18,6 +18,7 @@ COMMAND = """
 import multiprocessing, os, sys, time
 from irlfast.common import stop
 from irlfast.common.command import run_command
+from irlfast.common.messages import log
 
 def job():
     {job}
@@ -51,6 +52,21 @@ def test_a_command_that_is_asked_to_stop_leaves_at_once_with_75_and_a_sentence(n
     command = start(BEGUN, waiting)
     command.send_signal(number)
     assert end(command) == (75, "irlfast: preempted; all that was finished is kept; the same command resumes\n")
+
+
+@pytest.mark.parametrize("held_before", [False, True] * 3)
+def test_no_thread_prints_after_the_sentence(held_before):
+    """A thread that prints lets the others run, so that about every second time one of them would print more."""
+    chatter = "while True: log('a line of the run') or sum(range(10_000))"
+    command = start(
+        "sys.setswitchinterval(1e-6)",
+        *(held(chatter, grace=0.1) if held_before else [BEGUN, chatter]),
+    )
+    time.sleep(0.1)
+    command.send_signal(signal.SIGTERM)
+    code, said = end(command)
+    *lines, last = said.splitlines()
+    assert (code, {*lines}, last.startswith("irlfast: preempted; ")) == (75, {"a line of the run"}, True)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -20,7 +20,7 @@ from irlfast.data.rows import Demonstration
 from irlfast.data.sources import prompt_sources_of, sources_of
 from irlfast.data.store import NONE, Example, Examples, make_examples
 
-BUFFER = 2**16  # token ids that are written at a time
+BUFFER = 2**18  # token ids that are written at a time
 ROW_ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=str)
 
 
@@ -104,12 +104,12 @@ def collect_examples(encoded: Iterable[tuple[Demonstration, Ids]], lines: IO[byt
                 tokens.fromlist(sequence)
             lengths.extend(map(len, ids))
             if len(tokens) > BUFFER:
-                tokens.tofile(file)
+                file.write(tokens)
                 del tokens[:]
             if lines:
                 kept = {"messages": row.prompt, "answer": row.answer, "tools": row.tools, "row": row.row}
                 end += lines.write((ROW_ENCODER.encode(kept) + "\n").encode())
-        tokens.tofile(file)
+        file.write(tokens)
         check_end(file, 4 * sum(lengths))
         if lines:
             check_end(lines, end)

@@ -35,7 +35,8 @@ HEAD_BUFFER = 1024 * 2**20  # bytes of logits at most: buffer_mb of irlfast.ops
 CPU_BUFFER, CPU_ROWS = 16 * 2**20, 256  # a CPU's logits: so many bytes, or so many rows where these take more
 BUCKET = 500_000_000  # reduce_bucket_size of DeepSpeed, in elements
 TRAINING_MOMENTS = ("backward", "end of backward", "update")
-LIVE = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed
+FLAT = 500_000_000  # gradients that DeepSpeed copies into one tensor, to reduce them together without ZeRO
+LIVE = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed, and its stage3_max_reuse_distance
 
 
 class Room(NamedTuple):
@@ -86,6 +87,7 @@ def training_memory(
     alone = 0.0 if offloads or not stage else share * sums
     update = 0.0 if offloads else {0: each, 3: sums + 4}.get(stage, 4) * share
     communication = {"communication": communication_bytes(config, size, zero, room)}
+    flat = each * min(size.trained, FLAT) if stage == 0 and processes > 1 else communication["communication"]
     passing = {
         "activations": tokens * activations_per_token(config, size, room.on_gpu),
         "head buffer": head_bytes(config, size, room, tokens),
@@ -95,7 +97,7 @@ def training_memory(
         | {"gradients": summed if micro_batches > 1 else min(summed, alone)}
         | passing
         | communication,
-        "end of backward": always | {"gradients": summed} | communication,
+        "end of backward": always | {"gradients": summed, "communication": flat},
         "update": always | {"gradients": update},
     }
 
@@ -154,14 +156,15 @@ def communication_bytes(config: Config, size: Size, zero: dict[str, Any], room: 
     """Return the bytes of DeepSpeed's buckets, and of the weights that ZeRO-3 has gathered at a time.
 
     A CPU has memory only for the part of a bucket that is written. The embeddings and the head stay gathered until the
-    end of a pass.
+    end of a pass. From the second step on, so do weights that are used again within ``stage3_max_reuse_distance``.
     """
     stage, each = zero["stage"], bytes_of(config)
     if stage == 0 or room.processes == 1:
         return 0.0
     bucket = min(zero.get("reduce_bucket_size", BUCKET), size.trained)
     if stage == 3:
-        live = max(zero.get("stage3_max_live_parameters", LIVE), 2 * size.vocabulary * size.hidden)
+        kept = max(zero.get(f"stage3_max_{what}", LIVE) for what in ("live_parameters", "reuse_distance"))
+        live = max(kept, 2 * size.vocabulary * size.hidden)
         bucket = zero.get("reduce_bucket_size", BUCKET) if room.on_gpu else bucket
         return each * (min(size.parameters, live) + bucket)
     return each * bucket * (2 if zero.get("overlap_comm", True) else 1) if room.on_gpu else 0.0

@@ -1,7 +1,8 @@
 """Started by test_plan_memory.py: the bytes of the tensors that a real DeepSpeed engine holds beside its activations.
 
 The arguments are a folder, which gets a small model, and JSON objects of configuration keys. Prints JSON: for every
-object, the most bytes that a process held at the ends of backward passes and of the optimiser's updates.
+object, the most bytes that a process held at the ends of backward passes and of the optimiser's updates. Without ZeRO,
+also when the gradients of several processes have been reduced in one flat copy.
 """
 
 import gc
@@ -17,7 +18,7 @@ from irlfast.common import dist
 from irlfast.config import Config, make_config
 from irlfast.data.packing import PromptGroup, pack
 from irlfast.engine.deepspeed_engine import make_engine
-from irlfast.engine.deepspeed_patches import release_zero3_engines
+from irlfast.engine.deepspeed_patches import keep_head_whole, release_zero3_engines
 from irlfast.engine.plan import plan_phase
 from irlfast.engine.process_group import init_process_group
 from irlfast.engine.step import reduced_together
@@ -32,6 +33,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "
 
 def live_bytes() -> int:
     """Return the bytes of all tensors that this process has made since ``gc.freeze``; a storage counts once."""
+    dist.barrier()  # gloo's threads have let go of what they sent before
     gc.collect()
     tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.device.type == "cpu"]
     tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
@@ -49,8 +51,11 @@ def most_bytes(config: Config, folder: Path) -> int:
     engine = make_engine(folder, sft_loss, plan, config, GROUPS)
     updates: Any = engine.basic_optimizer
     hook = updates.register_step_post_hook(lambda *_: held.append(live_bytes()))
+    unflatten = engine.unflatten
+    engine.unflatten = lambda flat, like: held.append(live_bytes()) or unflatten(flat, like)
     batch = pack(GROUPS[:2], engine.module.prepared.layout)
     for _ in range(2):
+        keep_head_whole(engine)
         with reduced_together(engine):
             for last in (False, True):
                 engine.set_gradient_accumulation_boundary(last)

@@ -39,8 +39,9 @@ CASES = [
 @pytest.mark.parametrize(("processes", "cases"), [(1, CASES[4:7]), pytest.param(2, CASES, marks=slow)])
 def test_parts_are_the_tensors_that_a_deepspeed_engine_holds(tmp_path, processes, cases):
     for stage in range(4):
-        buckets = {"stage": stage, "reduce_bucket_size": 1000, "stage3_max_live_parameters": 1000}
-        (tmp_path / f"{stage}.json").write_text(json.dumps({"zero_optimization": buckets}))
+        zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
+        zero |= {"stage3_max_live_parameters": 1000, "stage3_max_reuse_distance": 1000}
+        (tmp_path / f"{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
     given = [json.dumps(case | {"deepspeed": str(tmp_path / f"{case['zero_stage']}.json")}) for case in cases]
     out, _ = printed(["-m", "tests.helpers.engine_tensors", str(tmp_path / "model"), *given], processes)
     for case, counted in json.loads(out.splitlines()[-1]).items():
@@ -49,6 +50,20 @@ def test_parts_are_the_tensors_that_a_deepspeed_engine_holds(tmp_path, processes
         moments = training_memory(config, size, Room(0.0, processes, on_gpu=False, runtime=0.0), 0)
         held = most(moments) - moments["backward"]["head buffer"]
         assert held == pytest.approx(counted, rel=0.03), case
+
+
+def test_weights_that_zero_3_uses_again_soon_stay(tmp_path):
+    """DeepSpeed keeps weights for the backward pass, whatever stage3_max_live_parameters is."""
+    limits = {"stage3_max_live_parameters": 1000, "stage3_max_reuse_distance": 1000, "reduce_bucket_size": 1000}
+    room, held = Room(80e9, 2, on_gpu=True, runtime=1e9), []
+    for name in ("", *limits):
+        given = {limit: value for limit, value in limits.items() if limit != name}
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3, **given}}))
+        config = make_config(GIVEN | {"dtype": "bfloat16", "zero_stage": 3, "deepspeed": str(tmp_path / "zero.json")})
+        held.append(training_memory(config, SIZE, room, 0)["backward"]["communication"])
+    embeddings = 2 * SIZE.vocabulary * SIZE.hidden
+    assert held[0] == 2 * (embeddings + 1000)
+    assert held[1:3] == [2 * (min(SIZE.parameters, 1e9) + 1000)] * 2
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def communication_bytes(config: Config, size: Size, zero: dict[str, Any], room: 
     """Return the bytes of DeepSpeed's buckets, and of the weights that ZeRO-3 has gathered at a time.
 
     A CPU has memory only for the part of a bucket that is written. The embeddings and the head stay gathered until the
-    end of a pass. From the second step on, so do weights that are used again within ``stage3_max_reuse_distance``.
+    end of a pass. From the second pass on, so do weights that are used again within ``stage3_max_reuse_distance``.
     """
     stage, each = zero["stage"], bytes_of(config)
     if stage == 0 or room.processes == 1:

@@ -86,8 +86,8 @@ def training_memory(
     summed = 0.0 if offloads else summed_bytes(size.trained, share, each, sums, stage, room.on_gpu)
     alone = 0.0 if offloads or not stage else share * sums
     update = 0.0 if offloads else {0: each, 3: sums + 4}.get(stage, 4) * share
-    communication = {"communication": communication_bytes(config, size, zero, room)}
-    flat = each * min(size.trained, FLAT) if stage == 0 and processes > 1 else communication["communication"]
+    buckets = communication_bytes(config, size, zero, room)
+    at_end = each * min(size.trained, FLAT) if stage == 0 and processes > 1 else buckets
     passing = {
         "activations": tokens * activations_per_token(config, size, room.on_gpu),
         "head buffer": head_bytes(config, size, room, tokens),
@@ -96,8 +96,8 @@ def training_memory(
         "backward": always
         | {"gradients": summed if micro_batches > 1 else min(summed, alone)}
         | passing
-        | communication,
-        "end of backward": always | {"gradients": summed, "communication": flat},
+        | {"communication": buckets},
+        "end of backward": always | {"gradients": summed, "communication": at_end},
         "update": always | {"gradients": update},
     }
 
